@@ -1,0 +1,6 @@
+"""Every setting of a run: typed, validated and documented in one place."""
+
+from configs.load import ConfigError, load_config, save_config
+from configs.schema import RunConfig
+
+__all__ = ["ConfigError", "RunConfig", "load_config", "save_config"]

@@ -1,0 +1,435 @@
+"""The settings of a run.
+
+The docstring below a field is its documentation: `troupe config` and docs/settings.md are generated from it.
+A default lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+Role = Literal["actor", "critic", "reference", "reward", "rollout"]
+ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused, docstrings are descriptions."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------- model
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021): the base weights stay frozen."""
+
+    rank: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveFloat = 32.0
+    """Scale: the adapter's product is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout before the adapters."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
+
+
+class ModelSettings(Settings):
+    """The language model that the run starts from."""
+
+    path: str
+    """Hugging Face folder or hub name: config.json, tokenizer, and weights unless `init` is random."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: a new model of the shape in config.json, drawn with the run's seed."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters. float32 is the faster one on most CPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraSettings | None = None
+    """Train adapters in place of all weights, in every trained role."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave off unless you trust its author."""
+
+
+# ---------------------------------------------------------------- data
+
+
+class DatasetSettings(Settings):
+    """One dataset: a .jsonl or .parquet file, a folder written by datasets.save_to_disk, or a hub name."""
+
+    path: str
+    """File, folder or hub name."""
+    split: str | None = None
+    """Split, where the dataset has several."""
+    columns: dict[str, str] = {}
+    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin."""
+    limit: PositiveInt | None = None
+    """Use the first so many rows only."""
+
+
+# ---------------------------------------------------------------- training
+
+
+class OptimizerSettings(Settings):
+    """AdamW (Loshchilov & Hutter 2019) with warm-up."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    warmup: Fraction = 0.0
+    """Share of the steps in which the rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate goes on after the warm-up; linear and cosine end at 0."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
+
+
+class BatchSettings(Settings):
+    """What the supervised stages share."""
+
+    train: DatasetSettings
+    """Rows to train on."""
+    validation: DatasetSettings | None = None
+    """Held-out rows."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training rows (a fraction is allowed)."""
+    batch_size: PositiveInt = 32
+    """Rows (pairs, for the reward model) in one optimizer step, over all ranks."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens, padding included, in one forward pass of one rank."""
+    max_length: PositiveInt = 512
+    """Longest sequence in tokens; a longer prompt is cut on the left, a longer completion on the right."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations; none: only at the end."""
+    optimizer: OptimizerSettings
+    """AdamW."""
+
+
+class SFTSettings(BatchSettings):
+    """Supervised fine-tuning: loss on the completions only."""
+
+
+class RewardModelSettings(BatchSettings):
+    """Reward model: pairwise logistic loss (Bradley & Terry 1952; Ouyang et al. 2022)."""
+
+    model: ModelSettings | None = None
+    """Start from another model than the SFT stage's."""
+    margin: NonNegativeFloat = 0.0
+    """Factor of the rows' `margin` column, subtracted from the difference of the scores (Touvron et al. 2023)."""
+    center: NonNegativeFloat = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps them near 0."""
+    dropout: Fraction = 0.0
+    """Dropout on the hidden states before the head and on the embeddings, against overfitting of small models."""
+    normalize_on: DatasetSettings | None = None
+    """Demonstrations on which scores get mean 0 and deviation 1; none: the SFT stage's training rows."""
+
+
+# ---------------------------------------------------------------- PPO
+
+
+class FixedKL(Settings):
+    kind: Literal["fixed"] = "fixed"
+    coefficient: NonNegativeFloat = 0.1
+    """Weight of the per-token KL penalty in the reward."""
+
+
+class AdaptiveKL(Settings):
+    """Proportional controller of the coefficient (Ziegler et al. 2019)."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    coefficient: PositiveFloat = 0.1
+    """First value."""
+    target: PositiveFloat = 0.1
+    """Wanted KL in nats per token."""
+    horizon: PositiveInt = 2000
+    """Samples over which the coefficient follows."""
+
+
+class KLSettings(Settings):
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator of KL(actor | reference) (Schulman 2020)."""
+    control: Annotated[FixedKL | AdaptiveKL, Field(discriminator="kind")] = FixedKL()
+    """How the coefficient is chosen."""
+
+
+class ModelReward(Settings):
+    """A trained reward model."""
+
+    kind: Literal["model"] = "model"
+    name: str = "model"
+    """Name in metrics."""
+    path: str | None = None
+    """Folder of the model; none: what the rm stage of this run trained."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+
+class FunctionReward(Settings):
+    """A Python function (prompts, answers, **columns) -> list of floats."""
+
+    kind: Literal["function"] = "function"
+    name: str
+    """Name in metrics."""
+    function: FunctionPath
+    """module:function, importable from the folder that the run was started in."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+
+Reward = Annotated[ModelReward | FunctionReward, Field(discriminator="kind")]
+
+
+class Judge(Settings):
+    """A function that scores answers in evaluations only, never in training."""
+
+    name: str
+    """Name in metrics."""
+    function: FunctionPath
+    """module:function, called as a reward function is."""
+
+
+class PretrainingMix(Settings):
+    """PPO-ptx: a language-modelling loss beside the policy loss (Ouyang et al. 2022)."""
+
+    coefficient: PositiveFloat
+    """Weight of the loss on the demonstrations."""
+    batch_size: PositiveInt = 32
+    """Demonstrations in each optimizer step, over all ranks."""
+    data: DatasetSettings | None = None
+    """Demonstrations; none: the SFT stage's training rows."""
+
+
+class EvaluationSettings(Settings):
+    """Answers to held-out prompts, before and after training."""
+
+    prompts: DatasetSettings
+    """Held-out prompts."""
+    every: PositiveInt | None = None
+    """Steps between evaluations; none: only before the first step and after the last."""
+    samples: PositiveInt = 16
+    """Answers that are kept for the report."""
+    judges: list[Judge] = []
+    """Independent judges."""
+
+
+class PPOSettings(Settings):
+    """Proximal policy optimization (Schulman et al. 2017) on the reward less a KL penalty."""
+
+    prompts: DatasetSettings
+    """Prompts to answer."""
+    steps: PositiveInt
+    """Rollout-and-train steps."""
+    prompts_per_step: PositiveInt = 64
+    """Prompts in one step."""
+    samples_per_prompt: PositiveInt = 1
+    """Answers to each prompt."""
+    epochs: PositiveInt = 1
+    """Passes over a step's samples."""
+    mini_batches: PositiveInt = 1
+    """Optimizer steps in one pass."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens, padding included, in one forward pass of one rank."""
+    max_prompt_tokens: PositiveInt = 256
+    """Prompts longer than this are refused before the run starts."""
+    rewards: Annotated[list[Reward], Field(min_length=1)] = [ModelReward()]
+    """Sources of the reward; their weighted sum is trained on."""
+    kl: KLSettings = KLSettings()
+    """Penalty for leaving the reference."""
+    policy_loss: str = "ppo_clip"
+    """Name in the registry of policy losses."""
+    value_loss: str = "clipped"
+    """Name in the registry of value losses."""
+    advantage: str = "gae"
+    """Name in the registry of advantage estimators."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of generalised advantage estimation (Schulman et al. 2016)."""
+    clip_range: PositiveFloat = 0.2
+    """Half-width of the clip on the probability ratio."""
+    value_clip_range: PositiveFloat = 0.2
+    """Half-width of the clip on the change of a value."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    whiten_advantages: bool = True
+    """Advantages of a step get mean 0 and deviation 1."""
+    whiten_rewards: bool = False
+    """Scores of a step get mean 0 and deviation 1."""
+    reward_clip: PositiveFloat | None = None
+    """Scores are cut to [-clip, clip]."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Taken from the score of an answer without an end-of-sequence token."""
+    target_kl: PositiveFloat | None = None
+    """A step's remaining mini-batches are dropped once the mean KL between the old and new policy passes this."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """First steps in which only the critic learns."""
+    ptx: PretrainingMix | None = None
+    """Pretraining-loss mix."""
+    max_log_prob_gap: PositiveFloat = 0.05
+    """Largest mean |difference| between the engine's and the trainer's log-probabilities; beyond it the run stops."""
+    actor_optimizer: OptimizerSettings
+    """AdamW of the actor."""
+    critic_optimizer: OptimizerSettings
+    """AdamW of the critic."""
+    evaluation: EvaluationSettings | None = None
+    """Evaluation on held-out prompts."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        if self.sequences_per_step % self.mini_batches:
+            raise ValueError(
+                f"mini_batches: {self.sequences_per_step} sequences (prompts_per_step {self.prompts_per_step} x "
+                f"samples_per_prompt {self.samples_per_prompt}) do not divide by {self.mini_batches}"
+            )
+        return self
+
+
+# ---------------------------------------------------------------- rollout
+
+
+class RolloutSettings(Settings):
+    """The vLLM engines."""
+
+    max_new_tokens: PositiveInt = 128
+    """Longest answer in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probabilities are taken under it."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling. Below 1 the trainer's log-probabilities no longer match the engine's."""
+    ignore_eos: bool = False
+    """Go on to max_new_tokens (for benchmarks)."""
+    tensor_parallel: PositiveInt = 1
+    """Devices of one engine."""
+    max_sequences: PositiveInt = 256
+    """Sequences that an engine works on at a time."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """Memory of an engine's key-value cache on CPU, in GiB."""
+    gpu_memory_share: Fraction = 0.4
+    """Share of a GPU's memory that an engine may use."""
+    compile: bool = False
+    """torch.compile and CUDA graphs: slower start, faster generation."""
+
+
+class PublishSettings(Settings):
+    """How new weights reach the engines."""
+
+    transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    """auto: object_store on CPU; on GPU ipc where actor and rollout are colocated, else nccl."""
+    bucket_mib: PositiveInt = 128
+    """Size of a bucket of weights in MiB."""
+
+
+# ---------------------------------------------------------------- placement
+
+
+class GroupSettings(Settings):
+    """Roles that share one placement group."""
+
+    roles: Annotated[list[Role], Field(min_length=1)]
+    """Roles on the same devices."""
+    devices: PositiveInt = 1
+    """Bundles, one device each. A training role has a rank on each; rollout has devices / tensor_parallel engines."""
+    packing: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """How the bundles lie over nodes."""
+
+
+class PlacementSettings(Settings):
+    """Which roles share devices, and how many they get."""
+
+    layout: Literal["separate", "paired", "colocated"] = "separate"
+    """separate: each role its own group. paired: actor+reference, critic+reward, rollout. colocated: one group."""
+    devices: dict[Role, PositiveInt] = {}
+    """Devices of a role in a preset layout (1 where not named; a group takes its largest)."""
+    groups: list[GroupSettings] | None = None
+    """A partition of the roles of one's own, in place of `layout`."""
+    cpus_per_device: PositiveFloat | None = None
+    """CPU cores that a bundle asks for; none: 1 beside a GPU; without GPUs all cores, divided among the bundles."""
+    timeout: PositiveFloat = 120.0
+    """Seconds to wait for the placement groups."""
+
+    @model_validator(mode="after")
+    def _partition(self) -> Self:
+        named = [role for group in self.groups or [] for role in group.roles]
+        for role in named:
+            if named.count(role) > 1:
+                raise ValueError(f"groups: the role {role} stands in more than one group")
+        return self
+
+
+class ClusterSettings(Settings):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """Address of a running cluster; none: RAY_ADDRESS, else one is started on this machine for the run."""
+    dashboard_port: PositiveInt = 8265
+    """Port of the dashboard of a cluster that the run starts."""
+    start_timeout: PositiveFloat = 600.0
+    """Seconds for workers to start and load their models."""
+    call_timeout: PositiveFloat = 1800.0
+    """Seconds for any one call to a worker."""
+
+
+class CheckpointSettings(Settings):
+    """Where a run can be taken up again."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; none: only at a stage's end or on SIGTERM."""
+    keep: PositiveInt = 2
+    """Checkpoints kept per stage."""
+
+
+class RunConfig(Settings):
+    """All settings of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """Name of the run and of its folder."""
+    runs: str = "runs"
+    """Folder that holds the runs' folders."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Seed of everything random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the cluster has GPUs."""
+    strategy: Strategy = "ddp"
+    """How the trained states are sharded over a role's ranks: ddp not at all; zero1 optimizer; zero2 also gradients; zero3 also parameters."""
+    strategies: dict[Role, Strategy] = {}
+    """Another strategy for single roles."""
+    model: ModelSettings
+    """The starting model."""
+    chat_template: bool = False
+    """Wrap prompts in the tokenizer's chat template. Rows with `messages` always are."""
+    sft: SFTSettings | None = None
+    """Stage 1."""
+    rm: RewardModelSettings | None = None
+    """Stage 2."""
+    ppo: PPOSettings | None = None
+    """Stage 3."""
+    rollout: RolloutSettings = RolloutSettings()
+    """The engines."""
+    publish: PublishSettings = PublishSettings()
+    """Weights to the engines."""
+    placement: PlacementSettings = PlacementSettings()
+    """Roles to devices."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Ray."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """Checkpoints."""
+
+    def strategy_of(self, role: Role) -> Strategy:
+        return self.strategies.get(role, self.strategy)
+
+
