@@ -1,0 +1,43 @@
+PYTHON ?= python3.11
+EXTRA ?= cpu
+export PYTHON EXTRA
+
+BIN := .venv/bin
+
+.PHONY: help install demo test fast check format clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo     set-up, then the three stages on film reviews (configs/movies/tiny.yaml)"
+	@echo "make test     set-up, then lint, types, import rule and all tests"
+	@echo "make fast     the same without the slow tests"
+	@echo "make check    lint, types and import rule only"
+	@echo "make format   format the code and sort imports"
+	@echo "make install  set-up only: .venv (PYTHON=python3.11, EXTRA=cpu or gpu)"
+	@echo "make clean    remove .venv and caches; runs and data stay"
+
+install:
+	@bash .ci/setup
+
+demo: install
+	@$(BIN)/python -m examples.movies prepare
+	@$(BIN)/troupe pipeline configs/movies/tiny.yaml
+
+check: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: check
+	@$(BIN)/pytest
+
+fast: check
+	@$(BIN)/pytest -m "not slow"
+
+format: install
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	@rm -rf .venv *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
