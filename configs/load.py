@@ -1,0 +1,289 @@
+"""Reads a run's settings from YAML and the command line, and says what is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from configs.kinds import Kind, choices, in_words, kind_of, kind_of_child
+from configs.schema import RunConfig
+
+_KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
+_SHOWN_CHARACTERS = 60
+
+
+class ConfigError(ValueError):
+    """Settings that are refused: every problem on a line of its own, its dotted path first."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The settings in a YAML file, after the overrides.
+
+    An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is YAML. Interpolations `${a.b}` and
+    `${oc.env:NAME}` are resolved; what they stand for is never shown in an error.
+
+    Raises:
+        ConfigError: with all problems at once.
+    """
+    tree = _read(Path(path))
+    problems: dict[str, str] = {}
+    for override in overrides:
+        try:
+            _apply(tree, override)
+        except ConfigError as error:
+            problems[override] = str(error)
+    values = _Resolved(tree, problems)
+    try:
+        # Through JSON: only there does pydantic's strict mode (no "3" for 3, no true for 1) take a list for a tuple.
+        config = RunConfig.model_validate_json(json.dumps(values.tree, default=str), strict=True)
+    except ValidationError as error:
+        for details in error.errors():
+            key, text = _problem(details, values)
+            problems.setdefault(key, text)
+    if problems:
+        raise ConfigError(problems.values())
+    return config
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes all settings, defaults too; `load_config` gives an equal config. The file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _escaped(value: Any) -> Any:
+    """Text that only looks like an interpolation, written so that it is read as text."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------- file and overrides
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError([f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}"])
+    try:
+        tree = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError([f"{path}{line}: not YAML: {error.problem}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: not YAML text: {getattr(error, 'reason', error)}"]) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{path}: {_first_line(error)}"]) from None
+    except OSError as error:  # OmegaConf's word for a document that is a plain number
+        raise ConfigError([f"{path}: must be a mapping of settings: {_first_line(error)}"]) from None
+    if not isinstance(tree, DictConfig):
+        raise ConfigError([f"{path}: was a list; must be a mapping of settings"])
+    if not tree:
+        raise ConfigError([f"{path}: is empty; at least name and model are needed"])
+    return tree
+
+
+def _apply(tree: DictConfig, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        raise ConfigError([f"override {key}: must have the form a.b=value"])
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{key}: the override's value is not YAML: {_first_line(error)}"]) from None
+    assert isinstance(parsed, dict)
+    *parents, last = key.split(".")
+    node: DictConfig | ListConfig = tree
+    try:
+        for depth, part in enumerate(parents):
+            node = _enter(node, part, key, ".".join(parents[:depth]))
+        node[_position(node, last, key, ".".join(parents))] = parsed["value"]
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{key}: {_first_line(error)}"]) from None
+
+
+def _enter(node: DictConfig | ListConfig, part: str, key: str, where: str) -> DictConfig | ListConfig:
+    """The container under `part`, made where there is none."""
+    at = _position(node, part, key, where)
+    if isinstance(node, DictConfig) and (at not in node or node[at] is None):
+        node[at] = {}
+    elif OmegaConf.is_interpolation(node, at):
+        node[at] = node[at]  # a copy, so that the override does not reach what the interpolation points to
+    child = node[at]
+    if not isinstance(child, DictConfig | ListConfig):
+        raise ConfigError([f"{key}: nothing can stand below {f'{where}.{part}'.lstrip('.')}, which is a single value"])
+    return child
+
+
+def _position(node: DictConfig | ListConfig, part: str, key: str, where: str) -> Any:
+    """The key or the index that `part` stands for in a container."""
+    if isinstance(node, DictConfig):
+        return part
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ConfigError([f"{key}: {where} is a list of {len(node)}; {part} is not one of its indices, from 0"])
+    return int(part)
+
+
+class _Resolved:
+    """Plain values of a tree, and which of them came from interpolations."""
+
+    def __init__(self, tree: DictConfig, problems: dict[str, str]) -> None:
+        self.problems = problems
+        self.origins: dict[str, str] = {}
+        try:
+            self.tree = self._container(tree, "")
+        except RecursionError:
+            raise ConfigError([*problems.values(), "interpolations go round in a circle"]) from None
+
+    def _container(self, node: DictConfig | ListConfig, prefix: str) -> Any:
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        if isinstance(node, ListConfig):
+            return [self._item(node, index, raw[index], f"{prefix}{index}") for index in range(len(node))]
+        keys: list[Any] = list(node)
+        items = {str(key): self._item(node, key, raw[key], f"{prefix}{key}") for key in keys}
+        return {key: value for key, value in items.items() if f"{prefix}{key}" not in self.problems}
+
+    def _item(self, node: Any, key: Any, raw: Any, path: str) -> Any:
+        if OmegaConf.is_missing(node, key):
+            self.problems[path] = f"{path}: has no value (???)"
+            return None
+        if OmegaConf.is_interpolation(node, key):
+            self.origins[path] = str(raw)
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            reason = "cannot be decoded" if "oc.decode" in str(raw) else _first_line(error)  # which would show the text
+            self.problems[path] = f"{path}: was {raw}: {reason}"
+            return None
+        return self._container(value, f"{path}.") if isinstance(value, DictConfig | ListConfig) else value
+
+    def shown(self, path: str, value: Any) -> str:
+        """A value for an error text; never what an interpolation stands for, which may be a secret."""
+        parts = path.split(".")
+        for depth in range(len(parts), 0, -1):
+            origin = self.origins.get(".".join(parts[:depth]))
+            if origin:
+                return f"set by {origin}"
+        if any(origin.startswith(f"{path}.") for origin in self.origins):
+            return "a list" if isinstance(value, list) else "a mapping"
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+# ---------------------------------------------------------------- validation errors
+
+
+def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
+    """Dotted path and text of one of pydantic's errors."""
+    parts, parent, kind = _locate(details["loc"])
+    path = ".".join(parts)
+    match details["type"]:
+        case "extra_forbidden":
+            return path, f"{path}: no such setting; {_nearest(parts[-1], parent)}"
+        case "value_error":
+            return path, _from_validator(path, kind, str(details["ctx"]["error"]))
+        case "union_tag_not_found":
+            path = f"{path}.{kind.discriminator}"
+            return path, f"{path}: missing; must be {' | '.join(kind.models)}"
+        case "union_tag_invalid":
+            path = f"{path}.{kind.discriminator}"
+            tag = values.shown(path, details["input"][kind.discriminator])
+            return path, f"{path}: was {tag}; must be {' | '.join(kind.models)}"
+        case "missing":
+            return path, f"{path}: missing; must be {_allowed(kind)}"
+        case _ if details["loc"][-1:] == ("[key]",):
+            keys = choices(kind_of(kind.core.__args__[0]))
+            path = f"{path}.{details['input']}"
+            return path, f"{path}: no such key; {_suggestion(str(details['input']), keys)}"
+    value = _at(values.tree, parts) if len(parts) < len(details["loc"]) else details["input"]
+    return path, f"{path}: was {values.shown(path, value)}; must be {_allowed(kind)}"
+
+
+def _locate(location: tuple[str | int, ...]) -> tuple[list[str], Kind, Kind]:
+    """(dotted path, kind of the parent, kind of the place) of an error.
+
+    Pydantic mixes names of union members into locations; walking the annotations tells them from keys. Below a union
+    without a discriminator each member complains: the place is then the union itself.
+    """
+    parts: list[str] = []
+    parent = kind = kind_of(RunConfig)
+    steps = list(location)
+    if steps[-1:] == ["[key]"]:
+        steps = steps[:-2]
+    for step in steps:
+        if kind.discriminator:
+            kind = kind_of(kind.models[str(step)])
+            continue
+        if len(kind.members) > 1:
+            break
+        parts.append(str(step))
+        parent, child = kind, kind_of_child(kind, step)
+        if child is None:
+            break
+        kind = child
+    return parts, parent, kind
+
+
+def _at(tree: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    return tree
+
+
+def _from_validator(path: str, kind: Kind, text: str) -> str:
+    """Validators that look at several settings start their text with the name of the one to change."""
+    name = text.partition(":")[0]
+    own = kind.model is not None and name in kind.model.model_fields
+    return f"{path}.{text}".lstrip(".") if own else f"{path}: {text}".removeprefix(": ")
+
+
+def _allowed(kind: Kind) -> str:
+    if not kind.model:
+        return in_words(kind)
+    return f"settings ({', '.join(kind.model.model_fields)}){' or none' if kind.optional else ''}"
+
+
+def _nearest(name: str, parent: Kind) -> str:
+    from configs.reference import describe  # only needed when something is wrong
+
+    names = list(parent.model.model_fields) if parent.model else []
+    if not difflib.get_close_matches(name, names, n=1):
+        elsewhere = [setting.path for setting in describe() if setting.path.rpartition(".")[2] == name]
+        if len(elsewhere) == 1:
+            return f"did you mean {elsewhere[0]}?"
+    return _suggestion(name, names)
+
+
+def _suggestion(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"

@@ -1,0 +1,331 @@
+"""Settings: what is accepted, what is refused and in which words, the reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import ConfigError, RunConfig, load_config, save_config
+from configs.reference import describe, settings_markdown
+
+ROOT = Path(__file__).parents[1]
+
+GOOD = """
+name: run
+model: {path: some/model}
+ppo:
+  prompts: {path: prompts.jsonl}
+  steps: 3
+  rewards:
+    - {kind: model}
+    - {kind: function, name: short, function: "rewards:short"}
+  actor_optimizer: {lr: 1e-4}
+  critic_optimizer: ${ppo.actor_optimizer}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert str(caught.value).splitlines() == list(caught.value.problems)
+    return list(caught.value.problems)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_interpolations_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", "from/env")
+    config = load_config(
+        write(tmp_path, GOOD),
+        [
+            "ppo.rewards.1.weight=0.5",
+            "ppo.critic_optimizer.lr=2e-4",
+            "model.path=${oc.env:MODEL}",
+            "rollout.top_p=0.9",
+            "ppo.kl.control={kind: adaptive, target: 0.2}",
+            "cluster.address=",
+        ],
+    )
+    assert config.ppo is not None
+    assert [reward.weight for reward in config.ppo.rewards] == [1.0, 0.5]
+    assert config.ppo.actor_optimizer.lr == 1e-4, "an override must not reach through an interpolation"
+    assert config.ppo.critic_optimizer.lr == 2e-4
+    assert config.ppo.critic_optimizer.betas == (0.9, 0.95)
+    assert config.model.path == "from/env"
+    assert config.rollout.top_p == 0.9
+    assert config.ppo.kl.control.kind == "adaptive"
+    assert config.cluster.address is None
+
+
+BAD: list[tuple[str, str]] = [
+    # unknown names
+    ("ppo.clip_rnge=1", "ppo.clip_rnge: no such setting; did you mean clip_range?"),
+    ("sed=3", "sed: no such setting; did you mean seed?"),
+    ("temperature=1", "temperature: no such setting; did you mean rollout.temperature?"),
+    ("publish.zzz=1", "publish.zzz: no such setting; there are transport, bucket_mib"),
+    ("ppo.rewards.0.wight=1", "ppo.rewards.0.wight: no such setting; did you mean weight?"),
+    ("ppo.rewards.0.model=1", "ppo.rewards.0.model: no such setting; there are kind, name, path, weight"),
+    ("ppo.kl.control={kind: adaptive, horizn: 1}", "ppo.kl.control.horizn: no such setting; did you mean horizon?"),
+    ("placement.devices.actr=1", "placement.devices.actr: no such key; did you mean actor?"),
+    ("strategies={acto: ddp}", "strategies.acto: no such key; did you mean actor?"),
+    # missing
+    ("model={}", "model.path: missing; must be text"),
+    ("ppo.critic_optimizer={betas: [0, 0]}", "ppo.critic_optimizer.lr: missing; must be number > 0"),
+    (
+        "sft={train: {path: x}}",
+        "sft.optimizer: missing; must be settings (lr, betas, weight_decay, warmup, schedule, max_grad_norm)",
+    ),
+    ("ppo.steps=???", "ppo.steps: has no value (???)"),
+    ("seed=???", "seed: has no value (???)"),
+    ("ppo.rewards.1={kind: function, function: 'a:b'}", "ppo.rewards.1.name: missing; must be text"),
+    # type
+    ("ppo.steps=many", 'ppo.steps: was "many"; must be integer > 0'),
+    ("ppo.steps='3'", 'ppo.steps: was "3"; must be integer > 0'),
+    ("ppo.steps=2.5", "ppo.steps: was 2.5; must be integer > 0"),
+    ("ppo.steps=null", "ppo.steps: was null; must be integer > 0"),
+    ("seed=true", "seed: was true; must be integer >= 0 and < 2147483648"),
+    ("chat_template=1", "chat_template: was 1; must be true | false"),
+    ("runs=7", "runs: was 7; must be text"),
+    ("ppo.prompts=file.jsonl", 'ppo.prompts: was "file.jsonl"; must be settings (path, split, columns, limit)'),
+    ("model.lora=16", "model.lora: was 16; must be settings (rank, alpha, dropout, targets) or none"),
+    ("ppo.rewards=model", 'ppo.rewards: was "model"; must be list of at least 1 settings with kind: model | function'),
+    ("ppo.rewards.0=model", 'ppo.rewards.0: was "model"; must be settings with kind: model | function'),
+    ("ppo.kl.control=fixed", 'ppo.kl.control: was "fixed"; must be settings with kind: fixed | adaptive'),
+    ("model.lora={targets: [q, 3]}", 'model.lora.targets: was ["q", 3]; must be list of text or all-linear'),
+    ("model.lora={targets: some}", 'model.lora.targets: was "some"; must be list of text or all-linear'),
+    ("ppo.prompts.columns=[a]", 'ppo.prompts.columns: was ["a"]; must be mapping of text to text'),
+    ("ppo.prompts.columns={prompt: 3}", "ppo.prompts.columns.prompt: was 3; must be text"),
+    # range and choice
+    ("ppo.steps=0", "ppo.steps: was 0; must be integer > 0"),
+    ("seed=-1", "seed: was -1; must be integer >= 0 and < 2147483648"),
+    ("rollout.top_p=1.5", "rollout.top_p: was 1.5; must be number > 0 and <= 1"),
+    ("ppo.gamma=.nan", "ppo.gamma: was NaN; must be number >= 0 and <= 1"),
+    ("ppo.clip_range=.inf", "ppo.clip_range: was Infinity; must be number > 0"),
+    ("device=tpu", 'device: was "tpu"; must be auto | cpu | cuda'),
+    ("name=a/b", r'name: was "a/b"; must be text matching ^[\w.-]+$'),
+    (
+        "ppo.rewards.1.function=short",
+        r'ppo.rewards.1.function: was "short"; must be text matching ^[A-Za-z_][\w.]*:[A-Za-z_]\w*$',
+    ),
+    ("ppo.rewards=[]", "ppo.rewards: was []; must be list of at least 1 settings with kind: model | function"),
+    ("ppo.critic_optimizer.betas=[0.9]", "ppo.critic_optimizer.betas.1: missing; must be number"),
+    ("ppo.critic_optimizer.betas=[1, 1, 1]", "ppo.critic_optimizer.betas: was [1, 1, 1]; must be [number, number]"),
+    ("ppo.rewards.0.kind=modl", 'ppo.rewards.0.kind: was "modl"; must be model | function'),
+    ("ppo.kl.control={coefficient: 1}", "ppo.kl.control.kind: missing; must be fixed | adaptive"),
+    ("ppo.kl.control={kind: fixed, coefficient: -1}", "ppo.kl.control.coefficient: was -1; must be number >= 0"),
+    ("placement.devices={critic: 0}", "placement.devices.critic: was 0; must be integer > 0"),
+    (
+        "placement.groups=[{roles: [actor, judge]}]",
+        'placement.groups.0.roles.1: was "judge"; must be actor | critic | reference | reward | rollout',
+    ),
+    # several settings at once
+    (
+        "ppo.mini_batches=7",
+        "ppo.mini_batches: 64 sequences (prompts_per_step 64 x samples_per_prompt 1) do not divide by 7",
+    ),
+    (
+        "placement.groups=[{roles: [actor]}, {roles: [actor]}]",
+        "placement.groups: the role actor stands in more than one group",
+    ),
+    # overrides and interpolations
+    ("ppo.steps", "override ppo.steps: must have the form a.b=value"),
+    ("=3", "override : must have the form a.b=value"),
+    ("ppo..steps=secret", "override ppo..steps: must have the form a.b=value"),
+    ("--ppo.steps=3", "override --ppo.steps: must have the form a.b=value"),
+    ("ppo.rewards.2.weight=1", "ppo.rewards.2.weight: ppo.rewards is a list of 2; 2 is not one of its indices, from 0"),
+    ("ppo.rewards.last=1", "ppo.rewards.last: ppo.rewards is a list of 2; last is not one of its indices, from 0"),
+    ("name.first=x", "name.first: nothing can stand below name, which is a single value"),
+    ("ppo.steps=${ppo.stepz}", "ppo.steps: was ${ppo.stepz}: Interpolation key 'ppo.stepz' not found"),
+    (
+        "runs=${oc.env:NOT_THERE}",
+        "runs: was ${oc.env:NOT_THERE}: KeyError raised while resolving interpolation: "
+        "\"Environment variable 'NOT_THERE' not found\"",
+    ),
+    ("ppo.kl=${ppo}", "ppo.kl: was ${ppo}: Interpolation to parent node detected"),
+]
+
+
+@pytest.mark.parametrize(("override", "error"), BAD, ids=[override for override, _ in BAD])
+def test_bad_setting(tmp_path: Path, override: str, error: str) -> None:
+    """One wrong setting gives exactly its own error, and the same in the file as on the command line."""
+    assert problems(write(tmp_path, GOOD), override) == [error]
+
+
+def test_circle_of_interpolations(tmp_path: Path) -> None:
+    assert "interpolations go round in a circle" in problems(
+        write(tmp_path, GOOD), "ppo.kl.control={kind: '${rollout}'}", "rollout.seed={a: '${ppo.kl.control}'}"
+    )
+
+
+def test_value_that_is_not_yaml(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path, GOOD), "ppo.steps=[1,")
+    assert problem.startswith("ppo.steps: the override's value is not YAML: ")
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("steps: 3", "steps: 0\n  clip_rnge: 1").replace("name: run\n", "")
+    assert problems(write(tmp_path, text), "nonsense", "device=tpu") == [
+        "override nonsense: must have the form a.b=value",
+        "name: missing; must be text matching ^[\\w.-]+$",
+        'device: was "tpu"; must be auto | cpu | cuda',
+        "ppo.steps: was 0; must be integer > 0",
+        "ppo.clip_rnge: no such setting; did you mean clip_range?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "is empty; at least name and model are needed"),
+        ("# nothing\n", "is empty; at least name and model are needed"),
+        ("- a\n", "was a list; must be a mapping of settings"),
+        ("5\n", "must be a mapping of settings: "),
+        ("name: a\nmodel: [\n", ":3: not YAML: "),
+        ("name: a\n\tmodel: b\n", ":2: not YAML: found a tab character that violates indentation"),
+        ("name: a\nname: b\n", ":2: not YAML: found duplicate key name"),
+        ("name: \x00\n", "not YAML text: control characters are not allowed"),
+        ("name: ${broken\n", "${broken"),
+    ],
+)
+def test_bad_file(tmp_path: Path, text: str, error: str) -> None:
+    path = write(tmp_path, text)
+    found = problems(path)
+    assert error in found[0]
+    if "broken" not in text:
+        assert found[0].startswith(str(path))
+        assert len(found) == 1
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert problems(tmp_path / "none.yaml") == [f"{tmp_path / 'none.yaml'}: no such file"]
+    assert problems(tmp_path) == [f"{tmp_path}: a folder, not a file"]
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\xfa")
+    assert "not YAML text" in problems(binary)[0]
+
+
+def test_errors_keep_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "hunter2[")
+    for override in (
+        "seed=${oc.env:TOKEN}",
+        "ppo.rewards.0.kind=${oc.env:TOKEN}",
+        "ppo.rewards.0={token: '${oc.env:TOKEN}'}",
+        "model.lora={targets: ['${oc.env:TOKEN}', 3]}",
+        "ppo.kl={'x': '${oc.env:TOKEN}'}",
+        "ppo.steps=${oc.decode:${oc.env:TOKEN}}",
+        "ppo.critic_optimizer=${oc.env:TOKEN}",
+    ):
+        assert "hunter2" not in "\n".join(problems(write(tmp_path, GOOD), override)), override
+
+
+def test_error_names_the_interpolation(tmp_path: Path) -> None:
+    assert problems(write(tmp_path, GOOD), "ppo.actor_optimizer.lr=0") == [
+        "ppo.actor_optimizer.lr: was 0; must be number > 0",
+        "ppo.critic_optimizer.lr: was set by ${ppo.actor_optimizer}; must be number > 0",
+    ]
+
+
+# ---------------------------------------------------------------- saving
+
+
+def test_saved_config_is_the_same(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD), ["seed=7", "placement.devices={actor: 2}", "strategies={actor: zero3}"])
+    path = tmp_path / "deep" / "saved.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+    assert names(path.parent) == ["saved.yaml"]
+    assert "${" not in path.read_text()
+
+
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20) | st.sampled_from(
+    [
+        "1e5",
+        "null",
+        "true",
+        "3",
+        "${a}",
+        r"\${a}",
+        r"\\${a}",
+        "a: b",
+        "- x",
+        "x\\",
+        "2024-01-01",
+        "~",
+        "$",
+        "${",
+        "???x",
+    ]
+)
+
+
+@given(path=texts, column=texts, lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_any_text_and_number_survives(
+    tmp_path_factory: pytest.TempPathFactory, path: str, column: str, lr: float
+) -> None:
+    settings: dict[str, Any] = {
+        "name": "x",
+        "model": {"path": path},
+        "sft": {"train": {"path": path, "columns": {"prompt": column}}, "optimizer": {"lr": lr}},
+    }
+    config = RunConfig.model_validate(settings)
+    file = tmp_path_factory.mktemp("config") / "run.yaml"
+    save_config(config, file)
+    assert load_config(file) == config
+
+
+def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "saved.yaml"
+    config = load_config(write(tmp_path, GOOD))
+    save_config(config, path)
+    before = path.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_config(config.model_copy(update={"seed": 9}), path)
+    assert path.read_text() == before
+    assert names(tmp_path) == ["run.yaml", "saved.yaml"]
+
+
+# ---------------------------------------------------------------- reference
+
+
+def test_reference_lists_every_setting() -> None:
+    settings = describe()
+    by_path = {setting.path: setting for setting in settings}
+    assert all(setting.meaning and setting.type and setting.default for setting in settings)
+    assert by_path["ppo.clip_range"].type == "number > 0"
+    assert by_path["ppo.clip_range"].default == "0.2"
+    assert by_path["ppo.clip_range"].meaning == "Half-width of the clip on the probability ratio."
+    assert by_path["ppo.rewards[].weight"].when == ""
+    assert by_path["ppo.rewards[].kind"].type == "model | function"
+    assert by_path["ppo.rewards[].function"].when == "kind: function"
+    assert by_path["placement.groups[].devices"].default == "1"
+    assert by_path["sft.train.path"].default == "required"
+    assert len(settings) == len(set(settings))
+
+
+def test_settings_page_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert page == settings_markdown(), "run: python -m configs.reference > docs/settings.md"
+
+
+def test_configs_imports_nothing_heavy() -> None:
+    code = "import sys, configs, configs.reference; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "vllm", "transformers", "ray", "deepspeed", "numpy"} & set(loaded.split())
