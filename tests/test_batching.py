@@ -1,0 +1,132 @@
+"""What must hold of every split of rows, whatever their lengths."""
+
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.batching import Rows, aligned_micro_batches, balance, micro_batches, pad_right
+
+quick = settings(deadline=None, max_examples=150, derandomize=True)
+rows_of_tokens = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+
+
+def size(lengths: Sequence[int], rows: Rows | range) -> int:
+    """Tokens of a micro-batch, padding included."""
+    return len(rows) * max(lengths[row] for row in rows)
+
+
+def assert_partition(parts: list[Rows], count: int) -> None:
+    assert sorted(np.concatenate(parts).tolist()) == list(range(count))
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@quick
+@given(
+    st.integers(1, 6).flatmap(
+        lambda parts: st.tuples(
+            st.just(parts),
+            st.integers(1, 12).flatmap(
+                lambda rows: st.lists(st.integers(1, 500), min_size=rows * parts, max_size=rows * parts)
+            ),
+        )
+    )
+)
+def test_balance(case: tuple[int, list[int]]) -> None:
+    parts, lengths = case
+    shards = balance(lengths, parts)
+    assert_partition(shards, len(lengths))
+    assert {len(rows) for rows in shards} == {len(lengths) // parts}
+    tokens = [sum(lengths[row] for row in rows) for rows in shards]
+    assert max(tokens) - min(tokens) <= max(lengths) - min(lengths)
+    assert all((np.diff(rows) > 0).all() for rows in shards)
+    assert all(np.array_equal(x, y) for x, y in zip(shards, balance(np.array(lengths), parts), strict=True))
+
+
+def test_balance_of_many_rows_is_fine() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 512)
+    tokens = [lengths[rows].sum() for rows in balance(lengths, 8)]
+    assert max(tokens) - min(tokens) < 20
+
+
+def test_balance_refuses_what_does_not_divide() -> None:
+    with pytest.raises(ValueError, match="7 rows do not divide into 2 parts of the same count"):
+        balance([1] * 7, 2)
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+def fewest_and_smallest(lengths: list[int], max_tokens: int) -> tuple[int, int]:
+    """Every way to cut the sorted rows: the least number of micro-batches, and the least size of the largest then."""
+    ordered = sorted(lengths)
+    for count in range(1, len(ordered) + 1):
+        sizes = []
+        for cuts in combinations(range(1, len(ordered)), count - 1):
+            bounds = [0, *cuts, len(ordered)]
+            parts = [range(a, b) for a, b in pairwise(bounds)]
+            if all(len(part) == 1 or size(ordered, part) <= max_tokens for part in parts):
+                sizes.append(max(size(ordered, part) for part in parts))
+        if sizes:
+            return count, min(sizes)
+    raise AssertionError("one row each is always a way")
+
+
+@quick
+@given(rows_of_tokens, st.integers(1, 300))
+def test_micro_batches_keep_the_bound(lengths: list[int], max_tokens: int) -> None:
+    batches = micro_batches(lengths, max_tokens)
+    assert_partition(batches, len(lengths))
+    assert all(len(rows) == 1 or size(lengths, rows) <= max_tokens for rows in batches)
+    in_order = [lengths[row] for rows in batches for row in rows]
+    assert in_order == sorted(lengths, reverse=True)
+
+
+@quick
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(1, 80))
+def test_micro_batches_are_the_fewest_and_the_most_even(lengths: list[int], max_tokens: int) -> None:
+    batches = micro_batches(lengths, max_tokens)
+    assert (len(batches), max(size(lengths, rows) for rows in batches)) == fewest_and_smallest(lengths, max_tokens)
+
+
+def test_micro_batches_by_hand() -> None:
+    assert [rows.tolist() for rows in micro_batches([3, 90, 2, 3, 2, 1], 9)] == [[1], [0, 3], [2, 4, 5]]
+    assert [len(rows) for rows in micro_batches([10] * 9, 40)] == [3, 3, 3]
+    assert micro_batches([], 9) == []
+
+
+@quick
+@given(
+    st.integers(1, 12).flatmap(
+        lambda rows: st.lists(st.lists(st.integers(1, 60), min_size=rows, max_size=rows), min_size=1, max_size=4)
+    ),
+    st.integers(1, 200),
+)
+def test_ranks_have_the_same_number_of_micro_batches(shards: list[list[int]], max_tokens: int) -> None:
+    ranks = aligned_micro_batches(shards, max_tokens)
+    for lengths, batches in zip(shards, ranks, strict=True):
+        assert_partition(batches, len(lengths))
+        assert all(len(rows) == 1 or size(lengths, rows) <= max_tokens for rows in batches)
+        assert all(len(rows) for rows in batches)
+    needed = max(len(micro_batches(lengths, max_tokens)) for lengths in shards)
+    assert {len(batches) for batches in ranks} == {needed}
+
+
+def test_a_rank_with_too_few_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 1 has 2 rows, but another needs 3 micro-batches"):
+        aligned_micro_batches([[9, 9, 9], [1, 1]], 10)
+
+
+# ---------------------------------------------------------------- padding
+
+
+def test_pad_right() -> None:
+    padded = pad_right([np.array([1, 2, 3], dtype=np.int32), np.array([4], dtype=np.int32)], -1)
+    assert padded.dtype == np.int32
+    assert padded.tolist() == [[1, 2, 3], [4, -1, -1]]
+    assert pad_right([np.ones(1, bool), np.ones(2, bool)], False).tolist() == [[True, False], [True, True]]
