@@ -1,0 +1,6 @@
+"""What the cluster has, what each role needs, and where it goes."""
+
+from placement.cluster import Cluster, Node
+from placement.plan import Plan, PlanError, make_plan, render
+
+__all__ = ["Cluster", "Node", "Plan", "PlanError", "make_plan", "render"]

@@ -1,0 +1,105 @@
+"""The plan's placement groups, made real in Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.exceptions import RaySystemError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from configs.schema import Role
+from placement.packing import KINDS, Request, creation_order, shortage, units, written
+from placement.shape import GroupPlan, Plan
+
+
+class PlacementError(RuntimeError):
+    """A placement group was not to be had."""
+
+
+def create_groups(plan: Plan, run_name: str, timeout: float) -> dict[str, PlacementGroup]:
+    """Reserve the plan's groups, named `{run_name}-{group}`; on failure none stays.
+
+    They are asked for together, the hardest to place first, as the plan laid them.
+
+    Args:
+        plan: a stage's plan.
+        run_name: stands before the groups' names, which are unique in the Ray namespace.
+        timeout: seconds for all of them together.
+
+    Raises:
+        PlacementError: a group was not to be had in that time, or its name is taken; names the group, the resource
+            that is missing and what each node has free.
+    """
+    deadline = time.monotonic() + timeout
+    made: dict[str, PlacementGroup] = {}
+    try:
+        for index in creation_order([_request(group) for group in plan.groups]):
+            made[plan.groups[index].name] = _ask(plan.groups[index], run_name)
+        waiting = [name for name, group in made.items() if not group.wait(max(0.0, deadline - time.monotonic()))]
+        if waiting:
+            raise PlacementError(_refusal(plan, run_name, timeout, waiting))
+    except BaseException:
+        remove_groups(made)
+        raise
+    return {group.name: made[group.name] for group in plan.groups}
+
+
+def remove_groups(groups: Mapping[str, PlacementGroup]) -> None:
+    """Give the groups back; the workers on them are killed."""
+    for group in groups.values():
+        remove_placement_group(group)
+
+
+def bundle_of(plan: Plan, role: Role, rank: int) -> tuple[str, int]:
+    """Where a worker goes: (name of its group, index of its bundle; the first, where an engine spans several)."""
+    planned = plan.roles[role]
+    if not 0 <= rank < planned.ranks:
+        raise IndexError(f"{role} has ranks 0 to {planned.ranks - 1}, not {rank}")
+    bundles = len(plan.group(planned.group).bundles)
+    return planned.group, rank * (bundles // planned.ranks)
+
+
+def _ask(group: GroupPlan, run_name: str) -> PlacementGroup:
+    name = f"{run_name}-{group.name}"
+    try:
+        return placement_group([dict(bundle) for bundle in group.bundles], strategy=group.packing, name=name)
+    except RaySystemError as error:
+        raise PlacementError(f"placement group {name}: {error}") from error
+
+
+def _request(group: GroupPlan) -> Request:
+    return Request(group.bundles[0], len(group.bundles), group.packing)
+
+
+def _refusal(plan: Plan, run_name: str, timeout: float, waiting: list[str]) -> str:
+    """Which groups were not had, for want of what, and what each node has free while the others are held."""
+    free, lines = _free_resources(), []
+    for name in waiting:
+        request = _request(plan.group(name))
+        lines.append(
+            f"placement group {run_name}-{name} was not to be had in {timeout:g} s (placement.timeout): "
+            f"{request.count} x ({written(request.bundle)}), {request.packing}; "
+            f"{shortage(request, [units(node) for node, _ in free.values()])}"
+        )
+    nodes = "".join(f"\n  {name}: free {_of(node, total)}" for name, (node, total) in free.items())
+    held = [f"{run_name}-{group.name}" for group in plan.groups if group.name not in waiting]
+    beside = f", beside {', '.join(held)}" if held else ""
+    return "\n".join(lines) + f"\nfree on the nodes{beside}:{nodes}"
+
+
+def _of(free: Mapping[str, float], total: Mapping[str, float]) -> str:
+    return ", ".join(f"{free.get(kind, 0.0):g} of {total[kind]:g} {kind}" for kind in KINDS if total.get(kind))
+
+
+def _free_resources() -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    """Alive node -> (free, total) of its resources."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = {}
+    for node in [*status.active_nodes, *status.idle_nodes]:
+        usage = node.resource_usage.usage
+        total = {each.resource_name: each.total for each in usage}
+        nodes[f"{node.ip_address}/{node.node_id[:6]}"] = {u.resource_name: u.total - u.used for u in usage}, total
+    return nodes

@@ -1,0 +1,111 @@
+"""A layout: the stage's roles parted into groups, each with its devices. Presets are partitions like any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from configs.schema import PlacementSettings, Role, RunConfig
+from placement.packing import Packing, Request
+from placement.shape import Device, Problem, Stage
+
+PRESETS: dict[str, tuple[tuple[Role, ...], ...]] = {
+    "separate": (("actor",), ("critic",), ("reference",), ("reward",), ("rollout",)),
+    "paired": (("actor", "reference"), ("critic", "reward"), ("rollout",)),
+    "colocated": (("actor", "critic", "reference", "reward", "rollout"),),
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """One group of roles and its devices; `setting` is the path that says so."""
+
+    roles: tuple[Role, ...]
+    devices: int
+    packing: Packing
+    setting: str
+    tensor_parallel: int = 1
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.roles)
+
+    @property
+    def devices_per_bundle(self) -> int:
+        """A bundle lies on one node: an engine of a group for rollout alone takes one whole, so none crosses nodes."""
+        return self.tensor_parallel if self.roles == ("rollout",) else 1
+
+    @property
+    def engines_fit(self) -> bool:
+        """On GPUs an engine of several devices needs them for itself: a share of a bundle is at most one GPU."""
+        return self.tensor_parallel == 1 or (self.roles == ("rollout",) and self.devices % self.tensor_parallel == 0)
+
+    def ranks(self, role: Role) -> int:
+        return self.devices // self.tensor_parallel if role == "rollout" else self.devices
+
+    def request(self, device: Device, cpus_per_device: float) -> Request:
+        bundle = {"CPU": round(cpus_per_device * self.devices_per_bundle, 4)}
+        if device == "cuda":
+            bundle["GPU"] = float(self.devices_per_bundle)
+        return Request(bundle, self.devices // self.devices_per_bundle, self.packing)
+
+
+def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
+    """The roles that a stage needs. Only generalised advantage estimation asks a critic."""
+    if stage != "ppo":
+        return ("actor",) if stage == "sft" else ("reward",)
+    assert config.ppo is not None
+    critic: tuple[Role, ...] = ("critic",) if config.ppo.advantage == "gae" else ()
+    return ("actor", *critic, "reference", "reward", "rollout")
+
+
+def partition(placement: PlacementSettings, roles: tuple[Role, ...]) -> tuple[list[Share], list[Problem]]:
+    """The groups of the roles that the stage needs, and what is wrong with them."""
+    if placement.groups is None:
+        return preset(placement, placement.layout, roles), []
+    problems = []
+    shares = [
+        Share(kept, group.devices, group.packing, f"placement.groups.{index}")
+        for index, group in enumerate(placement.groups)
+        if (kept := tuple(role for role in roles if role in group.roles))
+    ]
+    missing = [role for role in roles if not any(role in share.roles for share in shares)]
+    if missing:
+        text = f"no group holds {', '.join(missing)}; the stage needs each of {', '.join(roles)} in one group"
+        problems.append(Problem("placement.groups", text))
+    if placement.devices:
+        named = ", ".join(placement.devices)
+        text = f"names {named}, which `placement.groups` overrides; give each group its `devices` instead"
+        problems.append(Problem("placement.devices", text))
+    return shares, problems
+
+
+def preset(placement: PlacementSettings, layout: str, roles: tuple[Role, ...]) -> list[Share]:
+    """A preset's groups; a group has as many devices as its largest role."""
+    return [
+        Share(kept, _devices(placement, kept), "PACK", _setting(placement, kept))
+        for group in PRESETS[layout]
+        if (kept := tuple(role for role in group if role in roles))
+    ]
+
+
+def with_engines(shares: list[Share], size: int) -> list[Share]:
+    """The same groups, where the one that holds rollout knows the engines' tensor parallel size."""
+    return [replace(share, tensor_parallel=size) if "rollout" in share.roles else share for share in shares]
+
+
+def capped(shares: list[Share], most: int) -> list[Share]:
+    """The same groups with at most so many devices each (an engine keeps all of its own)."""
+
+    def devices(share: Share) -> int:
+        return min(share.devices, max(1, most // share.tensor_parallel) * share.tensor_parallel)
+
+    return [replace(share, devices=devices(share)) for share in shares]
+
+
+def _devices(placement: PlacementSettings, roles: tuple[Role, ...]) -> int:
+    return max(placement.devices.get(role, 1) for role in roles)
+
+
+def _setting(placement: PlacementSettings, roles: tuple[Role, ...]) -> str:
+    largest = [role for role in roles if placement.devices.get(role) == _devices(placement, roles)]
+    return f"placement.devices.{largest[0]}" if largest else "placement.layout"
