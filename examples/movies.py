@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import html
 import json
-import os
 import random
 import subprocess
 import sys
@@ -41,7 +40,7 @@ PROMPT_WORDS = 3
 """Words of a sentence that make the prompt; shorter sentences only serve in pairs."""
 PAIRS_PER_SENTENCE = 2
 MIN_MARGIN = 1.0
-"""Smallest difference of two mean ratings (on -4..4) that makes a pair: about the width of the raters' own disagreement."""
+"""Smallest difference of two mean ratings (on -4..4) that makes a pair."""
 VOCABULARY = 4000
 INSTRUCTION = "Continue this sentence from a film review: {}"
 
@@ -100,18 +99,18 @@ def fetch(package: str, folder: Path, *options: str) -> Path:
 def read_sentences() -> list[Sentence]:
     """All rated sentences, each text once."""
     with tempfile.TemporaryDirectory() as folder:
-        # Only the source package carries the ratings. Its metadata is built with the setuptools that torch brings along.
+        # Only the source package carries the ratings. pip reads its metadata with the setuptools that torch brings.
         source = fetch("vaderSentiment==3.3.2", Path(folder), "--no-binary", ":all:", "--no-build-isolation")
-        outer = tarfile.open(source)
-        ratings = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-        inner = tarfile.open(fileobj=ratings)
-        lines = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        assert lines is not None
-        return parse(lines.read().decode())
+        with tarfile.open(source) as outer:
+            ratings = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+            with tarfile.open(fileobj=ratings) as inner:
+                lines = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+                assert lines is not None
+                return parse(lines.read().decode())
 
 
 def parse(table: str) -> list[Sentence]:
-    """Lines of `id<TAB>mean rating<TAB>sentence`. Of equal sentences the first stays, so that no text is in two splits."""
+    """Lines of `id<TAB>mean rating<TAB>sentence`. Of equal sentences the first stays: no text is in two splits."""
     sentences: dict[str, Sentence] = {}
     for line in table.splitlines():
         name, rating, raw = line.split("\t")
@@ -251,13 +250,12 @@ def make(folder: Path, whole: Path, build: Callable[[Path], None]) -> None:
         built = Path(temporary) / folder.name
         built.mkdir()
         build(built)
-        os.replace(built, folder)
+        built.rename(folder)
     print(f"made {folder}")
 
 
-def write_task(folder: Path) -> None:
+def write_task(folder: Path, sentences: list[Sentence]) -> None:
     """All data, and the tiny model's folder."""
-    sentences = read_sentences()
     for split in SPLITS:
         write_split(folder, split, [sentence for sentence in sentences if sentence.split == split])
     write_tiny(folder / "tiny", [sentence.text for sentence in sentences if sentence.split == "train"])
@@ -265,7 +263,7 @@ def write_task(folder: Path) -> None:
 
 def prepare(folder: Path, model: Literal["tiny", "smollm2"] = "tiny") -> None:
     """Make what is missing of the task's data and of the model's folder."""
-    make(folder, folder / "tiny", write_task)
+    make(folder, folder / "tiny", lambda built: write_task(built, read_sentences()))
     if model == "smollm2":
         make(folder / "smollm2", folder / "smollm2", write_smollm2)
 
