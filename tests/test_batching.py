@@ -117,6 +117,11 @@ def test_ranks_have_the_same_number_of_micro_batches(shards: list[list[int]], ma
     assert {len(batches) for batches in ranks} == {needed}
 
 
+def test_a_rank_that_needs_fewer_micro_batches_cuts_smaller_ones() -> None:
+    ranks = aligned_micro_batches([[20] * 4 + [10] * 5, [10] * 9], 40)
+    assert [[len(rows) for rows in batches] for batches in ranks] == [[2, 2, 4, 1], [3, 3, 2, 1]]
+
+
 def test_a_rank_with_too_few_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="rank 1 has 2 rows, but another needs 3 micro-batches"):
         aligned_micro_batches([[9, 9, 9], [1, 1]], 10)
