@@ -26,8 +26,8 @@ def balance(lengths: npt.ArrayLike, parts: int) -> list[Rows]:
     lengths = np.asarray(lengths)
     if len(lengths) % parts:
         raise ValueError(f"{len(lengths)} rows do not divide into {parts} parts of the same count")
-    # Rows of like length are dealt out in rounds, the longest of a round to the part with the fewest tokens. Old and new
-    # difference of two parts have opposite signs then, so none outgrows the differences within a round.
+    # Rows of like length are dealt out in rounds, the longest of a round to the part with the fewest tokens.
+    # The old and the new difference of two parts then have opposite signs: none outgrows the differences within a round.
     rounds = np.argsort(-lengths, kind="stable").reshape(-1, parts)
     dealt = np.empty_like(rounds)
     tokens = np.zeros(parts, dtype=np.int64)
