@@ -27,7 +27,7 @@ def balance(lengths: npt.ArrayLike, parts: int) -> list[Rows]:
     if len(lengths) % parts:
         raise ValueError(f"{len(lengths)} rows do not divide into {parts} parts of the same count")
     # Rows of like length are dealt out in rounds, the longest of a round to the part with the fewest tokens.
-    # The old and the new difference of two parts then have opposite signs: none outgrows the differences within a round.
+    # The old and the new difference of two parts then have opposite signs: none outgrows those within a round.
     rounds = np.argsort(-lengths, kind="stable").reshape(-1, parts)
     dealt = np.empty_like(rounds)
     tokens = np.zeros(parts, dtype=np.int64)
