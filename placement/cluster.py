@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-GPU_NODES = re.compile(r"(\d+)x(\d+)x([A-Za-z][\w-]*?)(?:-(\d+(?:\.\d+)?)(GB|TB))?")
+GPU_NODES = re.compile(r"(\d+)x(\d+)x([A-Za-z]\w*(?:-[A-Za-z]\w*)*)(?:-(\d+(?:\.\d+)?)(GB|TB))?")
 CPU_NODES = re.compile(r"(\d+)x(\d+(?:\.\d+)?)cpus?")
 MEMORY = re.compile(r"(\d+(?:\.\d+)?)(GB|TB)")
 GB_IN = {"GB": 1.0, "TB": 1024.0}

@@ -114,8 +114,7 @@ def shortage(request: Request, free: Sequence[Mapping[str, int]]) -> str:
         fitting = sum(holds(node, bundle) > 0 for node in free)
         return f"STRICT_SPREAD wants {request.count} nodes with {written(request.bundle)} each; {fitting} have that"
     fitting = sum(holds(node, bundle) for node in free)
-    bundles = f"{request.count} bundles of {written(request.bundle)}"
-    return f"{bundles} are asked for; the nodes hold {fitting}, as none may cross nodes"
+    return f"{request.count} x ({written(request.bundle)}) asked, each on one node; the nodes have room for {fitting}"
 
 
 def amount(ten_thousandths: int) -> str:

@@ -58,7 +58,8 @@ class Site:
         laid, free = simulate(requests, self.cluster)
         for share, request, nodes in zip(shares, requests, laid, strict=True):
             if nodes is None:
-                text = f"group {share.name} finds no room: {shortage(request, free)}; {hint}"
+                beside = " beside the others" if len(shares) > 1 else ""
+                text = f"group {share.name} finds no room{beside}: {shortage(request, free)}; {hint}"
                 problems.append(Problem(self._setting_of(share, shares), text))
         return problems
 
