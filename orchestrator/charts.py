@@ -101,7 +101,7 @@ def curves(
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if len(series) + (line is not None) > 1:
-            _legend(axes)
+            _legend(axes, 6 if wide else 3)
         axes.set_xlabel("step", loc="right", fontsize=9)
         axes.margins(x=0.01)
     return Chart(title, caption, out.getvalue(), wide)
@@ -122,7 +122,7 @@ def stacked(title: str, caption: str, steps: Sequence[int], parts: Mapping[str, 
         axes.set_xlabel("step", loc="right", fontsize=9)
         axes.set_ylabel("seconds", fontsize=9)
         axes.margins(x=0.01)
-        _legend(axes)
+        _legend(axes, 6)
     return Chart(title, caption, out.getvalue(), wide=True)
 
 
@@ -140,7 +140,7 @@ def distributions(
         axes.set_ylabel("answers", fontsize=9)
         axes.set_xlabel("reward", loc="right", fontsize=9)
         axes.grid(axis="x", visible=False)
-        _legend(axes)
+        _legend(axes, 6)
     return Chart(title, caption, out.getvalue(), wide=True)
 
 
@@ -194,9 +194,14 @@ def _label(text: str) -> str:
     return text.replace("_", " ").strip() or text
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, columns: int) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, borderaxespad=0.1, columnspacing=1.4, handlelength=1.4
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=columns,
+        borderaxespad=0.1,
+        columnspacing=1.4,
+        handlelength=1.4,
     )
 
 
