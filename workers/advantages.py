@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from configs.schema import PPOSettings
 from workers.registry import Registry
 
 EPSILON = 1e-8
@@ -132,22 +129,6 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- rewards
-
-
-def shape_scores(
-    scores: npt.NDArray[np.floating], has_eos: npt.NDArray[np.bool_], settings: PPOSettings
-) -> npt.NDArray[np.float32]:
-    """The scores [B] of a whole step as they are trained on; has_eos [B] says which answers ended by themselves.
-
-    Whitened, then clipped, then less the penalty for a missing end. The penalty comes last so that it is always worth
-    what the setting says: whitening would take it back where all answers lack their end, the clip where scores are low.
-    """
-    shaped = scores.astype(np.float64)
-    if settings.whiten_rewards:
-        shaped = (shaped - shaped.mean()) / np.sqrt(shaped.var() + EPSILON)
-    if settings.reward_clip is not None:
-        shaped = shaped.clip(-settings.reward_clip, settings.reward_clip)
-    return (shaped - settings.missing_eos_penalty * ~has_eos).astype(np.float32)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:

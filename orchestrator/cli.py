@@ -1,0 +1,188 @@
+"""The command `troupe`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from orchestrator.run import Run
+    from placement.shape import Stage
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Config = Annotated[Path, typer.Argument(help="YAML file with the run's settings.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: a.b=c ...", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="The run's folder, runs/<name>.")]
+
+
+@app.callback()
+def main() -> None:
+    """Train chat models from human feedback: supervised fine-tuning, reward model, PPO."""
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None) -> None:
+    """Stage 1: fine-tune on demonstrations."""
+    _run(config, overrides, ["sft"])
+
+
+@app.command()
+def rm(config: Config, overrides: Overrides = None) -> None:
+    """Stage 2: train the reward model on preferences."""
+    _run(config, overrides, ["rm"])
+
+
+@app.command()
+def ppo(config: Config, overrides: Overrides = None) -> None:
+    """Stage 3: PPO with actor, critic, reference and reward model."""
+    _run(config, overrides, ["ppo"])
+
+
+@app.command()
+def pipeline(config: Config, overrides: Overrides = None) -> None:
+    """All stages that the config describes; finished ones are not run again."""
+    _run(config, overrides, None)
+
+
+@app.command()
+def resume(run: RunFolder) -> None:
+    """Go on with a run that was stopped or cut short."""
+    with _errors():
+        from orchestrator.run import Run
+
+        _go_on(Run.open(run))
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="Plan for a described cluster, such as 4x8xA100-80GB, in place of this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print where each stage's roles go and the batch arithmetic; refuse what cannot be."""
+    with _errors():
+        import json
+
+        from configs import load_config
+        from placement import Cluster, make_plan, render
+
+        settings = load_config(config, overrides or [])
+        where = Cluster.parse(cluster) if cluster else Cluster.this_machine()
+        plans = [make_plan(settings, stage, where) for stage in _described(settings)]
+        if as_json:
+            print(json.dumps({p.stage: p.as_dict() for p in plans}, indent=1))
+        else:
+            for each in plans:
+                Console().print(render(each))
+
+
+@app.command()
+def config(search: Annotated[str, typer.Argument(help="Show settings whose path contains this.")] = "") -> None:
+    """List every setting with its meaning, type and default."""
+    from rich.table import Table
+
+    from configs.reference import describe
+
+    table = Table("setting", "type", "default", "meaning", box=None, header_style="bold", pad_edge=False)
+    for setting in describe():
+        if search in setting.path:
+            table.add_row(setting.path, setting.type, setting.default, setting.meaning)
+    Console().print(table)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write report.html anew."""
+    with _errors():
+        from orchestrator.report import write_report
+
+        print(write_report(run))
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompts: Annotated[Path, typer.Option(help="JSONL or Parquet file with a `prompt` or `messages` column.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("answers.jsonl"),
+    stage: Annotated[str | None, typer.Option(help="Which stage's model; none: the last finished.")] = None,
+) -> None:
+    """Answer the prompts of a file with the trained model."""
+    with _errors():
+        from orchestrator.answer import Answerer, answer_file
+
+        count = answer_file(Answerer(run, stage), prompts, output)
+        print(f"{count} answers in {output}")
+
+
+@app.command()
+def chat(run: RunFolder, stage: Annotated[str | None, typer.Option(help="Which stage's model; none: the last finished.")] = None) -> None:
+    """Talk to the trained model. An empty line or Ctrl-D ends."""
+    with _errors():
+        from orchestrator.answer import Answerer, converse
+
+        converse(Answerer(run, stage), Console())
+
+
+def _described(settings: object) -> list[Stage]:
+    from orchestrator.run import STAGES
+
+    return [stage for stage in STAGES if getattr(settings, stage) is not None]
+
+
+def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None) -> None:
+    with _errors():
+        from configs import load_config
+        from orchestrator.run import Run
+
+        settings = load_config(path, overrides or [])
+        _go_on(Run.begin(settings, _described(settings) if stages is None else stages))
+
+
+def _go_on(run: Run) -> None:
+    from orchestrator.api import go_on
+    from orchestrator.closing import print_result
+
+    console = Console()
+    print_result(go_on(run, console), console)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What the user can mend is said in a line or a few, without a traceback."""
+    try:
+        yield
+    except Exception as error:
+        name = type(error).__name__
+        if name == "Stopped":
+            print(error)
+            sys.exit(143)
+        if name not in EXPECTED:
+            raise
+        print(f"troupe: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+EXPECTED = {
+    "ConfigError",
+    "DataError",
+    "LogProbGapError",
+    "PlacementError",
+    "PlanError",
+    "RewardError",
+    "RunError",
+    "UnknownNameError",
+    "WorkerError",
+}
+"""By name: their modules are imported only by the commands that need them."""
+
+
+if __name__ == "__main__":
+    app()

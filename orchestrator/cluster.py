@@ -1,0 +1,44 @@
+"""The Ray cluster of a run: a running one, or one on this machine for as long as the run lasts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from configs.schema import RunConfig
+
+# Before Ray is imported: noise off, and no token file of another cluster taken up.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+
+from placement.cluster import Cluster  # noqa: E402
+
+
+@contextmanager
+def connected(config: RunConfig) -> Iterator[Cluster]:
+    """Connect to `cluster.address` or RAY_ADDRESS, else start a cluster that listens on this machine alone."""
+    if ray.is_initialized():
+        yield Cluster.of_ray()
+        return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "troupe"}
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=config.cluster.dashboard_port,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}},
+            **quiet,
+        )
+    try:
+        yield Cluster.of_ray()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,80 @@
+"""Answers to held-out prompts: their rewards, an independent judge's scores, their distance from the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.schema import PPOSettings
+from orchestrator.calls import together
+from orchestrator.intervals import distinct_share, mean_interval
+from orchestrator.team import Team
+
+DATA = "evaluation"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One answer to each held-out prompt; arrays are [prompts]."""
+
+    prompts: list[str]
+    answers: list[str]
+    reward: np.ndarray
+    judges: dict[str, np.ndarray]
+    kl: np.ndarray
+    """Nats per token of each answer."""
+    tokens: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        interval = mean_interval(self.reward.tolist())
+        return {
+            "evaluation/reward": interval.mean,
+            "evaluation/reward_ci_low": interval.low,
+            "evaluation/reward_ci_high": interval.high,
+            "evaluation/reward_std": float(self.reward.std(ddof=1)) if len(self.reward) > 1 else 0.0,
+            "evaluation/kl": float((self.kl * self.tokens).sum() / self.tokens.sum()),
+            "evaluation/length": float(self.tokens.mean()),
+            "evaluation/distinct": distinct_share(self.answers),
+            **{f"evaluation/{name}": float(scores.mean()) for name, scores in self.judges.items()},
+        }
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+                row = {
+                    "prompt": prompt,
+                    "answer": answer,
+                    "reward": float(self.reward[i]),
+                    "judges": {name: float(scores[i]) for name, scores in self.judges.items()},
+                    "kl": float(self.kl[i]),
+                    "tokens": int(self.tokens[i]),
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def weighted_sum(scores: dict[str, np.ndarray], ppo: PPOSettings) -> np.ndarray:
+    """[samples] the reward: each source times its weight."""
+    return np.sum([source.weight * scores[source.name] for source in ppo.rewards], axis=0)
+
+
+def evaluate(team: Team, prompts: int) -> Evaluation:
+    """Answer every held-out prompt once with the engines' present weights; the same seeds every time, so answers pair up."""
+    ppo = team.config.ppo
+    assert ppo is not None and ppo.evaluation is not None
+    rollouts = team.generate(DATA, np.arange(prompts), step=0).get()
+    judges = [judge.name for judge in ppo.evaluation.judges]
+    names = [source.name for source in ppo.rewards] + judges
+    reference, scores = together(team.log_probs(rollouts), team.scores(rollouts, names))
+    texts = team.texts(rollouts)
+    return Evaluation(
+        prompts=[prompt for prompt, _ in texts],
+        answers=[answer for _, answer in texts],
+        reward=weighted_sum(scores, ppo),
+        judges={name: scores[name] for name in judges},
+        kl=reference.per_answer / rollouts.answer_lengths,
+        tokens=rollouts.answer_lengths,
+    )

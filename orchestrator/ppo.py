@@ -1,0 +1,177 @@
+"""Stage 3: PPO with an actor and a critic. `loop` is the algorithm."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from configs.schema import ModelReward, ModelSettings, Role
+from orchestrator.calls import together
+from orchestrator.evaluation import DATA, evaluate, weighted_sum
+from orchestrator.kl_control import make_controller
+from orchestrator.run import RunError
+from orchestrator.scores import shape_scores
+from orchestrator.stage import StageRun
+from orchestrator.team import Column, Experience, Rollouts
+from workers.data import batches, epoch_order
+
+
+class LogProbGapError(RuntimeError):
+    """The engines do not compute what the trainer computes."""
+
+
+class PPO(StageRun):
+    """Reinforcement learning against the reward, held near the reference by a KL penalty."""
+
+    name = "ppo"
+
+    @property
+    def steps(self) -> int:
+        return self.ppo.steps
+
+    def trained(self) -> list[Role]:
+        return ["actor", "critic"] if "critic" in self.plan.roles else ["actor"]
+
+    # ------------------------------------------------------------ the algorithm
+
+    def loop(self) -> None:
+        team, ppo = self.team, self.ppo
+        for step in range(self.done + 1, ppo.steps + 1):
+            started = time.monotonic()
+            progress = (step - 1) / ppo.steps
+            learns = step > ppo.critic_warmup
+            with self.phase("generate"):
+                rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
+            with self.phase("score"):
+                reference, values, scores = together(team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources))
+            reward = weighted_sum(scores, ppo)
+            shaped = shape_scores(reward, rollouts.ended, ppo)
+            experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
+            with self.phase("train"):
+                actor, critic = together(
+                    team.train_actor(experience, progress, step, update=learns), team.train_critic(experience, progress, step)
+                )
+            self._check_gap(step, actor["log_prob_gap"])
+            if learns:
+                with self.phase("publish"):
+                    self.version += 1
+                    actor["published_mib"] = team.publish(self.version) / 2**20
+            metrics = self._measure(rollouts, reference, scores, reward) | actor | (critic or {})
+            self.kl.update(metrics["kl"], len(rollouts))
+            metrics |= self._evaluation(step)
+            metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / (time.monotonic() - started)
+            self.finish_step(step, metrics)
+
+    def _prompts(self, step: int) -> np.ndarray:
+        """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
+        first, count, n = (step - 1) * self.ppo.prompts_per_step, self.ppo.prompts_per_step, len(self.prompts)
+        epochs = range(first // n, (first + count - 1) // n + 1)
+        stream = np.concatenate([epoch_order(n, self.config.seed, epoch) for epoch in epochs])
+        return stream[first - epochs[0] * n :][:count]
+
+    def _demonstrations(self, step: int) -> list[np.ndarray]:
+        """Rows of demonstrations beside each mini-batch (PPO-ptx); likewise a function of the step."""
+        if self.ppo.ptx is None:
+            return []
+        first = (step - 1) * self.ppo.mini_batches
+        return [self.ptx_batches[k % len(self.ptx_batches)] for k in range(first, first + self.ppo.mini_batches)]
+
+    def _check_gap(self, step: int, gap: float) -> None:
+        if not gap <= self.ppo.max_log_prob_gap:
+            raise LogProbGapError(
+                f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same tokens "
+                f"(ppo.max_log_prob_gap: {self.ppo.max_log_prob_gap}). The engine does not serve the actor's weights, or samples under "
+                f"another distribution (rollout.top_p {self.config.rollout.top_p}, model.dtype {self.config.model.dtype})."
+            )
+
+    def _measure(
+        self, rollouts: Rollouts, reference: Column, scores: dict[str, np.ndarray], reward: np.ndarray
+    ) -> dict[str, float]:
+        tokens = rollouts.answer_lengths.sum()
+        return {
+            "reward/mean": float(reward.mean()),
+            "reward/std": float(reward.std()),
+            **{f"reward/{name}": float(values.mean()) for name, values in scores.items()},
+            "kl": float(reference.per_answer.sum() / tokens),
+            "kl_coefficient": self.kl.coefficient,
+            "length/prompt": float(rollouts.prompt_lengths.mean()),
+            "length/answer": float(rollouts.answer_lengths.mean()),
+            "missing_eos": float(1 - rollouts.ended.mean()),
+            "policy_version": float(max(rollouts.versions)),
+            **{f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()},
+            **{f"memory_gib/{role}": size / 2**30 for role, size in self.team.memory().items()},
+        }
+
+    # ------------------------------------------------------------ before and after
+
+    def read(self) -> None:
+        assert self.config.ppo is not None
+        self.ppo = self.config.ppo
+        self.prompts = self.rows(self.ppo.prompts, "prompt")
+        held_out = self.ppo.evaluation
+        self.evaluation_prompts = self.rows(held_out.prompts, "prompt") if held_out else []
+        self.ptx_rows = []
+        if self.ppo.ptx:
+            data = self.ppo.ptx.data or (self.config.sft.train if self.config.sft else None)
+            if data is None:
+                raise RunError("ppo.ptx.data: none is named and there is no sft stage to take demonstrations from")
+            self.ptx_rows = self.rows(data, "demonstration")
+        self.sources = [source.name for source in self.ppo.rewards]
+        self.reward_models = {s.name: s.path or str(self.run.model("rm")) for s in self.ppo.rewards if isinstance(s, ModelReward)}
+        self.kl = make_controller(self.ppo.kl.control)
+        self.version = 0
+
+    def load(self) -> None:
+        """Load every role at the same time: the critic starts from the reward model, the others from the SFT model."""
+        team, ppo, model = self.team, self.ppo, self.config.model
+        start = self.run.starting_model("ppo")
+        critic = ModelSettings(**{**model.model_dump(), "path": next(iter(self.reward_models.values()), start)})
+        together(
+            team.groups["actor"].call("load", start, model, ppo.actor_optimizer),
+            team.groups["critic"].call("load", critic.path, critic, ppo.critic_optimizer) if "critic" in team.groups else None,
+            team.groups["reference"].call("load", start, model, None),
+            team.groups["reward"].call("load", start, self.reward_models),
+            team.groups["rollout"].call("load", start, team.transport, ppo.max_prompt_tokens + self.config.rollout.max_new_tokens),
+        )
+        for name, rows in (("prompts", self.prompts), (DATA, self.evaluation_prompts)):
+            if rows:
+                team.add_data(name, rows, ["rollout", "reward"])
+                team.tokenize_prompts(name)
+        if self.ptx_rows:
+            assert ppo.ptx is not None
+            team.add_data("sft", self.ptx_rows, ["actor"])
+            team.tokenize("actor", "sft", "demonstration", ppo.max_prompt_tokens + self.config.rollout.max_new_tokens)
+            self.ptx_batches = batches(team.lengths["sft"][0], ppo.ptx.batch_size, 1.0, self.config.seed)
+        team.connect()
+        if not self.done:
+            self._evaluate("before")
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.version = state["version"]
+        self.kl.load(state["kl"])
+        self.team.publish(self.version)
+
+    def state(self) -> dict[str, Any]:
+        return {"version": self.version, "kl": self.kl.state()}
+
+    def _evaluation(self, step: int) -> dict[str, float]:
+        every = self.ppo.evaluation.every if self.ppo.evaluation else None
+        if step == self.steps:
+            return self._evaluate("after")
+        return self._evaluate(f"step-{step}") if every and step % every == 0 else {}
+
+    def _evaluate(self, when: str) -> dict[str, float]:
+        if not self.evaluation_prompts:
+            return {}
+        with self.phase("evaluate"):
+            found = evaluate(self.team, len(self.evaluation_prompts))
+        found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
+        metrics = found.metrics()
+        if when == "before":
+            self.recorder.record(0, metrics)
+        return metrics
+
+    def result(self) -> dict[str, float]:
+        return {"steps": float(self.steps)}

@@ -1,0 +1,167 @@
+"""What every stage does around its loop: plan, workers, progress, metrics, checkpoints, the finished model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from configs.schema import DatasetSettings, Role, RunConfig
+from orchestrator.calls import together
+from orchestrator.metrics import Recorder
+from orchestrator.progress import Progress
+from orchestrator.run import Run, whole_folder
+from orchestrator.team import Team
+from placement.plan import Plan
+from placement.shape import Stage as StageName
+from workers.data import Row, RowKind, read_rows
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop, and did, with a checkpoint."""
+
+
+class StopSignal:
+    """SIGTERM and SIGINT: the first asks the loop to stop after its step, the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class StageRun:
+    """One stage of a run. Subclasses say what is read, loaded and done."""
+
+    name: StageName
+
+    def __init__(self, run: Run, plan: Plan, console: Console) -> None:
+        self.run, self.plan, self.console = run, plan, console
+        self.config: RunConfig = run.config
+        self.seconds: dict[str, float] = {}
+        self.team: Team
+        self.progress: Progress
+        self.recorder: Recorder
+        self.stop: StopSignal
+        self.done = 0
+        """Steps that are done."""
+
+    # ------------------------------------------------------------ for subclasses
+
+    @property
+    def steps(self) -> int:
+        raise NotImplementedError
+
+    def read(self) -> None:
+        """Read and check all data, before anything starts."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Load models and data into the workers."""
+        raise NotImplementedError
+
+    def loop(self) -> None:
+        """Steps done + 1 to `steps`."""
+        raise NotImplementedError
+
+    def result(self) -> dict[str, float]:
+        """Final numbers, for the summary."""
+        raise NotImplementedError
+
+    def trained(self) -> list[Role]:
+        """The roles that learn; the first one's model is the stage's result."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What steers the run and is not a function of the step."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+
+    # ------------------------------------------------------------ the stage
+
+    def execute(self) -> dict[str, float]:
+        """Run the stage from its latest checkpoint, or from the start, to its end; export the model. Returns final numbers."""
+        started = time.monotonic()
+        saved = self.run.checkpoints(self.name)
+        self.done = saved[-1] if saved else 0
+        with (
+            StopSignal() as self.stop,
+            Progress(self.name, self.steps, self.console, start=self.done) as self.progress,
+            Recorder(self.run.folder, self.config.name, self.name, self.done if saved else None) as self.recorder,
+        ):
+            self.progress.phase("starting workers")
+            self.team = Team.start(self.config, self.plan)
+            try:
+                self.progress.phase("loading")
+                self.load()
+                if saved:
+                    self._restore(self.run.checkpoint(self.name, self.done))
+                self.loop()
+                numbers = self.result() | {"seconds": time.monotonic() - started}
+                self._export()
+            finally:
+                self.team.stop()
+        self.run.summarize(self.name, numbers)
+        self.run.prune(self.name, 0)
+        return numbers
+
+    def rows(self, data: DatasetSettings, kind: RowKind) -> list[Row]:
+        return read_rows(data, kind)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of a step."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+    def finish_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
+        self.done = step
+        self.recorder.record(step, metrics)
+        self.progress.update(step, metrics)
+        every = self.config.checkpoint.every
+        if self.stop.asked or (every and step % every == 0 and step < self.steps):
+            self.save()
+        if self.stop.asked:
+            raise Stopped(f"stopped after step {step} of {self.steps} of {self.name}; go on with: troupe resume {self.run.folder}")
+
+    # ------------------------------------------------------------ saving
+
+    def save(self) -> None:
+        with whole_folder(self.run.checkpoint(self.name, self.done)) as folder:
+            together(*(self.team.groups[role].call("save", str((folder / role).absolute())) for role in self.trained()))
+            (folder / "state.json").write_text(json.dumps({"step": self.done, **self.state()}), encoding="utf-8")
+        self.run.prune(self.name, self.config.checkpoint.keep)
+
+    def _restore(self, folder: Path) -> None:
+        self.progress.phase(f"resuming after step {self.done}")
+        together(*(self.team.groups[role].call("restore", str((folder / role).absolute())) for role in self.trained()))
+        self.set_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+    def _export(self) -> None:
+        self.progress.phase("exporting")
+        with whole_folder(self.run.model(self.name)) as folder:
+            self.team.groups[self.trained()[0]].call("export", str(folder.absolute())).get()

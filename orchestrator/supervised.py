@@ -1,0 +1,127 @@
+"""The two supervised stages: fine-tuning on demonstrations, and a reward model from preferences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from configs.schema import BatchSettings, DatasetSettings, ModelSettings, OptimizerSettings, Role
+from orchestrator.calls import Call
+from orchestrator.stage import StageRun
+from workers.batching import Rows
+from workers.data import Row, RowKind, batches
+
+
+class Supervised(StageRun):
+    """A loop over batches of dataset rows. Subclasses name the role, the kind of rows and the workers' methods."""
+
+    role: Role
+    kind: RowKind
+    train_method: str
+    validate_method: str
+    settings: BatchSettings
+    model_settings: ModelSettings
+    dropout = 0.0
+
+    def trained(self) -> list[Role]:
+        return [self.role]
+
+    def read(self) -> None:
+        self.data: dict[str, list[Row]] = {"train": self.rows(self.settings.train, self.kind)}
+        if self.settings.validation:
+            self.data["validation"] = self.rows(self.settings.validation, self.kind)
+
+    @property
+    def steps(self) -> int:
+        return max(1, math.ceil(self.settings.epochs * len(self.data["train"]) / self.settings.batch_size - 1e-9))
+
+    def load(self) -> None:
+        optimizer: OptimizerSettings = self.settings.optimizer
+        path = self.run.starting_model(self.name)
+        self.parameters = self.team.groups[self.role].call("load", path, self.model_settings, optimizer, self.dropout).get()[0]
+        for name, rows in self.data.items():
+            self.add(name, rows, self.kind)
+
+    def add(self, name: str, rows: list[Row], kind: RowKind) -> None:
+        self.team.add_data(name, rows, [self.role])
+        self.team.tokenize(self.role, name, kind, self.settings.max_length)
+
+    def loop(self) -> None:
+        lengths, _ = self.team.lengths["train"]
+        order = batches(lengths, self.settings.batch_size, self.settings.epochs, self.config.seed)
+        every = self.settings.validate_every
+        for step in range(self.done + 1, self.steps + 1):
+            rows = order[step - 1]
+            with self.phase("train"):
+                metrics = self.call(self.train_method, "train", rows, (step - 1) / self.steps, (self.config.seed, step)).get()
+            metrics["tokens_per_second"] = float(lengths[rows].sum()) / self.seconds["train"]
+            if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
+                with self.phase("validate"):
+                    metrics |= self.validate()
+            self.finish_step(step, self.shown(metrics))
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of all validation rows (of as many as divide among the ranks)."""
+        count = len(self.data["validation"])
+        rows = np.arange(count - count % len(self.team.groups[self.role]))
+        found = self.call(self.validate_method, "validation", rows).get()
+        self.validated = {f"validation/{name}": value for name, value in self.shown(found).items()}
+        return self.validated
+
+    def call(self, method: str, data: str, rows: Rows, *args: Any) -> Call[dict[str, float]]:
+        parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens)
+        return self.team.groups[self.role].scatter(method, [(part, *args) for part in parts], then=lambda results: results[0])
+
+    def shown(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics
+
+    def result(self) -> dict[str, float]:
+        return {"parameters": self.parameters, "steps": self.steps, **getattr(self, "validated", {})}
+
+
+class SFT(Supervised):
+    """Stage 1."""
+
+    name = "sft"
+    role = "actor"
+    kind = "demonstration"
+    train_method, validate_method = "train_demonstrations", "demonstration_loss"
+
+    def read(self) -> None:
+        assert self.config.sft is not None
+        self.settings, self.model_settings = self.config.sft, self.config.model
+        super().read()
+
+    def shown(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics | {"perplexity": math.exp(min(metrics["loss"], 50.0))}
+
+
+class RewardModel(Supervised):
+    """Stage 2."""
+
+    name = "rm"
+    role = "reward"
+    kind = "preference"
+    train_method, validate_method = "train_pairs", "pair_accuracy"
+
+    def read(self) -> None:
+        settings = self.config.rm
+        assert settings is not None
+        self.settings, self.model_settings = settings, settings.model or self.config.model
+        self.dropout = settings.dropout
+        super().read()
+        normalize_on: DatasetSettings | None = settings.normalize_on or (self.config.sft.train if self.config.sft else None)
+        self.demonstrations = self.rows(normalize_on, "demonstration") if normalize_on else []
+
+    def result(self) -> dict[str, float]:
+        numbers = super().result()
+        if not self.demonstrations:
+            return numbers
+        self.add("demonstrations", self.demonstrations, "demonstration")
+        count = len(self.demonstrations)
+        rows = np.arange(count - count % len(self.team.groups["reward"]))
+        parts = self.team.parts("reward", "demonstrations", rows, self.settings.micro_batch_tokens)
+        mean, std = self.team.groups["reward"].scatter("normalize", [(p.data, p.micro_batches) for p in parts]).get()[0]
+        return numbers | {"raw_score_mean": mean, "raw_score_std": std}

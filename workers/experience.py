@@ -1,0 +1,53 @@
+"""From scored rollouts to what the actor and the critic learn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import PPOSettings
+from workers.advantages import Total, advantage_estimators, mean_and_variance, moments, token_rewards, whiten
+from workers.batching import pad_right
+from workers.kl import kl_estimate
+from workers.sequences import Sample
+from workers.work import Work
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A rank's samples with what they are to teach; tensors are [B, T] over answer tokens, padded on the right."""
+
+    samples: list[Sample]
+    mask: Tensor
+    log_probs: Tensor
+    """Of the engine, when it sampled."""
+    values: Tensor | None
+    advantages: Tensor
+    returns: Tensor
+    metrics: dict[str, float]
+
+
+def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) -> Answers:
+    """Per-token rewards, advantages and returns of a rank's samples; whitening reaches over all ranks through `total`."""
+    samples = work.rollouts.fetch()
+
+    def padded(rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(pad_right(rows, 0.0)).to(device)
+
+    log_probs = padded([s.log_probs for s in samples])
+    reference = padded(work.reference.fetch())
+    values = padded(work.values.fetch()) if work.values is not None else None
+    mask = padded([np.ones(len(s.log_probs), np.float32) for s in samples]).bool()
+    kl = kl_estimate(log_probs - reference, ppo.kl.estimator)
+    rewards = token_rewards(torch.from_numpy(work.scores).to(device), kl, mask, work.kl_coefficient)
+    groups = torch.from_numpy(work.groups).to(device)
+    estimate = advantage_estimators.get(ppo.advantage)
+    advantages, returns = estimate(rewards, values, mask, ppo.gamma, ppo.gae_lambda, groups, total)
+    mean, variance = mean_and_variance(total(moments(advantages, mask)))
+    metrics = {"advantage/mean": float(mean), "advantage/std": float(variance.sqrt())}
+    if ppo.whiten_advantages:
+        advantages = whiten(advantages, mask, mean.float(), variance.float())
+    return Answers(samples, mask, log_probs, values, advantages, returns, metrics)

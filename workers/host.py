@@ -1,0 +1,31 @@
+"""The Ray actor around a worker: it imports the worker's class in its own process, so that the driver never imports torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workers.worker import WorkerSpec
+
+KINDS = {
+    "policy": "workers.policy:PolicyWorker",
+    "value": "workers.value:ValueWorker",
+    "rewards": "workers.rewards:RewardWorker",
+    "rollout": "workers.rollout:RolloutWorker",
+}
+
+
+class Host:
+    """One worker, known in Ray's dashboard by its role and rank."""
+
+    def __init__(self, kind: str, spec: WorkerSpec) -> None:
+        module, _, name = KINDS[kind].partition(":")
+        self.spec = spec
+        self.worker = getattr(import_module(module), name)(spec)
+
+    def __repr__(self) -> str:
+        return f"{self.spec.role}-{self.spec.rank}"
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.worker, method)(*args)

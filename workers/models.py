@@ -1,0 +1,156 @@
+"""The two kinds of model: a language model that gives log-probabilities and a scalar model that gives values or scores.
+
+Both run the transformer's body once and read its hidden states at the positions that matter: no logits are computed for
+prompts or padding, and those of the answers only a chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from configs.schema import LoraSettings, ModelSettings
+
+LOGITS_CHUNK = 1024
+"""Tokens whose logits exist at one time."""
+
+
+class Batch:
+    """Sequences of a micro-batch, padded on the right, and where their answers lie.
+
+    ids: [B, T] int64; lengths, prompt_lengths: [B]; answers have R = max(lengths - prompt_lengths) columns when padded.
+    """
+
+    def __init__(self, rows: list[Any], device: torch.device) -> None:
+        self.lengths = torch.tensor([len(r.ids) for r in rows])
+        self.prompt_lengths = torch.tensor([r.prompt_length for r in rows])
+        self.ids = torch.zeros(len(rows), int(self.lengths.max()), dtype=torch.long)
+        for i, r in enumerate(rows):
+            self.ids[i, : len(r.ids)] = torch.as_tensor(r.ids.astype("int64"))
+        self.attention_mask = (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
+        answer_lengths = self.lengths - self.prompt_lengths
+        self.mask = torch.arange(int(answer_lengths.max())) < answer_lengths[:, None]
+        """[B, R] True on the answers' tokens."""
+        self.rows, columns = self.mask.nonzero(as_tuple=True)
+        self.before = columns + self.prompt_lengths[self.rows] - 1
+        """Position whose hidden state predicts each answer token (flat, like rows)."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device))
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """[answer tokens] -> [B, R], zeros outside the mask."""
+        return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(self.mask, flat)
+
+
+def _chunk_log_probs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float() / temperature
+    log_z = logits.logsumexp(-1)
+    log_probs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
+    entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)
+    return log_probs, entropy
+
+
+class LanguageModel(nn.Module):
+    """A causal language model that returns the log-probabilities of its answers' tokens."""
+
+    def __init__(self, hf: PreTrainedModel, temperature: float = 1.0) -> None:
+        super().__init__()
+        unsupported = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(hf.config, k, None)]
+        if unsupported:
+            raise ValueError(f"model: {hf.config.model_type} changes its logits after the head ({unsupported[0]}), which is not supported")
+        self.hf = hf
+        self.temperature = temperature
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each answer token and entropy of its distribution, [B, R] each, zeros outside the mask."""
+        hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
+        hidden = hidden[batch.rows, batch.before]
+        targets = batch.ids[batch.rows, batch.before + 1]
+        head = self.hf.get_output_embeddings()
+        parts = [
+            checkpoint(_chunk_log_probs, head, h, t, self.temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
+        ]
+        log_probs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
+        return batch.padded(log_probs), batch.padded(entropy)
+
+
+class ScalarModel(nn.Module):
+    """A transformer with a scalar head: the critic's values, the reward model's scores.
+
+    Its output is (head - mean) / deviation; both numbers live in the model's config, so that they travel with it.
+    """
+
+    def __init__(self, hf: PreTrainedModel, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hf = hf
+        self.dropout = dropout
+        if dropout:
+            hf.get_input_embeddings().register_forward_hook(lambda _m, _i, out: F.dropout(out, dropout, self.training))
+
+    @property
+    def normalization(self) -> tuple[float, float]:
+        return getattr(self.hf.config, "score_mean", 0.0), getattr(self.hf.config, "score_std", 1.0)
+
+    def _at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
+        hidden = F.dropout(hidden[rows, columns], self.dropout, self.training)
+        mean, std = self.normalization
+        return (self.hf.score(hidden).squeeze(-1).float() - mean) / std
+
+    def forward(self, batch: Batch, per_token: bool) -> Tensor:
+        """per_token: values of the states before each answer token, [B, R]. Else scores at the sequences' last tokens, [B].
+
+        The last token is found by the sequence's length, so that a pad token equal to eos does no harm.
+        """
+        if per_token:
+            return batch.padded(self._at(batch, batch.rows, batch.before))
+        return self._at(batch, torch.arange(len(batch.lengths), device=batch.ids.device), batch.lengths - 1)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreTrainedModel:
+    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed."""
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    if scalar:
+        config.num_labels = 1
+    options = {"dtype": getattr(torch, settings.dtype), "attn_implementation": "sdpa"}
+    torch.manual_seed(seed)
+    has_weights = not Path(path).is_dir() or any(Path(path).glob("*.safetensors"))
+    if settings.init == "random" and not has_weights:
+        model = auto.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+    else:
+        model = auto.from_pretrained(path, config=config, trust_remote_code=settings.trust_remote_code, **options)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Module:
+    """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head stays trainable in full."""
+    torch.manual_seed(seed)
+    targets = settings.targets
+    wrapper = get_peft_model(
+        hf, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets)
+    )
+    for parameter in getattr(hf, "score", nn.Module()).parameters():
+        parameter.requires_grad_(True)
+    return wrapper

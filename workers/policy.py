@@ -1,0 +1,160 @@
+"""The actor and the reference: a language model that learns from demonstrations and from scored answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from workers import experience
+from workers.batching import Rows
+from workers.losses import masked_sum, next_token, policy_losses
+from workers.models import Batch
+from workers.sequences import Placed, Ragged
+from workers.trainer import Trainer
+from workers.transfer import ObjectStoreTrainerInit
+from workers.weights import EngineClient, GatheredWeights
+from workers.work import Part, Work
+
+
+class PolicyWorker(Trainer):
+    """One rank of a language model."""
+
+    # ------------------------------------------------------------ scoring
+
+    def log_probs(self, rollouts: Placed, micro_batches: list[Rows]) -> tuple[Ragged, np.ndarray]:
+        """Log-probabilities of the answers' tokens under this model, and each answer's sum of log(actor / this)."""
+        samples = rollouts.fetch()
+        rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
+        with self.evaluating():
+            for indices in micro_batches:
+                batch = Batch([samples[i] for i in indices], self.device)
+                log_probs, _ = self.module(batch)
+                for i, row, mask in zip(indices, log_probs.cpu(), batch.mask.cpu(), strict=True):
+                    rows[i] = row[mask].numpy()
+        kl = [float((sample.log_probs - row).sum()) for sample, row in zip(samples, rows, strict=True)]
+        return Ragged.of(rows, np.float32), np.array(kl)
+
+    # ------------------------------------------------------------ demonstrations
+
+    def train_demonstrations(self, part: Part, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+        """One optimizer step on the mean negative log-likelihood of the completions' tokens."""
+        losses = [lambda i=i: self._demonstration_loss(part.data, i) / part.count for i in part.micro_batches]  # type: ignore[misc]
+        return self.optimize(losses, progress, seed)
+
+    def demonstration_loss(self, part: Part) -> dict[str, float]:
+        """Mean negative log-likelihood of the completions' tokens, without training."""
+        with self.evaluating():
+            total = sum(float(self._demonstration_loss(part.data, i)) for i in part.micro_batches)
+        return {"loss": self.sum_over_ranks({"loss": total})["loss"] / part.count}
+
+    def _demonstration_loss(self, data: str, indices: Rows) -> Tensor:
+        rows = self.sequences[data]
+        batch = Batch([rows[i] for i in indices], self.device)
+        log_probs, _ = self.module(batch)
+        return next_token(log_probs, batch.mask).sum()
+
+    # ------------------------------------------------------------ PPO
+
+    def train_answers(self, work: Work, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+        """The policy's updates of one step: epochs x mini-batches, until `target_kl` is passed.
+
+        Returns means over the step's tokens. `log_prob_gap` compares the engine with this model before its first update.
+        """
+        ppo = self.config.ppo
+        assert ppo is not None
+        answers = experience.prepare(work, ppo, self.total, self.device)
+        metrics = dict(answers.metrics)
+        sums: dict[str, float] = {}
+        updates = 0
+        for epoch in range(ppo.epochs if work.update else 1):
+            for k, mini in enumerate(work.mini_batches):
+                first = epoch == 0 and k == 0
+                part = _Sums()
+                losses = [lambda i=i: self._policy_loss(answers, i, mini.tokens, part) for i in mini.micro_batches]  # type: ignore[misc]
+                if work.update:
+                    losses += [lambda i=i: self._ptx_loss(mini.ptx, i, part) for i in (mini.ptx.micro_batches if mini.ptx else [])]  # type: ignore[misc]
+                    steps = self.optimize(losses, progress, (*seed, epoch, k))
+                    metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
+                    updates += 1
+                elif first:
+                    with self.evaluating():
+                        for loss in losses:
+                            loss()
+                else:
+                    continue
+                means = {name: value / mini.tokens for name, value in self.sum_over_ranks(part).items()}
+                if first:
+                    metrics |= {"log_prob_gap": means["gap"], "entropy": means["entropy"]}
+                for name, value in means.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                if work.update and ppo.target_kl is not None and means["approx_kl"] > ppo.target_kl:
+                    return self._summary(metrics, sums, updates, stopped=True)
+        return self._summary(metrics, sums, updates, stopped=False)
+
+    def _summary(self, metrics: dict[str, float], sums: dict[str, float], updates: int, stopped: bool) -> dict[str, float]:
+        names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "clip_fraction": "clip_fraction", "ptx": "loss/ptx"}
+        means = {ours: sums[name] / max(updates, 1) for name, ours in names.items() if name in sums}
+        return metrics | means | {"updates": float(updates), "stopped_on_kl": float(stopped)}
+
+    def _policy_loss(self, answers: experience.Answers, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
+        ppo = self.config.ppo
+        assert ppo is not None
+        batch = Batch([answers.samples[i] for i in indices], self.device)
+        log_probs, entropy = self.module(batch)
+        width = log_probs.shape[1]
+        old, advantages = (x[indices, :width] for x in (answers.log_probs, answers.advantages))
+        parts = policy_losses.get(ppo.policy_loss)(log_probs, old, advantages, batch.mask, ppo.clip_range)
+        loss = (masked_sum(parts.loss, batch.mask) - ppo.entropy_coefficient * masked_sum(entropy, batch.mask)) / tokens
+        sums.add("loss", masked_sum(parts.loss, batch.mask))
+        sums.add("entropy", masked_sum(entropy, batch.mask))
+        sums.add("gap", masked_sum((log_probs - old).abs(), batch.mask))
+        for name, values in parts.statistics.items():
+            sums.add(name, masked_sum(values, batch.mask))
+        return loss
+
+    def _ptx_loss(self, part: Part, indices: Rows, sums: _Sums) -> Tensor:
+        ppo = self.config.ppo
+        assert ppo is not None and ppo.ptx is not None
+        loss = self._demonstration_loss(part.data, indices) / part.count
+        sums.add("ptx", loss)
+        return ppo.ptx.coefficient * loss
+
+    # ------------------------------------------------------------ publication
+
+    def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
+        """Meet the engines over a transport: object_store, nccl or ipc."""
+        publish, tp = self.config.publish, self.config.rollout.tensor_parallel
+        size = publish.bucket_mib * 2**20
+        self.source = GatheredWeights(self.model.hf)
+        self.client = EngineClient(engines, self.source, tp)
+        init = {
+            "object_store": lambda: ObjectStoreTrainerInit(rank=self.rank, bucket_bytes=size),
+            "nccl": lambda: NCCLTrainerInitInfo(
+                master_address=address[0],
+                master_port=address[1],
+                world_size=1 + len(engines) * tp,
+                packed_buffer_size_bytes=size,
+                rank=self.rank,
+            ),
+            "ipc": lambda: IPCTrainerInitInfo(rank=self.rank, packed=True, packed_buffer_size_bytes=size),
+        }[transport]()
+        self.transfer = WeightTransferTrainerFactory.trainer_init(init, client=self.client, source=self.source)
+
+    def publish(self, version: int) -> int:
+        """Send the weights to every engine under this version. Collective. Returns the bytes of one copy."""
+        self.client.version = version
+        with torch.no_grad():
+            self.transfer.send_weights()
+        return sum(int(np.prod(m.shape)) * m.dtype.itemsize for m in self.source.metadata())
+
+
+class _Sums(dict[str, float]):
+    """Sums of a mini-batch over its micro-batches."""
+
+    def add(self, name: str, value: Tensor) -> None:
+        self[name] = self.get(name, 0.0) + float(value.detach())

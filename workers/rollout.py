@@ -1,0 +1,152 @@
+"""A vLLM engine inside a Ray actor: token ids in, token ids and log-probabilities out."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import ray
+from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.sampling_params import RequestOutputKind
+
+from workers.data import Codec
+from workers.models import load_tokenizer
+from workers.sequences import Chunk, Ragged
+from workers.transfer import Checksums
+from workers.work import StaleWeights, Written
+from workers.worker import Worker
+
+
+def sample_seed(run: int, step: int, prompt: int, sample: int) -> int:
+    """Seed of one answer, the same whatever engine writes it, in whatever batch."""
+    digest = hashlib.blake2b(f"{run}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
+
+
+class RolloutWorker(Worker):
+    """One engine. It serves exactly one policy version; while an update is under way, or after one failed, it serves none."""
+
+    version: int | None = None
+
+    def load(self, path: str, transport: str, max_length: int) -> None:
+        """Start the engine on the model in a folder."""
+        settings, model = self.config.rollout, self.config.model
+        self.tokenizer = load_tokenizer(path, model.trust_remote_code)
+        self.codec = Codec(self.tokenizer, self.config.chat_template)
+        on_gpu = self.spec.device == "cuda"
+        memory: dict[str, Any] = (
+            {"gpu_memory_utilization": settings.gpu_memory_share}
+            if on_gpu
+            else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30)}
+        )
+        args = EngineArgs(
+            model=path,
+            skip_tokenizer_init=True,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype,
+            seed=self.config.seed,
+            max_model_len=max_length,
+            max_num_seqs=settings.max_sequences,
+            tensor_parallel_size=settings.tensor_parallel,
+            # In a placement group vLLM's own default would be its Ray executor, which would place workers itself.
+            distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
+            enforce_eager=not settings.compile,
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=f"verified_{transport}"),
+            worker_extension_cls="workers.transfer.Witness",
+            disable_log_stats=True,
+            **memory,
+        )
+        self.engine = LLMEngine.from_engine_args(args)
+        self.version = 0
+
+    def tokenize(self, data: str, max_tokens: int) -> np.ndarray:
+        """Token counts of a dataset's prompts, which are kept. Raises ValueError where one is longer than max_tokens."""
+        self.prompts = getattr(self, "prompts", {})
+        self.prompts[data] = [self.codec.prompt_ids(row.prompt) for row in self.datasets[data]]
+        lengths = np.array([len(ids) for ids in self.prompts[data]], np.int32)
+        if lengths.max() > max_tokens:
+            row = int(lengths.argmax())
+            raise ValueError(
+                f"ppo.max_prompt_tokens: prompt {row} of {data} has {lengths[row]} tokens, {max_tokens} are allowed "
+                f"({int((lengths > max_tokens).sum())} of {len(lengths)} prompts are longer)"
+            )
+        return lengths
+
+    def generate(self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int) -> tuple[Chunk, Written]:
+        """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset."""
+        if self.version is None:
+            raise StaleWeights(f"{self!r} holds no published weights: it serves nothing until an update succeeds")
+        for i, (prompt, sample) in enumerate(zip(prompts.tolist(), samples.tolist(), strict=True)):
+            ids = self.prompts[data][prompt]
+            seed = sample_seed(self.config.seed, step, prompt, sample)
+            self.engine.add_request(str(i), TokensPrompt(prompt_token_ids=ids), self._sampling(seed))
+        answers: list[Any] = [None] * len(prompts)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    answers[int(output.request_id)] = output
+        return self._chunk(answers)
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        settings = self.config.rollout
+        return SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            ignore_eos=settings.ignore_eos,
+            stop_token_ids=[] if settings.ignore_eos else [self.tokenizer.eos_token_id],
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _chunk(self, answers: list[Any]) -> tuple[Chunk, Written]:
+        outputs = [a.outputs[0] for a in answers]
+        log_probs = [
+            np.array([at[token].logprob for at, token in zip(o.logprobs, o.token_ids, strict=True)], np.float32)
+            for o in outputs
+        ]
+        tokens = [np.array([*a.prompt_token_ids, *o.token_ids], np.int32) for a, o in zip(answers, outputs, strict=True)]
+        prompt_lengths = np.array([len(a.prompt_token_ids) for a in answers], np.int32)
+        chunk = Chunk(Ragged.of(tokens, np.int32), Ragged.of(log_probs, np.float32), prompt_lengths)
+        eos = self.tokenizer.eos_token_id
+        assert self.version is not None
+        written = Written(
+            prompt_lengths=prompt_lengths,
+            answer_lengths=np.array([len(o.token_ids) for o in outputs], np.int32),
+            ended=np.array([o.token_ids[-1] == eos for o in outputs]),
+            version=self.version,
+        )
+        return chunk, written
+
+    # ------------------------------------------------------------ weights: called by the trainer's EngineClient
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self.version = None
+        self.engine.collective_rpc("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if "arrays" in update_info:
+            update_info = update_info | {"arrays": ray.get(update_info["arrays"])}
+        self.engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+    def finish_weight_update(self, version: int, checksums: Checksums) -> None:
+        """Serve the new version if what arrived is what was sent."""
+        shown = self.engine.collective_rpc("weight_checksums")
+        self.engine.collective_rpc("finish_weight_update")
+        for received in shown:
+            if received != checksums:
+                wrong = sorted(n for n in checksums.keys() | received.keys() if checksums.get(n) != received.get(n))
+                raise StaleWeights(
+                    f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors differ, "
+                    f"first {wrong[0]}"
+                )
+        self.engine.reset_prefix_cache()  # it was computed with the old weights
+        self.version = version

@@ -1,0 +1,217 @@
+"""The engines' side of weight transfer: vLLM transports, each wrapped so that what arrives is checked.
+
+    trainer                                              every engine
+    -------                                              ------------
+    start_weight_update                             ->   serves nothing from here on
+    for each bucket: gather layer by layer, send    ->   load_weights; a checksum of each tensor as it arrived
+    finish_weight_update(version, checksums)        ->   equal to its own: serves the new version; else an error,
+                                                         and it still serves nothing
+
+Transports: `object_store` (ours: buckets in Ray's shared memory), `nccl` and `ipc` (vLLM's). vLLM imports this module in each
+of its worker processes, as the module of its `worker_extension_cls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+Checksums = dict[str, int]
+
+_COLUMNS = 4096
+
+
+def checksum(tensor: Tensor) -> int:
+    """64-bit sum of the tensor's words, each times a weight of its own: a changed byte shows, and so do words exchanged.
+
+    Word (i, j) of the tensor laid out in rows of 4096 words has the weight (2 j + 1) + 2 i, odd, so that no change of one
+    word can vanish modulo 2**64. Sums of columns and of rows suffice. The same on CPU and GPU: int64 wraps around.
+    """
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    data = torch.nn.functional.pad(data, (0, -len(data) % (8 * _COLUMNS))) if len(data) % (8 * _COLUMNS) else data
+    words = data.view(torch.int64).view(-1, _COLUMNS)
+    columns, rows = words.sum(0), words.sum(1)
+    total = (columns * torch.arange(1, 2 * _COLUMNS, 2, device=words.device)).sum()
+    total += (rows * torch.arange(0, 2 * len(rows), 2, device=words.device)).sum()
+    return int(total) & (2**64 - 1)
+
+
+class _Verified:
+    """Mixin of a transport's engine side: checksums of what load_weights is given, and the repairs a reload needs on CPU."""
+
+    received: Checksums
+
+    def start_weight_update(self) -> None:
+        self.received = {}
+        initialize_layerwise_reload(self.model)  # type: ignore[attr-defined]
+
+    def receive_weights(self, update_info: Any) -> None:
+        load = self.model.load_weights  # type: ignore[attr-defined]
+
+        def checked(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            return load(self._witness(weights))
+
+        self.model.load_weights = checked  # type: ignore[attr-defined]
+        try:
+            super().receive_weights(update_info)  # type: ignore[misc]
+        finally:
+            del self.model.load_weights  # type: ignore[attr-defined]
+
+    def _witness(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self.received[name] = checksum(tensor)
+            yield name, tensor
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[attr-defined]
+        # With tied embeddings the reload leaves the head with the packed copy of its old weights: pack again.
+        for module in self.model.modules():  # type: ignore[attr-defined]
+            if isinstance(module, VocabParallelEmbedding):
+                module.quant_method.process_weights_after_loading(module)
+
+
+@dataclass
+class ObjectStoreInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on."""
+
+
+@dataclass
+class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    arrays: list[np.ndarray]
+    """uint8 views of the tensors, in shared memory; the engine may keep them until the update is finished."""
+
+
+class _ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
+    init_info_cls = ObjectStoreInitInfo
+    update_info_cls = ObjectStoreUpdateInfo
+
+    def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        raise NotImplementedError
+
+    def finish_weight_update(self) -> None:
+        raise NotImplementedError
+
+    def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
+        info = update_info
+        self.model.load_weights(
+            (name, torch.frombuffer(array, dtype=getattr(torch, dtype)).view(shape).to(self.device))
+            for name, dtype, shape, array in zip(info.names, info.dtypes, info.shapes, info.arrays, strict=True)
+        )
+
+    def shutdown(self) -> None:
+        pass
+
+
+class ObjectStoreEngine(_Verified, _ObjectStoreReceiver):
+    """Engine side of `object_store`."""
+
+
+class NCCLEngine(_Verified, NCCLWeightTransferEngine):
+    """Engine side of `nccl`."""
+
+
+class IPCEngine(_Verified, IPCWeightTransferEngine):
+    """Engine side of `ipc`."""
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._packed_importer.close()
+
+
+@dataclass
+class ObjectStoreTrainerInit(TrainerInitInfo):
+    """Trainer side of `object_store`."""
+
+    backend: ClassVar[str] = "object_store"
+    bucket_bytes: int
+
+
+class ObjectStoreTrainer(TrainerWeightTransferEngine[ObjectStoreTrainerInit]):
+    """Puts buckets into Ray's object store, one at a time; each is freed once every engine has taken it."""
+
+    init_info_cls = ObjectStoreTrainerInit
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: ObjectStoreTrainerInit, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+    ) -> Self:
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        engine.bucket_bytes = init_info.bucket_bytes
+        if engine.is_sender:
+            client.init_weight_transfer_engine({})
+        return engine
+
+    bucket_bytes: int
+
+    def send_weights(self) -> None:
+        assert self.source is not None
+        if self.is_sender:
+            self.client.start_weight_update()
+        bucket: list[tuple[str, Tensor]] = []
+        for name, tensor in self.source:
+            if not self.is_sender:
+                continue
+            bucket.append((name, tensor.detach().contiguous().cpu()))
+            if sum(t.nbytes for _, t in bucket) >= self.bucket_bytes:
+                self._send(bucket)
+                bucket = []
+        if self.is_sender:
+            if bucket:
+                self._send(bucket)
+            self.client.finish_weight_update()
+
+    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
+        arrays = ray.put([t.flatten().view(torch.uint8).numpy() for _, t in bucket])
+        self.client.update_weights(
+            {
+                "names": [name for name, _ in bucket],
+                "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+                "shapes": [tuple(t.shape) for _, t in bucket],
+                "arrays": arrays,
+            }
+        )
+
+
+class Witness:
+    """Extension of vLLM's worker, through which an engine shows what it received."""
+
+    def weight_checksums(self) -> Checksums:
+        return self.weight_transfer_engine.received  # type: ignore[attr-defined]
+
+
+ENGINES: dict[str, type[WeightTransferEngine]] = {
+    "object_store": ObjectStoreEngine,
+    "nccl": NCCLEngine,
+    "ipc": IPCEngine,
+}
+for _name, _engine in ENGINES.items():
+    WeightTransferEngineFactory.register_engine(f"verified_{_name}", _engine)
+WeightTransferTrainerFactory.register_engine("object_store", ObjectStoreTrainer)

@@ -1,0 +1,126 @@
+"""The critic and the reward model: a transformer with a scalar head that learns from returns and from preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workers import experience
+from workers.advantages import moments
+from workers.batching import Rows
+from workers.losses import explained_variance, masked_sum, pairwise, value_losses
+from workers.models import Batch
+from workers.sequences import Placed, Ragged
+from workers.trainer import Trainer
+from workers.work import Part, Work
+
+
+@torch.no_grad()
+def score(module: nn.Module, samples: Sequence[Any], micro_batches: list[Rows], device: torch.device) -> np.ndarray:
+    """Scores [samples] float32 at the sequences' last tokens."""
+    module.eval()
+    scores = np.empty(len(samples), np.float32)
+    for indices in micro_batches:
+        scores[indices] = module(Batch([samples[i] for i in indices], device), per_token=False).cpu().numpy()
+    return scores
+
+
+class ValueWorker(Trainer):
+    """One rank of a scalar model."""
+
+    scalar = True
+
+    # ------------------------------------------------------------ critic
+
+    def values(self, rollouts: Placed, micro_batches: list[Rows]) -> tuple[Ragged, np.ndarray]:
+        """The values of the states before each answer token; per answer, its first."""
+        samples = rollouts.fetch()
+        rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
+        with self.evaluating():
+            for indices in micro_batches:
+                batch = Batch([samples[i] for i in indices], self.device)
+                values = self.module(batch, per_token=True)
+                for i, row, mask in zip(indices, values.cpu(), batch.mask.cpu(), strict=True):
+                    rows[i] = row[mask].numpy()
+        return Ragged.of(rows, np.float32), np.array([row[0] for row in rows])
+
+    def train_values(self, work: Work, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+        """The critic's updates of one step: epochs x mini-batches."""
+        ppo = self.config.ppo
+        assert ppo is not None
+        answers = experience.prepare(work, ppo, self.total, self.device)
+        assert answers.values is not None
+        variance = explained_variance(
+            self.total(moments(answers.returns, answers.mask)),
+            self.total(moments(answers.returns - answers.values, answers.mask)),
+        )
+        metrics = {"explained_variance": float(variance)}
+        total, updates = 0.0, 0
+        for epoch in range(ppo.epochs):
+            for k, mini in enumerate(work.mini_batches):
+                losses = [lambda i=i: self._value_loss(answers, i) / mini.tokens for i in mini.micro_batches]  # type: ignore[misc]
+                steps = self.optimize(losses, progress, (*seed, epoch, k))
+                metrics |= {"lr/critic": steps["lr"], "grad_norm/critic": steps["grad_norm"]}
+                total += steps["loss"]
+                updates += 1
+        return metrics | {"loss/value": total / updates}
+
+    def _value_loss(self, answers: experience.Answers, indices: Rows) -> Tensor:
+        ppo = self.config.ppo
+        assert ppo is not None and answers.values is not None
+        batch = Batch([answers.samples[i] for i in indices], self.device)
+        values = self.module(batch, per_token=True)
+        old, returns = (x[indices, : values.shape[1]] for x in (answers.values, answers.returns))
+        return masked_sum(value_losses.get(ppo.value_loss)(values, old, returns, batch.mask, ppo.value_clip_range).loss, batch.mask)
+
+    # ------------------------------------------------------------ preferences
+
+    def train_pairs(self, part: Part, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+        """One optimizer step on the mean pairwise loss."""
+        right = 0.0
+
+        def loss_of(indices: Rows) -> Tensor:
+            nonlocal right
+            loss, correct = self._pair_loss(part.data, indices)
+            right += correct
+            return loss / part.count
+
+        metrics = self.optimize([lambda i=i: loss_of(i) for i in part.micro_batches], progress, seed)  # type: ignore[misc]
+        return metrics | {"accuracy": self.sum_over_ranks({"right": right})["right"] / part.count}
+
+    def pair_accuracy(self, part: Part) -> dict[str, float]:
+        """Mean loss and share of pairs whose chosen answer scores higher, without training."""
+        loss = right = 0.0
+        with self.evaluating():
+            for indices in part.micro_batches:
+                summed, correct = self._pair_loss(part.data, indices)
+                loss, right = loss + float(summed), right + correct
+        sums = self.sum_over_ranks({"loss": loss, "right": right})
+        return {"loss": sums["loss"] / part.count, "accuracy": sums["right"] / part.count}
+
+    def _pair_loss(self, data: str, indices: Rows) -> tuple[Tensor, float]:
+        settings = self.config.rm
+        assert settings is not None
+        pairs = [self.sequences[data][i] for i in indices]
+        scores = self.module(Batch([p.chosen for p in pairs] + [p.rejected for p in pairs], self.device), per_token=False)
+        chosen, rejected = scores.chunk(2)
+        margin = settings.margin * torch.tensor([p.margin for p in pairs], device=self.device)
+        loss = pairwise(chosen, rejected, margin, settings.center).sum()
+        return loss, float((chosen > rejected).sum())
+
+    def normalize(self, data: str, micro_batches: list[Rows]) -> tuple[float, float]:
+        """Give the scores mean 0 and deviation 1 on these sequences. Returns the raw mean and deviation."""
+        rows = self.sequences[data]
+        mine = np.concatenate(micro_batches)
+        scores = score(self.module, rows, micro_batches, self.device)[mine].astype(float)
+        sums = self.sum_over_ranks({"n": float(len(mine)), "sum": float(scores.sum()), "squares": float((scores**2).sum())})
+        mean = sums["sum"] / sums["n"]
+        std = max(sums["squares"] / sums["n"] - mean**2, 1e-12) ** 0.5
+        old_mean, old_std = self.model.normalization
+        config = self.model.hf.config
+        config.score_mean, config.score_std = old_mean + old_std * mean, old_std * std
+        return mean, std

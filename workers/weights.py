@@ -1,0 +1,118 @@
+"""The trainer's side of weight transfer: whole tensors out of a sharded model, layer by layer, and their checksums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from deepspeed import zero
+from peft.tuners.tuners_utils import BaseTunerLayer
+from ray.actor import ActorHandle
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
+from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
+
+from workers.transfer import Checksums, checksum
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One tensor of the model as others know it, and the parameters that it is made of."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[nn.Parameter, ...]
+    make: Callable[[], Tensor]
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _weights(module: nn.Module) -> dict[str, _Weight]:
+    """Name -> tensor, under the names of a plain Hugging Face model: adapters merged, tied weights once."""
+    found: dict[str, _Weight] = {}
+    seen: set[int] = set()
+    adapters = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
+
+    def add(name: str, parameter: nn.Parameter, parts: tuple[nn.Parameter, ...], make: Callable[[], Tensor]) -> None:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[name] = _Weight(_whole_shape(parameter), parameter.dtype, parts, make)
+
+    for prefix, child in module.named_modules():
+        inside = next((a for a in adapters if prefix.startswith(a + ".")), None)
+        if inside is not None:
+            continue
+        layer = adapters.get(prefix)
+        owner: Any = layer.get_base_layer() if layer is not None else child
+        for name, parameter in owner.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if layer is not None and name == "weight":
+                parts = (parameter, *(p for n, p in layer.named_parameters() if "lora_" in n))
+                add(full, parameter, parts, lambda p=parameter, at=layer: p + at.get_delta_weight("default").to(p.dtype))  # type: ignore[misc]
+            else:
+                add(full, parameter, (parameter,), lambda p=parameter: p)  # type: ignore[misc]
+    return found
+
+
+class GatheredWeights(WeightSource):
+    """A model's whole tensors from ZeRO 0 to 3, adapters merged, gathered one layer at a time.
+
+    Iterating is collective under ZeRO-3: every rank must do it. `checksums` holds those of the last pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._weights = _weights(module)
+        self.checksums: Checksums = {}
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, w.dtype, w.shape) for name, w in self._weights.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.checksums = {}
+        for group in layerwise_groups(list(self._weights)):
+            parts = [p for name in group for p in self._weights[name].parts]
+            sharded = any(hasattr(p, "ds_id") for p in parts)
+            with zero.GatheredParameters(parts, modifier_rank=None) if sharded else nullcontext(), torch.no_grad():
+                # A gathered tensor ends with this block, and receivers keep theirs until a bucket is full.
+                tensors = {n: self._weights[n].make().detach().clone() if sharded else self._weights[n].make().detach() for n in group}
+            for name, tensor in tensors.items():
+                self.checksums[name] = checksum(tensor)
+                yield name, tensor
+
+
+class EngineClient(RayVLLMWeightSyncClient):
+    """The calls of one update to all engines; its end carries the version and the checksums."""
+
+    def __init__(self, engines: list[ActorHandle], source: GatheredWeights, tensor_parallel: int) -> None:
+        super().__init__(engines)
+        self.source = source
+        self.tensor_parallel = tensor_parallel
+        self.version = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Each engine's ranks in a joint communicator follow those of the one before."""
+        calls = []
+        for i, handle in enumerate(self.handles):
+            info = dict(init_info)
+            if "rank_offset" in info:
+                info["rank_offset"] += i * self.tensor_parallel
+            calls.append(handle.call.remote("init_weight_transfer_engine", info))
+        ray.get(calls)
+
+    def start_weight_update(self) -> None:
+        self._all("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._all("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._all("finish_weight_update", self.version, self.source.checksums)
+
+    def _all(self, method: str, *args: Any) -> None:
+        ray.get([handle.call.remote(method, *args) for handle in self.handles])

@@ -1,0 +1,69 @@
+"""What the driver asks of a rank: which samples or rows, cut into which micro-batches. Indices and counts, no tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from workers.batching import Rows
+from workers.sequences import Placed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of a batch of dataset rows (demonstrations or preferences)."""
+
+    data: str
+    """Name of the dataset."""
+    micro_batches: list[Rows]
+    """Rows of the dataset; equally many micro-batches on every rank."""
+    count: int
+    """Completion tokens (or pairs) of the whole batch, over all ranks: what its loss is divided by."""
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """One rank's part of a mini-batch of answers."""
+
+    micro_batches: list[Rows]
+    """Rows among the rank's samples; equally many micro-batches on every rank."""
+    tokens: int
+    """Answer tokens of the whole mini-batch, over all ranks."""
+    ptx: Part | None = None
+    """Demonstrations learned beside it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's part of a PPO step."""
+
+    rollouts: Placed
+    reference: Placed
+    """The reference's log-probabilities."""
+    values: Placed | None
+    """The critic's values."""
+    scores: np.ndarray
+    """[samples] as they are trained on."""
+    groups: np.ndarray
+    """[samples] ids of the prompts."""
+    kl_coefficient: float
+    mini_batches: list[MiniBatch]
+    update: bool = True
+    """Whether the weights may change."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the driver learns of a chunk of answers."""
+
+    prompt_lengths: np.ndarray
+    answer_lengths: np.ndarray
+    ended: np.ndarray
+    """Which answers ended by themselves (eos)."""
+    version: int
+    """Policy version of every token."""
+
+
+class StaleWeights(RuntimeError):
+    """An engine's weights are not those that the trainer published."""

@@ -1,0 +1,87 @@
+"""The base of every worker: a Ray actor that is one rank of one role."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import psutil
+import ray
+
+from configs.schema import Role, RunConfig
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Which worker this is."""
+
+    config: RunConfig
+    role: Role
+    rank: int
+    world_size: int
+    device: str
+    """cpu or cuda"""
+    threads: int
+
+
+class Worker:
+    """What all workers can do: say where and how they are, meet their group, keep datasets."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.config = spec.config
+        self.rank = spec.rank
+        self.datasets: dict[str, list] = {}
+
+    def __repr__(self) -> str:
+        return f"{self.spec.role}-{self.spec.rank}"
+
+    def address(self) -> tuple[str, int]:
+        """Host and a free port, for the group's rendezvous."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def join(self, address: tuple[str, int]) -> None:
+        """Set what torch.distributed and DeepSpeed read when the group meets."""
+        os.environ |= {
+            "MASTER_ADDR": address[0],
+            "MASTER_PORT": str(address[1]),
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.spec.world_size),
+            "LOCAL_RANK": "0",  # Ray shows each worker its own devices only
+            "LOCAL_SIZE": "1",
+        }
+
+    def add_rows(self, name: str, rows: list) -> None:
+        """Keep a dataset's rows (workers.data.Row) under a name."""
+        self.datasets[name] = rows
+
+    def memory(self) -> int:
+        """Bytes of this process: proportional set size, so that shared pages count once over all processes."""
+        info = psutil.Process().memory_full_info()
+        return int(getattr(info, "pss", info.rss))
+
+
+def environment(role: Role, device: str, threads: int) -> dict[str, str]:
+    """Environment of a worker's process; must be there before torch is imported."""
+    common = {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: spinning ones slow the other workers tenfold
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0",
+    }
+    if device == "cpu":
+        common |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if role == "rollout":
+        common |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs inside the actor
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+    return common
