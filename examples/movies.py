@@ -42,7 +42,8 @@ PAIRS_PER_SENTENCE = 2
 MIN_MARGIN = 1.0
 """Smallest difference of two mean ratings (on -4..4) that makes a pair."""
 VOCABULARY = 4000
-INSTRUCTION = "Continue this sentence from a film review: {}"
+SYSTEM = {"role": "system", "content": "Continue the film review."}
+"""Says the task to a chat model, in place of the template's longer text: half as many tokens in every prompt."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,14 @@ def pairs(sentences: list[Sentence], rng: random.Random) -> list[tuple[Sentence,
     return drawn
 
 
-def conversation(sentence: Sentence) -> list[dict[str, str]]:
-    prompt, completion = sentence.halves
-    return [
-        {"role": "user", "content": INSTRUCTION.format(prompt)},
-        {"role": "assistant", "content": completion.strip()},
-    ]
+def question(sentence: Sentence) -> list[Row]:
+    """Messages that ask a chat model for the rest of a sentence."""
+    return [SYSTEM, {"role": "user", "content": sentence.halves[0]}]
+
+
+def conversation(sentence: Sentence) -> list[Row]:
+    """The question and its answer."""
+    return [*question(sentence), {"role": "assistant", "content": sentence.halves[1].strip()}]
 
 
 def write(file: Path, rows: Iterable[Row]) -> None:
@@ -146,32 +149,28 @@ def write(file: Path, rows: Iterable[Row]) -> None:
 
 def write_split(folder: Path, split: Split, sentences: list[Sentence]) -> None:
     """The files of one split, plain and for chat models."""
+
+    def save(kind: str, rows: Iterable[Row]) -> None:
+        file = folder / kind / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
     long = [sentence for sentence in sentences if sentence.halves[1]]
-    demonstrations = [(s.id, s.rating, *s.halves) for s in long]
-    write(
-        folder / "sft" / f"{split}.jsonl",
-        ({"id": i, "rating": r, "prompt": p, "completion": c} for i, r, p, c in demonstrations),
-    )
-    write(folder / "prompts" / f"{split}.jsonl", ({"id": i, "prompt": p} for i, _, p, _ in demonstrations))
+    halves = [{"id": s.id, "rating": s.rating, "prompt": s.halves[0], "completion": s.halves[1]} for s in long]
+    save("sft", halves)
+    save("prompts", ({"id": row["id"], "prompt": row["prompt"]} for row in halves))
+    save("chat/sft", ({"id": s.id, "rating": s.rating, "messages": conversation(s)} for s in long))
+    save("chat/prompts", ({"id": s.id, "messages": question(s)} for s in long))
     # Whole sentences: cut at a space, first words and rest have together the same tokens.
-    write(
-        folder / "preferences" / f"{split}.jsonl",
+    save(
+        "preferences",
         (
             {"prompt": "", "chosen": better.text, "rejected": worse.text, "margin": better.rating - worse.rating}
             for better, worse in pairs(sentences, random.Random(split))
         ),
     )
-    chat = folder / "chat"
-    write(
-        chat / "sft" / f"{split}.jsonl",
-        ({"id": s.id, "rating": s.rating, "messages": conversation(s)} for s in long),
-    )
-    write(
-        chat / "prompts" / f"{split}.jsonl",
-        ({"id": i, "prompt": INSTRUCTION.format(p)} for i, _, p, _ in demonstrations),
-    )
-    write(
-        chat / "preferences" / f"{split}.jsonl",
+    save(
+        "chat/preferences",
         (
             {"chosen": conversation(better), "rejected": conversation(worse), "margin": better.rating - worse.rating}
             for better, worse in pairs(long, random.Random(split))

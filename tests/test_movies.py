@@ -88,10 +88,10 @@ def test_chat_rows_tell_the_same(task: Path) -> None:
         plain, chat = rows(task / "sft" / f"{split}.jsonl"), rows(task / "chat" / "sft" / f"{split}.jsonl")
         prompts = rows(task / "chat" / "prompts" / f"{split}.jsonl")
         for one, other, prompt in zip(plain, chat, prompts, strict=True):
-            user, assistant = other["messages"]
-            assert user["content"] == prompt["prompt"]
-            assert user["content"].endswith(one["prompt"])
-            assert assistant["content"] == one["completion"].strip()
+            *question, assistant = other["messages"]
+            assert question == prompt["messages"]
+            assert [message["role"] for message in question] == ["system", "user"]
+            assert f"{question[1]['content']} {assistant['content']}" == one["prompt"] + one["completion"]
         turns = {json.dumps(row["messages"]) for row in chat}
         for row in rows(task / "chat" / "preferences" / f"{split}.jsonl"):
             assert {json.dumps(row["chosen"]), json.dumps(row["rejected"])} <= turns
