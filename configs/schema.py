@@ -139,6 +139,8 @@ class RewardModelSettings(BatchSettings):
 
 
 class FixedKL(Settings):
+    """The same coefficient throughout."""
+
     kind: Literal["fixed"] = "fixed"
     coefficient: NonNegativeFloat = 0.1
     """Weight of the per-token KL penalty in the reward."""
@@ -250,8 +252,10 @@ class PPOSettings(Settings):
     """Name in the registry of policy losses."""
     value_loss: str = "clipped"
     """Name in the registry of value losses."""
+    critic: bool = True
+    """Train a critic beside the actor."""
     advantage: str = "gae"
-    """Name in the registry of advantage estimators."""
+    """Name in the registry of advantage estimators; gae needs the critic."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
@@ -290,12 +294,14 @@ class PPOSettings(Settings):
         return self.prompts_per_step * self.samples_per_prompt
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
+    def _consistent(self) -> Self:
         if self.sequences_per_step % self.mini_batches:
             raise ValueError(
                 f"mini_batches: {self.sequences_per_step} sequences (prompts_per_step {self.prompts_per_step} x "
                 f"samples_per_prompt {self.samples_per_prompt}) do not divide by {self.mini_batches}"
             )
+        if self.advantage == "gae" and not self.critic:
+            raise ValueError("advantage: gae needs a critic, and critic is false")
         return self
 
 
@@ -405,11 +411,13 @@ class RunConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
     strategy: Strategy = "ddp"
-    """How the trained states are sharded over a role's ranks: ddp not at all; zero1 optimizer; zero2 also gradients; zero3 also parameters."""
+    """What is sharded over a role's ranks: ddp nothing; zero1 optimizer states; zero2 gradients too; zero3 parameters too."""
     strategies: dict[Role, Strategy] = {}
     """Another strategy for single roles."""
     model: ModelSettings
     """The starting model."""
+    plugins: list[str] = []
+    """Modules to import in every process: what they register (estimators, losses) can be named in the settings."""
     chat_template: bool = False
     """Wrap prompts in the tokenizer's chat template. Rows with `messages` always are."""
     sft: SFTSettings | None = None
@@ -431,5 +439,3 @@ class RunConfig(Settings):
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)
-
-

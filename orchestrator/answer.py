@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,13 @@ class Answerer:
         run = Run.open(folder)
         finished = [s for s in STAGES if s != "rm" and run.finished(s)]
         if not finished or (stage and stage not in finished):
-            raise RunError(f"{folder}: has no finished {stage or 'sft or ppo'} stage; finished: {', '.join(finished) or 'none'}")
+            raise RunError(
+                f"{folder}: has no finished {stage or 'sft or ppo'} stage; finished: {', '.join(finished) or 'none'}"
+            )
         chosen = next(s for s in STAGES if s == (stage or finished[-1]))
         device = "cuda" if Cluster.this_machine().gpus else "cpu"
         threads = int(Cluster.this_machine().cpus)
-        os.environ |= environment("rollout", device, threads)
+        os.environ |= environment(run.config, "rollout", device, threads)
         with quiet(run.folder / "answer.log"):
             from workers.rollout import RolloutWorker  # imports torch and vLLM, which read the environment
 
@@ -76,7 +78,10 @@ def answer_file(answerer: Answerer, prompts: Path, output: Path) -> int:
     answers = answerer.answer([row.prompt for row in rows])
     with open(output, "w", encoding="utf-8") as file:
         for row, answer in zip(rows, answers, strict=True):
-            file.write(json.dumps({"prompt": row.prompt, "answer": answer, **row.columns}, ensure_ascii=False, default=str) + "\n")
+            file.write(
+                json.dumps({"prompt": row.prompt, "answer": answer, **row.columns}, ensure_ascii=False, default=str)
+                + "\n"
+            )
     return len(rows)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
+from configs.schema import PPOSettings
 from orchestrator.cluster import connected
 from orchestrator.ppo import PPO
 from orchestrator.report import write_report
-from orchestrator.run import STAGES, Run, RunError
+from orchestrator.run import Run, RunError
 from orchestrator.stage import StageRun
 from orchestrator.supervised import SFT, RewardModel
 from placement import Cluster, make_plan, render
@@ -78,17 +81,35 @@ def go_on(run: Run, console: Console | None = None) -> Result:
 def _check(run: Run, stages: Sequence[Stage]) -> None:
     """What can be known to fail without a cluster."""
     config = run.config
+    sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are looked for from here on
+    for plugin in config.plugins:
+        import_module(plugin)
     for stage in stages:
         if getattr(config, stage) is None:
             raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
     if "ppo" in stages and config.ppo:
+        _check_names(config.ppo)
         for i, reward in enumerate(config.ppo.rewards):
             if reward.kind == "function":
                 find_function(reward.function, f"ppo.rewards.{i}.function")
             elif reward.path is None and "rm" not in run.stages:
-                raise RunError(f"ppo.rewards.{i}.path: none is named, and this run has no rm stage to take a reward model from")
+                raise RunError(
+                    f"ppo.rewards.{i}.path: none is named, and this run has no rm stage to take a reward model from"
+                )
         for i, judge in enumerate(config.ppo.evaluation.judges if config.ppo.evaluation else []):
             find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def _check_names(ppo: PPOSettings) -> None:
+    """Raises UnknownNameError where an estimator or a loss is not registered."""
+    chosen = {"advantage": ppo.advantage, "policy_loss": ppo.policy_loss, "value_loss": ppo.value_loss}
+    if any(PPOSettings.model_fields[field].default != name for field, name in chosen.items()):
+        from workers.advantages import advantage_estimators  # imports torch, which the driver can mostly do without
+        from workers.losses import policy_losses, value_losses
+
+        advantage_estimators.get(ppo.advantage)
+        policy_losses.get(ppo.policy_loss)
+        value_losses.get(ppo.value_loss)
 
 
 def _note_surroundings(run: Run, cluster: Cluster) -> None:
@@ -112,5 +133,3 @@ def _add_seconds(run: Run, stage: Stage, seconds: float) -> None:
     summary = run.read("summary.json")
     summary.setdefault("seconds", {})[stage] = summary.get("seconds", {}).get(stage, 0.0) + seconds
     run.write("summary.json", summary)
-
-

@@ -40,6 +40,11 @@ class WorkerGroup:
         """The same call to every rank."""
         return self.scatter(method, [args] * len(self))
 
+    def first(self, method: str, *args: Any) -> Any:
+        """The result of a call to rank 0 alone."""
+        one = WorkerGroup(self.role, self.handles[:1], self.place, self.timeout)
+        return one.call(method, *args).get()[0]
+
     def scatter(
         self,
         method: str,
@@ -103,7 +108,9 @@ class Call(Generic[T]):
         who = f"{self.group.role} rank {rank} failed in {self.method}"
         if isinstance(error, RayTaskError):
             return WorkerError(f"{who}: {type(error.cause).__name__}: {error.cause}\n{_indent(str(error))}")
-        return WorkerError(f"{who}: its process died\n{_indent(str(error))}\n  the end of its log:\n{_indent(self._log(rank))}")
+        return WorkerError(
+            f"{who}: its process died\n{_indent(str(error))}\n  the end of its log:\n{_indent(self._log(rank))}"
+        )
 
     def _log(self, rank: int) -> str:
         try:

@@ -64,7 +64,9 @@ def resume(run: RunFolder) -> None:
 def plan(
     config: Config,
     overrides: Overrides = None,
-    cluster: Annotated[str | None, typer.Option(help="Plan for a described cluster, such as 4x8xA100-80GB, in place of this machine.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Plan for a described cluster, such as 4x8xA100-80GB, in place of this machine.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print where each stage's roles go and the batch arithmetic; refuse what cannot be."""
@@ -123,7 +125,10 @@ def generate(
 
 
 @app.command()
-def chat(run: RunFolder, stage: Annotated[str | None, typer.Option(help="Which stage's model; none: the last finished.")] = None) -> None:
+def chat(
+    run: RunFolder,
+    stage: Annotated[str | None, typer.Option(help="Which stage's model; none: the last finished.")] = None,
+) -> None:
     """Talk to the trained model. An empty line or Ctrl-D ends."""
     with _errors():
         from orchestrator.answer import Answerer, converse

@@ -14,9 +14,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray  # noqa: E402
+import ray
 
-from placement.cluster import Cluster  # noqa: E402
+from placement.cluster import Cluster
 
 
 @contextmanager

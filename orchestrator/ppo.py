@@ -45,13 +45,18 @@ class PPO(StageRun):
             with self.phase("generate"):
                 rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
             with self.phase("score"):
-                reference, values, scores = together(team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources))
+                reference, values, scores = together(
+                    team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
+                )
             reward = weighted_sum(scores, ppo)
             shaped = shape_scores(reward, rollouts.ended, ppo)
-            experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
+            experience = Experience(
+                rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step)
+            )
             with self.phase("train"):
                 actor, critic = together(
-                    team.train_actor(experience, progress, step, update=learns), team.train_critic(experience, progress, step)
+                    team.train_actor(experience, progress, step, update=learns),
+                    team.train_critic(experience, progress, step),
                 )
             self._check_gap(step, actor["log_prob_gap"])
             if learns:
@@ -81,9 +86,10 @@ class PPO(StageRun):
     def _check_gap(self, step: int, gap: float) -> None:
         if not gap <= self.ppo.max_log_prob_gap:
             raise LogProbGapError(
-                f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same tokens "
-                f"(ppo.max_log_prob_gap: {self.ppo.max_log_prob_gap}). The engine does not serve the actor's weights, or samples under "
-                f"another distribution (rollout.top_p {self.config.rollout.top_p}, model.dtype {self.config.model.dtype})."
+                f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same "
+                f"tokens (ppo.max_log_prob_gap: {self.ppo.max_log_prob_gap}). The engine does not serve the actor's weights, or "
+                f"samples under another distribution (rollout.top_p {self.config.rollout.top_p}, model.dtype "
+                f"{self.config.model.dtype})."
             )
 
     def _measure(
@@ -119,7 +125,9 @@ class PPO(StageRun):
                 raise RunError("ppo.ptx.data: none is named and there is no sft stage to take demonstrations from")
             self.ptx_rows = self.rows(data, "demonstration")
         self.sources = [source.name for source in self.ppo.rewards]
-        self.reward_models = {s.name: s.path or str(self.run.model("rm")) for s in self.ppo.rewards if isinstance(s, ModelReward)}
+        self.reward_models = {
+            s.name: s.path or str(self.run.model("rm")) for s in self.ppo.rewards if isinstance(s, ModelReward)
+        }
         self.kl = make_controller(self.ppo.kl.control)
         self.version = 0
 
@@ -130,10 +138,14 @@ class PPO(StageRun):
         critic = ModelSettings(**{**model.model_dump(), "path": next(iter(self.reward_models.values()), start)})
         together(
             team.groups["actor"].call("load", start, model, ppo.actor_optimizer),
-            team.groups["critic"].call("load", critic.path, critic, ppo.critic_optimizer) if "critic" in team.groups else None,
+            team.groups["critic"].call("load", critic.path, critic, ppo.critic_optimizer)
+            if "critic" in team.groups
+            else None,
             team.groups["reference"].call("load", start, model, None),
             team.groups["reward"].call("load", start, self.reward_models),
-            team.groups["rollout"].call("load", start, team.transport, ppo.max_prompt_tokens + self.config.rollout.max_new_tokens),
+            team.groups["rollout"].call(
+                "load", start, team.transport, ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
+            ),
         )
         for name, rows in (("prompts", self.prompts), (DATA, self.evaluation_prompts)):
             if rows:

@@ -62,12 +62,17 @@ class Run:
             old = load_config(file)
             changed = differences(old.model_dump(), config.model_dump())
             if changed:
-                raise RunError(f"{folder}: holds a run with other settings ({'; '.join(changed)}): choose another `name`, or remove it")
+                raise RunError(
+                    f"{folder}: holds a run with other settings ({'; '.join(changed)}): choose another `name`, or remove it"
+                )
         else:
             folder.mkdir(parents=True, exist_ok=True)
             save_config(config, file)
         run = cls(config, folder)
-        run.write("run.json", run.read("run.json") | {"stages": list(dict.fromkeys([*run.read("run.json").get("stages", []), *stages]))})
+        run.write(
+            "run.json",
+            run.read("run.json") | {"stages": list(dict.fromkeys([*run.read("run.json").get("stages", []), *stages]))},
+        )
         return run
 
     @classmethod
@@ -136,5 +141,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{prefix}{key}: {a!r} there, {b!r} asked for")
     return sorted(found)
-
-

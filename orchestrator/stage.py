@@ -140,13 +140,16 @@ class StageRun:
     def finish_step(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
         self.done = step
+        self.seconds = {}
         self.recorder.record(step, metrics)
         self.progress.update(step, metrics)
         every = self.config.checkpoint.every
         if self.stop.asked or (every and step % every == 0 and step < self.steps):
             self.save()
         if self.stop.asked:
-            raise Stopped(f"stopped after step {step} of {self.steps} of {self.name}; go on with: troupe resume {self.run.folder}")
+            raise Stopped(
+                f"stopped after step {step} of {self.steps} of {self.name}; go on with: troupe resume {self.run.folder}"
+            )
 
     # ------------------------------------------------------------ saving
 

@@ -40,7 +40,9 @@ class Supervised(StageRun):
     def load(self) -> None:
         optimizer: OptimizerSettings = self.settings.optimizer
         path = self.run.starting_model(self.name)
-        self.parameters = self.team.groups[self.role].call("load", path, self.model_settings, optimizer, self.dropout).get()[0]
+        self.parameters = (
+            self.team.groups[self.role].call("load", path, self.model_settings, optimizer, self.dropout).get()[0]
+        )
         for name, rows in self.data.items():
             self.add(name, rows, self.kind)
 
@@ -55,7 +57,9 @@ class Supervised(StageRun):
         for step in range(self.done + 1, self.steps + 1):
             rows = order[step - 1]
             with self.phase("train"):
-                metrics = self.call(self.train_method, "train", rows, (step - 1) / self.steps, (self.config.seed, step)).get()
+                metrics = self.call(
+                    self.train_method, "train", rows, (step - 1) / self.steps, (self.config.seed, step)
+                ).get()
             metrics["tokens_per_second"] = float(lengths[rows].sum()) / self.seconds["train"]
             if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
                 with self.phase("validate"):
@@ -72,7 +76,9 @@ class Supervised(StageRun):
 
     def call(self, method: str, data: str, rows: Rows, *args: Any) -> Call[dict[str, float]]:
         parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens)
-        return self.team.groups[self.role].scatter(method, [(part, *args) for part in parts], then=lambda results: results[0])
+        return self.team.groups[self.role].scatter(
+            method, [(part, *args) for part in parts], then=lambda results: results[0]
+        )
 
     def shown(self, metrics: dict[str, float]) -> dict[str, float]:
         return metrics
@@ -112,7 +118,9 @@ class RewardModel(Supervised):
         self.settings, self.model_settings = settings, settings.model or self.config.model
         self.dropout = settings.dropout
         super().read()
-        normalize_on: DatasetSettings | None = settings.normalize_on or (self.config.sft.train if self.config.sft else None)
+        normalize_on: DatasetSettings | None = settings.normalize_on or (
+            self.config.sft.train if self.config.sft else None
+        )
         self.demonstrations = self.rows(normalize_on, "demonstration") if normalize_on else []
 
     def result(self) -> dict[str, float]:
@@ -123,5 +131,7 @@ class RewardModel(Supervised):
         count = len(self.demonstrations)
         rows = np.arange(count - count % len(self.team.groups["reward"]))
         parts = self.team.parts("reward", "demonstrations", rows, self.settings.micro_batch_tokens)
-        mean, std = self.team.groups["reward"].scatter("normalize", [(p.data, p.micro_batches) for p in parts]).get()[0]
+        args = [(part.data, part.micro_batches) for part in parts]
+        call: Call[list[tuple[float, float]]] = self.team.groups["reward"].scatter("normalize", args)
+        mean, std = call.get()[0]
         return numbers | {"raw_score_mean": mean, "raw_score_std": std}

@@ -6,7 +6,7 @@
     together(team.train_actor(...), team.train_critic(...))
     team.publish(version)
 
-Every method but `start`, `add_data`, `generate` and `publish` returns a Call, to be run alone (`.get()`) or with others (`together`).
+`generate`, `log_probs`, `values`, `scores` and `train_...` give a Call, to be run alone (`.get()`) or with others (`together`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from workers.sequences import Placed
 from workers.work import MiniBatch, Part, Work, Written
 from workers.worker import WorkerSpec, environment
 
-KINDS: dict[Role, str] = {"actor": "policy", "reference": "policy", "critic": "value", "reward": "rewards", "rollout": "rollout"}
+KINDS: dict[Role, str] = {
+    "actor": "policy",
+    "reference": "policy",
+    "critic": "value",
+    "reward": "rewards",
+    "rollout": "rollout",
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Team:
                 "num_cpus": planned.cpus,
                 "num_gpus": planned.gpus,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(self._places[place], bundle),
-                "runtime_env": {"env_vars": environment(role, self.plan.device, planned.threads)},
+                "runtime_env": {"env_vars": environment(self.config, role, self.plan.device, planned.threads)},
             }
             handles.append(ray.remote(Host).options(**options).remote(kind, spec))
         return WorkerGroup(role, tuple(handles), planned.group, self.config.cluster.call_timeout)
@@ -152,7 +158,9 @@ class Team:
     def memory(self) -> dict[Role, int]:
         """Bytes of each role's workers, proportional set size."""
         roles = list(self.groups)
-        return dict(zip(roles, (sum(m) for m in together(*(self.groups[r].call("memory") for r in roles))), strict=True))
+        return dict(
+            zip(roles, (sum(m) for m in together(*(self.groups[r].call("memory") for r in roles))), strict=True)
+        )
 
     # ------------------------------------------------------------ rollouts
 
@@ -176,8 +184,15 @@ class Team:
                 return out
 
             placed = Placed.of([ref for ref, _ in results], shares, len(prompts))
-            columns = (ordered(n) for n in ("prompt_lengths", "answer_lengths", "ended"))
-            return Rollouts(data, prompts, placed, *columns, frozenset(w.version for _, w in results))
+            return Rollouts(
+                data,
+                prompts,
+                placed,
+                prompt_lengths=ordered("prompt_lengths"),
+                answer_lengths=ordered("answer_lengths"),
+                ended=ordered("ended"),
+                versions=frozenset(written.version for _, written in results),
+            )
 
         args = [(data, prompts[share], numbers[share], step) for share in shares]
         return group.scatter("generate", args, keep=1, then=gather)
@@ -227,8 +242,7 @@ class Team:
 
     def texts(self, rollouts: Rollouts) -> list[tuple[str, str]]:
         """(prompt, answer) of each sample, for people to read."""
-        call = self.groups["reward"].scatter("texts", [(rollouts.placed,)] + [(rollouts.placed.take(np.empty(0, int)),)] * (len(self.groups["reward"]) - 1))
-        return call.get()[0]
+        return self.groups["reward"].first("texts", rollouts.placed)
 
     def _shards(self, role: Role, lengths: np.ndarray) -> tuple[list[Rows], list[list[Rows]]]:
         """Samples of each rank and its micro-batches of them, balanced by tokens.
@@ -243,7 +257,9 @@ class Team:
 
     # ------------------------------------------------------------ training
 
-    def train_actor(self, experience: Experience, progress: float, step: int, update: bool = True) -> Call[dict[str, float]]:
+    def train_actor(
+        self, experience: Experience, progress: float, step: int, update: bool = True
+    ) -> Call[dict[str, float]]:
         """The policy's updates of a step. Without `update` the weights stay and only the log-prob gap is measured."""
         return self._train("actor", "train_answers", experience, progress, step, update)
 
@@ -253,10 +269,14 @@ class Team:
             return None
         return self._train("critic", "train_values", experience, progress, step, True)
 
-    def _train(self, role: Role, method: str, experience: Experience, progress: float, step: int, update: bool) -> Call[dict[str, float]]:
+    def _train(
+        self, role: Role, method: str, experience: Experience, progress: float, step: int, update: bool
+    ) -> Call[dict[str, float]]:
         works = self._works(role, experience, step, update)
         seed = (self.config.seed, step)
-        return self.groups[role].scatter(method, [(work, progress, seed) for work in works], then=lambda results: results[0])
+        return self.groups[role].scatter(
+            method, [(work, progress, seed) for work in works], then=lambda results: results[0]
+        )
 
     def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[Work]:
         """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
@@ -268,13 +288,19 @@ class Team:
         for k, samples in enumerate(np.split(order, ppo.mini_batches)):
             shards = [samples[part] for part in balance(rollouts.lengths[samples], ranks)]
             micro_batches = aligned_micro_batches([rollouts.lengths[s] for s in shards], ppo.micro_batch_tokens)
-            ptx = self.parts("actor", "sft", experience.ptx[k], ppo.micro_batch_tokens) if role == "actor" and experience.ptx else None
+            ptx = (
+                self.parts("actor", "sft", experience.ptx[k], ppo.micro_batch_tokens)
+                if role == "actor" and experience.ptx
+                else None
+            )
             tokens = int(rollouts.answer_lengths[samples].sum())
             for rank, (rows, micro) in enumerate(zip(shards, micro_batches, strict=True)):
                 before = sum(map(len, mine[rank]))
                 minis[rank].append(MiniBatch([before + m for m in micro], tokens, ptx[rank] if ptx else None))
                 mine[rank].append(rows)
-        return [self._work(experience, np.concatenate(rows), mini, update) for rows, mini in zip(mine, minis, strict=True)]
+        return [
+            self._work(experience, np.concatenate(rows), mini, update) for rows, mini in zip(mine, minis, strict=True)
+        ]
 
     def _work(self, experience: Experience, rows: Rows, mini_batches: list[MiniBatch], update: bool) -> Work:
         return Work(

@@ -42,15 +42,28 @@ def create_groups(plan: Plan, run_name: str, timeout: float) -> dict[str, Placem
         if waiting:
             raise PlacementError(_refusal(plan, run_name, timeout, waiting))
     except BaseException:
-        remove_groups(made)
+        for group in made.values():
+            remove_placement_group(group)
         raise
     return {group.name: made[group.name] for group in plan.groups}
 
 
-def remove_groups(groups: Mapping[str, PlacementGroup]) -> None:
-    """Give the groups back; the workers on them are killed."""
+def remove_groups(groups: Mapping[str, PlacementGroup], timeout: float = 60.0) -> None:
+    """Give the groups back, killing the workers on them, and wait until the nodes have their resources again.
+
+    Ray lets go of a bundle some time after the group is gone. The next groups, asked for in between, would be laid
+    around what is still held, and could so block one another for good.
+
+    Raises:
+        PlacementError: bundles are still held after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
     for group in groups.values():
         remove_placement_group(group)
+    while held := _held(groups):
+        if time.monotonic() > deadline:
+            raise PlacementError(f"the bundles of {', '.join(held)} are still held {timeout:g} s after their removal")
+        time.sleep(0.05)
 
 
 def bundle_of(plan: Plan, role: Role, rank: int) -> tuple[str, int]:
@@ -68,6 +81,12 @@ def _ask(group: GroupPlan, run_name: str) -> PlacementGroup:
         return placement_group([dict(bundle) for bundle in group.bundles], strategy=group.packing, name=name)
     except RaySystemError as error:
         raise PlacementError(f"placement group {name}: {error}") from error
+
+
+def _held(groups: Mapping[str, PlacementGroup]) -> list[str]:
+    """Groups of which some node still has a bundle: it is a resource there, named `CPU_group_{id}`."""
+    resources = set(ray.cluster_resources())
+    return [name for name, group in groups.items() if any(r.endswith(f"_group_{group.id.hex()}") for r in resources)]
 
 
 def _request(group: GroupPlan) -> Request:

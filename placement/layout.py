@@ -50,11 +50,11 @@ class Share:
 
 
 def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
-    """The roles that a stage needs. Only generalised advantage estimation asks a critic."""
+    """The roles that a stage needs."""
     if stage != "ppo":
         return ("actor",) if stage == "sft" else ("reward",)
     assert config.ppo is not None
-    critic: tuple[Role, ...] = ("critic",) if config.ppo.advantage == "gae" else ()
+    critic: tuple[Role, ...] = ("critic",) if config.ppo.critic else ()
     return ("actor", *critic, "reference", "reward", "rollout")
 
 

@@ -61,10 +61,12 @@ def lay(request: Request, free: list[Resources]) -> tuple[int, ...] | None:
     """Node index of each bundle, taken out of `free`; None, and `free` as it was, where they do not fit."""
     bundle, trial = units(request.bundle), [dict(node) for node in free]
     nodes: list[int] = []
+    if request.packing == "STRICT_SPREAD" and request.count > len(free):
+        return None
     while len(nodes) < request.count:
         left = request.count - len(nodes)
         batch = {"STRICT_PACK": left, "PACK": left}.get(request.packing, 1)
-        unused = [index for index in range(len(trial)) if index not in nodes]
+        unused = set(range(len(trial))).difference(nodes)
         if request.packing == "STRICT_PACK":
             best = _roomiest(trial, {kind: left * amount for kind, amount in bundle.items()}, unused)
         else:

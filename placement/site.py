@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from configs.schema import PlacementSettings, Role
 from placement.cluster import Cluster
 from placement.layout import PRESETS, Share, capped, preset, with_engines
-from placement.packing import KINDS, amount, free_of, shortage, simulate, units
+from placement.packing import KINDS, amount, creation_order, free_of, lay, shortage, simulate, units
 from placement.shape import Device, Problem
 
 N = TypeVar("N", int, float)
@@ -67,9 +67,14 @@ class Site:
         return self.placement.cpus_per_device or (1.0 if self.device == "cuda" else None)
 
     def _try(self, shares: Sequence[Share], cpus: float) -> Laid | None:
-        laid, _ = simulate([share.request(self.device, cpus) for share in shares], self.cluster)
-        nodes = [each for each in laid if each is not None]
-        return Laid(cpus, nodes) if len(nodes) == len(shares) else None
+        requests = [share.request(self.device, cpus) for share in shares]
+        free, laid = free_of(self.cluster), {}
+        for index in creation_order(requests):
+            nodes = lay(requests[index], free)
+            if nodes is None:
+                return None
+            laid[index] = nodes
+        return Laid(cpus, [laid[index] for index in range(len(shares))])
 
     def _most_cpus(self, shares: Sequence[Share]) -> float | None:
         """The most cores that every device can have: some node's cores divided by a whole number, in hundredths."""

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.schema import PPOSettings
+from orchestrator.scores import shape_scores
 from workers.advantages import (
     advantage_estimators,
     gae,
     mean_and_variance,
     moments,
     reinforce,
-    shape_scores,
     token_rewards,
     whiten,
 )

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import AdaptiveKL, FixedKL
-from workers.kl import AdaptiveController, FixedController, KLEstimator, kl_estimate, make_controller
+from orchestrator.kl_control import AdaptiveController, FixedController, make_controller
+from workers.kl import KLEstimator, kl_estimate
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=60, derandomize=True)

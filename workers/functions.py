@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -16,11 +14,9 @@ class RewardError(ValueError):
 
 
 def find_function(path: str, setting: str) -> RewardFunction:
-    """The function module:function, looked for from the working folder on. Raises RewardError that names the setting."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    """The function module:function. Raises RewardError that names the setting."""
     module, _, name = path.partition(":")
     try:
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise RewardError(f"{setting}: cannot import {path!r}: {error}") from error

@@ -20,6 +20,8 @@ class Host:
     """One worker, known in Ray's dashboard by its role and rank."""
 
     def __init__(self, kind: str, spec: WorkerSpec) -> None:
+        for plugin in spec.config.plugins:
+            import_module(plugin)
         module, _, name = KINDS[kind].partition(":")
         self.spec = spec
         self.worker = getattr(import_module(module), name)(spec)

@@ -69,9 +69,13 @@ class LanguageModel(nn.Module):
 
     def __init__(self, hf: PreTrainedModel, temperature: float = 1.0) -> None:
         super().__init__()
-        unsupported = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(hf.config, k, None)]
+        unsupported = [
+            k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(hf.config, k, None)
+        ]
         if unsupported:
-            raise ValueError(f"model: {hf.config.model_type} changes its logits after the head ({unsupported[0]}), which is not supported")
+            raise ValueError(
+                f"model: {hf.config.model_type} changes its logits after the head ({unsupported[0]}), which is not supported"
+            )
         self.hf = hf
         self.temperature = temperature
 
@@ -149,7 +153,8 @@ def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Modul
     torch.manual_seed(seed)
     targets = settings.targets
     wrapper = get_peft_model(
-        hf, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets)
+        hf,
+        LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets),
     )
     for parameter in getattr(hf, "score", nn.Module()).parameters():
         parameter.requires_grad_(True)

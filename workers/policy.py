@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from ray.actor import ActorHandle
@@ -43,20 +45,20 @@ class PolicyWorker(Trainer):
 
     def train_demonstrations(self, part: Part, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean negative log-likelihood of the completions' tokens."""
-        losses = [lambda i=i: self._demonstration_loss(part.data, i) / part.count for i in part.micro_batches]  # type: ignore[misc]
-        return self.optimize(losses, progress, seed)
+        return self.optimize([partial(self._demonstration_loss, part, i) for i in part.micro_batches], progress, seed)
 
     def demonstration_loss(self, part: Part) -> dict[str, float]:
         """Mean negative log-likelihood of the completions' tokens, without training."""
         with self.evaluating():
-            total = sum(float(self._demonstration_loss(part.data, i)) for i in part.micro_batches)
-        return {"loss": self.sum_over_ranks({"loss": total})["loss"] / part.count}
+            total = sum(float(self._demonstration_loss(part, i)) for i in part.micro_batches)
+        return self.sum_over_ranks({"loss": total})
 
-    def _demonstration_loss(self, data: str, indices: Rows) -> Tensor:
-        rows = self.sequences[data]
+    def _demonstration_loss(self, part: Part, indices: Rows) -> Tensor:
+        """A micro-batch's share of the mean over the batch's completion tokens."""
+        rows = self.sequences[part.data]
         batch = Batch([rows[i] for i in indices], self.device)
         log_probs, _ = self.module(batch)
-        return next_token(log_probs, batch.mask).sum()
+        return next_token(log_probs, batch.mask).sum() / part.count
 
     # ------------------------------------------------------------ PPO
 
@@ -74,10 +76,11 @@ class PolicyWorker(Trainer):
         for epoch in range(ppo.epochs if work.update else 1):
             for k, mini in enumerate(work.mini_batches):
                 first = epoch == 0 and k == 0
-                part = _Sums()
-                losses = [lambda i=i: self._policy_loss(answers, i, mini.tokens, part) for i in mini.micro_batches]  # type: ignore[misc]
+                found = _Sums()
+                losses = [partial(self._policy_loss, answers, i, mini.tokens, found) for i in mini.micro_batches]
                 if work.update:
-                    losses += [lambda i=i: self._ptx_loss(mini.ptx, i, part) for i in (mini.ptx.micro_batches if mini.ptx else [])]  # type: ignore[misc]
+                    if mini.ptx:
+                        losses += [partial(self._ptx_loss, mini.ptx, i, found) for i in mini.ptx.micro_batches]
                     steps = self.optimize(losses, progress, (*seed, epoch, k))
                     metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
                     updates += 1
@@ -87,7 +90,7 @@ class PolicyWorker(Trainer):
                             loss()
                 else:
                     continue
-                means = {name: value / mini.tokens for name, value in self.sum_over_ranks(part).items()}
+                means = {name: value / mini.tokens for name, value in self.sum_over_ranks(found).items()}
                 if first:
                     metrics |= {"log_prob_gap": means["gap"], "entropy": means["entropy"]}
                 for name, value in means.items():
@@ -96,7 +99,9 @@ class PolicyWorker(Trainer):
                     return self._summary(metrics, sums, updates, stopped=True)
         return self._summary(metrics, sums, updates, stopped=False)
 
-    def _summary(self, metrics: dict[str, float], sums: dict[str, float], updates: int, stopped: bool) -> dict[str, float]:
+    def _summary(
+        self, metrics: dict[str, float], sums: dict[str, float], updates: int, stopped: bool
+    ) -> dict[str, float]:
         names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "clip_fraction": "clip_fraction", "ptx": "loss/ptx"}
         means = {ours: sums[name] / max(updates, 1) for name, ours in names.items() if name in sums}
         return metrics | means | {"updates": float(updates), "stopped_on_kl": float(stopped)}
@@ -120,7 +125,7 @@ class PolicyWorker(Trainer):
     def _ptx_loss(self, part: Part, indices: Rows, sums: _Sums) -> Tensor:
         ppo = self.config.ppo
         assert ppo is not None and ppo.ptx is not None
-        loss = self._demonstration_loss(part.data, indices) / part.count
+        loss = self._demonstration_loss(part, indices)
         sums.add("ptx", loss)
         return ppo.ptx.coefficient * loss
 

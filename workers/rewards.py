@@ -59,7 +59,9 @@ class RewardWorker(Worker):
         values = self.functions[name]([row.prompt for row in rows], answers, **columns)
         scores = np.asarray(values, dtype=np.float32)
         if scores.shape != (len(samples),) or not np.isfinite(scores).all():
-            raise RewardError(f"reward {name}: gave {values!r} for {len(samples)} answers; one finite number each is needed")
+            raise RewardError(
+                f"reward {name}: gave {values!r} for {len(samples)} answers; one finite number each is needed"
+            )
         return scores
 
     def texts(self, rollouts: Placed) -> list[tuple[str, str]]:

@@ -110,7 +110,9 @@ class RolloutWorker(Worker):
             np.array([at[token].logprob for at, token in zip(o.logprobs, o.token_ids, strict=True)], np.float32)
             for o in outputs
         ]
-        tokens = [np.array([*a.prompt_token_ids, *o.token_ids], np.int32) for a, o in zip(answers, outputs, strict=True)]
+        tokens = [
+            np.array([*a.prompt_token_ids, *o.token_ids], np.int32) for a, o in zip(answers, outputs, strict=True)
+        ]
         prompt_lengths = np.array([len(a.prompt_token_ids) for a in answers], np.int32)
         chunk = Chunk(Ragged.of(tokens, np.int32), Ragged.of(log_probs, np.float32), prompt_lengths)
         eos = self.tokenizer.eos_token_id
@@ -145,8 +147,8 @@ class RolloutWorker(Worker):
             if received != checksums:
                 wrong = sorted(n for n in checksums.keys() | received.keys() if checksums.get(n) != received.get(n))
                 raise StaleWeights(
-                    f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors differ, "
-                    f"first {wrong[0]}"
+                    f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors "
+                    f"differ, first {wrong[0]}"
                 )
         self.engine.reset_prefix_cache()  # it was computed with the old weights
         self.version = version

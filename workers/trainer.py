@@ -28,11 +28,13 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def learning_rate(settings: OptimizerSettings, progress: float) -> float:
-    """Rate at `progress` in [0, 1) of a stage: linear warm-up, then the schedule. A function of the step alone: nothing to save."""
+    """Rate at `progress` in [0, 1) of a stage: linear warm-up, then the schedule. There is no state to save."""
     if progress < settings.warmup:
         return settings.lr * progress / settings.warmup
     rest = (progress - settings.warmup) / (1.0 - settings.warmup) if settings.warmup < 1 else 0.0
-    factor = {"constant": 1.0, "linear": 1.0 - rest, "cosine": 0.5 * (1.0 + math.cos(math.pi * rest))}[settings.schedule]
+    factor = {"constant": 1.0, "linear": 1.0 - rest, "cosine": 0.5 * (1.0 + math.cos(math.pi * rest))}[
+        settings.schedule
+    ]
     return settings.lr * factor
 
 
@@ -62,7 +64,9 @@ class Trainer(Worker):
 
     # ------------------------------------------------------------ building
 
-    def load(self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0) -> int:
+    def load(
+        self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0
+    ) -> int:
         """Build the model from a folder; with an optimizer it learns, without it is frozen. Returns its parameter count."""
         self.tokenizer = load_tokenizer(path, settings.trust_remote_code)
         self.codec = Codec(self.tokenizer, self.config.chat_template)
@@ -118,7 +122,9 @@ class Trainer(Worker):
             made = [
                 Preference(
                     self.codec.sequence(row.prompt, row.chosen, max_length),
-                    self.codec.sequence(row.prompt if row.rejected_prompt is None else row.rejected_prompt, row.rejected, max_length),
+                    self.codec.sequence(
+                        row.prompt if row.rejected_prompt is None else row.rejected_prompt, row.rejected, max_length
+                    ),
                     row.margin,
                 )
                 for row in rows
@@ -134,7 +140,9 @@ class Trainer(Worker):
 
     # ------------------------------------------------------------ training
 
-    def optimize(self, losses: Iterable[Callable[[], Tensor]], progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+    def optimize(
+        self, losses: Iterable[Callable[[], Tensor]], progress: float, seed: tuple[int, ...]
+    ) -> dict[str, float]:
         """One optimizer step over the micro-batches of this rank; every rank must bring equally many.
 
         losses: each runs a forward pass and returns its share of the loss, already divided by the global count, so that the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from workers import experience
 from workers.advantages import moments
 from workers.batching import Rows
 from workers.losses import explained_variance, masked_sum, pairwise, value_losses
-from workers.models import Batch
+from workers.models import Batch, ScalarModel
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
 from workers.work import Part, Work
@@ -62,64 +63,59 @@ class ValueWorker(Trainer):
         total, updates = 0.0, 0
         for epoch in range(ppo.epochs):
             for k, mini in enumerate(work.mini_batches):
-                losses = [lambda i=i: self._value_loss(answers, i) / mini.tokens for i in mini.micro_batches]  # type: ignore[misc]
+                losses = [partial(self._value_loss, answers, i, mini.tokens) for i in mini.micro_batches]
                 steps = self.optimize(losses, progress, (*seed, epoch, k))
                 metrics |= {"lr/critic": steps["lr"], "grad_norm/critic": steps["grad_norm"]}
                 total += steps["loss"]
                 updates += 1
         return metrics | {"loss/value": total / updates}
 
-    def _value_loss(self, answers: experience.Answers, indices: Rows) -> Tensor:
+    def _value_loss(self, answers: experience.Answers, indices: Rows, tokens: int) -> Tensor:
         ppo = self.config.ppo
         assert ppo is not None and answers.values is not None
         batch = Batch([answers.samples[i] for i in indices], self.device)
         values = self.module(batch, per_token=True)
         old, returns = (x[indices, : values.shape[1]] for x in (answers.values, answers.returns))
-        return masked_sum(value_losses.get(ppo.value_loss)(values, old, returns, batch.mask, ppo.value_clip_range).loss, batch.mask)
+        parts = value_losses.get(ppo.value_loss)(values, old, returns, batch.mask, ppo.value_clip_range)
+        return masked_sum(parts.loss, batch.mask) / tokens
 
     # ------------------------------------------------------------ preferences
 
     def train_pairs(self, part: Part, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean pairwise loss."""
-        right = 0.0
-
-        def loss_of(indices: Rows) -> Tensor:
-            nonlocal right
-            loss, correct = self._pair_loss(part.data, indices)
-            right += correct
-            return loss / part.count
-
-        metrics = self.optimize([lambda i=i: loss_of(i) for i in part.micro_batches], progress, seed)  # type: ignore[misc]
-        return metrics | {"accuracy": self.sum_over_ranks({"right": right})["right"] / part.count}
+        right: list[Tensor] = []
+        losses = [partial(self._pair_loss, part, i, right) for i in part.micro_batches]
+        metrics = self.optimize(losses, progress, seed)
+        return metrics | self.sum_over_ranks({"accuracy": float(sum(right))})
 
     def pair_accuracy(self, part: Part) -> dict[str, float]:
         """Mean loss and share of pairs whose chosen answer scores higher, without training."""
-        loss = right = 0.0
+        right: list[Tensor] = []
         with self.evaluating():
-            for indices in part.micro_batches:
-                summed, correct = self._pair_loss(part.data, indices)
-                loss, right = loss + float(summed), right + correct
-        sums = self.sum_over_ranks({"loss": loss, "right": right})
-        return {"loss": sums["loss"] / part.count, "accuracy": sums["right"] / part.count}
+            loss = sum(float(self._pair_loss(part, i, right)) for i in part.micro_batches)
+        return self.sum_over_ranks({"loss": loss, "accuracy": float(sum(right))})
 
-    def _pair_loss(self, data: str, indices: Rows) -> tuple[Tensor, float]:
+    def _pair_loss(self, part: Part, indices: Rows, right: list[Tensor]) -> Tensor:
+        """A micro-batch's share of the mean loss over the batch's pairs; its share of the accuracy goes to `right`."""
         settings = self.config.rm
         assert settings is not None
-        pairs = [self.sequences[data][i] for i in indices]
-        scores = self.module(Batch([p.chosen for p in pairs] + [p.rejected for p in pairs], self.device), per_token=False)
-        chosen, rejected = scores.chunk(2)
+        pairs = [self.sequences[part.data][i] for i in indices]
+        batch = Batch([p.chosen for p in pairs] + [p.rejected for p in pairs], self.device)
+        chosen, rejected = self.module(batch, per_token=False).chunk(2)
         margin = settings.margin * torch.tensor([p.margin for p in pairs], device=self.device)
-        loss = pairwise(chosen, rejected, margin, settings.center).sum()
-        return loss, float((chosen > rejected).sum())
+        right.append((chosen > rejected).sum() / part.count)
+        return pairwise(chosen, rejected, margin, settings.center).sum() / part.count
 
     def normalize(self, data: str, micro_batches: list[Rows]) -> tuple[float, float]:
         """Give the scores mean 0 and deviation 1 on these sequences. Returns the raw mean and deviation."""
         rows = self.sequences[data]
         mine = np.concatenate(micro_batches)
         scores = score(self.module, rows, micro_batches, self.device)[mine].astype(float)
-        sums = self.sum_over_ranks({"n": float(len(mine)), "sum": float(scores.sum()), "squares": float((scores**2).sum())})
+        moments = {"n": float(len(mine)), "sum": float(scores.sum()), "squares": float((scores**2).sum())}
+        sums = self.sum_over_ranks(moments)
         mean = sums["sum"] / sums["n"]
         std = max(sums["squares"] / sums["n"] - mean**2, 1e-12) ** 0.5
+        assert isinstance(self.model, ScalarModel)
         old_mean, old_std = self.model.normalization
         config = self.model.hf.config
         config.score_mean, config.score_std = old_mean + old_std * mean, old_std * std

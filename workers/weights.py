@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -45,19 +46,22 @@ def _weights(module: nn.Module) -> dict[str, _Weight]:
             found[name] = _Weight(_whole_shape(parameter), parameter.dtype, parts, make)
 
     for prefix, child in module.named_modules():
-        inside = next((a for a in adapters if prefix.startswith(a + ".")), None)
-        if inside is not None:
+        if any(prefix.startswith(adapter + ".") for adapter in adapters):
             continue
         layer = adapters.get(prefix)
-        owner: Any = layer.get_base_layer() if layer is not None else child
+        owner: Any = child if layer is None else layer.get_base_layer()
         for name, parameter in owner.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
             if layer is not None and name == "weight":
                 parts = (parameter, *(p for n, p in layer.named_parameters() if "lora_" in n))
-                add(full, parameter, parts, lambda p=parameter, at=layer: p + at.get_delta_weight("default").to(p.dtype))  # type: ignore[misc]
+                add(full, parameter, parts, partial(_merged, parameter, layer))
             else:
-                add(full, parameter, (parameter,), lambda p=parameter: p)  # type: ignore[misc]
+                add(full, parameter, (parameter,), partial(torch.Tensor.detach, parameter))
     return found
+
+
+def _merged(base: nn.Parameter, layer: Any) -> Tensor:
+    return base.detach() + layer.get_delta_weight("default").to(base.dtype)
 
 
 class GatheredWeights(WeightSource):
@@ -79,8 +83,9 @@ class GatheredWeights(WeightSource):
             parts = [p for name in group for p in self._weights[name].parts]
             sharded = any(hasattr(p, "ds_id") for p in parts)
             with zero.GatheredParameters(parts, modifier_rank=None) if sharded else nullcontext(), torch.no_grad():
-                # A gathered tensor ends with this block, and receivers keep theirs until a bucket is full.
-                tensors = {n: self._weights[n].make().detach().clone() if sharded else self._weights[n].make().detach() for n in group}
+                tensors = {name: self._weights[name].make() for name in group}
+                if sharded:  # a gathered tensor ends with this block, and receivers keep theirs until a bucket is full
+                    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
                 self.checksums[name] = checksum(tensor)
                 yield name, tensor

@@ -64,7 +64,7 @@ class Worker:
         return int(getattr(info, "pss", info.rss))
 
 
-def environment(role: Role, device: str, threads: int) -> dict[str, str]:
+def environment(config: RunConfig, role: Role, device: str, threads: int) -> dict[str, str]:
     """Environment of a worker's process; must be there before torch is imported."""
     common = {
         "OMP_NUM_THREADS": str(threads),
@@ -84,4 +84,7 @@ def environment(role: Role, device: str, threads: int) -> dict[str, str]:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
         }
+        if not config.rollout.compile:
+            # vLLM compiles parts of its sampler even when eager, for which a CPU needs a C++ compiler.
+            common["TORCH_COMPILE_DISABLE"] = "1"
     return common

@@ -1,0 +1,1 @@
+"""Measurements; each prints the hardware and ratios within one run."""

@@ -1,0 +1,145 @@
+"""How long a PPO step takes against what its arithmetic needs: work W1.
+
+    python -m examples.movies prepare --model smollm2 && python -m benchmarks.ppo_step
+
+SmolLM2-135M in float32; actor, critic, reference and reward model apart, actor and critic trained in full; 16 prompts of 41
+tokens, 48 new tokens each (eos ignored), one epoch, one optimizer step. Prints seconds per phase and step, the peak of the
+proportional set size of all processes together, and the floor: the step's matrix products at the rate that this machine
+reaches on large ones, measured in the same run. The last line is the ratio of step to floor.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import typer
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer
+
+from configs import RunConfig
+from orchestrator.api import run_stages
+from orchestrator.metrics import read_metrics
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 41, 48
+PHASES = ("generate", "score", "train", "publish")
+
+# In a process of its own, so that this one never holds torch's threads.
+_RATE = """
+import time, torch
+a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+def once():
+    start = time.perf_counter(); a @ b
+    return 2 * 2048**3 / (time.perf_counter() - start)
+for _ in range(5): once()
+print(max(once() for _ in range(20)))
+"""
+
+
+def matrix_product_rate() -> float:
+    """FLOP/s of a float32 product of 2048 x 2048 matrices on all cores, the best of 20."""
+    return float(subprocess.run([sys.executable, "-c", _RATE], capture_output=True, text=True, check=True).stdout)
+
+
+def step_flops(model: str) -> float:
+    """Multiplications and additions of the matrix products of one step; attention scores left out (about 1%).
+
+    Forward: 2 per weight and token; backward: twice that. The head counts for the answers' tokens alone.
+    """
+    c = AutoConfig.from_pretrained(model)
+    kv = c.hidden_size * c.num_key_value_heads // c.num_attention_heads
+    layer = 2 * c.hidden_size**2 + 2 * c.hidden_size * kv + 3 * c.hidden_size * c.intermediate_size
+    tokens, answers = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS), PROMPTS * NEW_TOKENS
+    body, head = 2 * layer * c.num_hidden_layers * tokens, 2 * c.vocab_size * c.hidden_size * answers
+    generate = reference = body + head
+    critic = reward = body
+    return generate + reference + critic + reward + 3 * (body + head) + 3 * body
+
+
+def prompt_of(tokenizer: Any, tokens: int) -> str:
+    """A user's message whose prompt, in the chat template, has so many tokens."""
+    text = "Continue this film review:"
+    while (
+        len(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"])
+        < tokens
+    ):
+        text += " good"
+    return text
+
+
+class PeakMemory(threading.Thread):
+    """Peak of the summed proportional set size of this process and all below it, sampled every half second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.over = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.5):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak = max(self.peak, total)
+
+
+def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
+    prompt = prompt_of(AutoTokenizer.from_pretrained(model), PROMPT_TOKENS)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for _ in range(PROMPTS)))
+    return RunConfig.model_validate(
+        {
+            "name": "w1",
+            "runs": str(folder),
+            "model": {"path": model},
+            "chat_template": True,
+            "placement": {"layout": layout},
+            "rollout": {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "kv_cache_gib": 0.25},
+            "ppo": {
+                "prompts": {"path": str(prompts)},
+                "steps": steps,
+                "prompts_per_step": PROMPTS,
+                "rewards": [{"kind": "model", "path": model}],
+                "max_prompt_tokens": PROMPT_TOKENS,
+                "actor_optimizer": {"lr": 1e-6},
+                "critic_optimizer": {"lr": 1e-6},
+            },
+        }
+    )
+
+
+def main(model: str = "data/movies/smollm2", steps: int = 4, layout: str = "separate") -> None:
+    """Measure; the first step warms up and is not counted."""
+    console = Console()
+    before = matrix_product_rate()
+    memory = PeakMemory()
+    memory.start()
+    with tempfile.TemporaryDirectory() as name:
+        run_stages(settings(model, Path(name), steps, layout), ["ppo"], console)
+        lines = [line for line in read_metrics(Path(name) / "w1") if "seconds/generate" in line][1:]
+    memory.over.set()
+    rate = max(before, matrix_product_rate())
+    seconds = {phase: statistics.median(line[f"seconds/{phase}"] for line in lines) for phase in PHASES}
+    step = statistics.median(sum(line[f"seconds/{phase}"] for phase in PHASES) for line in lines)
+    floor = step_flops(model) / rate
+    console.print(
+        f"{psutil.cpu_count()} cores; matrix products {rate / 1e9:.0f} GFLOP/s; {step_flops(model) / 1e12:.2f} TFLOP in a step"
+    )
+    console.print("  ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items()))
+    console.print(
+        f"step {step:.1f} s (median of {len(lines)}); floor {floor:.1f} s; peak memory {memory.peak / 2**30:.2f} GiB"
+    )
+    console.print(f"ratio of step to floor: {step / floor:.2f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
