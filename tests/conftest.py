@@ -1,0 +1,45 @@
+"""What tests of several files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from placement.cluster import Cluster
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the shared cluster run last: a process has one Ray at a time, and other tests start their own."""
+    items.sort(key=lambda item: "ray_here" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[Cluster]:
+    """A small Ray cluster on this machine, for all tests that do not need one of their own.
+
+    It claims 8 CPUs whatever the machine has; set `placement.cpus_per_device: 1`, so that each worker gets one thread.
+    It has no dashboard. Runs and teams that are started while it lives use it.
+    """
+    import orchestrator.cluster  # noqa: F401  its environment must be there before Ray is imported
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=500 * 2**20,
+        log_to_driver=False,
+        namespace="troupe",
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}},
+        _system_config={"enable_worker_prestart": False},
+    )
+    try:
+        yield Cluster.of_ray()
+    finally:
+        ray.shutdown()

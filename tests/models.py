@@ -1,0 +1,93 @@
+"""Tiny random models of real architectures, as Hugging Face folders: 2 layers, width 64, head size 32, 128 tokens."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt", "bloom")
+GROUPED = ("llama", "qwen2", "qwen3")
+"""Those that can share key-value heads between query heads."""
+
+VOCABULARY, LAYERS, WIDTH, HEADS, POSITIONS = 128, 2, 64, 2, 256
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per printable ASCII character; <pad> is 0, <eos> is 1. Decoding gives the text back. It has a chat template."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # what some model types insist on
+    characters = string.digits + string.ascii_letters + string.punctuation + " \n"
+    tokens = ["<pad>", "<eos>", "<unk>", *byte_level.pre_tokenize_str(characters)[0][0]]
+    tokens += [f"<{i}>" for i in range(len(tokens), VOCABULARY)]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    bpe.pre_tokenizer = byte_level
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _settings(architecture: str, grouped: bool) -> dict[str, Any]:
+    """The shape, in the architecture's own words."""
+    if architecture == "gpt2":
+        dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        return {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS} | dropout
+    if architecture == "bloom":
+        return {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+    common = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS,
+    }
+    if architecture == "opt":
+        return common | {"ffn_dim": 4 * WIDTH, "word_embed_proj_dim": WIDTH, "dropout": 0.0}
+    return common | {
+        "intermediate_size": 2 * WIDTH,
+        "num_key_value_heads": 1 if grouped else HEADS,
+        "head_dim": WIDTH // HEADS,
+    }
+
+
+def make_model(
+    folder: str | Path,
+    architecture: str = "llama",
+    tied: bool = True,
+    grouped: bool = False,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """Write a random model (float32) and its tokenizer to a folder; returns the folder.
+
+    No parameter has a value that would hide a fault: biases are not 0, norms are not 1, and the next token is far from
+    evenly distributed. settings: further settings of the model's config, which win over ours.
+    """
+    if grouped and architecture not in GROUPED:
+        raise ValueError(f"{architecture} has no grouped key-value heads")
+    tokenizer = make_tokenizer()
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    common = {"vocab_size": VOCABULARY, "tie_word_embeddings": tied, "initializer_range": 0.15} | ids
+    config = CONFIG_MAPPING[architecture](**common | _settings(architecture, grouped) | settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
