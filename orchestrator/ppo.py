@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ModelReward, ModelSettings, Role
+from configs.schema import ModelReward, Role
 from orchestrator.calls import together
 from orchestrator.evaluation import DATA, evaluate, weighted_sum
 from orchestrator.kl_control import make_controller
@@ -132,31 +132,17 @@ class PPO(StageRun):
         self.version = 0
 
     def load(self) -> None:
-        """Load every role at the same time: the critic starts from the reward model, the others from the SFT model."""
-        team, ppo, model = self.team, self.ppo, self.config.model
-        start = self.run.starting_model("ppo")
-        critic = ModelSettings(**{**model.model_dump(), "path": next(iter(self.reward_models.values()), start)})
-        together(
-            team.groups["actor"].call("load", start, model, ppo.actor_optimizer),
-            team.groups["critic"].call("load", critic.path, critic, ppo.critic_optimizer)
-            if "critic" in team.groups
-            else None,
-            team.groups["reference"].call("load", start, model, None),
-            team.groups["reward"].call("load", start, self.reward_models),
-            team.groups["rollout"].call(
-                "load", start, team.transport, ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
-            ),
-        )
+        """Load models and data; answer the held-out prompts before anything is learnt."""
+        team, ppo = self.team, self.ppo
+        team.load(self.run.starting_model("ppo"), self.reward_models)
         for name, rows in (("prompts", self.prompts), (DATA, self.evaluation_prompts)):
             if rows:
-                team.add_data(name, rows, ["rollout", "reward"])
-                team.tokenize_prompts(name)
+                team.add_prompts(name, rows)
         if self.ptx_rows:
             assert ppo.ptx is not None
             team.add_data("sft", self.ptx_rows, ["actor"])
             team.tokenize("actor", "sft", "demonstration", ppo.max_prompt_tokens + self.config.rollout.max_new_tokens)
             self.ptx_batches = batches(team.lengths["sft"][0], ppo.ptx.batch_size, 1.0, self.config.seed)
-        team.connect()
         if not self.done:
             self._evaluate("before")
 

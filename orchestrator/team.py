@@ -1,8 +1,10 @@
 """The worker groups of a stage, and what the driver asks of them.
 
-    team = Team.start(config, plan, run_folder)
-    rollouts = team.generate("prompts", rows, step)                       # references and lengths, no tokens
-    reference, values, scores = together(team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts))
+    team = Team.start(config, plan)
+    team.load(model, {"model": reward_model})
+    team.add_prompts("prompts", rows)
+    rollouts = team.generate("prompts", picked, step).get()               # references and lengths, no tokens
+    reference, values, scores = together(team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"]))
     together(team.train_actor(...), team.train_critic(...))
     team.publish(version)
 
@@ -11,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +152,36 @@ class Team:
         remove_groups(self._places)
         self.groups, self._places = {}, {}
 
+    def load(self, model: str, reward_models: Mapping[str, str]) -> None:
+        """Load every role of the PPO stage at the same time, and let the actor meet the engines.
+
+        model: folder that the actor, the reference and the engines start from. reward_models: name in `ppo.rewards` ->
+        folder; the critic starts from the first, or from `model` where there is none.
+        """
+        groups, ppo = self.groups, self.config.ppo
+        assert ppo is not None
+        actor = self.config.model
+        critic = actor.model_copy(update={"path": next(iter(reward_models.values()), model)})
+        longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
+        together(
+            groups["actor"].call("load", model, actor, ppo.actor_optimizer),
+            groups["critic"].call("load", critic.path, critic, ppo.critic_optimizer) if "critic" in groups else None,
+            groups["reference"].call("load", model, actor, None),
+            groups["reward"].call("load", model, dict(reward_models)),
+            groups["rollout"].call("load", model, self.transport, longest),
+        )
+        self._connect()
+
+    def add_prompts(self, name: str, rows: Sequence[Row]) -> None:
+        """Give prompts to the engines, and to the reward role, whose functions get the rows' other columns.
+
+        Raises WorkerError where a prompt is longer than `ppo.max_prompt_tokens`.
+        """
+        assert self.config.ppo is not None
+        self.add_data(name, rows, ["rollout", "reward"])
+        lengths = self.groups["rollout"].call("tokenize", name, self.config.ppo.max_prompt_tokens).get()[0]
+        self.lengths[name] = (lengths, np.zeros_like(lengths))
+
     def add_data(self, name: str, rows: Sequence[Row], roles: Sequence[Role]) -> None:
         """Give a dataset to the workers of some roles, through the object store."""
         ref = ray.put(list(rows))
@@ -163,12 +195,6 @@ class Team:
         )
 
     # ------------------------------------------------------------ rollouts
-
-    def tokenize_prompts(self, name: str) -> None:
-        """Let the engines tokenise a dataset's prompts. Raises where one is too long."""
-        assert self.config.ppo is not None
-        lengths = self.groups["rollout"].call("tokenize", name, self.config.ppo.max_prompt_tokens).get()[0]
-        self.lengths[name] = (lengths, np.zeros_like(lengths))
 
     def generate(self, data: str, rows: np.ndarray, step: int, samples: int = 1) -> Call[Rollouts]:
         """Answer each of the dataset's rows `samples` times; answers to one prompt stand side by side."""
@@ -328,7 +354,7 @@ class Team:
 
     # ------------------------------------------------------------ weights
 
-    def connect(self) -> None:
+    def _connect(self) -> None:
         """Let the actor's ranks meet the engines."""
         actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
         address = actor.call("address").get()[0]
