@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -14,6 +15,9 @@ from configs.schema import Role
 from placement.packing import KINDS, Request, creation_order, shortage, units, written
 from placement.shape import GroupPlan, Plan
 
+PATIENCE = 5.0
+"""Seconds before the groups are asked for a second time; doubled each time after."""
+
 
 class PlacementError(RuntimeError):
     """A placement group was not to be had."""
@@ -22,7 +26,8 @@ class PlacementError(RuntimeError):
 def create_groups(plan: Plan, run_name: str, timeout: float) -> dict[str, PlacementGroup]:
     """Reserve the plan's groups, named `{run_name}-{group}`; on failure none stays.
 
-    They are asked for together, the hardest to place first, as the plan laid them.
+    They are asked for together, the hardest to place first, as the plan laid them. What was had while others still
+    held the best places can block the rest for good, so after some patience all are given back and asked for anew.
 
     Args:
         plan: a stage's plan.
@@ -33,19 +38,25 @@ def create_groups(plan: Plan, run_name: str, timeout: float) -> dict[str, Placem
         PlacementError: a group was not to be had in that time, or its name is taken; names the group, the resource
             that is missing and what each node has free.
     """
-    deadline = time.monotonic() + timeout
-    made: dict[str, PlacementGroup] = {}
-    try:
-        for index in creation_order([_request(group) for group in plan.groups]):
-            made[plan.groups[index].name] = _ask(plan.groups[index], run_name)
-        waiting = [name for name, group in made.items() if not group.wait(max(0.0, deadline - time.monotonic()))]
-        if waiting:
-            raise PlacementError(_refusal(plan, run_name, timeout, waiting))
-    except BaseException:
-        for group in made.values():
-            remove_placement_group(group)
-        raise
-    return {group.name: made[group.name] for group in plan.groups}
+    deadline, patience = time.monotonic() + timeout, PATIENCE
+    order = creation_order([_request(group) for group in plan.groups])
+    while True:
+        until = min(deadline, time.monotonic() + patience)
+        made: dict[str, PlacementGroup] = {}
+        try:
+            for index in order:
+                made[plan.groups[index].name] = _ask(plan.groups[index], run_name)
+            waiting = [name for name, group in made.items() if not group.wait(_seconds_to(until))]
+            if not waiting:
+                return {group.name: made[group.name] for group in plan.groups}
+            if until == deadline:
+                raise PlacementError(_refusal(plan, run_name, timeout, waiting))
+        except BaseException:
+            for group in made.values():
+                remove_placement_group(group)
+            raise
+        remove_groups(made)
+        patience *= 2
 
 
 def remove_groups(groups: Mapping[str, PlacementGroup], timeout: float = 60.0) -> None:
@@ -73,6 +84,11 @@ def bundle_of(plan: Plan, role: Role, rank: int) -> tuple[str, int]:
         raise IndexError(f"{role} has ranks 0 to {planned.ranks - 1}, not {rank}")
     bundles = len(plan.group(planned.group).bundles)
     return planned.group, rank * (bundles // planned.ranks)
+
+
+def _seconds_to(until: float) -> int:
+    """Rounded up: Ray drops the fraction of a timeout."""
+    return max(0, math.ceil(until - time.monotonic()))
 
 
 def _ask(group: GroupPlan, run_name: str) -> PlacementGroup:

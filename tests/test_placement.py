@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -191,6 +192,25 @@ def test_ray_grants_what_the_plan_accepts(cluster: Cluster) -> None:
             continue
         with Reservation(made):
             accepted += 1
+        wait_until_free(NODES * GPUS)
+
+
+def test_groups_are_laid_anew_when_room_comes_late(cluster: Cluster) -> None:
+    groups = [
+        {"roles": ["actor", "critic"], "devices": 8, "packing": "STRICT_PACK"},
+        {"roles": ["reference", "reward"], "devices": 8, "packing": "SPREAD"},
+        {"roles": ["rollout"], "devices": 8},
+    ]
+    made = plan(cluster, {"groups": groups})
+    others = placement_group([{"GPU": 1.0}] * NODES, strategy="STRICT_SPREAD")
+    assert others.wait(30)
+    wait_until_free(NODES * (GPUS - 1))
+    leave = threading.Timer(2.0, remove_placement_group, [others])
+    leave.start()
+    # By then the spread group lies on every node, and none has the 8 GPUs that the first one wants.
+    with Reservation(made, timeout=60.0) as reserved:
+        assert len(set(nodes_of(reserved["actor+critic"]))) == 1
+    leave.join()
 
 
 def test_a_group_that_cannot_be_had_says_what_is_missing(cluster: Cluster) -> None:
