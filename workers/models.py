@@ -43,8 +43,10 @@ class Batch:
             self.ids[i, : len(r.ids)] = torch.as_tensor(r.ids.astype("int64"))
         self.attention_mask = (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
         answer_lengths = self.lengths - self.prompt_lengths
-        self.mask = torch.arange(int(answer_lengths.max())) < answer_lengths[:, None]
-        """[B, R] True on the answers' tokens."""
+        columns = torch.arange(int(answer_lengths.max()))
+        # After an empty prompt nothing stands before the first token: nothing predicts it.
+        self.mask = (columns < answer_lengths[:, None]) & (columns + self.prompt_lengths[:, None] > 0)
+        """[B, R] True on the answers' tokens that have a token before them."""
         self.rows, columns = self.mask.nonzero(as_tuple=True)
         self.before = columns + self.prompt_lengths[self.rows] - 1
         """Position whose hidden state predicts each answer token (flat, like rows)."""
@@ -64,18 +66,22 @@ def _chunk_log_probs(head: nn.Module, hidden: Tensor, targets: Tensor, temperatu
     return log_probs, entropy
 
 
+@torch.no_grad()
+def _check_head(hf: PreTrainedModel) -> None:
+    """Raises ValueError where the model's logits are not its head's output, but scaled or capped afterwards."""
+    hf.eval()
+    ids = torch.arange(8)[None]
+    logits = hf.get_output_embeddings()(hf.base_model(input_ids=ids, use_cache=False)[0])
+    if not torch.equal(logits, hf(input_ids=ids, use_cache=False).logits):
+        raise ValueError(f"model: {hf.config.model_type} changes its logits after the head, which is not supported")
+
+
 class LanguageModel(nn.Module):
     """A causal language model that returns the log-probabilities of its answers' tokens."""
 
     def __init__(self, hf: PreTrainedModel, temperature: float = 1.0) -> None:
         super().__init__()
-        unsupported = [
-            k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(hf.config, k, None)
-        ]
-        if unsupported:
-            raise ValueError(
-                f"model: {hf.config.model_type} changes its logits after the head ({unsupported[0]}), which is not supported"
-            )
+        _check_head(hf)
         self.hf = hf
         self.temperature = temperature
 
@@ -131,12 +137,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreTrainedModel:
-    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed."""
+    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed.
+
+    The dropout of its config is turned off: the policy that learns must be the policy that sampled.
+    """
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     if scalar:
         config.num_labels = 1
-    options = {"dtype": getattr(torch, settings.dtype), "attn_implementation": "sdpa"}
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    options = {"dtype": getattr(torch, settings.dtype)}
     torch.manual_seed(seed)
     has_weights = not Path(path).is_dir() or any(Path(path).glob("*.safetensors"))
     if settings.init == "random" and not has_weights:

@@ -80,7 +80,9 @@ class PolicyWorker(Trainer):
                 losses = [partial(self._policy_loss, answers, i, mini.tokens, found) for i in mini.micro_batches]
                 if work.update:
                     if mini.ptx:
-                        losses += [partial(self._ptx_loss, mini.ptx, i, found) for i in mini.ptx.micro_batches]
+                        losses += [
+                            partial(self._ptx_loss, mini.ptx, i, mini.tokens, found) for i in mini.ptx.micro_batches
+                        ]
                     steps = self.optimize(losses, progress, (*seed, epoch, k))
                     metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
                     updates += 1
@@ -122,11 +124,11 @@ class PolicyWorker(Trainer):
             sums.add(name, masked_sum(values, batch.mask))
         return loss
 
-    def _ptx_loss(self, part: Part, indices: Rows, sums: _Sums) -> Tensor:
+    def _ptx_loss(self, part: Part, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
         ppo = self.config.ppo
         assert ppo is not None and ppo.ptx is not None
         loss = self._demonstration_loss(part, indices)
-        sums.add("ptx", loss)
+        sums.add("ptx", loss * tokens)  # it is a mean already
         return ppo.ptx.coefficient * loss
 
     # ------------------------------------------------------------ publication

@@ -134,7 +134,7 @@ class Trainer(Worker):
         else:
             made = [self.codec.sequence(row.prompt, row.completion, max_length) for row in rows]
             lengths = [len(s.ids) for s in made]
-            completions = [len(s.ids) - s.prompt_length for s in made]
+            completions = [len(s.ids) - max(s.prompt_length, 1) for s in made]  # nothing predicts a first token
         self.sequences[name] = made
         return np.array(lengths), np.array(completions)
 

@@ -1,0 +1,320 @@
+"""The language model and the scalar model, against the plain Hugging Face models, row by row and without tricks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from configs.schema import ModelSettings
+from tests.models import ARCHITECTURES, GROUPED, VOCABULARY, make_model
+from workers import models
+from workers.data import Codec, Sequence
+from workers.models import Batch, LanguageModel, ScalarModel, load_hf, load_tokenizer
+
+CPU = torch.device("cpu")
+KINDS = [
+    *[(architecture, tied, False) for architecture in ARCHITECTURES for tied in (True, False)],
+    *[(architecture, True, True) for architecture in GROUPED],
+]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{'tied' if kind[1] else 'untied'}{'-gqa' * kind[2]}")
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    architecture, tied, grouped = request.param
+    return make_model(tmp_path, architecture, tied, grouped, seed=1)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return make_model(tmp_path, "llama", tied=True, grouped=False, seed=1)
+
+
+def sequences(lengths: list[tuple[int, int]], seed: int = 0, low: int = 0) -> list[Sequence]:
+    """Random rows of (prompt, answer) tokens."""
+    draw = np.random.default_rng(seed)
+    return [Sequence(draw.integers(low, VOCABULARY, p + a).astype(np.int32), p) for p, a in lengths]
+
+
+ROWS = sequences([(5, 7), (1, 1), (9, 2), (3, 12), (2, 4)])
+
+
+def load(path: Path, scalar: bool = False, **settings: Any) -> PreTrainedModel:
+    return load_hf(ModelSettings(path=str(path), **settings), str(path), scalar, seed=3).eval()
+
+
+def language_model(path: Path, temperature: float = 1.0, **settings: Any) -> LanguageModel:
+    return LanguageModel(load(path, **settings), temperature).eval()
+
+
+def plain_log_probs(hf: PreTrainedModel, row: Sequence, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of each answer token that has one before it, of this row alone, from all logits."""
+    ids = torch.from_numpy(row.ids.astype(np.int64))
+    log_softmax = torch.log_softmax(hf(input_ids=ids[None]).logits[0].double() / temperature, -1)
+    before = torch.arange(max(row.prompt_length, 1), len(ids)) - 1
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    return log_softmax[before, ids[before + 1]], entropy[before]
+
+
+def plain_values(hf: Any, row: Sequence) -> Tensor:
+    """The scalar head at every token of this row alone."""
+    ids = torch.from_numpy(row.ids.astype(np.int64))
+    return hf.score(hf.base_model(input_ids=ids[None])[0])[0, :, 0]
+
+
+# ---------------------------------------------------------------- language model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_plain_model(folder: Path, temperature: float) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    batch = Batch(ROWS, CPU)
+    with torch.no_grad():
+        log_probs, entropy = language_model(folder, temperature)(batch)
+        for i, row in enumerate(ROWS):
+            wanted_log_probs, wanted_entropy = plain_log_probs(plain, row, temperature)
+            torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), wanted_log_probs, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(entropy[i][batch.mask[i]].double(), wanted_entropy, atol=2e-5, rtol=1e-5)
+    assert not log_probs[~batch.mask].any()
+    assert not entropy[~batch.mask].any()
+    assert log_probs.shape == (len(ROWS), 12)
+
+
+def test_gradients_are_those_of_the_plain_model(folder: Path) -> None:
+    plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), language_model(folder, 0.7)
+    weights = torch.randn(len(ROWS), 12, generator=torch.Generator().manual_seed(0))
+    log_probs, entropy = ours(Batch(ROWS, CPU))
+    (log_probs * weights + 0.3 * entropy).sum().backward()
+    for row, weight in zip(ROWS, weights, strict=True):
+        plain_log_prob, plain_entropy = plain_log_probs(plain, row, 0.7)
+        (plain_log_prob * weight[: len(plain_log_prob)] + 0.3 * plain_entropy).sum().backward()
+    same_gradients(ours.hf, plain)
+
+
+def same_gradients(a: nn.Module, b: nn.Module) -> None:
+    wanted = {name: p.grad for name, p in b.named_parameters() if p.grad is not None}
+    assert wanted
+    for name, parameter in a.named_parameters():
+        if name in wanted:
+            scale = float(wanted[name].abs().max())
+            torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-5 * max(scale, 1.0), rtol=1e-4)
+        else:
+            assert parameter.grad is None
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 26])
+def test_chunks_of_tokens_change_nothing(llama: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = language_model(llama), language_model(llama)
+    seen: list[int] = []
+    cut.hf.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: seen.append(len(logits)))
+    assert sum(len(row.ids) - row.prompt_length for row in ROWS) == 26
+    wanted = whole(Batch(ROWS, CPU))
+    (wanted[0].sum() + wanted[1].sum()).backward()
+    monkeypatch.setattr(models, "LOGITS_CHUNK", chunk)
+    found = cut(Batch(ROWS, CPU))
+    assert sum(seen) == 26, "logits are computed for answers' tokens only"
+    assert max(seen) == chunk
+    (found[0].sum() + found[1].sum()).backward()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    same_gradients(cut.hf, whole.hf)
+
+
+def test_an_answer_after_no_prompt_begins_with_a_token_that_nothing_predicts(folder: Path) -> None:
+    rows = [*sequences([(0, 5)], seed=4), ROWS[3], *sequences([(0, 1)], seed=5)]
+    batch = Batch(rows, CPU)
+    assert batch.mask[0].tolist() == [False] + [True] * 4 + [False] * 7
+    assert not batch.mask[2].any()
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        log_probs, _ = language_model(folder)(batch)
+        for i, row in enumerate(rows):
+            wanted, _ = plain_log_probs(plain, row, 1.0)
+            torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_rows_of_one_token_alone_have_no_log_probs(llama: Path) -> None:
+    log_probs, entropy = language_model(llama)(Batch(sequences([(0, 1), (0, 1)]), CPU))
+    assert not log_probs.any()
+    assert not entropy.any()
+
+
+def test_an_empty_prompt_gives_rows_of_this_kind(llama: Path) -> None:
+    row = Codec(load_tokenizer(str(llama)), chat_template=False).sequence("", "ab", 20)
+    assert row.prompt_length == 0
+    assert int(Batch([row], CPU).mask.sum()) == 2  # b and eos
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("gpt2", {"attn_pdrop": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3}),
+        ("opt", {"dropout": 0.3, "attention_dropout": 0.3}),
+        ("bloom", {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
+        ("llama", {"attention_dropout": 0.3}),
+    ],
+)
+def test_a_model_in_training_is_the_model_that_sampled(
+    tmp_path: Path, architecture: str, settings: dict[str, float]
+) -> None:
+    model = language_model(make_model(tmp_path, architecture, seed=1, **settings))
+    with torch.no_grad():
+        wanted = model(Batch(ROWS, CPU))
+        found = model.train()(Batch(ROWS, CPU))
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+TINY = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0, "eos_token_id": 1}
+
+
+def other_model(kind: str, **settings: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TINY, **settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("falcon_h1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32}),
+    ],
+)
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(kind: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"model: {kind} "):
+        LanguageModel(other_model(kind, **settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("gemma2", {"final_logit_softcapping": None}), ("granite", {"logits_scaling": 1.0})]
+)
+def test_a_model_that_could_but_does_not_is_taken(kind: str, settings: dict[str, Any]) -> None:
+    LanguageModel(other_model(kind, **settings))
+
+
+# ---------------------------------------------------------------- scalar model
+
+
+def scalar_model(path: Path, dropout: float = 0.0) -> ScalarModel:
+    return ScalarModel(load(path, scalar=True), dropout).eval()
+
+
+@torch.no_grad()
+def test_scores_and_values_are_those_of_the_plain_model(folder: Path) -> None:
+    model = scalar_model(folder)
+    batch = Batch(ROWS, CPU)
+    scores, values = model(batch, per_token=False), model(batch, per_token=True)
+    assert scores.shape == (len(ROWS),)
+    assert values.shape == batch.mask.shape
+    for i, row in enumerate(ROWS):
+        wanted = plain_values(model.hf, row)
+        torch.testing.assert_close(scores[i], wanted[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values[i][batch.mask[i]], wanted[row.prompt_length - 1 : -1], atol=1e-5, rtol=1e-5)
+    assert not values[~batch.mask].any()
+
+
+@torch.no_grad()
+def test_the_score_stands_at_the_last_token_whatever_it_is(llama: Path) -> None:
+    """Rows in which pad (0, also what we pad with) and eos stand in the middle and at the end; pad and eos are one."""
+    model = scalar_model(llama)
+    model.hf.config.pad_token_id = model.hf.config.eos_token_id = 0
+    rows = [
+        Sequence(np.array(ids, np.int32), 2)
+        for ids in ([5, 6, 7, 0], [5, 6, 0, 7, 0], [5, 0, 7, 8, 9, 10], [5, 6, 0, 0, 0], [0, 0, 0])
+    ]
+    scores = model(Batch(rows, CPU), per_token=False)
+    wanted = torch.stack([plain_values(model.hf, row)[-1] for row in rows])
+    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+    assert len(set(scores.tolist())) == len(rows)
+
+
+@torch.no_grad()
+def test_padding_changes_no_score(llama: Path) -> None:
+    """What pads a row is not looked at: the same rows beside a longer one score the same."""
+    model, long = scalar_model(llama), sequences([(20, 30)])
+    alone, beside = model(Batch(ROWS, CPU), per_token=False), model(Batch(ROWS + long, CPU), per_token=False)
+    torch.testing.assert_close(alone, beside[:-1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_answers_after_no_prompt_have_scores(folder: Path) -> None:
+    model, rows = scalar_model(folder), [*sequences([(0, 4), (0, 1)], seed=6), ROWS[0]]
+    scores = model(Batch(rows, CPU), per_token=False)
+    wanted = torch.stack([plain_values(model.hf, row)[-1] for row in rows])
+    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_normalisation_shifts_and_scales_and_travels_with_the_model(llama: Path, tmp_path: Path) -> None:
+    model = scalar_model(llama)
+    batch = Batch(ROWS, CPU)
+    raw = model(batch, per_token=False), model(batch, per_token=True)
+    model.hf.config.score_mean, model.hf.config.score_std = 0.25, 2.0
+    model.hf.save_pretrained(tmp_path / "saved")
+    again = ScalarModel(load(tmp_path / "saved", scalar=True)).eval()
+    for normalised in (model, again):
+        torch.testing.assert_close(normalised(batch, per_token=False), (raw[0] - 0.25) / 2.0)
+        values = normalised(batch, per_token=True)
+        torch.testing.assert_close(values[batch.mask], (raw[1][batch.mask] - 0.25) / 2.0)
+        assert not values[~batch.mask].any()
+
+
+@torch.no_grad()
+def test_dropout_is_for_training_alone(llama: Path) -> None:
+    plain, model, batch = scalar_model(llama), scalar_model(llama, dropout=0.3), Batch(ROWS, CPU)
+    wanted = plain(batch, per_token=False)
+    torch.testing.assert_close(model(batch, per_token=False), wanted, atol=0, rtol=0)
+
+    def trained(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model.train()(batch, per_token=False)
+
+    assert torch.equal(trained(1), trained(1))
+    assert not torch.equal(trained(1), trained(2))
+    assert not torch.equal(trained(1), wanted)
+    torch.testing.assert_close(model.eval()(batch, per_token=False), wanted, atol=0, rtol=0)
+
+
+def test_dropout_is_on_the_embeddings_and_before_the_head(llama: Path) -> None:
+    """With all of it dropped nothing is left of either."""
+    model = scalar_model(llama, dropout=1.0).train()
+    seen: list[Tensor] = []
+    model.hf.base_model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    scores = model(Batch(ROWS, CPU), per_token=False)
+    assert not seen[0].any()
+    assert not scores.any()
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_a_random_model_is_drawn_with_the_seed(llama: Path, tmp_path: Path) -> None:
+    load(llama).config.save_pretrained(tmp_path / "shape")
+    settings = ModelSettings(path="shape", init="random")
+
+    def drawn(seed: int) -> Tensor:
+        return load_hf(settings, str(tmp_path / "shape"), scalar=False, seed=seed).lm_head.weight
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+
+
+def test_a_new_scalar_head_is_drawn_with_the_seed_and_the_body_kept(llama: Path) -> None:
+    body, scalar, other = load(llama), load(llama, scalar=True), load(llama, scalar=True)
+    assert torch.equal(scalar.score.weight, other.score.weight)
+    assert scalar.score.weight.shape == (1, 64)
+    torch.testing.assert_close(scalar.model.state_dict(), body.model.state_dict())
+    assert isinstance(scalar, type(AutoModelForSequenceClassification.from_config(scalar.config)))
+
+
+def test_gradient_checkpointing_changes_no_gradient(llama: Path) -> None:
+    plain, frugal = language_model(llama).train(), language_model(llama, gradient_checkpointing=True).train()
+    for model in (plain, frugal):
+        model(Batch(ROWS, CPU))[0].sum().backward()
+    same_gradients(frugal.hf, plain.hf)
