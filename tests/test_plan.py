@@ -139,10 +139,10 @@ def test_supervised_stages_have_one_role(stage: Stage, role: Any) -> None:
     assert made.batch.per_rank == {role: 16}
 
 
-def test_without_gae_no_critic() -> None:
-    made = plan("1x2cpu", ppo={"advantage": "reinforce"})
+def test_a_run_without_a_critic() -> None:
+    made = plan("1x2cpu", ppo={"critic": False, "advantage": "reinforce"})
     assert set(made.roles) == {"actor", "reference", "reward", "rollout"}
-    paired = plan("1x2cpu", ppo={"advantage": "reinforce"}, placement={"layout": "paired"})
+    paired = plan("1x2cpu", ppo={"critic": False, "advantage": "reinforce"}, placement={"layout": "paired"})
     assert [group.roles for group in paired.groups] == [("actor", "reference"), ("reward",), ("rollout",)]
 
 
@@ -393,7 +393,8 @@ SETTINGS = st.fixed_dictionaries(
                 "prompts_per_step": st.sampled_from([4, 24, 60, 64]),
                 "samples_per_prompt": st.sampled_from([1, 4]),
                 "mini_batches": st.sampled_from([1, 2, 4]),
-                "advantage": st.sampled_from(["gae", "gae", "reinforce"]),
+                "critic": st.booleans(),
+                "advantage": st.just("reinforce"),
             }
         ),
     }
