@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.state import get_log
 
 from configs.schema import Role
@@ -85,7 +85,7 @@ class Call(Generic[T]):
         """Take a rank's answer, which is there. Raises WorkerError at once where it failed: the others may then hang."""
         try:
             self._fetched[rank] = ray.get(self._refs[rank][-1])
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
             raise self._failure(rank, error) from error
 
     def result(self) -> T:
@@ -99,24 +99,31 @@ class Call(Generic[T]):
 
     def late(self) -> WorkerError:
         """The error of a call whose deadline has passed."""
-        ranks = ", ".join(map(str, self.pending().values()))
+        ranks = list(self.pending().values())
         return WorkerError(
-            f"{self.group.role} rank {ranks}: no answer to {self.method} in {self.group.timeout:.0f} s (cluster.call_timeout)"
+            f"{self.group.role} rank {', '.join(map(str, ranks))}: no answer to {self.method} in {self.group.timeout:.0f} s "
+            f"(cluster.call_timeout)\n" + "\n".join(self._log(rank) for rank in ranks)
         )
 
-    def _failure(self, rank: int, error: RayTaskError | RayActorError) -> WorkerError:
+    def _failure(self, rank: int, error: RayError) -> WorkerError:
         who = f"{self.group.role} rank {rank} failed in {self.method}"
         if isinstance(error, RayTaskError):
             return WorkerError(f"{who}: {type(error.cause).__name__}: {error.cause}\n{_indent(str(error))}")
-        return WorkerError(
-            f"{who}: its process died\n{_indent(str(error))}\n  the end of its log:\n{_indent(self._log(rank))}"
-        )
+        what = "its process died" if isinstance(error, RayActorError) else "its answer was lost"
+        return WorkerError(f"{who}: {what}\n{_indent(str(error))}\n{self._log(rank)}")
 
     def _log(self, rank: int) -> str:
-        try:
-            return "".join(get_log(actor_id=self.group.handles[rank]._actor_id.hex(), tail=30, timeout=10))
-        except Exception as error:  # the log is an extra: what killed the worker is already in the message
-            return f"(not to be had: {error})"
+        """The end of a rank's output, of which crashes write theirs to stderr."""
+        shown = []
+        actor = self.group.handles[rank]._actor_id.hex()
+        cluster = ray.get_runtime_context().gcs_address  # by itself it would look for a cluster, and may find several
+        for stream in ("out", "err"):
+            try:
+                end = "".join(get_log(address=cluster, actor_id=actor, suffix=stream, tail=30, timeout=10))
+            except Exception as error:  # the log is an extra: what failed is already in the message
+                end = f"(not to be had: {error})"
+            shown.append(f"  the end of the std{stream} of {self.group.role} rank {rank}:\n{_indent(end)}")
+        return "\n".join(shown)
 
 
 def _indent(text: str) -> str:
