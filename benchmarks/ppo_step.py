@@ -108,6 +108,7 @@ def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
                 "prompts": {"path": str(prompts)},
                 "steps": steps,
                 "prompts_per_step": PROMPTS,
+                "micro_batch_tokens": 400,
                 "rewards": [{"kind": "model", "path": model}],
                 "max_prompt_tokens": PROMPT_TOKENS,
                 "actor_optimizer": {"lr": 1e-6},

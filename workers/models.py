@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +23,7 @@ from transformers import (
 
 from configs.schema import LoraSettings, ModelSettings
 
-LOGITS_CHUNK = 1024
+LOGITS_CHUNK = 256
 """Tokens whose logits exist at one time."""
 
 
@@ -58,12 +56,61 @@ class Batch:
         return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(self.mask, flat)
 
 
-def _chunk_log_probs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / temperature
-    log_z = logits.logsumexp(-1)
-    log_probs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
-    entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)
-    return log_probs, entropy
+class HeadLogProbs(torch.autograd.Function):
+    """Log-probabilities of given tokens, and entropies, from hidden states: the head and the softmax in one, in chunks.
+
+    Neither pass holds more logits than those of one chunk of tokens; the backward pass computes them once more, and writes
+    their gradient over them. With p the softmax, H its entropy and l = log p: d l_t = 1_t - p, d H = -p (l + H).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [N, H], weight [V, H], bias [V], targets [N] -> log-probabilities [N] and entropies [N], float32."""
+        log_z, log_probs, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        for rows in _chunks(len(hidden)):
+            logits = _logits(hidden[rows], weight, bias, temperature)
+            log_z[rows] = logits.logsumexp(-1)
+            log_p = logits.sub_(log_z[rows, None])
+            log_probs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+            entropy[rows] = -log_p.exp().mul_(log_p).sum(-1)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
+        ctx.temperature = temperature
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
+        for_hidden = torch.empty_like(hidden)
+        for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for rows in _chunks(len(hidden)):
+            log_p = _logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_z[rows, None])
+            grad = log_p.exp() if of_entropy is not None else log_p.exp_()
+            scale = torch.zeros(len(grad), 1, device=grad.device) if of_log_probs is None else of_log_probs[rows, None]
+            if of_entropy is None:
+                grad.mul_(-scale)
+            else:
+                grad.mul_(log_p.add_(entropy[rows, None]).mul_(of_entropy[rows, None]).add_(scale).neg_())
+            grad.scatter_add_(-1, targets[rows, None], scale)
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            for_hidden[rows] = grad @ weight
+            if for_weight is not None:
+                for_weight.addmm_(grad.t(), hidden[rows])
+            if for_bias is not None:
+                for_bias.add_(grad.sum(0))
+        return for_hidden, for_weight, for_bias, None, None
+
+
+def _chunks(tokens: int) -> list[slice]:
+    return [slice(first, first + LOGITS_CHUNK) for first in range(0, tokens, LOGITS_CHUNK)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = F.linear(hidden, weight, bias).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 @torch.no_grad()
@@ -91,11 +138,7 @@ class LanguageModel(nn.Module):
         hidden = hidden[batch.rows, batch.before]
         targets = batch.ids[batch.rows, batch.before + 1]
         head = self.hf.get_output_embeddings()
-        parts = [
-            checkpoint(_chunk_log_probs, head, h, t, self.temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
-        ]
-        log_probs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
+        log_probs, entropy = HeadLogProbs.apply(hidden, head.weight, head.bias, targets, self.temperature)
         return batch.padded(log_probs), batch.padded(entropy)
 
 
@@ -162,6 +205,8 @@ def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreT
 
 def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Module:
     """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head stays trainable in full."""
+    from peft import LoraConfig, get_peft_model  # two seconds and 80 MB that full training need not spend
+
     torch.manual_seed(seed)
     targets = settings.targets
     wrapper = get_peft_model(

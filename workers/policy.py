@@ -8,9 +8,6 @@ import numpy as np
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from workers import experience
 from workers.batching import Rows
@@ -18,7 +15,6 @@ from workers.losses import masked_sum, next_token, policy_losses
 from workers.models import Batch
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
-from workers.transfer import ObjectStoreTrainerInit
 from workers.weights import EngineClient, GatheredWeights
 from workers.work import Part, Work
 
@@ -116,13 +112,15 @@ class PolicyWorker(Trainer):
         width = log_probs.shape[1]
         old, advantages = (x[indices, :width] for x in (answers.log_probs, answers.advantages))
         parts = policy_losses.get(ppo.policy_loss)(log_probs, old, advantages, batch.mask, ppo.clip_range)
-        loss = (masked_sum(parts.loss, batch.mask) - ppo.entropy_coefficient * masked_sum(entropy, batch.mask)) / tokens
+        loss = masked_sum(parts.loss, batch.mask)
+        if ppo.entropy_coefficient:
+            loss = loss - ppo.entropy_coefficient * masked_sum(entropy, batch.mask)
         sums.add("loss", masked_sum(parts.loss, batch.mask))
         sums.add("entropy", masked_sum(entropy, batch.mask))
         sums.add("gap", masked_sum((log_probs - old).abs(), batch.mask))
         for name, values in parts.statistics.items():
             sums.add(name, masked_sum(values, batch.mask))
-        return loss
+        return loss / tokens
 
     def _ptx_loss(self, part: Part, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
         ppo = self.config.ppo
@@ -135,6 +133,13 @@ class PolicyWorker(Trainer):
 
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
         """Meet the engines over a transport: object_store, nccl or ipc."""
+        # Here, since they bring all of vLLM: a second and 80 MB that the reference need not spend.
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        from workers.transfer import ObjectStoreTrainerInit
+
         publish, tp = self.config.publish, self.config.rollout.tensor_parallel
         size = publish.bucket_mib * 2**20
         self.source = GatheredWeights(self.model.hf)

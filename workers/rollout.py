@@ -11,10 +11,10 @@ from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
 
+from workers.checksums import Checksums
 from workers.data import Codec
 from workers.models import load_tokenizer
 from workers.sequences import Chunk, Ragged
-from workers.transfer import Checksums
 from workers.work import StaleWeights, Written
 from workers.worker import Worker
 
@@ -132,6 +132,7 @@ class RolloutWorker(Worker):
 
     def start_weight_update(self) -> None:
         self.version = None
+        self.engine.collective_rpc("forget_weight_update")  # where a trainer died in the middle of one
         self.engine.collective_rpc("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -150,5 +151,8 @@ class RolloutWorker(Worker):
                     f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors "
                     f"differ, first {wrong[0]}"
                 )
-        self.engine.reset_prefix_cache()  # it was computed with the old weights
+        if not self.engine.reset_prefix_cache():  # it was computed with the old weights
+            raise StaleWeights(
+                f"{self!r}: version {version} came while requests were running: they hold its prefix cache"
+            )
         self.version = version

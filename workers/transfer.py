@@ -36,24 +36,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-Checksums = dict[str, int]
-
-_COLUMNS = 4096
-
-
-def checksum(tensor: Tensor) -> int:
-    """64-bit sum of the tensor's words, each times a weight of its own: a changed byte shows, and so do words exchanged.
-
-    Word (i, j) of the tensor laid out in rows of 4096 words has the weight (2 j + 1) + 2 i, odd, so that no change of one
-    word can vanish modulo 2**64. Sums of columns and of rows suffice. The same on CPU and GPU: int64 wraps around.
-    """
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
-    data = torch.nn.functional.pad(data, (0, -len(data) % (8 * _COLUMNS))) if len(data) % (8 * _COLUMNS) else data
-    words = data.view(torch.int64).view(-1, _COLUMNS)
-    columns, rows = words.sum(0), words.sum(1)
-    total = (columns * torch.arange(1, 2 * _COLUMNS, 2, device=words.device)).sum()
-    total += (rows * torch.arange(0, 2 * len(rows), 2, device=words.device)).sum()
-    return int(total) & (2**64 - 1)
+from workers.checksums import Checksums, checksum
 
 
 class _Verified:
@@ -63,6 +46,8 @@ class _Verified:
 
     def start_weight_update(self) -> None:
         self.received = {}
+        # An update that broke off leaves layers with some of its tensors: without this they would count as loaded now.
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[attr-defined]
         initialize_layerwise_reload(self.model)  # type: ignore[attr-defined]
 
     def receive_weights(self, update_info: Any) -> None:
@@ -202,6 +187,10 @@ class ObjectStoreTrainer(TrainerWeightTransferEngine[ObjectStoreTrainerInit]):
 
 class Witness:
     """Extension of vLLM's worker, through which an engine shows what it received."""
+
+    def forget_weight_update(self) -> None:
+        """Let an update begin though the last one was never finished."""
+        self._weight_update_active = False
 
     def weight_checksums(self) -> Checksums:
         return self.weight_transfer_engine.received  # type: ignore[attr-defined]

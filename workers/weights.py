@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from deepspeed import zero
-from peft.tuners.tuners_utils import BaseTunerLayer
 from ray.actor import ActorHandle
 from torch import Tensor, nn
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
-from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
 
-from workers.transfer import Checksums, checksum
+from workers.checksums import Checksums, checksum
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import ParamMeta
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def _weights(module: nn.Module) -> dict[str, _Weight]:
     """Name -> tensor, under the names of a plain Hugging Face model: adapters merged, tied weights once."""
     found: dict[str, _Weight] = {}
     seen: set[int] = set()
-    adapters = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
+    adapters = {n: m for n, m in module.named_modules() if hasattr(m, "get_delta_weight")}
 
     def add(name: str, parameter: nn.Parameter, parts: tuple[nn.Parameter, ...], make: Callable[[], Tensor]) -> None:
         if id(parameter) not in seen:
@@ -60,14 +61,22 @@ def _weights(module: nn.Module) -> dict[str, _Weight]:
     return found
 
 
+def _layer(name: str) -> str:
+    """What is gathered together: the part of a name up to its first number, so one layer of the stack at a time."""
+    parts = name.split(".")
+    end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[:end])
+
+
 def _merged(base: nn.Parameter, layer: Any) -> Tensor:
     return base.detach() + layer.get_delta_weight("default").to(base.dtype)
 
 
-class GatheredWeights(WeightSource):
+class GatheredWeights:
     """A model's whole tensors from ZeRO 0 to 3, adapters merged, gathered one layer at a time.
 
-    Iterating is collective under ZeRO-3: every rank must do it. `checksums` holds those of the last pass.
+    A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
+    under ZeRO-3: every rank must do it. `checksums` holds those of the last pass.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -75,11 +84,14 @@ class GatheredWeights(WeightSource):
         self.checksums: Checksums = {}
 
     def metadata(self) -> list[ParamMeta]:
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
         return [ParamMeta(name, w.dtype, w.shape) for name, w in self._weights.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.checksums = {}
-        for group in layerwise_groups(list(self._weights)):
+        for _, names in groupby(self._weights, _layer):
+            group = list(names)
             parts = [p for name in group for p in self._weights[name].parts]
             sharded = any(hasattr(p, "ds_id") for p in parts)
             with zero.GatheredParameters(parts, modifier_rank=None) if sharded else nullcontext(), torch.no_grad():
@@ -91,11 +103,11 @@ class GatheredWeights(WeightSource):
                 yield name, tensor
 
 
-class EngineClient(RayVLLMWeightSyncClient):
-    """The calls of one update to all engines; its end carries the version and the checksums."""
+class EngineClient:
+    """The calls of one update to all engines (vLLM's VLLMWeightSyncClient); its end carries the version and the checksums."""
 
     def __init__(self, engines: list[ActorHandle], source: GatheredWeights, tensor_parallel: int) -> None:
-        super().__init__(engines)
+        self.handles = engines
         self.source = source
         self.tensor_parallel = tensor_parallel
         self.version = 0
