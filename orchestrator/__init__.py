@@ -1,1 +1,51 @@
-"""The driver: what happens, and when."""
+"""The driver: what happens, and when. The names below are the Python API; each is imported when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from configs import ConfigError, RunConfig, load_config
+    from orchestrator.api import Result, run_stages, start_team
+    from orchestrator.calls import WorkerError, together
+    from orchestrator.evaluation import evaluate
+    from orchestrator.run import Run, RunError
+    from orchestrator.stage import Stopped
+    from orchestrator.team import Experience, Rollouts, Team
+    from workers.data import read_rows
+
+__all__ = [
+    "ConfigError",
+    "Experience",
+    "Result",
+    "Rollouts",
+    "Run",
+    "RunConfig",
+    "RunError",
+    "Stopped",
+    "Team",
+    "WorkerError",
+    "evaluate",
+    "load_config",
+    "read_rows",
+    "run_stages",
+    "start_team",
+    "together",
+]
+
+_HOMES = {
+    "configs": ("ConfigError", "RunConfig", "load_config"),
+    "orchestrator.api": ("Result", "run_stages", "start_team"),
+    "orchestrator.calls": ("WorkerError", "together"),
+    "orchestrator.evaluation": ("evaluate",),
+    "orchestrator.run": ("Run", "RunError"),
+    "orchestrator.stage": ("Stopped",),
+    "orchestrator.team": ("Experience", "Rollouts", "Team"),
+    "workers.data": ("read_rows",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from rich.console import Console
 from configs.schema import DatasetSettings
 from orchestrator.run import STAGES, Run, RunError
 from placement import Cluster
-from workers.data import Prompt, Row, read_rows
+from workers.data import DataError, Prompt, Row, read_rows
 from workers.worker import WorkerSpec, environment
 
 
@@ -23,7 +23,7 @@ class Answerer:
     """The model of a run's stage, in an engine."""
 
     def __init__(self, folder: Path, stage: str | None) -> None:
-        run = Run.open(folder)
+        self.run = run = Run.open(folder)
         finished = [s for s in STAGES if s != "rm" and run.finished(s)]
         if not finished or (stage and stage not in finished):
             raise RunError(
@@ -33,26 +33,31 @@ class Answerer:
         device = "cuda" if Cluster.this_machine().gpus else "cpu"
         threads = int(Cluster.this_machine().cpus)
         os.environ |= environment(run.config, "rollout", device, threads)
-        with quiet(run.folder / "answer.log"):
+        self.model, self.log, self.asked = run.model(chosen), run.folder / "answer.log", 0
+        with quiet(self.log):
             from workers.rollout import RolloutWorker  # imports torch and vLLM, which read the environment
 
             spec = WorkerSpec(run.config, "rollout", 0, 1, device, threads)
             self.worker = RolloutWorker(spec)
-            longest = run.config.ppo.max_prompt_tokens if run.config.ppo else 512
-            self.room = longest + run.config.rollout.max_new_tokens
-            self.worker.load(str(run.model(chosen).absolute()), "object_store", self.room)
-        self.run, self.asked = run, 0
+            self.longest = run.config.ppo.max_prompt_tokens if run.config.ppo else 512
+            length = self.longest + run.config.rollout.max_new_tokens
+            self.worker.load(str(self.model), "object_store", length)
 
     @property
     def converses(self) -> bool:
         return self.run.config.chat_template
 
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether a prompt leaves room for an answer."""
+        return len(self.worker.codec.prompt_ids(prompt)) <= self.longest
+
     def answer(self, prompts: list[Prompt]) -> list[str]:
-        """One sampled answer each. Raises ValueError where a prompt leaves no room for an answer."""
-        self.worker.add_rows("asked", [Row(prompt) for prompt in prompts])
-        self.worker.tokenize("asked", self.room - self.run.config.rollout.max_new_tokens)
+        """One sampled answer each; the prompts fit."""
         self.asked += 1  # another seed each time
-        chunk, _ = self.worker.generate("asked", np.arange(len(prompts)), np.zeros(len(prompts), int), self.asked)
+        with quiet(self.log):
+            self.worker.add_rows("asked", [Row(prompt) for prompt in prompts])
+            self.worker.tokenize("asked", self.longest)
+            chunk, _ = self.worker.generate("asked", np.arange(len(prompts)), np.zeros(len(prompts), int), self.asked)
         return [self.worker.codec.decode(s.ids[s.prompt_length :]) for s in (chunk.row(i) for i in range(len(prompts)))]
 
 
@@ -72,30 +77,52 @@ def quiet(log: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def answer_file(answerer: Answerer, prompts: Path, output: Path) -> int:
-    """Write {"prompt", "answer"} lines for the prompts of a file. Returns their number."""
+def answer_file(folder: Path, stage: str | None, prompts: Path, output: Path) -> int:
+    """Write {"prompt", "answer"} lines, and the rows' other columns, for the prompts of a file. Returns their number.
+
+    Raises DataError or RunError before the model is loaded where the file or the folder of the output is wrong.
+    """
     rows = read_rows(DatasetSettings(path=str(prompts)), "prompt")
+    if not output.absolute().parent.is_dir():
+        raise RunError(f"{output}: there is no folder {output.parent}")
+    answerer = Answerer(folder, stage)
+    if long := [number for number, row in enumerate(rows, start=1) if not answerer.fits(row.prompt)]:
+        raise DataError(
+            f"{prompts}: {len(long)} of {len(rows)} prompts are longer than {answerer.longest} tokens "
+            f"(ppo.max_prompt_tokens), first row {long[0]}"
+        )
     answers = answerer.answer([row.prompt for row in rows])
     with open(output, "w", encoding="utf-8") as file:
         for row, answer in zip(rows, answers, strict=True):
-            file.write(
-                json.dumps({"prompt": row.prompt, "answer": answer, **row.columns}, ensure_ascii=False, default=str)
-                + "\n"
-            )
+            line = {"prompt": row.prompt, "answer": answer, **row.columns}
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     return len(rows)
 
 
-def converse(answerer: Answerer, console: Console) -> None:
-    """Lines in, answers out. A chat model sees the whole conversation, a plain one the line alone."""
+def converse(folder: Path, stage: str | None, console: Console) -> None:
+    """Lines in, answers out. A chat model sees the conversation, as much of it as fits; a plain one goes on with the line."""
+    console.print(f"loading the model of {folder}; some 20 seconds", style="dim")
+    answerer = Answerer(folder, stage)
+    way = "ask, and it answers" if answerer.converses else "begin, and it goes on"
+    console.print(f"{answerer.model.name} of {folder}: {way}. An empty line ends.", highlight=False)
     messages: list[dict[str, str]] = []
-    while True:
-        try:
-            line = console.input("[bold]> [/bold]")
-        except EOFError:
-            return
-        if not line.strip():
-            return
+    while line := _line(console):
         messages.append({"role": "user", "content": line})
-        [answer] = answerer.answer([list(messages) if answerer.converses else line])
+        while answerer.converses and len(messages) > 1 and not answerer.fits(messages):
+            del messages[:2]
+        asked: Prompt = list(messages) if answerer.converses else line
+        if not answerer.fits(asked):
+            console.print(f"that is longer than {answerer.longest} tokens (ppo.max_prompt_tokens)", style="red")
+            messages.pop()
+            continue
+        [answer] = answerer.answer([asked])
         messages.append({"role": "assistant", "content": answer})
         console.print(answer if answerer.converses else line + answer, markup=False, highlight=False)
+
+
+def _line(console: Console) -> str:
+    """What was typed; empty at the end of the input."""
+    try:
+        return console.input("[bold]> [/bold]").strip()
+    except EOFError:
+        return ""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,16 +14,17 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from configs.schema import PPOSettings
-from orchestrator.cluster import connected
+from orchestrator.checks import check
+from orchestrator.cluster import connected, session_logs
+from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
 from orchestrator.report import write_report
-from orchestrator.run import Run, RunError
-from orchestrator.stage import StageRun
+from orchestrator.run import Run, described
+from orchestrator.stage import StageRun, StopSignal
 from orchestrator.supervised import SFT, RewardModel
-from placement import Cluster, make_plan, render
+from orchestrator.team import Team
+from placement import Cluster, make_plan
 from placement.shape import Stage
-from workers.functions import find_function
 
 CLASSES: dict[Stage, type[StageRun]] = {"sft": SFT, "rm": RewardModel, "ppo": PPO}
 
@@ -43,73 +42,61 @@ class Result:
     report: Path
 
 
-def run_stages(config: RunConfig, stages: Sequence[Stage], console: Console | None = None) -> Result:
-    """Run stages in order, each from the model of the one before; what is finished is not run again, what was cut short goes on.
+def run_stages(config: RunConfig, stages: Sequence[Stage] | None = None, console: Console | None = None) -> Result:
+    """Run stages (none named: all that the config describes), each from the models of those before. What is finished is not
+    run again, what was cut short goes on.
+
+    console: where progress goes; none: standard output.
 
     Raises ConfigError, DataError, PlanError, RewardError or RunError before anything starts, Stopped where the run was asked to
     stop, WorkerError where a worker failed.
     """
-    return go_on(Run.begin(config, stages), console)
+    return go_on(Run.begin(config, stages or described(config)), console)
 
 
 def go_on(run: Run, console: Console | None = None) -> Result:
-    """Run what is left of a run."""
+    """Run what is left of a run. Errors: see run_stages."""
     console = console or Console()
-    config = run.config
     left = [stage for stage in run.stages if not run.finished(stage)]
-    _check(run, left)
-    if left:
-        with connected(config) as cluster:
+    check(run, left)
+    jobs = [CLASSES[stage](run, console) for stage in left]
+    for job in jobs:
+        job.read()
+    run.keep()
+    if jobs:
+        console.print("data read and checked; starting Ray", style="dim")
+        with connected(run.config) as cluster, StopSignal(run, console) as stop:  # in this order: Ray sets handlers too
+            plans = [make_plan(run.config, stage, cluster) for stage in left]
             _note_surroundings(run, cluster)
-            jobs = [CLASSES[stage](run, make_plan(config, stage, cluster), console) for stage in left]
-            for job in jobs:
-                job.read()
-            for job in jobs:
-                console.print(render(job.plan))
+            print_opening(run, jobs, plans, console)
+            for job, plan in zip(jobs, plans, strict=True):
+                stop.heed(f"before {job.name}")
                 started = time.monotonic()
-                job.execute()
-                _add_seconds(run, job.name, time.monotonic() - started)
-                write_report(run.folder)
+                try:
+                    job.execute(plan, stop)
+                finally:
+                    _add_seconds(run, job.name, time.monotonic() - started)
+                    write_report(run.folder)
     return Result(
         run.folder,
         {stage: run.model(stage) for stage in run.stages if run.finished(stage)},
         run.read("summary.json").get("stages", {}),
-        run.folder / "report.html",
+        run.folder.absolute() / "report.html",
     )
 
 
-def _check(run: Run, stages: Sequence[Stage]) -> None:
-    """What can be known to fail without a cluster."""
-    config = run.config
-    sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are looked for from here on
-    for plugin in config.plugins:
-        import_module(plugin)
-    for stage in stages:
-        if getattr(config, stage) is None:
-            raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
-    if "ppo" in stages and config.ppo:
-        _check_names(config.ppo)
-        for i, reward in enumerate(config.ppo.rewards):
-            if reward.kind == "function":
-                find_function(reward.function, f"ppo.rewards.{i}.function")
-            elif reward.path is None and "rm" not in run.stages:
-                raise RunError(
-                    f"ppo.rewards.{i}.path: none is named, and this run has no rm stage to take a reward model from"
-                )
-        for i, judge in enumerate(config.ppo.evaluation.judges if config.ppo.evaluation else []):
-            find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+@contextmanager
+def start_team(config: RunConfig, stage: Stage = "ppo") -> Iterator[Team]:
+    """A stage's worker groups on the cluster, nothing loaded yet, for a loop of one's own; ended when the block ends.
 
-
-def _check_names(ppo: PPOSettings) -> None:
-    """Raises UnknownNameError where an estimator or a loss is not registered."""
-    chosen = {"advantage": ppo.advantage, "policy_loss": ppo.policy_loss, "value_loss": ppo.value_loss}
-    if any(PPOSettings.model_fields[field].default != name for field, name in chosen.items()):
-        from workers.advantages import advantage_estimators  # imports torch, which the driver can mostly do without
-        from workers.losses import policy_losses, value_losses
-
-        advantage_estimators.get(ppo.advantage)
-        policy_losses.get(ppo.policy_loss)
-        value_losses.get(ppo.value_loss)
+    Raises PlanError where they do not fit, PlacementError where they cannot be had in time.
+    """
+    with connected(config) as cluster:
+        team = Team.start(config, make_plan(config, stage, cluster))
+        try:
+            yield team
+        finally:
+            team.stop()
 
 
 def _note_surroundings(run: Run, cluster: Cluster) -> None:
@@ -119,6 +106,9 @@ def _note_surroundings(run: Run, cluster: Cluster) -> None:
         except PackageNotFoundError:
             return "not installed"
 
+    logs = run.folder / "logs"
+    logs.unlink(missing_ok=True)
+    logs.symlink_to(session_logs())
     summary = run.read("summary.json")
     summary["hardware"] = {
         "cluster": cluster.describe(),

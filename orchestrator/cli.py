@@ -74,11 +74,15 @@ def plan(
         import json
 
         from configs import load_config
+        from orchestrator.run import described
         from placement import Cluster, make_plan, render
 
         settings = load_config(config, overrides or [])
-        where = Cluster.parse(cluster) if cluster else Cluster.this_machine()
-        plans = [make_plan(settings, stage, where) for stage in _described(settings)]
+        try:
+            where = Cluster.parse(cluster) if cluster else Cluster.this_machine()
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--cluster") from None
+        plans = [make_plan(settings, stage, where) for stage in described(settings)]
         if as_json:
             print(json.dumps({p.stage: p.as_dict() for p in plans}, indent=1))
         else:
@@ -89,15 +93,18 @@ def plan(
 @app.command()
 def config(search: Annotated[str, typer.Argument(help="Show settings whose path contains this.")] = "") -> None:
     """List every setting with its meaning, type and default."""
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
     from configs.reference import describe
 
-    table = Table("setting", "type", "default", "meaning", box=None, header_style="bold", pad_edge=False)
-    for setting in describe():
-        if search in setting.path:
-            table.add_row(setting.path, setting.type, setting.default, setting.meaning)
-    Console().print(table)
+    found = [setting for setting in describe() if search in setting.path]
+    if not found:
+        raise typer.BadParameter(f"no setting's path contains {search!r}", param_hint="SEARCH")
+    console = Console()
+    for setting in found:
+        console.print(Text.assemble((setting.path, "bold"), f"  {setting.type}  [{setting.default}]"), soft_wrap=True)
+        console.print(Padding(Text(setting.meaning), (0, 0, 0, 4)))
 
 
 @app.command()
@@ -105,8 +112,9 @@ def report(run: RunFolder) -> None:
     """Write report.html anew."""
     with _errors():
         from orchestrator.report import write_report
+        from orchestrator.run import Run
 
-        print(write_report(run))
+        print(write_report(Run.open(run).folder))
 
 
 @app.command()
@@ -118,9 +126,9 @@ def generate(
 ) -> None:
     """Answer the prompts of a file with the trained model."""
     with _errors():
-        from orchestrator.answer import Answerer, answer_file
+        from orchestrator.answer import answer_file
 
-        count = answer_file(Answerer(run, stage), prompts, output)
+        count = answer_file(run, stage, prompts, output)
         print(f"{count} answers in {output}")
 
 
@@ -131,24 +139,18 @@ def chat(
 ) -> None:
     """Talk to the trained model. An empty line or Ctrl-D ends."""
     with _errors():
-        from orchestrator.answer import Answerer, converse
+        from orchestrator.answer import converse
 
-        converse(Answerer(run, stage), Console())
-
-
-def _described(settings: object) -> list[Stage]:
-    from orchestrator.run import STAGES
-
-    return [stage for stage in STAGES if getattr(settings, stage) is not None]
+        converse(run, stage, Console())
 
 
 def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None) -> None:
     with _errors():
         from configs import load_config
-        from orchestrator.run import Run
+        from orchestrator.run import Run, described
 
         settings = load_config(path, overrides or [])
-        _go_on(Run.begin(settings, _described(settings) if stages is None else stages))
+        _go_on(Run.begin(settings, stages or described(settings)))
 
 
 def _go_on(run: Run) -> None:
@@ -168,25 +170,17 @@ def _errors() -> Iterator[None]:
         name = type(error).__name__
         if name == "Stopped":
             print(error)
-            sys.exit(143)
-        if name not in EXPECTED:
+            sys.exit(128 + error.number)  # type: ignore[attr-defined]
+        if name not in EXIT_CODES:
             raise
         print(f"troupe: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_CODES[name])
 
 
-EXPECTED = {
-    "ConfigError",
-    "DataError",
-    "LogProbGapError",
-    "PlacementError",
-    "PlanError",
-    "RewardError",
-    "RunError",
-    "UnknownNameError",
-    "WorkerError",
-}
-"""By name: their modules are imported only by the commands that need them."""
+REFUSED = ("ConfigError", "DataError", "PlanError", "RewardError", "RunError", "UnknownNameError")
+FAILED = ("LogProbGapError", "PlacementError", "WorkerError")
+EXIT_CODES = dict.fromkeys(REFUSED, 2) | dict.fromkeys(FAILED, 1)
+"""By name: the modules of these errors are imported only by the commands that need them."""
 
 
 if __name__ == "__main__":

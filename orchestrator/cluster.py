@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from configs.schema import RunConfig
 
@@ -17,6 +18,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 
 from placement.cluster import Cluster
+
+
+def session_logs() -> Path:
+    """Folder of the logs that Ray and the workers on this machine write."""
+    return Path(ray._private.worker.global_worker.node.get_logs_dir_path())
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from configs.schema import ModelReward, Role
 from orchestrator.calls import together
 from orchestrator.evaluation import DATA, evaluate, weighted_sum
 from orchestrator.kl_control import make_controller
-from orchestrator.run import RunError
+from orchestrator.outcome import outcome
+from orchestrator.run import RunError, local
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
 from orchestrator.team import Column, Experience, Rollouts
@@ -126,7 +127,9 @@ class PPO(StageRun):
             self.ptx_rows = self.rows(data, "demonstration")
         self.sources = [source.name for source in self.ppo.rewards]
         self.reward_models = {
-            s.name: s.path or str(self.run.model("rm")) for s in self.ppo.rewards if isinstance(s, ModelReward)
+            s.name: local(s.path) if s.path else str(self.run.model("rm"))
+            for s in self.ppo.rewards
+            if isinstance(s, ModelReward)
         }
         self.kl = make_controller(self.ppo.kl.control)
         self.version = 0
@@ -172,4 +175,4 @@ class PPO(StageRun):
         return metrics
 
     def result(self) -> dict[str, float]:
-        return {"steps": float(self.steps)}
+        return {"steps": float(self.steps), **outcome(self.run.folder)}

@@ -63,6 +63,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._bar.update(self._task, detail=" · ".join(self._numbers()))
         self._bar.stop()
         if self._pending is not None:
             self._print(self._pending)
@@ -84,8 +86,7 @@ class Progress:
         now = time.monotonic()
         self._latest.update(metrics)
         left = self._time_left(step, now)
-        numbers = [f"{label} {show(self._latest[name])}" for name, label, show in _HEADLINES if name in self._latest]
-        detail = " · ".join([*([f"{left} left"] if left else []), *numbers])
+        detail = " · ".join([*([f"{left} left"] if left else []), *self._numbers()])
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, detail=detail)
             return
@@ -95,6 +96,9 @@ class Progress:
             self._print(line)
         else:
             self._pending = line
+
+    def _numbers(self) -> list[str]:
+        return [f"{label} {show(self._latest[name])}" for name, label, show in _HEADLINES if name in self._latest]
 
     def _time_left(self, step: int, now: float) -> str:
         """h:mm:ss or m:ss by the mean time per step since the first; empty where nothing is known, and at the end."""

@@ -1,7 +1,7 @@
 """A run's folder: what is in it, and what is whole.
 
     runs/<name>/  config.yaml  run.json  metrics.jsonl  tensorboard/  evaluation/  summary.json  report.html
-                  checkpoints/<stage>/<step>/   models/<stage>/   logs -> the Ray session's
+                  checkpoints/<stage>/<step>/   models/<stage>/   logs -> the workers' of the latest Ray session
 
 Folders appear whole or not at all: they are written under another name and renamed.
 """
@@ -20,6 +20,10 @@ from configs import RunConfig, load_config, save_config
 from placement.shape import Stage
 
 STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
+OWN: dict[Stage, tuple[str, ...]] = {"sft": ("sft",), "rm": ("rm",), "ppo": ("ppo", "rollout", "publish")}
+"""Settings that no other stage looks at: they may change until the stage has begun."""
+FREE = ("cluster", "checkpoint")
+"""Settings that may change at any time: no result depends on them."""
 
 
 class RunError(RuntimeError):
@@ -49,31 +53,36 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.folder = folder
+        self.stages: list[Stage] = list(self.read("run.json").get("stages", []))
+        """What the run was asked for, in order."""
 
     @classmethod
     def begin(cls, config: RunConfig, stages: Sequence[Stage]) -> Run:
-        """Make the run's folder, or go on in it: finished stages stay finished.
+        """A new run, or more of one that is there: finished stages stay finished. Nothing is written before `keep`.
 
-        Raises RunError where the folder holds a run with other settings.
+        Raises RunError where a stage that has begun there has other settings.
         """
-        folder = Path(config.runs) / config.name
-        file = folder / "config.yaml"
-        if file.exists():
-            old = load_config(file)
-            changed = differences(old.model_dump(), config.model_dump())
-            if changed:
-                raise RunError(
-                    f"{folder}: holds a run with other settings ({'; '.join(changed)}): choose another `name`, or remove it"
-                )
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, file)
-        run = cls(config, folder)
-        run.write(
-            "run.json",
-            run.read("run.json") | {"stages": list(dict.fromkeys([*run.read("run.json").get("stages", []), *stages]))},
-        )
+        run = cls(config, Path(config.runs) / config.name)
+        if (run.folder / "config.yaml").exists():
+            run._refuse_other_settings(load_config(run.folder / "config.yaml"))
+        run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
+
+    def keep(self) -> None:
+        """Make the folder, and note the settings and the stages in it."""
+        save_config(self.config, self.folder / "config.yaml")
+        self.write("run.json", {"stages": self.stages})
+
+    def _refuse_other_settings(self, old: RunConfig) -> None:
+        begun = [stage for stage in STAGES if self.begun(stage)]
+        free = {*FREE, *(name for stage in STAGES if stage not in begun for name in OWN[stage])}
+        changed = differences(old.model_dump(exclude=free), self.config.model_dump(exclude=free))
+        if begun and changed:
+            text = (
+                f"{self.folder}: has begun ({', '.join(begun)}) with other settings; choose another name, remove the folder, "
+                f"or go on as it began with: troupe resume {self.folder}"
+            )
+            raise RunError("\n  ".join([text, *changed]))
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -82,24 +91,26 @@ class Run:
             raise RunError(f"{folder}: no run is here (no config.yaml)")
         return cls(load_config(folder / "config.yaml"), folder)
 
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages that the run was asked for."""
-        return list(self.read("run.json").get("stages", []))
-
     # ------------------------------------------------------------ models
 
     def model(self, stage: Stage) -> Path:
-        return self.folder / "models" / stage
+        """Where a stage's model lies once it is finished; absolute, for workers with other working folders."""
+        return self.folder.absolute() / "models" / stage
 
     def finished(self, stage: Stage) -> bool:
         return self.model(stage).exists()
 
+    def begun(self, stage: Stage) -> bool:
+        """Whether anything of the stage has been computed."""
+        from orchestrator.metrics import read_metrics  # half a second, which `troupe plan` need not spend
+
+        return self.finished(stage) or any(line["stage"] == stage for line in read_metrics(self.folder))
+
     def starting_model(self, stage: Stage) -> str:
         """What a stage starts from: SFT from the configured model; later stages from the SFT stage's, where the run has one."""
         if stage == "rm" and self.config.rm and self.config.rm.model:
-            return self.config.rm.model.path
-        return str(self.model("sft")) if stage != "sft" and self.finished("sft") else self.config.model.path
+            return local(self.config.rm.model.path)
+        return str(self.model("sft")) if stage != "sft" and self.finished("sft") else local(self.config.model.path)
 
     # ------------------------------------------------------------ small files
 
@@ -131,6 +142,11 @@ class Run:
             shutil.rmtree(self.checkpoint(stage, step))
 
 
+def described(config: RunConfig) -> list[Stage]:
+    """The stages that a config describes."""
+    return [stage for stage in STAGES if getattr(config, stage) is not None]
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted paths of settings that differ, with both values."""
     found = []
@@ -141,3 +157,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{prefix}{key}: {a!r} there, {b!r} asked for")
     return sorted(found)
+
+
+def local(path: str) -> str:
+    """A model's folder by its absolute path, for workers with other working folders; a hub name as it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path

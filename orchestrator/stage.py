@@ -26,14 +26,29 @@ from workers.data import Row, RowKind, read_rows
 
 
 class Stopped(RuntimeError):
-    """The run was asked to stop, and did, with a checkpoint."""
+    """The run was asked to stop, and did, with a checkpoint where there was something to keep."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+        """Of the signal."""
 
 
 class StopSignal:
-    """SIGTERM and SIGINT: the first asks the loop to stop after its step, the second ends the process at once."""
+    """SIGTERM and SIGINT: the first asks the run to stop after its step, the second ends the process at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, run: Run, console: Console) -> None:
+        self._run, self._console = run, console
+        self._number = 0
+
+    @property
+    def asked(self) -> bool:
+        return self._number != 0
+
+    def heed(self, when: str) -> None:
+        """Raises Stopped where the run was asked to stop."""
+        if self.asked:
+            raise Stopped(f"stopped {when}; go on with: troupe resume {self._run.folder}", self._number)
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -47,7 +62,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self._number = number
+        self._console.print("stopping after this step; once more stops at once")
 
 
 class StageRun:
@@ -55,9 +71,10 @@ class StageRun:
 
     name: StageName
 
-    def __init__(self, run: Run, plan: Plan, console: Console) -> None:
-        self.run, self.plan, self.console = run, plan, console
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run, self.console = run, console
         self.config: RunConfig = run.config
+        self.plan: Plan
         self.seconds: dict[str, float] = {}
         self.team: Team
         self.progress: Progress
@@ -101,13 +118,16 @@ class StageRun:
 
     # ------------------------------------------------------------ the stage
 
-    def execute(self) -> dict[str, float]:
-        """Run the stage from its latest checkpoint, or from the start, to its end; export the model. Returns final numbers."""
+    def execute(self, plan: Plan, stop: StopSignal) -> None:
+        """Run the stage from its latest checkpoint, or from the start, to its end; export the model, note the numbers.
+
+        Raises Stopped after the step in which the run was asked to stop; a checkpoint is there then.
+        """
         started = time.monotonic()
+        self.plan, self.stop = plan, stop
         saved = self.run.checkpoints(self.name)
         self.done = saved[-1] if saved else 0
         with (
-            StopSignal() as self.stop,
             Progress(self.name, self.steps, self.console, start=self.done) as self.progress,
             Recorder(self.run.folder, self.config.name, self.name, self.done if saved else None) as self.recorder,
         ):
@@ -118,14 +138,13 @@ class StageRun:
                 self.load()
                 if saved:
                     self._restore(self.run.checkpoint(self.name, self.done))
+                stop.heed(f"before step {self.done + 1} of {self.steps} of {self.name}")
                 self.loop()
-                numbers = self.result() | {"seconds": time.monotonic() - started}
+                self.run.summarize(self.name, self.result() | {"seconds": time.monotonic() - started})
                 self._export()
             finally:
                 self.team.stop()
-        self.run.summarize(self.name, numbers)
         self.run.prune(self.name, 0)
-        return numbers
 
     def rows(self, data: DatasetSettings, kind: RowKind) -> list[Row]:
         return read_rows(data, kind)
@@ -146,10 +165,7 @@ class StageRun:
         every = self.config.checkpoint.every
         if self.stop.asked or (every and step % every == 0 and step < self.steps):
             self.save()
-        if self.stop.asked:
-            raise Stopped(
-                f"stopped after step {step} of {self.steps} of {self.name}; go on with: troupe resume {self.run.folder}"
-            )
+        self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
 
     # ------------------------------------------------------------ saving
 

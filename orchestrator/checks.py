@@ -1,0 +1,89 @@
+"""What can be known to fail before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from configs import RunConfig
+from configs.schema import PPOSettings
+from orchestrator.run import Run, RunError
+from placement.shape import Stage
+from workers.functions import find_function
+
+
+def check(run: Run, stages: Sequence[Stage]) -> None:
+    """Check what the settings name: sections, models, plugins, functions, estimators, losses; where the results would land.
+
+    Raises RunError, RewardError or UnknownNameError, which name the setting.
+    """
+    config = run.config
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are looked for from here on
+    for stage in stages:
+        if getattr(config, stage) is None:
+            raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
+    _check_folder(config)
+    for i, plugin in enumerate(config.plugins):
+        _import_plugin(plugin, f"plugins.{i}")
+    if stages and not run.finished("sft"):
+        _check_model(config.model.path, "model.path")
+    if "rm" in stages and config.rm and config.rm.model:
+        _check_model(config.rm.model.path, "rm.model.path")
+    if "ppo" in stages and config.ppo:
+        _check_names(config.ppo)
+        _check_functions(config.ppo, run)
+
+
+def _check_folder(config: RunConfig) -> None:
+    """A job that was sent its folder runs in a copy, which the cluster deletes."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    if job.get("runtime_env", {}).get("working_dir") and not Path(config.runs).is_absolute():
+        raise RunError(
+            f"runs: was {config.runs!r}, in the copy of the working folder that this job runs in and the cluster deletes; "
+            "must be the absolute path of a folder that every node sees"
+        )
+
+
+def _check_model(path: str, setting: str) -> None:
+    """A folder must be there; one word, or two with a slash between, may be a hub name."""
+    looks_local = path[:1] in "./~" or path.count("/") > 1
+    if looks_local and not (Path(path) / "config.json").is_file():
+        raise RunError(f"{setting}: was {path!r}, which is no folder with a model (config.json)")
+
+
+def _import_plugin(module: str, setting: str) -> None:
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise RunError(f"{setting}: cannot import {module!r}: {error}") from error
+
+
+def _check_functions(ppo: PPOSettings, run: Run) -> None:
+    for i, reward in enumerate(ppo.rewards):
+        if reward.kind == "function":
+            find_function(reward.function, f"ppo.rewards.{i}.function")
+        elif reward.path:
+            _check_model(reward.path, f"ppo.rewards.{i}.path")
+        elif "rm" not in run.stages:
+            raise RunError(
+                f"ppo.rewards.{i}.path: none is named, and this run has no rm stage to take a reward model from; "
+                "name a model, or run `troupe rm` with the same settings first"
+            )
+    for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
+        find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def _check_names(ppo: PPOSettings) -> None:
+    chosen = {"advantage": ppo.advantage, "policy_loss": ppo.policy_loss, "value_loss": ppo.value_loss}
+    if any(PPOSettings.model_fields[field].default != name for field, name in chosen.items()):
+        from workers.advantages import advantage_estimators  # imports torch, which the driver can mostly do without
+        from workers.losses import policy_losses, value_losses
+
+        advantage_estimators.get(ppo.advantage)
+        policy_losses.get(ppo.policy_loss)
+        value_losses.get(ppo.value_loss)
