@@ -55,9 +55,13 @@ class RewardWorker(Worker):
     def _call(self, name: str, data: str, prompts: np.ndarray, samples: list[Sample]) -> np.ndarray:
         rows = [self.datasets[data][i] for i in prompts]
         answers = [self.codec.decode(s.ids[s.prompt_length :]) for s in samples]
-        columns = {key: [row.columns.get(key) for row in rows] for key in (rows[0].columns if rows else {})}
-        values = self.functions[name]([row.prompt for row in rows], answers, **columns)
-        scores = np.asarray(values, dtype=np.float32)
+        names = dict.fromkeys(key for row in self.datasets[data] for key in row.columns)  # some rows may lack some
+        columns = {key: [row.columns.get(key) for row in rows] for key in names}
+        try:
+            values = self.functions[name]([row.prompt for row in rows], answers, **columns)
+            scores = np.asarray(values, dtype=np.float32)
+        except Exception as error:  # whatever it is: it must be known whose it is
+            raise RewardError(f"reward {name}: {type(error).__name__}: {error}") from error
         if scores.shape != (len(samples),) or not np.isfinite(scores).all():
             raise RewardError(
                 f"reward {name}: gave {values!r} for {len(samples)} answers; one finite number each is needed"
