@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from placement.cluster import Cluster
+
+if TYPE_CHECKING:
+    from tests.hosts import Hosts
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,8 +29,9 @@ def ray_here() -> Iterator[Cluster]:
     It claims 8 CPUs whatever the machine has; set `placement.cpus_per_device: 1`, so that each worker gets one thread.
     It has no dashboard. Runs and teams that are started while it lives use it.
     """
-    import orchestrator.cluster  # noqa: F401  its environment must be there before Ray is imported
     import ray
+
+    import orchestrator.cluster  # noqa: F401  sets the environment that Ray's processes read
 
     ray.init(
         address="local",
@@ -43,3 +48,15 @@ def ray_here() -> Iterator[Cluster]:
         yield Cluster.of_ray()
     finally:
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hosts(ray_here: Cluster) -> Iterator[Hosts]:
+    """Groups of workers that the tests of a file share."""
+    from tests.hosts import Hosts
+
+    started = Hosts()
+    try:
+        yield started
+    finally:
+        started.stop()

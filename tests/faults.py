@@ -1,0 +1,163 @@
+"""Workers that go wrong when told to. The plugin `tests.faults` adds them to the kinds of worker that a Host knows.
+
+They show that a check sees what it is there for: with the fault it must fail, without it must hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from configs.schema import ModelSettings, OptimizerSettings
+from workers.host import KINDS
+from workers.policy import PolicyWorker
+from workers.rollout import RolloutWorker
+from workers.trainer import Trainer
+from workers.transfer import ObjectStoreEngine, ObjectStoreTrainer, ObjectStoreTrainerInit, ObjectStoreUpdateInfo
+from workers.value import ValueWorker
+
+KINDS |= {
+    "faulty_policy": "tests.faults:FaultyPolicy",
+    "faulty_rollout": "tests.faults:FaultyRollout",
+    "open_value": "tests.faults:OpenValue",
+}
+
+
+class FaultyEngine(ObjectStoreEngine):
+    """The engine's side without one of its cares."""
+
+    without: ClassVar[str] = ""
+    memory: ClassVar[np.ndarray] = np.empty(2**24, np.uint8)
+
+    def start_weight_update(self) -> None:
+        self.received = {}
+        if self.without == "fresh start":
+            initialize_layerwise_reload(self.model)
+        elif self.without != "layerwise reload":
+            super().start_weight_update()
+
+    def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
+        if (
+            self.without == "memory of their own"
+        ):  # every bucket into the same memory, as a receiver of a stream might do
+            arrays, start = [], 0
+            for array in update_info.arrays:
+                view = self.memory[start : start + array.nbytes]
+                view[:] = array
+                arrays.append(view)
+                start += array.nbytes
+            update_info = replace(update_info, arrays=arrays)
+        super().receive_weights(update_info)
+
+    def finish_weight_update(self) -> None:
+        if self.without == "repacking":
+            finalize_layerwise_reload(self.model, self.model_config)
+        elif self.without != "layerwise reload":
+            super().finish_weight_update()
+
+
+class FaultyRollout(RolloutWorker):
+    """A rollout worker that can change its model and, loaded with the transport "faulty", leave out a care."""
+
+    def load(self, path: str, transport: str, max_length: int) -> None:
+        if hasattr(self, "engine"):
+            self.engine.engine_core.shutdown()
+            del self.engine
+            cleanup_dist_env_and_memory()
+        super().load(path, transport, max_length)
+
+    def leave_out(self, care: str) -> None:
+        """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache; "" for none."""
+        FaultyEngine.without = care
+        vars(self.engine).pop("reset_prefix_cache", None)
+        if care == "prefix cache":
+            self.engine.reset_prefix_cache = lambda: True
+
+
+class FaultyTrainer(ObjectStoreTrainer):
+    """The trainer's side; `fault` happens to the tensors of one update, after their checksums were taken."""
+
+    fault: str = ""
+    sent: int = 0
+
+    def send_weights(self) -> None:
+        self.sent = 0
+        super().send_weights()
+
+    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
+        self.sent += 1
+        fault, self.fault = self.fault, ""
+        if fault == "flip":
+            name, tensor = bucket[0]
+            flipped = tensor.clone()
+            flipped.view(torch.uint8).view(-1)[-1] ^= 1
+            bucket = [(name, flipped), *bucket[1:]]
+        elif fault == "lose":
+            bucket = bucket[1:]
+        elif fault == "exchange":
+            (first, a), (second, b) = next(
+                (x, y) for x in bucket for y in bucket if x[0] < y[0] and x[1].shape == y[1].shape and x[1].dim() == 2
+            )
+            swapped = {first: b, second: a}
+            bucket = [(name, swapped.get(name, tensor)) for name, tensor in bucket]
+        super()._send(bucket)
+        if fault == "break off":
+            raise ConnectionError("the trainer broke off")
+
+
+class Open(Trainer):
+    """A trainer that can change its model, and whose weights and outputs a test can reach."""
+
+    def load(
+        self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0
+    ) -> int:
+        self.peft = None
+        return super().load(path, settings, optimizer, dropout)
+
+    def add_noise(self, scale: float, seed: int) -> None:
+        """Move every parameter that is trained, where the model is whole on this rank."""
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(scale * torch.randn_like(parameter))
+
+    def logits(self, ids: list[list[int]]) -> np.ndarray:
+        """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: what the Hugging Face model itself gives."""
+        with self.evaluating():
+            return self.model.hf(input_ids=torch.tensor(ids)).logits.numpy()
+
+
+class OpenValue(Open, ValueWorker):
+    """A scalar model."""
+
+
+class FaultyPolicy(Open, PolicyWorker):
+    """A language model whose transfers can be disturbed."""
+
+    transfer: FaultyTrainer
+
+    def connect_with(self, engines: list[ActorHandle], bucket_bytes: int) -> None:
+        """Meet the engines over the object store, with buckets smaller than the settings allow."""
+        self.connect(engines, "object_store", ("", 0))
+        init = ObjectStoreTrainerInit(rank=self.rank, bucket_bytes=bucket_bytes)
+        self.transfer = FaultyTrainer.trainer_init(init, client=self.client, source=self.source)
+
+    def disturb(self, fault: str) -> None:
+        """One of flip, lose, exchange, break off; it happens in the next update."""
+        self.transfer.fault = fault
+
+    def buckets(self) -> int:
+        """Buckets of the last update."""
+        return self.transfer.sent
+
+
+WeightTransferEngineFactory.register_engine("verified_faulty", FaultyEngine)

@@ -1,0 +1,239 @@
+"""New weights in a real vLLM engine: after every update it must compute what the trainer computes.
+
+Each care of workers/transfer.py is also left out once, so that it is seen that the comparison notices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray._private.internal_api import node_stats
+
+from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
+from orchestrator.calls import WorkerError, together
+from tests.hosts import Hosts, generate, log_probs
+from tests.models import make_model
+from workers.data import Row
+from workers.work import Part
+
+pytestmark = pytest.mark.slow
+
+AGREES = 1e-4  # nats, mean and largest difference; seen: 1e-6 and 1e-5
+DIFFERS = 0.03  # nats, mean difference: what an update changes at least, and a fault too
+SMALL_BUCKET = 100_000  # bytes: an update has several buckets, and they end in the middle of layers
+LENGTH = 256
+
+# Some prompts share their first 128 tokens, a block of the prefix cache, and so does each with itself in the next step.
+PROMPTS = ["a", "Who was it?", "hello " * 3, "It is " + "so " * 50, "It is " + "so " * 52, "The film " * 16]
+DEMONSTRATIONS = [Row(prompt="It is ", completion="so bad."), Row(prompt="The ", completion="film is so good!")]
+LORA = LoraSettings(rank=4, alpha=16.0)
+
+
+class Pair:
+    """An actor and an engine."""
+
+    def __init__(self, hosts: Hosts, strategy: Strategy = "ddp") -> None:
+        self.ranks = 2 if strategy == "zero3" else 1
+        self.actor = hosts.group("faulty_policy", "actor", strategy, self.ranks)
+        self.engine = hosts.group("faulty_rollout", "rollout")
+        self.step = 0
+        self.version = 0
+
+    def load(self, folder: Path, transport: str = "object_store", lora: LoraSettings | None = None) -> None:
+        settings = ModelSettings(path=str(folder), lora=lora)
+        together(
+            self.actor.call("load", str(folder), settings, OptimizerSettings(lr=0.03)),
+            self.engine.call("load", str(folder), transport, LENGTH),
+        )
+        self.engine.call("add_rows", "prompts", [Row(prompt=text) for text in PROMPTS]).get()
+        self.engine.call("tokenize", "prompts", LENGTH).get()
+        self.actor.call("add_rows", "sft", DEMONSTRATIONS).get()
+        self.completions = self.actor.call("tokenize", "sft", "demonstration", LENGTH).get()[0][1]
+
+    def connect(self) -> None:
+        self.actor.call("connect", list(self.engine.handles), "object_store", ("", 0)).get()
+
+    def connect_with(self, bucket_bytes: int) -> None:
+        self.actor.call("connect_with", list(self.engine.handles), bucket_bytes).get()
+
+    def train(self) -> None:
+        """One optimizer step; two ranks take a demonstration each."""
+        count = int(self.completions.sum())
+        parts = [Part("sft", [rows], count) for rows in np.array_split(np.arange(len(DEMONSTRATIONS)), self.ranks)]
+        self.actor.scatter("train_demonstrations", [(part, 0.0, (1, self.step)) for part in parts]).get()
+
+    def noise(self) -> None:
+        self.step += 1
+        self.actor.call("add_noise", 0.05, self.step).get()
+
+    def publish(self) -> int:
+        self.version += 1
+        return self.actor.call("publish", self.version).get()[0]
+
+    def differences(self) -> np.ndarray:
+        """|engine - trainer| of the log-probabilities of newly sampled tokens, which bear the published version."""
+        self.step += 1
+        placed, chunk, version = generate(self.engine, len(PROMPTS), self.step)
+        assert version == self.version
+        return np.abs(chunk.log_probs.values - log_probs(self.actor, placed))
+
+    def agrees(self) -> bool:
+        found = self.differences()
+        return found.mean() < AGREES and found.max() < AGREES
+
+    def leave_out(self, care: str) -> None:
+        self.engine.call("leave_out", care).get()
+
+    def disturb(self, fault: str) -> None:
+        self.actor.call("disturb", fault).get()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "architecture", "tied", "grouped", "lora"),
+    [
+        ("ddp", "llama", True, True, None),
+        ("ddp", "qwen2", False, True, None),
+        ("ddp", "gpt2", True, False, LORA),
+        ("zero3", "opt", True, False, None),
+        ("zero3", "qwen3", False, True, None),
+        ("zero3", "llama", False, False, LORA),
+    ],
+    ids=lambda value: "lora" if value is LORA else None,
+)
+def test_the_engine_computes_what_the_trainer_computes(
+    hosts: Hosts,
+    tmp_path: Path,
+    strategy: Strategy,
+    architecture: str,
+    tied: bool,
+    grouped: bool,
+    lora: LoraSettings | None,
+) -> None:
+    pair = Pair(hosts, strategy)
+    pair.load(make_model(tmp_path, architecture, tied, grouped), lora=lora)
+    pair.connect()
+    assert pair.agrees()
+    for _ in range(3):
+        pair.train()
+        assert pair.differences().mean() > DIFFERS, "the training step changed the policy"
+        pair.publish()
+        assert pair.agrees()
+    pair.publish()
+    assert pair.agrees(), "an update without a change changes nothing"
+
+
+@pytest.fixture(scope="module")
+def served(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A model with tied embeddings, small buckets, and faults at will."""
+    pair = Pair(hosts)
+    pair.load(make_model(tmp_path_factory.mktemp("served"), "llama", tied=True, grouped=True), transport="faulty")
+    pair.connect_with(SMALL_BUCKET)
+    return pair
+
+
+@pytest.fixture
+def pair(served: Pair) -> Iterator[Pair]:
+    """The same, without faults and up to date when a test begins; whatever a test does to it, the next update mends it."""
+    served.publish()
+    assert served.agrees()
+    yield served
+    served.leave_out("")
+
+
+@pytest.mark.parametrize("care", ["repacking", "prefix cache", "memory of their own"])
+def test_without_a_care_the_engine_computes_something_else(pair: Pair, care: str) -> None:
+    pair.leave_out(care)
+    pair.noise()
+    pair.publish()  # its checksums are right: the tensors arrived
+    assert pair.differences().mean() > DIFFERS
+    pair.leave_out("")
+    pair.publish()
+    assert pair.agrees()
+
+
+def test_without_the_layerwise_reload_weights_do_not_load(pair: Pair) -> None:
+    pair.leave_out("layerwise reload")
+    with pytest.raises(WorkerError, match="AttributeError: 'Parameter' object has no attribute 'weight_loader'"):
+        pair.publish()
+    assert_serves_nothing(pair)
+
+
+def test_an_update_that_broke_off_leaves_nothing_to_the_next(pair: Pair) -> None:
+    pair.disturb("break off")
+    pair.noise()
+    with pytest.raises(WorkerError, match="ConnectionError: the trainer broke off"):
+        pair.publish()
+    assert_serves_nothing(pair)
+    pair.noise()
+    pair.publish()
+    assert pair.agrees()
+
+
+def test_without_a_fresh_start_no_update_would_load_any_more(pair: Pair) -> None:
+    pair.leave_out("fresh start")
+    pair.disturb("break off")
+    with pytest.raises(WorkerError, match="ConnectionError"):
+        pair.publish()
+    with pytest.raises(WorkerError, match="AttributeError: 'Parameter' object has no attribute 'weight_loader'"):
+        pair.publish()
+    assert_serves_nothing(pair)
+
+
+@pytest.mark.parametrize(("fault", "differ"), [("flip", "1 of 20"), ("lose", "1 of 20"), ("exchange", "2 of 20")])
+def test_an_engine_that_got_something_else_serves_nothing(pair: Pair, fault: str, differ: str) -> None:
+    pair.disturb(fault)
+    with pytest.raises(WorkerError, match=rf"StaleWeights.*rollout-0: version {pair.version + 1} .* {differ} tensors"):
+        pair.publish()
+    assert_serves_nothing(pair)
+    pair.publish()
+    assert pair.agrees()
+
+
+def assert_serves_nothing(pair: Pair) -> None:
+    with pytest.raises(WorkerError, match=r"StaleWeights: .*rollout-0 holds no published weights"):
+        generate(pair.engine, len(PROMPTS), 0)
+
+
+def test_the_size_of_the_buckets_changes_nothing(pair: Pair) -> None:
+    pair.noise()
+    answers, buckets = [], []
+    for size in (1, SMALL_BUCKET, 2**27):
+        pair.connect_with(size)
+        size_of_all = pair.publish()
+        buckets.append(pair.actor.first("buckets"))
+        answers.append(generate(pair.engine, len(PROMPTS), step=77)[1])
+    pair.connect_with(SMALL_BUCKET)
+    assert buckets[0] == 20 and 2 < buckets[1] <= size_of_all / SMALL_BUCKET + 1 and buckets[2] == 1
+    for other in answers[1:]:
+        np.testing.assert_array_equal(answers[0].tokens.values, other.tokens.values)
+        np.testing.assert_array_equal(answers[0].log_probs.values, other.log_probs.values)
+
+
+def test_updates_leave_nothing_in_the_object_store(pair: Pair) -> None:
+    mine = ray.put(np.zeros(2**20, np.uint8))
+    assert stored() >= 2**20, "a megabyte shows"
+    del mine
+    for fault in ("", "flip", "break off", ""):
+        pair.disturb(fault)
+        if fault:
+            with pytest.raises(WorkerError):
+                pair.publish()
+        else:
+            pair.publish()
+    deadline = time.monotonic() + 20  # Ray frees a little later
+    while stored() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert stored() == 0
+
+
+def stored() -> int:
+    """Bytes in the object store."""
+    (node,) = ray.nodes()
+    stats: Any = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
+    return int(stats.object_store_bytes_used)
