@@ -103,7 +103,8 @@ class Trainer(Worker):
             )
             if stage or self.settings.dtype == "bfloat16":
                 settings["gradient_clipping"] = optimizer.max_grad_norm
-            else:  # plain float32 Adam: there DeepSpeed would clip without telling the norm
+            else:  # plain float32 Adam: there DeepSpeed would clip without telling the norm, at 1 unless told not to
+                settings["gradient_clipping"] = 0.0
                 clip = torch.nn.utils.clip_grad_norm_
                 adam.register_step_pre_hook(
                     lambda adam, *_: setattr(adam, "_global_grad_norm", float(clip(trained, optimizer.max_grad_norm)))
