@@ -5,11 +5,13 @@ They show that a check sees what it is there for: with the fault it must fail, w
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import torch
+from deepspeed import zero
 from ray.actor import ActorHandle
 from torch import Tensor
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -123,12 +125,13 @@ class Open(Trainer):
         return super().load(path, settings, optimizer, dropout)
 
     def add_noise(self, scale: float, seed: int) -> None:
-        """Move every parameter that is trained, where the model is whole on this rank."""
+        """Move every parameter that is trained."""
         torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(scale * torch.randn_like(parameter))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        sharded = hasattr(trained[0], "ds_id")
+        with torch.no_grad(), zero.GatheredParameters(trained, modifier_rank=0) if sharded else nullcontext():
+            for parameter in trained:
+                parameter.add_(scale * torch.randn_like(parameter))
 
     def logits(self, ids: list[list[int]]) -> np.ndarray:
         """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: what the Hugging Face model itself gives."""

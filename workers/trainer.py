@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from configs.schema import ModelSettings, OptimizerSettings
 from workers.data import Codec, RowKind, Sequence
 from workers.models import LanguageModel, ScalarModel, add_lora, load_hf, load_tokenizer
-from workers.weights import GatheredWeights
+from workers.weights import GatheredWeights, gathered
 from workers.worker import Worker, WorkerSpec
 
 # The op serves only inference_all_reduce, and building it would need a compiler.
@@ -213,7 +213,12 @@ class Trainer(Worker):
             if hf.can_generate():
                 hf.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            if self.peft is not None:
-                self.peft.save_pretrained(Path(folder) / "adapter")
+        if self.peft is not None:
+            with gathered([p for name, p in self.peft.named_parameters() if "lora_" in name]):
+                if self.rank == 0:
+                    self.peft.save_pretrained(Path(folder) / "adapter")
+        if self.rank == 0:
+            for file in Path(folder).rglob("*.safetensors"):
+                file.chmod(0o644)  # safetensors lets its owner alone read it
         if self.spec.world_size > 1:
             dist.barrier()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -33,6 +33,15 @@ class _Weight:
 
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _sharded(parameters: Sequence[nn.Parameter]) -> bool:
+    return any(hasattr(p, "ds_id") for p in parameters)
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Within it the parameters are whole, to be read. Collective under ZeRO-3; elsewhere they always are."""
+    return zero.GatheredParameters(parameters, modifier_rank=None) if _sharded(parameters) else nullcontext()
 
 
 def _weights(module: nn.Module) -> dict[str, _Weight]:
@@ -93,10 +102,11 @@ class GatheredWeights:
         for _, names in groupby(self._weights, _layer):
             group = list(names)
             parts = [p for name in group for p in self._weights[name].parts]
-            sharded = any(hasattr(p, "ds_id") for p in parts)
-            with zero.GatheredParameters(parts, modifier_rank=None) if sharded else nullcontext(), torch.no_grad():
+            with gathered(parts), torch.no_grad():
                 tensors = {name: self._weights[name].make() for name in group}
-                if sharded:  # a gathered tensor ends with this block, and receivers keep theirs until a bucket is full
+                if _sharded(
+                    parts
+                ):  # a gathered tensor ends with this block, and receivers keep theirs until a bucket is full
                     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
                 self.checksums[name] = checksum(tensor)
