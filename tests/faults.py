@@ -14,6 +14,7 @@ import torch
 from deepspeed import zero
 from ray.actor import ActorHandle
 from torch import Tensor
+from vllm import TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -82,6 +83,14 @@ class FaultyRollout(RolloutWorker):
         vars(self.engine).pop("reset_prefix_cache", None)
         if care == "prefix cache":
             self.engine.reset_prefix_cache = lambda: True
+
+    def begin_answer(self) -> None:
+        """Leave a request unfinished, as a call that broke off would."""
+        self.engine.add_request("unfinished", TokensPrompt(prompt_token_ids=[5, 6, 7]), self._sampling(1))
+        self.engine.step()
+
+    def drop_answer(self) -> None:
+        self.engine.abort_request(["unfinished"])
 
 
 class FaultyTrainer(ObjectStoreTrainer):

@@ -1,0 +1,153 @@
+"""What an update is made of: checksums against a plain oracle, and whole tensors under the names that others know."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from configs.schema import LoraSettings
+from tests.models import ARCHITECTURES, make_model
+from workers.checksums import checksum
+from workers.models import add_lora
+
+WORD, ROW = 8, 8 * 4096  # bytes
+SIZES = st.one_of(st.integers(1, 100), st.integers(ROW - 9, ROW + 9), st.integers(2 * ROW, 5 * ROW))
+
+
+def random_bytes(size: int, seed: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size, np.uint8))
+
+
+def oracle(tensor: Tensor) -> int:
+    """The docstring's definition, in Python's integers."""
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    raw += b"\0" * (-len(raw) % ROW)
+    words = np.frombuffer(raw, "<u8").reshape(-1, 4096).astype(object)
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
+    for sums in (words.sum(0) if len(words) else [0] * 4096, words.sum(1)):
+        digest.update(b"".join(int(total % 2**64).to_bytes(8, "little") for total in sums))
+    return int.from_bytes(digest.digest(), "little")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((0,), torch.float32),
+        ((3, 0, 2), torch.float32),
+        ((), torch.float32),
+        ((1,), torch.uint8),
+        ((7, 3), torch.bfloat16),
+        ((4096,), torch.int64),
+        ((129, 517), torch.float32),
+        ((60_001,), torch.float16),
+    ],
+)
+def test_a_checksum_is_what_it_says(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    size = int(np.prod(shape)) * dtype.itemsize
+    tensor = random_bytes(size, 1).view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    assert checksum(tensor) == oracle(tensor)
+    assert 0 <= checksum(tensor) < 2**64
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(0, 2**32), st.data())
+def test_any_changed_byte_changes_it(size: int, seed: int, data: st.DataObject) -> None:
+    tensor = random_bytes(size, seed)
+    before = checksum(tensor)
+    at = data.draw(st.integers(0, size - 1))
+    tensor[at] ^= data.draw(st.integers(1, 255))
+    assert checksum(tensor) != before
+
+
+@settings(deadline=None)
+@given(st.integers(2, 3 * 4096), st.integers(0, 2**32), st.data())
+def test_two_words_exchanged_change_it(count: int, seed: int, data: st.DataObject) -> None:
+    words = random_bytes(count * WORD, seed).view(torch.int64)
+    i = data.draw(st.integers(0, count - 1))
+    j = data.draw(st.integers(0, count - 1).filter(lambda j: j != i))
+    if data.draw(st.booleans()):
+        words[j] = words[i] ^ data.draw(st.sampled_from([1, 2**31, 2**62, -(2**63)]))  # hardly different, sign alone
+    before = checksum(words)
+    words[[i, j]] = words[[j, i]]
+    assert checksum(words) != before
+
+
+def test_words_on_a_diagonal_exchanged_change_it() -> None:
+    words = random_bytes(2 * ROW, 3).view(torch.int64)
+    before = checksum(words)
+    words[[1, 4096]] = words[[4096, 1]]  # (0, 1) and (1, 0)
+    assert checksum(words) != before
+
+
+def test_only_values_type_and_shape_count() -> None:
+    tensor = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    strided = tensor.t().contiguous().t()
+    assert not strided.is_contiguous() and checksum(strided) == checksum(tensor)
+    assert checksum(torch.nn.Parameter(tensor)) == checksum(tensor) == checksum(tensor.clone())
+    others = [tensor.view(48, 64), tensor.t(), tensor.view(torch.int32), tensor.bfloat16(), tensor[:-1]]
+    assert len({checksum(t) for t in [tensor, *others]}) == 1 + len(others)
+
+
+def test_zeros_at_the_end_count() -> None:
+    assert len({checksum(torch.zeros(n, dtype=torch.uint8)) for n in range(20)}) == 20
+
+
+# ------------------------------------------------------------ whole tensors
+
+IMPORTS = pytest.mark.slow  # DeepSpeed's and vLLM's imports take seconds
+
+
+@IMPORTS
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_tensors_of_a_model_are_those_of_its_file(tmp_path: Path, architecture: str, tied: bool) -> None:
+    from workers.weights import GatheredWeights
+
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, architecture, tied))
+    source = GatheredWeights(model)
+    sent = dict(source)
+    written = load_file(tmp_path / "model.safetensors")
+    assert {name.removeprefix("transformer.") for name in sent} == {n.removeprefix("transformer.") for n in written}
+    for name, tensor in sent.items():
+        torch.testing.assert_close(tensor, written.get(name, written.get(name.removeprefix("transformer."))))
+    assert source.checksums == {name: checksum(tensor) for name, tensor in sent.items()}
+    assert list(sent) == [meta.name for meta in source.metadata()], "receivers count on the order"
+    assert [(t.dtype, tuple(t.shape)) for t in sent.values()] == [(m.dtype, m.shape) for m in source.metadata()]
+
+
+@IMPORTS
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+def test_adapters_come_merged_and_do_not_accumulate(tmp_path: Path, architecture: str) -> None:
+    from workers.weights import GatheredWeights
+
+    folder = make_model(tmp_path, architecture)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    add_lora(model, LoraSettings(rank=4, alpha=16.0), seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    source = GatheredWeights(model)
+    first, second = dict(source), dict(source)
+
+    oracle = AutoModelForCausalLM.from_pretrained(folder)
+    wrapped = get_peft_model(oracle, LoraConfig(r=4, lora_alpha=16.0, target_modules="all-linear"))
+    wrapped.load_state_dict({f"base_model.model.{n}": p for n, p in model.state_dict().items()})
+    merged = wrapped.merge_and_unload().state_dict()
+    plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    assert set(first) == set(plain)
+    changed = [name for name, tensor in first.items() if not torch.equal(tensor, plain[name])]
+    assert changed and all(name.endswith("weight") for name in changed)
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, merged[name])
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
