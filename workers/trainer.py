@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from workers.worker import Worker, WorkerSpec
 
 # The op serves only inference_all_reduce, and building it would need a compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+_BUCKET_ELEMENTS = 16_000_000
+"""Elements that are reduced or gathered at a time."""
 
 
 def learning_rate(settings: OptimizerSettings, progress: float) -> float:
@@ -56,6 +60,7 @@ class Trainer(Worker):
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that touches all memory
         self.device = torch.device(spec.device)
         self.model: LanguageModel | ScalarModel
         self.engine: deepspeed.DeepSpeedEngine | None = None
@@ -88,7 +93,14 @@ class Trainer(Worker):
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": stage, "overlap_comm": self.device.type == "cuda"},
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": self.device.type == "cuda",
+                # DeepSpeed's own default is half a billion, and it takes several such buffers.
+                "reduce_bucket_size": _BUCKET_ELEMENTS,
+                "allgather_bucket_size": _BUCKET_ELEMENTS,
+                "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
+            },
             "bf16": {"enabled": self.settings.dtype == "bfloat16"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -110,6 +122,8 @@ class Trainer(Worker):
                     lambda adam, *_: setattr(adam, "_global_grad_norm", float(clip(trained, optimizer.max_grad_norm)))
                 )
             self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=adam, config=settings)
+            # Unsharded gradients are reduced through a flat copy: by default one of all of them.
+            self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=_BUCKET_ELEMENTS)
         return self.engine
 
     # ------------------------------------------------------------ data
