@@ -335,3 +335,12 @@ def test_gradient_checkpointing_changes_no_gradient(llama: Path) -> None:
     for model in (plain, frugal):
         model(Batch(ROWS, CPU))[0].sum().backward()
     same_gradients(frugal.hf, plain.hf)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, architecture: str) -> None:
+    """For some model types transformers gives an empty one."""
+    for file in make_model(tmp_path, architecture).glob("token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer"):
+        load_tokenizer(str(tmp_path))

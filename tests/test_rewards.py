@@ -16,7 +16,7 @@ from configs.schema import Role, RunConfig
 from orchestrator.calls import WorkerError, WorkerGroup, together
 from orchestrator.evaluation import weighted_sum
 from placement import Cluster
-from tests.models import VOCABULARY, make_model
+from tests.models import VOCABULARY, make_model, make_tokenizer
 from workers.data import Row
 from workers.functions import RewardError, find_function
 from workers.host import Host
@@ -202,6 +202,7 @@ def test_a_model_scores_the_last_token(scores: Scores, folder: Path, tmp_path: P
         plain.append(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval())
         plain[-1].config.score_mean, plain[-1].config.score_std = 0.5, 2.0
         plain[-1].save_pretrained(path)
+        make_tokenizer().save_pretrained(path)
     found = scores(model("one", paths[0]), function("length"), model("two", paths[1]))
     chunk = answers_of(load_tokenizer(str(folder)))
     for name, hf in zip(("one", "two"), plain, strict=True):
@@ -212,6 +213,15 @@ def test_a_model_scores_the_last_token(scores: Scores, folder: Path, tmp_path: P
                 wanted = (float(hf.score(hf.base_model(ids)[0])[0, -1, 0]) - 0.5) / 2.0
             assert found[name][i] == pytest.approx(wanted, abs=1e-5)
     assert not np.allclose(found["one"], found["two"])
+
+
+def test_a_model_with_another_tokenizer_is_refused(scores: Scores, folder: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["another"])
+    make_model(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(RewardError, match=rf"^reward other: {tmp_path}/other has another tokenizer than .*{folder}"):
+        scores(model("other", tmp_path / "other"))
 
 
 def test_the_reward_is_the_weighted_sum() -> None:

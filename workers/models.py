@@ -176,7 +176,11 @@ class ScalarModel(nn.Module):
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    """A model's tokenizer. Raises ValueError where there is none, for which transformers may give one without tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(f"{path}: no tokenizer is here, or one that finds no token in a text")
+    return tokenizer
 
 
 def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreTrainedModel:

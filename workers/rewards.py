@@ -30,6 +30,10 @@ class RewardWorker(Worker):
         assert ppo is not None
         self.codec = Codec(load_tokenizer(tokenizer_path), self.config.chat_template)
         for name, path in model_paths.items():
+            if load_tokenizer(path).get_vocab() != self.codec.tokenizer.get_vocab():
+                raise RewardError(
+                    f"reward {name}: {path} has another tokenizer than the policy ({tokenizer_path}), whose tokens it is to score"
+                )
             settings = ModelSettings(path=path, dtype=self.config.model.dtype)
             hf = load_hf(settings, path, scalar=True, seed=self.config.seed)
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
