@@ -302,6 +302,11 @@ class PPOSettings(Settings):
             )
         if self.advantage == "gae" and not self.critic:
             raise ValueError("advantage: gae needs a critic, and critic is false")
+        judges = self.evaluation.judges if self.evaluation else []
+        names = [source.name for source in (*self.rewards, *judges)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"rewards: the name {name} stands more than once; rewards and judges need one each")
         return self
 
 

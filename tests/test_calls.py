@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.util.state import list_logs
+from ray.util.state.exception import RayStateApiException
 
 import orchestrator.cluster  # noqa: F401  its environment must be there before Ray is used
 from configs.schema import Role
@@ -81,9 +83,23 @@ def cluster() -> Iterator[None]:
         _system_config={"enable_worker_prestart": False},
     )
     try:
+        wait_for_logs()
         yield
     finally:
         ray.shutdown()
+
+
+def wait_for_logs(seconds: float = 60.0) -> None:
+    """Until the node's agent is there, through which logs are read."""
+    deadline, here = time.monotonic() + seconds, ray.get_runtime_context()
+    while True:
+        try:
+            list_logs(address=here.gcs_address, node_id=here.get_node_id())
+            return
+        except (RayStateApiException, OSError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 Start = Callable[..., WorkerGroup]

@@ -177,7 +177,7 @@ def test_an_empty_prompt_gives_rows_of_this_kind(llama: Path) -> None:
     ],
 )
 def test_a_model_in_training_is_the_model_that_sampled(
-    tmp_path: Path, architecture: str, settings: dict[str, float]
+    tmp_path: Path, architecture: str, settings: dict[str, Any]
 ) -> None:
     model = language_model(make_model(tmp_path, architecture, seed=1, **settings))
     with torch.no_grad():

@@ -149,7 +149,8 @@ def run_config(folder: Path, strategy: str, ranks: int, micro_batch_tokens: int)
 def learners(config: RunConfig, cluster: Cluster) -> Iterator[Team]:
     """A team of the actor and the critic alone, with the data that they learn from."""
     plan = make_plan(config, "ppo", cluster)
-    roles = {role: plan.roles[role] for role in ("actor", "critic")}
+    learning: tuple[Role, ...] = ("actor", "critic")
+    roles = {role: plan.roles[role] for role in learning}
     groups = tuple(plan.group(planned.group) for planned in roles.values())
     team = Team.start(config, replace(plan, roles=roles, groups=groups))
     try:
@@ -217,7 +218,8 @@ def train(team: Team, job: str, experience: Experience, exported: Path, dropout:
         for step in (1, 2, 3):
             parts = team.parts(role, name, draw.permutation(len(rows))[:8], tokens)
             args = [(part, (step - 1) / 3, (settings.seed, step)) for part in parts]
-            first, *others = group.scatter(method, args).get()
+            results: list[dict[str, float]] = group.scatter(method, args).get()
+            first, *others = results
             assert all(other == first for other in others), "every rank reports the whole"
             steps.append(first)
     group.call("export", str(exported)).get()

@@ -232,6 +232,13 @@ def test_the_reward_is_the_weighted_sum() -> None:
     assert weighted_sum(given, ppo).shape == (2,)
 
 
+@pytest.mark.parametrize("judges", [(), ("length",)])
+def test_names_tell_rewards_and_judges_apart(tmp_path: Path, judges: tuple[str, ...]) -> None:
+    sources = [function("length")] if judges else [model("length", tmp_path), function("length")]
+    with pytest.raises(ValueError, match=r"rewards: the name length stands more than once"):
+        run_config(*sources, judges=judges)
+
+
 @pytest.mark.parametrize(
     ("path", "text"),
     [
