@@ -64,7 +64,7 @@ def go_on(run: Run, console: Console | None = None) -> Result:
         job.read()
     run.keep()
     if jobs:
-        console.print("data read and checked; starting Ray", style="dim")
+        console.print("data read and checked; connecting to Ray", style="dim")
         with connected(run.config) as cluster, StopSignal(run, console) as stop:  # in this order: Ray sets handlers too
             plans = [make_plan(run.config, stage, cluster) for stage in left]
             _note_surroundings(run, cluster)

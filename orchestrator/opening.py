@@ -17,9 +17,10 @@ from placement.shape import GroupPlan, Plan
 def print_opening(run: Run, jobs: Sequence[StageRun], plans: Sequence[Plan], console: Console) -> None:
     """A line for the run; for each stage that is left its steps, its roles on their bundles and the batch arithmetic."""
     cluster, device = plans[0].cluster, plans[0].device
-    console.print(Text.assemble((run.config.name, "bold"), f" in {run.folder}, on {device}: {cluster.describe()}"))
+    head = Text.assemble((run.config.name, "bold"), f" in {run.folder}, on {device}: {cluster.describe()}")
+    console.print(head, soft_wrap=True)
     if done := [stage for stage in run.stages if run.finished(stage)]:
-        console.print(Text(f"  finished before: {', '.join(done)}"))
+        console.print(f"  finished before: {', '.join(done)}", soft_wrap=True)
     for job, plan in zip(jobs, plans, strict=True):
         saved = run.checkpoints(job.name)
         after = f", from the checkpoint after step {saved[-1]}" if saved else ""

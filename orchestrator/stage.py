@@ -183,4 +183,4 @@ class StageRun:
     def _export(self) -> None:
         self.progress.phase("exporting")
         with whole_folder(self.run.model(self.name)) as folder:
-            self.team.groups[self.trained()[0]].call("export", str(folder.absolute())).get()
+            self.team.export(self.trained()[0], folder)

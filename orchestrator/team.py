@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,10 @@ class Team:
             groups["rollout"].call("load", model, self.transport, longest),
         )
         self._connect()
+
+    def export(self, role: Role, folder: str | Path) -> None:
+        """Write a role's model as a plain Hugging Face folder: adapters merged, and the adapter beside it."""
+        self.groups[role].call("export", str(Path(folder).absolute())).get()
 
     def add_prompts(self, name: str, rows: Sequence[Row]) -> None:
         """Give prompts to the engines, and to the reward role, whose functions get the rows' other columns.

@@ -1,0 +1,288 @@
+"""The three stages end to end on a tiny model, with real Ray, vLLM and DeepSpeed: what a run leaves, stops and goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import Result, RunError, Stopped, load_config, run_stages
+from orchestrator.metrics import read_metrics
+from placement.cluster import Cluster
+from tests.micro import write_micro
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[1]
+TWO_ENGINES = "placement.devices.rollout=2"
+VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
+
+
+def lines(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """A stage's metrics without clock and memory."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
+        for line in read_metrics(folder)
+        if line["stage"] == stage
+    ]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.02)
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator.cli", *args]
+
+
+@pytest.fixture(scope="module")
+def environment(ray_here: Cluster) -> dict[str, str]:
+    """For commands that use the tests' cluster."""
+    import ray
+
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_micro(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="module")
+def whole(micro: Path, ray_here: Cluster) -> Result:
+    """All stages, never interrupted."""
+    return run_stages(load_config(micro, [TWO_ENGINES]))
+
+
+def begun(whole: Result, folder: Path, without: tuple[str, ...]) -> Path:
+    """A copy of the whole run in which some stages have not begun; returns its folder."""
+    copy = folder / whole.folder.name
+    shutil.copytree(whole.folder, copy, symlinks=True)
+    for stage in without:
+        shutil.rmtree(copy / "models" / stage)
+    kept = [line for line in read_metrics(copy) if line["stage"] not in without]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    shutil.rmtree(copy / "evaluation")
+    return copy
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_what_it_promises(whole: Result) -> None:
+    from safetensors.torch import load_file
+
+    files = (
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "evaluation",
+        "tensorboard",
+        "logs",
+    )
+    assert all((whole.folder / name).exists() for name in files)
+    assert not list(whole.folder.rglob("*.partial"))
+    assert not list(whole.folder.glob("checkpoints/*/*"))
+    assert list(whole.models) == ["sft", "rm", "ppo"]
+    weights = {stage: load_file(model / "model.safetensors") for stage, model in whole.models.items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not weights["sft"][name].equal(weights["ppo"][name])
+    assert not weights["sft"][name].equal(weights["rm"][name])
+
+
+def test_numbers_of_the_whole_run(whole: Result) -> None:
+    sft, rm, ppo = (lines(whole.folder, stage) for stage in ("sft", "rm", "ppo"))
+    assert [line["step"] for line in sft] == list(range(1, 13))
+    assert [line["step"] for line in rm] == [1, 2, 3]
+    assert [line["step"] for line in ppo] == list(range(7))  # 0: the evaluation before
+    assert sft[-1]["loss"] < sft[0]["loss"]
+    assert all(line["log_prob_gap"] < 1e-3 for line in ppo[1:])
+    assert [line["policy_version"] for line in ppo[1:]] == list(range(6))  # what wrote the step's answers
+    assert ppo[1]["kl"] == pytest.approx(0, abs=1e-4)
+    assert ppo[-1]["kl"] != pytest.approx(0, abs=1e-4)
+
+    numbers = whole.numbers["ppo"]
+    before, after = (
+        [json.loads(line) for line in (whole.folder / "evaluation" / f"{when}.jsonl").read_text().splitlines()]
+        for when in ("before", "after")
+    )
+    assert len(before) == len(after) == numbers["prompts"] == 6
+    assert numbers["reward_after"] == pytest.approx(sum(line["reward"] for line in after) / 6)
+    assert numbers["reward_after"] == pytest.approx(ppo[-1]["evaluation/reward"])
+    assert numbers["reward_change"] == pytest.approx(numbers["reward_after"] - numbers["reward_before"])
+    assert numbers["judge/short_before"] == pytest.approx(sum(line["judges"]["short"] for line in before) / 6)
+    assert whole.numbers["sft"]["validation/perplexity"] == sft[-1]["validation/perplexity"]
+    assert whole.numbers["rm"]["validation/accuracy"] == rm[-1]["validation/accuracy"]
+
+
+def test_a_finished_stage_is_not_run_again(whole: Result, micro: Path) -> None:
+    recorded = read_metrics(whole.folder)
+    started = time.monotonic()
+    again = run_stages(load_config(micro, [TWO_ENGINES]))
+    assert time.monotonic() - started < 5
+    assert again == whole
+    assert read_metrics(whole.folder) == recorded
+
+
+def test_other_settings_are_refused_with_the_difference(whole: Result, micro: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        run_stages(load_config(micro, [TWO_ENGINES, "ppo.steps=7", "seed=5"]))
+    first, *differences = str(caught.value).splitlines()
+    assert "has begun (sft, rm, ppo) with other settings" in first
+    assert f"troupe resume {whole.folder}" in first
+    assert differences == ["  ppo.steps: 6 there, 7 asked for", "  seed: 1 there, 5 asked for"]
+    run_stages(load_config(micro, [TWO_ENGINES, "checkpoint.every=2", "cluster.call_timeout=99"]))
+
+
+def test_settings_of_a_stage_that_has_not_begun_may_change(whole: Result, micro: Path, tmp_path: Path) -> None:
+    from orchestrator.run import Run
+
+    begun(whole, tmp_path, without=("ppo",))
+    changed = [TWO_ENGINES, f"runs={tmp_path}", "ppo.steps=3", "rollout.max_new_tokens=5"]
+    assert Run.begin(load_config(micro, changed), ["ppo"]).config.ppo.steps == 3  # type: ignore[union-attr]
+    with pytest.raises(RunError, match=r"has begun \(sft, rm\)"):
+        Run.begin(load_config(micro, [*changed, "rm.epochs=2"]), ["ppo"])
+
+
+# ---------------------------------------------------------------- stopped and resumed
+
+
+def test_sft_stopped_by_a_signal_goes_on(whole: Result, micro: Path, tmp_path: Path) -> None:
+    config = load_config(micro, [TWO_ENGINES, f"runs={tmp_path}", "checkpoint.every=2", "checkpoint.keep=2"])
+    folder = tmp_path / "micro"
+
+    def stop() -> None:
+        wait_for(lambda: len(lines(folder, "sft")) >= 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stopped, match=r"stopped after step \d+ of 12 of sft; go on with: troupe resume"):
+        run_stages(config, ["sft"])
+    thread.join()
+    done = len(lines(folder, "sft"))
+    kept = sorted(int(path.name) for path in (folder / "checkpoints" / "sft").iterdir())
+    assert kept == [(done - 1) // 2 * 2, done]  # the last two: at every second step, and where it stopped
+    assert not (folder / "models" / "sft").exists()
+
+    run_stages(config, ["sft"])
+    assert lines(folder, "sft") == lines(whole.folder, "sft")
+
+
+def test_ppo_stopped_by_a_signal_goes_on(
+    whole: Result, micro: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    folder = begun(whole, tmp_path, without=("ppo",))
+    options = [TWO_ENGINES, f"runs={tmp_path}", "checkpoint.every=1", "checkpoint.keep=2"]
+    process = subprocess.Popen(
+        command("pipeline", str(micro), *options), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(lines(folder, "ppo")) >= 3 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    done = lines(folder, "ppo")[-1]["step"]
+    assert f"stopped after step {done} of 6 of ppo; go on with: troupe resume {folder}" in output
+    assert "finished before: sft, rm" in output
+    kept = sorted(int(path.name) for path in (folder / "checkpoints" / "ppo").iterdir())
+    assert kept == [done - 1, done]
+
+    resumed = subprocess.run(
+        command("resume", str(folder)), cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert f"from the checkpoint after step {done}" in resumed.stdout
+    assert "micro is finished" in resumed.stdout
+    assert "held-out prompts" in resumed.stdout
+    assert resumed.stderr == ""
+    assert lines(folder, "ppo") == lines(whole.folder, "ppo")
+
+
+# ---------------------------------------------------------------- other settings
+
+
+def ppo_alone(whole: Result, micro: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Two steps of PPO from the whole run's models; its metrics."""
+    rewards = f"ppo.rewards=[{{kind: model, path: {whole.models['rm']}}}]"
+    start = [f"runs={folder}", f"model.path={whole.models['sft']}", "ppo.steps=2", rewards]
+    run_stages(load_config(micro, [*start, *overrides]), ["ppo"])
+    return lines(folder / "micro", "ppo")
+
+
+def test_where_roles_lie_changes_nothing(whole: Result, micro: Path, tmp_path: Path) -> None:
+    """colocated with one engine, against separate with two."""
+    found = ppo_alone(whole, micro, tmp_path, "placement.layout=colocated")
+    expected = lines(whole.folder, "ppo")
+    assert [line["step"] for line in found] == [0, 1, 2]
+    for name in ("reward/mean", "kl", "entropy", "length/answer", "loss/policy", "loss/value"):
+        assert [line[name] for line in found[1:]] == pytest.approx([line[name] for line in expected[1:3]], abs=1e-4), (
+            name
+        )
+
+
+def test_without_critic_with_pretraining_mix_and_two_rewards(whole: Result, micro: Path, tmp_path: Path) -> None:
+    folder = micro.parent
+    rewards = f"[{{kind: model, path: {whole.models['rm']}}}, "
+    rewards += "{kind: function, name: short, function: 'tests.micro:short', weight: 0.5}]"
+    found = ppo_alone(
+        whole,
+        micro,
+        tmp_path,
+        "placement.layout=paired",
+        "ppo.critic=false",
+        "ppo.advantage=reinforce",
+        "ppo.critic_optimizer.lr=1",
+        f"ppo.ptx={{coefficient: 5, batch_size: 60, data: {{path: {folder / 'sft.jsonl'}}}}}",
+        f"ppo.rewards={rewards}",
+    )
+    for line in found[1:]:
+        assert line["loss/ptx"] > 0
+        assert line["reward/mean"] == pytest.approx(line["reward/model"] + 0.5 * line["reward/short"], abs=1e-5)
+        assert not [name for name in line if "critic" in name or "value" in name]
+    assert found[1]["loss/ptx"] > found[2]["loss/ptx"]
+
+
+# ---------------------------------------------------------------- the trained model
+
+
+def test_generate_and_chat(whole: Result, tmp_path: Path) -> None:
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "the film", "id": 7}\n{"prompt": "the plot", "id": 8}\n')
+    options = ["--prompts", str(prompts), "--output", str(answers)]
+    done = subprocess.run(
+        command("generate", str(whole.folder), *options), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"2 answers in {answers}\n"
+    assert done.stderr == ""
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(row["prompt"], row["id"]) for row in rows] == [("the film", 7), ("the plot", 8)]
+    assert all(isinstance(row["answer"], str) for row in rows)
+
+    typed = "the cast\nthis line is longer than it may be\nthe end\n\n"
+    said = subprocess.run(
+        command("chat", str(whole.folder), "--stage", "sft"),
+        cwd=ROOT,
+        input=typed,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stderr == ""
+    assert "sft of" in said.stdout
+    assert "> the cast" in said.stdout
+    assert "longer than 16 tokens" in said.stdout
+    assert "> the end" in said.stdout
