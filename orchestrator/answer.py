@@ -15,25 +15,30 @@ from rich.console import Console
 from configs.schema import DatasetSettings
 from orchestrator.run import STAGES, Run, RunError
 from placement import Cluster
+from placement.shape import Stage
 from workers.data import DataError, Prompt, Row, read_rows
 from workers.worker import WorkerSpec, environment
+
+
+def last_stage(run: Run, stage: str | None) -> Stage:
+    """The stage whose model answers: the one that is named, else the last finished. Raises RunError where there is none."""
+    finished = [s for s in STAGES if s != "rm" and run.finished(s)]
+    if not finished or (stage and stage not in finished):
+        raise RunError(
+            f"{run.folder}: has no finished {stage or 'sft or ppo'} stage; finished: {', '.join(finished) or 'none'}"
+        )
+    return next(s for s in finished if s == (stage or finished[-1]))
 
 
 class Answerer:
     """The model of a run's stage, in an engine."""
 
-    def __init__(self, folder: Path, stage: str | None) -> None:
-        self.run = run = Run.open(folder)
-        finished = [s for s in STAGES if s != "rm" and run.finished(s)]
-        if not finished or (stage and stage not in finished):
-            raise RunError(
-                f"{folder}: has no finished {stage or 'sft or ppo'} stage; finished: {', '.join(finished) or 'none'}"
-            )
-        chosen = next(s for s in STAGES if s == (stage or finished[-1]))
-        device = "cuda" if Cluster.this_machine().gpus else "cpu"
-        threads = int(Cluster.this_machine().cpus)
+    def __init__(self, run: Run, stage: Stage) -> None:
+        machine = Cluster.this_machine()
+        device = "cuda" if machine.gpus and run.config.device != "cpu" else "cpu"
+        threads = int(machine.cpus)
         os.environ |= environment(run.config, "rollout", device, threads)
-        self.model, self.log, self.asked = run.model(chosen), run.folder / "answer.log", 0
+        self.run, self.log, self.asked = run, run.folder / "answer.log", 0
         with quiet(self.log):
             from workers.rollout import RolloutWorker  # imports torch and vLLM, which read the environment
 
@@ -41,7 +46,7 @@ class Answerer:
             self.worker = RolloutWorker(spec)
             self.longest = run.config.ppo.max_prompt_tokens if run.config.ppo else 512
             length = self.longest + run.config.rollout.max_new_tokens
-            self.worker.load(str(self.model), "object_store", length)
+            self.worker.load(str(run.model(stage)), "object_store", length)
 
     @property
     def converses(self) -> bool:
@@ -85,7 +90,8 @@ def answer_file(folder: Path, stage: str | None, prompts: Path, output: Path) ->
     rows = read_rows(DatasetSettings(path=str(prompts)), "prompt")
     if not output.absolute().parent.is_dir():
         raise RunError(f"{output}: there is no folder {output.parent}")
-    answerer = Answerer(folder, stage)
+    run = Run.open(folder)
+    answerer = Answerer(run, last_stage(run, stage))
     if long := [number for number, row in enumerate(rows, start=1) if not answerer.fits(row.prompt)]:
         raise DataError(
             f"{prompts}: {len(long)} of {len(rows)} prompts are longer than {answerer.longest} tokens "
@@ -101,10 +107,12 @@ def answer_file(folder: Path, stage: str | None, prompts: Path, output: Path) ->
 
 def converse(folder: Path, stage: str | None, console: Console) -> None:
     """Lines in, answers out. A chat model sees the conversation, as much of it as fits; a plain one goes on with the line."""
-    console.print(f"loading the model of {folder}; some 20 seconds", style="dim")
-    answerer = Answerer(folder, stage)
+    run = Run.open(folder)
+    chosen = last_stage(run, stage)
+    console.print(f"loading the {chosen} model of {folder}; some 20 seconds", style="dim", soft_wrap=True)
+    answerer = Answerer(run, chosen)
     way = "ask, and it answers" if answerer.converses else "begin, and it goes on"
-    console.print(f"{answerer.model.name} of {folder}: {way}. An empty line ends.", highlight=False)
+    console.print(f"{way}; an empty line ends")
     messages: list[dict[str, str]] = []
     while line := _line(console):
         messages.append({"role": "user", "content": line})

@@ -282,7 +282,7 @@ def test_generate_and_chat(whole: Result, tmp_path: Path) -> None:
         check=True,
     )
     assert said.stderr == ""
-    assert "sft of" in said.stdout
+    assert f"loading the sft model of {whole.folder}" in said.stdout
     assert "> the cast" in said.stdout
     assert "longer than 16 tokens" in said.stdout
     assert "> the end" in said.stdout

@@ -1,0 +1,189 @@
+"""The command line: help, and what is refused in one clear message before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from orchestrator.cli import app
+from tests.micro import write_micro
+
+COMMANDS = ("sft", "rm", "ppo", "pipeline", "resume", "plan", "config", "report", "generate", "chat")
+ROOT = Path(__file__).parents[1]
+
+
+def troupe(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def micro(tmp_path: Path) -> Path:
+    return write_micro(tmp_path)
+
+
+def refused(*args: object) -> str:
+    """The message of a command that must be refused: exit code 2, nothing on standard output, no traceback."""
+    result = troupe(*args)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_names_every_command() -> None:
+    output = troupe("--help").output
+    assert all(f"\n  {command} " in output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str) -> None:
+    result = troupe(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 4
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    heavy = "[m for m in ('ray', 'torch', 'vllm', 'transformers', 'tensorboard', 'pydantic') if m in sys.modules]"
+    code = f"import sys, orchestrator, orchestrator.cli; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
+    import orchestrator
+
+    code = "import sys; from orchestrator import *; print('torch' in sys.modules, 'vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False False"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        orchestrator.nothing  # noqa: B018
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ppo.step=3"], "troupe: ppo.step: no such setting; did you mean steps?\n"),
+        (["ppo.steps=many"], 'troupe: ppo.steps: was "many"; must be integer > 0\n'),
+        (["steps"], "troupe: override steps: must have the form a.b=value\n"),
+        (["sft.train.path=no.jsonl"], "troupe: no.jsonl: no such file or folder\n"),
+        (["ppo.advantage=gea"], "troupe: ppo.advantage: 'gea' is not registered; it may be gae, reinforce; did you mean 'gae'?"),
+        (["ppo.policy_loss=none"], "troupe: ppo.policy_loss: 'none' is not registered; it may be "),
+        (["model.path=./nowhere"], "troupe: model.path: was './nowhere', which is no folder with a model (config.json)\n"),
+        (["plugins=[no.such.module]"], "troupe: plugins.0: cannot import 'no.such.module': No module named 'no'\n"),
+        (
+            ["ppo.rewards=[{kind: function, name: f, function: 'tests.micro:long'}]"],
+            "troupe: ppo.rewards.0.function: cannot import 'tests.micro:long': module 'tests.micro' has no attribute 'long'\n",
+        ),
+        (["ppo.rewards=[{kind: model, path: ./nowhere}]"], "troupe: ppo.rewards.0.path: was './nowhere', which is no folder"),
+        (
+            ["ppo.evaluation.judges=[{name: j, function: 'none:none'}]"],
+            "troupe: ppo.evaluation.judges.0.function: cannot import 'none:none': No module named 'none'\n",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused(micro: Path, overrides: list[str], message: str) -> None:
+    assert refused("pipeline", micro, *overrides).startswith(message)
+    assert not (micro.parent / "runs").exists()
+
+
+def test_all_wrong_settings_at_once(micro: Path) -> None:
+    assert len(refused("ppo", micro, "ppo.step=3", "seed=-1").splitlines()) == 2
+
+
+def test_malformed_rows_are_refused_with_their_place(micro: Path) -> None:
+    data = micro.parent / "sft.jsonl"
+    good = data.read_text().splitlines()
+    data.write_text("\n".join([*good[:2], "{oops", '{"prompt": "no answer"}', *good[2:]]))
+    first, second, total = refused("pipeline", micro).splitlines()
+    assert first.startswith(f"troupe: {data}:3: not JSON")
+    assert second.startswith(f"{data}:4: ")
+    assert total == f"{data}: 2 of 62 rows cannot be read as a demonstration"
+
+
+def test_no_config(tmp_path: Path) -> None:
+    assert refused("sft", tmp_path / "none.yaml") == f"troupe: {tmp_path}/none.yaml: no such file\n"
+
+
+def test_ppo_without_a_reward_model(micro: Path) -> None:
+    assert refused("ppo", micro).startswith("troupe: ppo.rewards.0.path: none is named, and this run has no rm stage")
+
+
+def test_a_stage_that_the_config_lacks(micro: Path) -> None:
+    assert refused("rm", micro, "rm=null").startswith("troupe: rm: the config has no section of this name")
+
+
+def test_too_few_devices(micro: Path) -> None:
+    message = refused("plan", micro, "device=cuda", "--cluster", "1x4xA100-80GB")
+    assert message.startswith("troupe: stage ppo cannot be placed:\n  placement.")
+    assert "5" in message
+    assert "colocated" in message or "paired" in message
+
+
+def test_a_cluster_that_cannot_be_read(micro: Path) -> None:
+    assert "Invalid value for --cluster: cluster 'huge'" in refused("plan", micro, "--cluster", "huge")
+
+
+@pytest.mark.parametrize("command", ["resume", "report", "chat", "generate"])
+def test_a_run_that_is_not_there(command: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    options = ["--prompts", tmp_path / "p.jsonl"] if command == "generate" else []
+    assert refused(command, tmp_path, *options) == f"troupe: {tmp_path}: no run is here (no config.yaml)\n"
+
+
+def test_generate_says_what_is_wrong_before_it_loads_a_model(micro: Path, tmp_path: Path) -> None:
+    from configs import load_config
+    from orchestrator.run import Run
+
+    run = Run.begin(load_config(micro), ["sft"])
+    run.keep()
+    prompts = micro.parent / "prompts.jsonl"
+    assert "no such file" in refused("generate", run.folder, "--prompts", tmp_path / "none.jsonl")
+    assert "there is no folder" in refused(
+        "generate", run.folder, "--prompts", prompts, "--output", tmp_path / "none" / "a.jsonl"
+    )
+    message = refused("generate", run.folder, "--prompts", prompts, "--output", tmp_path / "a.jsonl")
+    assert message == f"troupe: {run.folder}: has no finished sft or ppo stage; finished: none\n"
+
+
+def test_a_job_in_a_copy_of_the_folder_needs_an_absolute_runs(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://package.zip"}}')
+    message = refused("sft", micro, "runs=runs")
+    assert message.startswith("troupe: runs: was 'runs', in the copy of the working folder")
+
+
+# ---------------------------------------------------------------- cheap commands
+
+
+def test_plan_prints_every_stage(micro: Path) -> None:
+    started = time.monotonic()
+    result = troupe("plan", micro, "--cluster", "4x8xA100-80GB", "placement.devices.actor=4", "ppo.prompts_per_step=16")
+    assert time.monotonic() - started < 2
+    assert result.exit_code == 0
+    assert [f"stage {stage} on cuda" in result.stdout for stage in ("sft", "rm", "ppo")] == [True] * 3
+
+
+def test_plan_as_json(micro: Path) -> None:
+    import json
+
+    plans = json.loads(troupe("plan", micro, "--cluster", "1x8cpu", "--json").stdout)
+    assert list(plans) == ["sft", "rm", "ppo"]
+    assert plans["ppo"]["batch"]["prompts"] == 4
+
+
+def test_config_lists_settings() -> None:
+    output = troupe("config", "ppo.kl").stdout
+    assert "ppo.kl.estimator  k1 | k2 | k3  [k1]" in output
+    assert "sft.epochs" not in output
+    assert "no setting's path contains 'kll'" in refused("config", "kll")
