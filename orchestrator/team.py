@@ -162,7 +162,7 @@ class Team:
         groups, ppo = self.groups, self.config.ppo
         assert ppo is not None
         actor = self.config.model
-        critic = actor.model_copy(update={"path": next(iter(reward_models.values()), model)})
+        critic = actor.model_copy(update={"path": next(iter(reward_models.values()), model), "init": "pretrained"})
         longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
         together(
             groups["actor"].call("load", model, actor, ppo.actor_optimizer),

@@ -197,8 +197,7 @@ def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreT
             setattr(config, name, 0.0)
     options = {"dtype": getattr(torch, settings.dtype)}
     torch.manual_seed(seed)
-    has_weights = not Path(path).is_dir() or any(Path(path).glob("*.safetensors"))
-    if settings.init == "random" and not has_weights:
+    if settings.init == "random" and path == settings.path:  # not a model that an earlier stage made of it
         model = auto.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
     else:
         model = auto.from_pretrained(path, config=config, trust_remote_code=settings.trust_remote_code, **options)

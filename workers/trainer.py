@@ -60,7 +60,7 @@ class Trainer(Worker):
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that touches all memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # touches all memory
         self.device = torch.device(spec.device)
         self.model: LanguageModel | ScalarModel
         self.engine: deepspeed.DeepSpeedEngine | None = None
