@@ -16,6 +16,7 @@ VERDICTS = ("dull", "fine", "great")
 
 def write_micro(folder: Path, **settings: Any) -> Path:
     """Write model, data and config.yaml of all three stages; returns the config. settings: in place of its sections."""
+    folder.mkdir(exist_ok=True)
     make_model(folder / "model")
     sentences = [
         (f"the {subject} {i}", f" is {verdict}")

@@ -75,9 +75,10 @@ def client(address: str) -> JobSubmissionClient:
 def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working folder that is sent along: a config and its data by relative paths, and the house."""
     folder = tmp_path_factory.mktemp("sent")
-    write_micro(folder, placement={})
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace(f"{folder}/", ""))
+    config = write_micro(folder / "data", placement={})
+    (folder / "config.yaml").write_text(config.read_text().replace(f"{folder}/", "").replace("data/runs", "runs"))
+    for ignore in (".gitignore", ".rayignore", "data/.gitignore"):
+        shutil.copy(ROOT / ignore, folder / ignore)
     for room in ("configs", "placement", "workers", "orchestrator", "tests"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
@@ -88,7 +89,7 @@ def submit(address: str, sent: Path, *args: str) -> subprocess.CompletedProcess[
     return subprocess.run(
         [RAY, "job", "submit", "--working-dir", ".", "--", PYTHON, "-m", "orchestrator.cli", *args],
         cwd=sent,
-        env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": ""},
+        env=os.environ | {"RAY_ADDRESS": address, "RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"},
         capture_output=True,
         text=True,
     )
@@ -109,7 +110,10 @@ def test_results_in_the_copy_are_refused(client: JobSubmissionClient, address: s
     assert "troupe: runs: was 'runs', in the copy of the working folder" in done.stdout
 
 
-def test_a_stopped_job_leaves_a_checkpoint(client: JobSubmissionClient, sent: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_leaves_a_checkpoint(
+    client: JobSubmissionClient, sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
     command = f"{PYTHON} -m orchestrator.cli sft config.yaml runs={tmp_path} sft.epochs=2000"
     job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(sent)})
     end = time.monotonic() + 120
