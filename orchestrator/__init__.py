@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from orchestrator.api import Result, run_stages, start_team
     from orchestrator.calls import WorkerError, together
     from orchestrator.evaluation import evaluate
-    from orchestrator.run import Run, RunError
+    from orchestrator.run import RunError
     from orchestrator.stage import Stopped
     from orchestrator.team import Experience, Rollouts, Team
     from workers.data import read_rows
@@ -18,7 +18,6 @@ __all__ = [
     "Experience",
     "Result",
     "Rollouts",
-    "Run",
     "RunConfig",
     "RunError",
     "Stopped",
@@ -37,7 +36,7 @@ _HOMES = {
     "orchestrator.api": ("Result", "run_stages", "start_team"),
     "orchestrator.calls": ("WorkerError", "together"),
     "orchestrator.evaluation": ("evaluate",),
-    "orchestrator.run": ("Run", "RunError"),
+    "orchestrator.run": ("RunError",),
     "orchestrator.stage": ("Stopped",),
     "orchestrator.team": ("Experience", "Rollouts", "Team"),
     "workers.data": ("read_rows",),

@@ -33,7 +33,9 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
     if stages and not run.finished("sft"):
         _check_model(config.model.path, "model.path")
     if "ppo" in stages and "sft" not in run.stages and config.model.init == "random":
-        raise RunError("model.init: was 'random', but PPO starts from weights; run `troupe sft` with the same settings first")
+        raise RunError(
+            "model.init: was 'random', but PPO starts from weights; run `troupe sft` with the same settings first"
+        )
     if "rm" in stages and config.rm and config.rm.model:
         _check_model(config.rm.model.path, "rm.model.path")
     if "ppo" in stages and config.ppo:

@@ -234,24 +234,26 @@ def test_where_roles_lie_changes_nothing(whole: Result, micro: Path, tmp_path: P
         )
 
 
-def test_without_critic_with_pretraining_mix_and_two_rewards(whole: Result, micro: Path, tmp_path: Path) -> None:
+def test_without_critic_with_an_estimator_of_ones_own_pretraining_mix_and_two_rewards(
+    whole: Result, micro: Path, tmp_path: Path
+) -> None:
     folder = micro.parent
     rewards = f"[{{kind: model, path: {whole.models['rm']}}}, "
-    rewards += "{kind: function, name: short, function: 'tests.micro:short', weight: 0.5}]"
+    rewards += "{kind: function, name: brief, function: 'tests.micro:short', weight: 0.5}]"
     found = ppo_alone(
         whole,
         micro,
         tmp_path,
         "placement.layout=paired",
         "ppo.critic=false",
-        "ppo.advantage=reinforce",
-        "ppo.critic_optimizer.lr=1",
+        "plugins=[tests.plugin]",
+        "ppo.advantage=tests_halved",
         f"ppo.ptx={{coefficient: 5, batch_size: 60, data: {{path: {folder / 'sft.jsonl'}}}}}",
         f"ppo.rewards={rewards}",
     )
     for line in found[1:]:
         assert line["loss/ptx"] > 0
-        assert line["reward/mean"] == pytest.approx(line["reward/model"] + 0.5 * line["reward/short"], abs=1e-5)
+        assert line["reward/mean"] == pytest.approx(line["reward/model"] + 0.5 * line["reward/brief"], abs=1e-5)
         assert not [name for name in line if "critic" in name or "value" in name]
     assert found[1]["loss/ptx"] > found[2]["loss/ptx"]
 
