@@ -237,13 +237,13 @@ class PPOSettings(Settings):
     samples_per_prompt: PositiveInt = 1
     """Answers to each prompt."""
     epochs: PositiveInt = 1
-    """Passes over a step's samples."""
+    """Passes over a step's samples, in the same mini-batches."""
     mini_batches: PositiveInt = 1
     """Optimizer steps in one pass."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, in one forward pass of one rank."""
     max_prompt_tokens: PositiveInt = 256
-    """Prompts longer than this are refused before the run starts."""
+    """Longest prompt in tokens; a longer one is refused before the first step."""
     rewards: Annotated[list[Reward], Field(min_length=1)] = [ModelReward()]
     """Sources of the reward; their weighted sum is trained on."""
     kl: KLSettings = KLSettings()
@@ -307,6 +307,10 @@ class PPOSettings(Settings):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"rewards: the name {name} stands more than once; rewards and judges need one each")
+        if self.critic_warmup and not self.critic:
+            raise ValueError(
+                f"critic_warmup: was {self.critic_warmup}, but there is no critic to warm up (critic is false)"
+            )
         return self
 
 
@@ -320,8 +324,6 @@ class RolloutSettings(Settings):
     """Longest answer in tokens."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probabilities are taken under it."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling. Below 1 the trainer's log-probabilities no longer match the engine's."""
     ignore_eos: bool = False
     """Go on to max_new_tokens (for benchmarks)."""
     tensor_parallel: PositiveInt = 1

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from configs.schema import RunConfig
 
-# Before Ray is imported: noise off, and no token file of another cluster taken up.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Before Ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -36,8 +35,10 @@ def connected(config: RunConfig) -> Iterator[Cluster]:
     if address:
         ray.init(address=address, **quiet)
     else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # by default Ray takes up a token file of other clusters
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",  # what listens, listens there
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             dashboard_port=config.cluster.dashboard_port,

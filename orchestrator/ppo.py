@@ -65,9 +65,11 @@ class PPO(StageRun):
                     self.version += 1
                     actor["published_mib"] = team.publish(self.version) / 2**20
             metrics = self._measure(rollouts, reference, scores, reward) | actor | (critic or {})
-            self.kl.update(metrics["kl"], len(rollouts))
+            metrics["seconds/step"] = time.monotonic() - started
+            metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
+            if learns:
+                self.kl.update(metrics["kl"], len(rollouts))
             metrics |= self._evaluation(step)
-            metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / (time.monotonic() - started)
             self.finish_step(step, metrics)
 
     def _prompts(self, step: int) -> np.ndarray:
@@ -89,8 +91,7 @@ class PPO(StageRun):
             raise LogProbGapError(
                 f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same "
                 f"tokens (ppo.max_log_prob_gap: {self.ppo.max_log_prob_gap}). The engine does not serve the actor's weights, or "
-                f"samples under another distribution (rollout.top_p {self.config.rollout.top_p}, model.dtype "
-                f"{self.config.model.dtype})."
+                f"computes in another precision (model.dtype {self.config.model.dtype})."
             )
 
     def _measure(
@@ -101,14 +102,14 @@ class PPO(StageRun):
             "reward/mean": float(reward.mean()),
             "reward/std": float(reward.std()),
             **{f"reward/{name}": float(values.mean()) for name, values in scores.items()},
+            **{f"reward/{name}_std": float(values.std()) for name, values in scores.items()},
             "kl": float(reference.per_answer.sum() / tokens),
             "kl_coefficient": self.kl.coefficient,
             "length/prompt": float(rollouts.prompt_lengths.mean()),
             "length/answer": float(rollouts.answer_lengths.mean()),
             "missing_eos": float(1 - rollouts.ended.mean()),
             "policy_version": float(max(rollouts.versions)),
-            **{f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()},
-            **{f"memory_gib/{role}": size / 2**30 for role, size in self.team.memory().items()},
+            **self.spent(),
         }
 
     # ------------------------------------------------------------ before and after
@@ -169,7 +170,7 @@ class PPO(StageRun):
         with self.phase("evaluate"):
             found = evaluate(self.team, len(self.evaluation_prompts))
         found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
-        metrics = found.metrics()
+        metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
         if when == "before":
             self.recorder.record(0, metrics)
         return metrics

@@ -18,7 +18,7 @@ from configs.schema import DatasetSettings, Role, RunConfig
 from orchestrator.calls import together
 from orchestrator.metrics import Recorder
 from orchestrator.progress import Progress
-from orchestrator.run import Run, whole_folder
+from orchestrator.run import Run, RunError, whole_folder
 from orchestrator.team import Team
 from placement.plan import Plan
 from placement.shape import Stage as StageName
@@ -156,6 +156,14 @@ class StageRun:
         yield
         self.seconds[name] = time.monotonic() - started
 
+    def spent(self) -> dict[str, float]:
+        """Metrics of the step: seconds of its phases, memory of each role."""
+        memory = self.team.memory()
+        return {
+            **{f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()},
+            **{f"memory_gib/{role}": size / 2**30 for role, size in memory.items()},
+        }
+
     def finish_step(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
         self.done = step
@@ -163,7 +171,9 @@ class StageRun:
         self.recorder.record(step, metrics)
         self.progress.update(step, metrics)
         every = self.config.checkpoint.every
-        if self.stop.asked or (every and step % every == 0 and step < self.steps):
+        if step == self.steps:
+            return  # the model is about to be exported, and the stage is over
+        if self.stop.asked or (every and step % every == 0):
             self.save()
         self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
 
@@ -172,6 +182,8 @@ class StageRun:
     def save(self) -> None:
         with whole_folder(self.run.checkpoint(self.name, self.done)) as folder:
             together(*(self.team.groups[role].call("save", str((folder / role).absolute())) for role in self.trained()))
+            for role in self.trained():
+                self._must_see(folder / role)
             (folder / "state.json").write_text(json.dumps({"step": self.done, **self.state()}), encoding="utf-8")
         self.run.prune(self.name, self.config.checkpoint.keep)
 
@@ -184,3 +196,11 @@ class StageRun:
         self.progress.phase("exporting")
         with whole_folder(self.run.model(self.name)) as folder:
             self.team.export(self.trained()[0], folder)
+            self._must_see(folder / "model.safetensors")
+
+    def _must_see(self, path: Path) -> None:
+        """A worker on another node may have written elsewhere."""
+        if not path.exists():
+            raise RunError(
+                f"runs: was {self.config.runs!r}, where the driver does not see what the workers wrote ({path.name})"
+            )

@@ -10,6 +10,7 @@ import numpy as np
 from configs.schema import BatchSettings, DatasetSettings, ModelSettings, OptimizerSettings, Role
 from orchestrator.calls import Call
 from orchestrator.stage import StageRun
+from orchestrator.team import pretrained
 from workers.batching import Rows
 from workers.data import Row, RowKind, batches
 
@@ -40,9 +41,8 @@ class Supervised(StageRun):
     def load(self) -> None:
         optimizer: OptimizerSettings = self.settings.optimizer
         path = self.run.starting_model(self.name)
-        self.parameters = (
-            self.team.groups[self.role].call("load", path, self.model_settings, optimizer, self.dropout).get()[0]
-        )
+        settings = pretrained(self.model_settings) if path == str(self.run.model("sft")) else self.model_settings
+        self.parameters = self.team.groups[self.role].call("load", path, settings, optimizer, self.dropout).get()[0]
         for name, rows in self.data.items():
             self.add(name, rows, self.kind)
 
@@ -64,7 +64,7 @@ class Supervised(StageRun):
             if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
                 with self.phase("validate"):
                     metrics |= self.validate()
-            self.finish_step(step, self.shown(metrics))
+            self.finish_step(step, self.shown(metrics) | self.spent())
 
     def validate(self) -> dict[str, float]:
         """Metrics of all validation rows (of as many as divide among the ranks)."""

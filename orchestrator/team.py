@@ -13,8 +13,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from configs.schema import Role, RunConfig
+from configs.schema import ModelSettings, Role, RunConfig
 from orchestrator.calls import Call, WorkerGroup, together
-from placement.groups import bundle_of, create_groups, remove_groups
+from orchestrator.run import local
+from placement.groups import PlacementError, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
@@ -134,23 +136,19 @@ class Team:
 
     def _meet(self) -> None:
         """Tell the ranks of each training role where they meet."""
-        calls = {r: g.call("address") for r, g in self.groups.items()}
-        for call in calls.values():
-            call.start()
-        addresses = {}
-        for role, call in calls.items():
-            for rank in range(len(call.group)):
-                call.collect(rank)
-            addresses[role] = call.result()[0]
-        for role, group in self.groups.items():
-            group.call("join", addresses[role]).get()
+        starting = [replace(group, timeout=self.config.cluster.start_timeout) for group in self.groups.values()]
+        addresses = together(*(group.call("address") for group in starting))
+        together(*(group.call("join", ranks[0]) for group, ranks in zip(starting, addresses, strict=True)))
 
     def stop(self) -> None:
         """End the workers and give their placement groups back."""
         for group in self.groups.values():
             for handle in group.handles:
                 ray.kill(handle)
-        remove_groups(self._places)
+        try:
+            remove_groups(self._places)
+        except PlacementError as error:  # an end that is slow must not hide why it came
+            logging.getLogger("troupe").warning("%s", error)
         self.groups, self._places = {}, {}
 
     def load(self, model: str, reward_models: Mapping[str, str]) -> None:
@@ -161,14 +159,17 @@ class Team:
         """
         groups, ppo = self.groups, self.config.ppo
         assert ppo is not None
-        actor = self.config.model
-        critic = actor.model_copy(update={"path": next(iter(reward_models.values()), model), "init": "pretrained"})
+        model, paths = local(model), {name: local(path) for name, path in reward_models.items()}
+        actor = pretrained(self.config.model)
+        if actor.lora:  # the policy that learns must be the policy that sampled
+            actor = actor.model_copy(update={"lora": actor.lora.model_copy(update={"dropout": 0.0})})
+        critic = next(iter(paths.values()), model)
         longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
         together(
             groups["actor"].call("load", model, actor, ppo.actor_optimizer),
-            groups["critic"].call("load", critic.path, critic, ppo.critic_optimizer) if "critic" in groups else None,
+            groups["critic"].call("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
             groups["reference"].call("load", model, actor, None),
-            groups["reward"].call("load", model, dict(reward_models)),
+            groups["reward"].call("load", model, paths),
             groups["rollout"].call("load", model, self.transport, longest),
         )
         self._connect()
@@ -204,7 +205,9 @@ class Team:
     def generate(self, data: str, rows: np.ndarray, step: int, samples: int = 1) -> Call[Rollouts]:
         """Answer each of the dataset's rows `samples` times; answers to one prompt stand side by side."""
         group = self.groups["rollout"]
-        prompts, numbers = np.repeat(rows, samples), np.tile(np.arange(samples), len(rows))
+        times = [int((rows[:i] == row).sum()) for i, row in enumerate(rows)]  # a prompt may come twice in a step
+        prompts = np.repeat(rows, samples)
+        numbers = np.concatenate([np.arange(samples) + samples * before for before in times])
         shares = self._share_out(self.lengths[data][0][prompts], len(group))
 
         def gather(results: list[tuple[Any, Written]]) -> Rollouts:
@@ -368,6 +371,11 @@ class Team:
     def publish(self, version: int) -> int:
         """Give the actor's weights to every engine under a version. Returns the bytes of one copy."""
         return self.groups["actor"].call("publish", version).get()[0]
+
+
+def pretrained(settings: ModelSettings) -> ModelSettings:
+    """The same for a model that has weights."""
+    return settings.model_copy(update={"init": "pretrained"})
 
 
 def _in_order(shards: list[Rows], parts: list[np.ndarray], count: int) -> np.ndarray:

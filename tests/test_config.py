@@ -54,7 +54,7 @@ def test_file_interpolations_and_overrides(tmp_path: Path, monkeypatch: pytest.M
             "ppo.rewards.1.weight=0.5",
             "ppo.critic_optimizer.lr=2e-4",
             "model.path=${oc.env:MODEL}",
-            "rollout.top_p=0.9",
+            "rollout.gpu_memory_share=0.9",
             "ppo.kl.control={kind: adaptive, target: 0.2}",
             "cluster.address=",
         ],
@@ -65,7 +65,7 @@ def test_file_interpolations_and_overrides(tmp_path: Path, monkeypatch: pytest.M
     assert config.ppo.critic_optimizer.lr == 2e-4
     assert config.ppo.critic_optimizer.betas == (0.9, 0.95)
     assert config.model.path == "from/env"
-    assert config.rollout.top_p == 0.9
+    assert config.rollout.gpu_memory_share == 0.9
     assert config.ppo.kl.control.kind == "adaptive"
     assert config.cluster.address is None
 
@@ -111,7 +111,7 @@ BAD: list[tuple[str, str]] = [
     # range and choice
     ("ppo.steps=0", "ppo.steps: was 0; must be integer > 0"),
     ("seed=-1", "seed: was -1; must be integer >= 0 and < 2147483648"),
-    ("rollout.top_p=1.5", "rollout.top_p: was 1.5; must be number > 0 and <= 1"),
+    ("rollout.gpu_memory_share=1.5", "rollout.gpu_memory_share: was 1.5; must be number >= 0 and <= 1"),
     ("ppo.gamma=.nan", "ppo.gamma: was NaN; must be number >= 0 and <= 1"),
     ("ppo.clip_range=.inf", "ppo.clip_range: was Infinity; must be number > 0"),
     ("device=tpu", 'device: was "tpu"; must be auto | cpu | cuda'),

@@ -6,7 +6,6 @@ prompts or padding, and those of the answers only a chunk of tokens at a time.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,7 +196,7 @@ def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreT
             setattr(config, name, 0.0)
     options = {"dtype": getattr(torch, settings.dtype)}
     torch.manual_seed(seed)
-    if settings.init == "random" and path == settings.path:  # not a model that an earlier stage made of it
+    if settings.init == "random":
         model = auto.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
     else:
         model = auto.from_pretrained(path, config=config, trust_remote_code=settings.trust_remote_code, **options)

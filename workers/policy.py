@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -142,7 +143,8 @@ class PolicyWorker(Trainer):
 
         publish, tp = self.config.publish, self.config.rollout.tensor_parallel
         size = publish.bucket_mib * 2**20
-        self.source = GatheredWeights(self.model.hf)
+        self.source = GatheredWeights(self.model.hf, checked=self.rank == 0)
+        largest = max(math.prod(m.shape) * m.dtype.itemsize for m in self.source.metadata())
         self.client = EngineClient(engines, self.source, tp)
         init = {
             "object_store": lambda: ObjectStoreTrainerInit(rank=self.rank, bucket_bytes=size),
@@ -153,7 +155,7 @@ class PolicyWorker(Trainer):
                 packed_buffer_size_bytes=size,
                 rank=self.rank,
             ),
-            "ipc": lambda: IPCTrainerInitInfo(rank=self.rank, packed=True, packed_buffer_size_bytes=size),
+            "ipc": lambda: IPCTrainerInitInfo(rank=self.rank, packed=True, packed_buffer_size_bytes=max(size, largest)),
         }[transport]()
         self.transfer = WeightTransferTrainerFactory.trainer_init(init, client=self.client, source=self.source)
 
@@ -162,7 +164,7 @@ class PolicyWorker(Trainer):
         self.client.version = version
         with torch.no_grad():
             self.transfer.send_weights()
-        return sum(int(np.prod(m.shape)) * m.dtype.itemsize for m in self.source.metadata())
+        return sum(math.prod(m.shape) * m.dtype.itemsize for m in self.source.metadata())
 
 
 class _Sums(dict[str, float]):

@@ -28,13 +28,14 @@ class RewardWorker(Worker):
         """Load the reward models (name -> folder) and import the functions and judges. Returns the parameter count."""
         ppo = self.config.ppo
         assert ppo is not None
-        self.codec = Codec(load_tokenizer(tokenizer_path), self.config.chat_template)
+        trust = self.config.model.trust_remote_code
+        self.codec = Codec(load_tokenizer(tokenizer_path, trust), self.config.chat_template)
         for name, path in model_paths.items():
-            if load_tokenizer(path).get_vocab() != self.codec.tokenizer.get_vocab():
+            if load_tokenizer(path, trust).get_vocab() != self.codec.tokenizer.get_vocab():
                 raise RewardError(
                     f"reward {name}: {path} has another tokenizer than the policy ({tokenizer_path}), whose tokens it is to score"
                 )
-            settings = ModelSettings(path=path, dtype=self.config.model.dtype)
+            settings = ModelSettings(path=path, dtype=self.config.model.dtype, trust_remote_code=trust)
             hf = load_hf(settings, path, scalar=True, seed=self.config.seed)
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
         judges = ppo.evaluation.judges if ppo.evaluation else []

@@ -94,7 +94,6 @@ class RolloutWorker(Worker):
         settings = self.config.rollout
         return SamplingParams(
             temperature=settings.temperature,
-            top_p=settings.top_p,
             max_tokens=settings.max_new_tokens,
             seed=seed,
             logprobs=0,
@@ -115,12 +114,11 @@ class RolloutWorker(Worker):
         ]
         prompt_lengths = np.array([len(a.prompt_token_ids) for a in answers], np.int32)
         chunk = Chunk(Ragged.of(tokens, np.int32), Ragged.of(log_probs, np.float32), prompt_lengths)
-        eos = self.tokenizer.eos_token_id
         assert self.version is not None
         written = Written(
             prompt_lengths=prompt_lengths,
             answer_lengths=np.array([len(o.token_ids) for o in outputs], np.int32),
-            ended=np.array([o.token_ids[-1] == eos for o in outputs]),
+            ended=np.array([o.finish_reason == "stop" for o in outputs]),
             version=self.version,
         )
         return chunk, written

@@ -227,7 +227,10 @@ class Trainer(Worker):
             if hf.can_generate():
                 hf.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        if self.peft is not None:
+        if self.peft is not None and not self.scalar:  # a scalar head is trained in full, and no adapter holds it
+            if os.path.isdir(self.path):
+                base = os.path.relpath(self.path, Path(folder) / "adapter")
+                self.peft.peft_config["default"].base_model_name_or_path = base
             with gathered([p for name, p in self.peft.named_parameters() if "lora_" in name]):
                 if self.rank == 0:
                     self.peft.save_pretrained(Path(folder) / "adapter")

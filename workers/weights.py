@@ -85,11 +85,12 @@ class GatheredWeights:
     """A model's whole tensors from ZeRO 0 to 3, adapters merged, gathered one layer at a time.
 
     A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
-    under ZeRO-3: every rank must do it. `checksums` holds those of the last pass.
+    under ZeRO-3: every rank must do it. `checksums` holds those of the last pass, where `checked`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, checked: bool = False) -> None:
         self._weights = _weights(module)
+        self._checked = checked
         self.checksums: Checksums = {}
 
     def metadata(self) -> list[ParamMeta]:
@@ -104,12 +105,11 @@ class GatheredWeights:
             parts = [p for name in group for p in self._weights[name].parts]
             with gathered(parts), torch.no_grad():
                 tensors = {name: self._weights[name].make() for name in group}
-                if _sharded(
-                    parts
-                ):  # a gathered tensor ends with this block, and receivers keep theirs until a bucket is full
+                if _sharded(parts):  # their tensors end with this block; receivers keep some until a bucket is full
                     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
-                self.checksums[name] = checksum(tensor)
+                if self._checked:
+                    self.checksums[name] = checksum(tensor)
                 yield name, tensor
 
 
