@@ -15,6 +15,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._private import ray_constants
 
 from placement.cluster import Cluster
 
@@ -35,10 +36,10 @@ def connected(config: RunConfig) -> Iterator[Cluster]:
     if address:
         ray.init(address=address, **quiet)
     else:
+        _stay_on_loopback()
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # by default Ray takes up a token file of other clusters
         ray.init(
             address="local",
-            _node_ip_address="127.0.0.1",  # what listens, listens there
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             dashboard_port=config.cluster.dashboard_port,
@@ -49,3 +50,9 @@ def connected(config: RunConfig) -> Iterator[Cluster]:
         yield Cluster.of_ray()
     finally:
         ray.shutdown()
+
+
+def _stay_on_loopback() -> None:
+    """Let what Ray starts listen on 127.0.0.1, as it does by default on systems where it supports no clusters."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
