@@ -389,8 +389,8 @@ class ClusterSettings(Settings):
 
     address: str | None = None
     """Address of a running cluster; none: RAY_ADDRESS, else one is started on this machine for the run."""
-    dashboard_port: PositiveInt = 8265
-    """Port of the dashboard of a cluster that the run starts."""
+    dashboard_port: PositiveInt | None = None
+    """Port of the dashboard of a cluster that the run starts; none: 8265, or the next one that is free."""
     start_timeout: PositiveFloat = 600.0
     """Seconds for workers to start and load their models."""
     call_timeout: PositiveFloat = 1800.0
