@@ -1,5 +1,4 @@
 PYTHON ?= python3.11
-EXTRA ?= cpu
 export PYTHON EXTRA
 
 BIN := .venv/bin

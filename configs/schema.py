@@ -401,7 +401,7 @@ class CheckpointSettings(Settings):
     """Where a run can be taken up again."""
 
     every: PositiveInt | None = None
-    """Steps between checkpoints; none: only at a stage's end or on SIGTERM."""
+    """Steps between checkpoints; none: only when the run is asked to stop."""
     keep: PositiveInt = 2
     """Checkpoints kept per stage."""
 

@@ -142,11 +142,6 @@ def conversation(sentence: Sentence) -> list[Row]:
     return [*question(sentence), {"role": "assistant", "content": sentence.halves[1].strip()}]
 
 
-def write(file: Path, rows: Iterable[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 def write_split(folder: Path, split: Split, sentences: list[Sentence]) -> None:
     """The files of one split, plain and for chat models."""
 

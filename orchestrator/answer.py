@@ -42,7 +42,8 @@ class Answerer:
         with quiet(self.log):
             from workers.rollout import RolloutWorker  # imports torch and vLLM, which read the environment
 
-            spec = WorkerSpec(run.config, "rollout", 0, 1, device, threads)
+            one = run.config.rollout.model_copy(update={"tensor_parallel": 1})
+            spec = WorkerSpec(run.config.model_copy(update={"rollout": one}), "rollout", 0, 1, device, threads)
             self.worker = RolloutWorker(spec)
             self.longest = run.config.ppo.max_prompt_tokens if run.config.ppo else 512
             length = self.longest + run.config.rollout.max_new_tokens

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from configs.schema import RunConfig
 
@@ -35,40 +37,49 @@ def connected(config: RunConfig) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield Cluster.of_ray()
         return
-    _init(config)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "troupe"}
+    if address := config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        _join(address, "cluster.address" if config.cluster.address else "RAY_ADDRESS", quiet)
+    else:
+        _start(config.cluster.dashboard_port, quiet)
     try:
         yield Cluster.of_ray()
     finally:
         ray.shutdown()
 
 
+def _join(address: str, setting: str, options: dict[str, Any]) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal() and "/" not in host:
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for many minutes
+        ray.init(address=address, **options)
+    except OSError as error:
+        raise RunError(f"{setting}: was {address!r}, where no Ray cluster answers: {error}") from error
+
+
+def _start(dashboard_port: int | None, options: dict[str, Any]) -> None:
+    _stay_on_loopback()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # by default Ray takes up a token file of other clusters
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=dashboard_port,
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            **options,
+        )
+    except ValueError as error:
+        if "occupied" not in str(error):
+            raise
+        raise RunError(
+            f"cluster.dashboard_port: {dashboard_port} is taken; leave it out for one that is free"
+        ) from error
+
+
 def _stay_on_loopback() -> None:
     """Let what Ray starts listen on 127.0.0.1, as it does by default on systems where it supports no clusters."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
-
-
-def _init(config: RunConfig) -> None:
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "troupe"}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-            ray.init(
-                address="local",
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=config.cluster.dashboard_port,
-                runtime_env={"env_vars": {"PYTHONPATH": path}},
-                **quiet,
-            )
-    except ConnectionError as error:
-        setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
-        raise RunError(f"{setting}: no Ray cluster at {address}: {error}") from error
-    except ValueError as error:
-        if "occupied" not in str(error):
-            raise
-        port = config.cluster.dashboard_port
-        raise RunError(f"cluster.dashboard_port: {port} is taken; leave it out for one that is free") from error

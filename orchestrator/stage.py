@@ -121,7 +121,7 @@ class StageRun:
     def execute(self, plan: Plan, stop: StopSignal) -> None:
         """Run the stage from its latest checkpoint, or from the start, to its end; export the model, note the numbers.
 
-        Raises Stopped after the step in which the run was asked to stop; a checkpoint is there then.
+        Raises Stopped after the step in which the run was asked to stop, with a checkpoint where a step was done.
         """
         started = time.monotonic()
         self.plan, self.stop = plan, stop

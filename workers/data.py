@@ -63,11 +63,6 @@ class Row:
     columns: dict[str, Any] = field(default_factory=dict)
     """The dataset's other columns, for reward functions."""
 
-    @property
-    def chosen_prompt(self) -> Prompt:
-        """What `chosen` answers."""
-        return self.prompt
-
 
 # ---------------------------------------------------------------- rows
 
