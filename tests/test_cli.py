@@ -163,6 +163,12 @@ def test_a_job_in_a_copy_of_the_folder_needs_an_absolute_runs(micro: Path, monke
     assert message.startswith("troupe: runs: was 'runs', in the copy of the working folder")
 
 
+def test_a_cluster_that_is_not_there(micro: Path) -> None:
+    result = troupe("sft", micro, "cluster.address=127.0.0.1:1")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("troupe: cluster.address: was '127.0.0.1:1', where no Ray cluster answers: ")
+
+
 # ---------------------------------------------------------------- cheap commands
 
 

@@ -1,0 +1,107 @@
+"""A run that starts its own cluster, as on a laptop: what the terminal shows, where it listens, that nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from tests.micro import write_micro
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[1]
+
+
+class Finished(NamedTuple):
+    output: str
+    errors: str
+    code: int
+    listening: dict[str, set[str]]
+    """Address -> the run's processes that listened there while it ran."""
+    processes: list[psutil.Process]
+
+
+def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished:
+    """`troupe sft` in a process of its own; watched once its first step is done, and stopped there if asked."""
+    command = [sys.executable, "-m", "orchestrator.cli", "sft", str(config), *overrides]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = config.parent / "runs" / "micro" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    listening: dict[str, set[str]] = {}
+    for one in below:
+        for connection in one.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                listening.setdefault(connection.laddr.ip.removeprefix("::ffff:"), set()).add(one.cmdline()[0])
+    if stop_with:
+        process.send_signal(stop_with)
+    output, errors = process.communicate(timeout=120)
+    return Finished(output, errors, process.returncode, listening, below)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_micro(tmp_path, placement={})
+
+
+def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
+    """Also where the dashboard's usual port is taken."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # another program holds it already, which does as well
+            stack.enter_context(socket.create_server(("127.0.0.1", 8265)))
+        done = run(config, "sft.epochs=40")
+    assert done.code == 0, done.errors
+    assert done.errors == ""
+    lines = done.output.splitlines()
+    shape = [
+        r"data read and checked; connecting to Ray",
+        r"micro in .*/runs/micro, on cpu: 1 node with \d+ CPU cores, .*",
+        r"  sft  120 steps · actor: 1 x \(.* CPU\) · 20 rows in an optimizer step: 20 on the actor rank",
+        r"sft: starting workers",
+        r"sft: loading",
+        r"sft \d+/120 · .*loss \d+\.\d+ · tokens/s [\d,]+",
+        r"sft 120/120 · loss \d+\.\d+ · val\. loss \d+\.\d+ · tokens/s [\d,]+",
+        r"sft: exporting",
+        r"",
+        r"micro is finished",
+        r"SFT +perplexity \d+\.\d on held-out demonstrations · 120 steps in \d:\d\d",
+        r"report +/.*/runs/micro/report\.html",
+        r"model +/.*/runs/micro/models/sft",
+        r"talk to it +troupe chat /.*/runs/micro",
+    ]
+    strange = [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in shape)]
+    assert strange == []
+    assert all(any(re.fullmatch(pattern, line) for line in lines) for pattern in shape)
+    elsewhere = {name for address, names in done.listening.items() if address != "127.0.0.1" for name in names}
+    assert "127.0.0.1" in done.listening
+    assert [name for name in elsewhere if not name.startswith("ray::actor-0")] == []  # torch's store takes no address
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(config: Path) -> None:
+    done = run(config, "sft.epochs=3000", stop_with=signal.SIGINT)
+    assert done.code == 128 + signal.SIGINT, done.errors
+    assert done.errors == ""
+    assert "stopping after this step; once more stops at once" in done.output
+    assert "go on with: troupe resume" in done.output
+    assert "Traceback" not in done.output
+    assert len(list((config.parent / "runs" / "micro" / "checkpoints" / "sft").iterdir())) == 1
+    assert len(done.processes) > 3
+    _, alive = psutil.wait_procs(done.processes, timeout=20)
+    assert alive == []
