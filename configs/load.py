@@ -20,6 +20,7 @@ from configs.kinds import Kind, choices, in_words, kind_of, kind_of_child
 from configs.schema import RunConfig
 
 _KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
+_DEEPEST = 30
 _SHOWN_CHARACTERS = 60
 
 
@@ -150,6 +151,10 @@ def _position(node: DictConfig | ListConfig, part: str, key: str, where: str) ->
     return int(part)
 
 
+class _TooDeep(Exception):
+    """A value lies deeper than any setting: interpolations lead back to where they stand."""
+
+
 class _Resolved:
     """Plain values of a tree, and which of them came from interpolations."""
 
@@ -158,10 +163,12 @@ class _Resolved:
         self.origins: dict[str, str] = {}
         try:
             self.tree = self._container(tree, "")
-        except RecursionError:
+        except _TooDeep:
             raise ConfigError([*problems.values(), "interpolations go round in a circle"]) from None
 
     def _container(self, node: DictConfig | ListConfig, prefix: str) -> Any:
+        if prefix.count(".") > _DEEPEST:
+            raise _TooDeep
         raw: Any = OmegaConf.to_container(node, resolve=False)
         if isinstance(node, ListConfig):
             return [self._item(node, index, raw[index], f"{prefix}{index}") for index in range(len(node))]

@@ -59,18 +59,18 @@ def _join(address: str, setting: str, options: dict[str, Any]) -> None:
 
 
 def _start(dashboard_port: int | None, options: dict[str, Any]) -> None:
-    _stay_on_loopback()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # by default Ray takes up a token file of other clusters
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     try:
-        ray.init(
-            address="local",
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=dashboard_port,
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
-            **options,
-        )
+        with _loopback():
+            ray.init(
+                address="local",
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=dashboard_port,
+                runtime_env={"env_vars": {"PYTHONPATH": path}},
+                **options,
+            )
     except ValueError as error:
         if "occupied" not in str(error):
             raise
@@ -79,7 +79,14 @@ def _start(dashboard_port: int | None, options: dict[str, Any]) -> None:
         ) from error
 
 
-def _stay_on_loopback() -> None:
-    """Let what Ray starts listen on 127.0.0.1, as it does by default on systems where it supports no clusters."""
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """What Ray starts here listens on 127.0.0.1, as it does by default on systems where it supports no clusters."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]

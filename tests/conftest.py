@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
+os.environ["RAY_AUTH_MODE"] = "disabled"  # a process keeps the mode of its first cluster
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on the shared cluster run last: a process has one Ray at a time, and other tests start their own."""

@@ -114,7 +114,7 @@ def test_the_tensors_of_a_model_are_those_of_its_file(tmp_path: Path, architectu
     from workers.weights import GatheredWeights
 
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, architecture, tied))
-    source = GatheredWeights(model)
+    source = GatheredWeights(model, checked=True)
     sent = dict(source)
     written = load_file(tmp_path / "model.safetensors")
     assert {name.removeprefix("transformer.") for name in sent} == {n.removeprefix("transformer.") for n in written}
@@ -137,7 +137,7 @@ def test_adapters_come_merged_and_do_not_accumulate(tmp_path: Path, architecture
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    source = GatheredWeights(model)
+    source = GatheredWeights(model, checked=True)
     first, second = dict(source), dict(source)
 
     oracle = AutoModelForCausalLM.from_pretrained(folder)
