@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import ConfigError, RunConfig, load_config, save_config
@@ -271,6 +271,7 @@ texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 )
 
 
+@settings(deadline=None)
 @given(path=texts, column=texts, lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 def test_any_text_and_number_survives(
     tmp_path_factory: pytest.TempPathFactory, path: str, column: str, lr: float

@@ -50,8 +50,8 @@ def load(path: Path, scalar: bool = False, **settings: Any) -> PreTrainedModel:
     return load_hf(ModelSettings(path=str(path), **settings), str(path), scalar, seed=3).eval()
 
 
-def language_model(path: Path, temperature: float = 1.0, **settings: Any) -> LanguageModel:
-    return LanguageModel(load(path, **settings), temperature).eval()
+def language_model(path: Path, **settings: Any) -> LanguageModel:
+    return LanguageModel(load(path, **settings)).eval()
 
 
 def plain_log_probs(hf: PreTrainedModel, row: Sequence, temperature: float) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def test_log_probs_are_those_of_the_plain_model(folder: Path, temperature: float
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = Batch(ROWS, CPU)
     with torch.no_grad():
-        log_probs, entropy = language_model(folder, temperature)(batch)
+        log_probs, entropy = language_model(folder)(batch, temperature)
         for i, row in enumerate(ROWS):
             wanted_log_probs, wanted_entropy = plain_log_probs(plain, row, temperature)
             torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), wanted_log_probs, atol=2e-5, rtol=1e-5)
@@ -88,9 +88,9 @@ def test_log_probs_are_those_of_the_plain_model(folder: Path, temperature: float
 
 
 def test_gradients_are_those_of_the_plain_model(folder: Path) -> None:
-    plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), language_model(folder, 0.7)
+    plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), language_model(folder)
     weights = torch.randn(len(ROWS), 12, generator=torch.Generator().manual_seed(0))
-    log_probs, entropy = ours(Batch(ROWS, CPU))
+    log_probs, entropy = ours(Batch(ROWS, CPU), 0.7)
     (log_probs * weights + 0.3 * entropy).sum().backward()
     for row, weight in zip(ROWS, weights, strict=True):
         plain_log_prob, plain_entropy = plain_log_probs(plain, row, 0.7)

@@ -125,19 +125,18 @@ def _check_head(hf: PreTrainedModel) -> None:
 class LanguageModel(nn.Module):
     """A causal language model that returns the log-probabilities of its answers' tokens."""
 
-    def __init__(self, hf: PreTrainedModel, temperature: float = 1.0) -> None:
+    def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         _check_head(hf)
         self.hf = hf
-        self.temperature = temperature
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of each answer token and entropy of its distribution, [B, R] each, zeros outside the mask."""
         hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
         hidden = hidden[batch.rows, batch.before]
         targets = batch.ids[batch.rows, batch.before + 1]
         head = self.hf.get_output_embeddings()
-        log_probs, entropy = HeadLogProbs.apply(hidden, head.weight, head.bias, targets, self.temperature)
+        log_probs, entropy = HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature)
         return batch.padded(log_probs), batch.padded(entropy)
 
 

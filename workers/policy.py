@@ -32,7 +32,7 @@ class PolicyWorker(Trainer):
         with self.evaluating():
             for indices in micro_batches:
                 batch = Batch([samples[i] for i in indices], self.device)
-                log_probs, _ = self.module(batch)
+                log_probs, _ = self.module(batch, self.config.rollout.temperature)
                 for i, row, mask in zip(indices, log_probs.cpu(), batch.mask.cpu(), strict=True):
                     rows[i] = row[mask].numpy()
         kl = [float((sample.log_probs - row).sum()) for sample, row in zip(samples, rows, strict=True)]
@@ -109,7 +109,7 @@ class PolicyWorker(Trainer):
         ppo = self.config.ppo
         assert ppo is not None
         batch = Batch([answers.samples[i] for i in indices], self.device)
-        log_probs, entropy = self.module(batch)
+        log_probs, entropy = self.module(batch, self.config.rollout.temperature)
         width = log_probs.shape[1]
         old, advantages = (x[indices, :width] for x in (answers.log_probs, answers.advantages))
         parts = policy_losses.get(ppo.policy_loss)(log_probs, old, advantages, batch.mask, ppo.clip_range)

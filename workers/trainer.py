@@ -81,7 +81,7 @@ class Trainer(Worker):
         count = sum(p.numel() for p in hf.parameters())
         if optimizer and settings.lora:
             self.peft = add_lora(hf, settings.lora, self.config.seed)
-        self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf, self.config.rollout.temperature)
+        self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf)
         self.module = self._initialize(optimizer)
         return count
 
