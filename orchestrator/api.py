@@ -65,7 +65,8 @@ def go_on(run: Run, console: Console | None = None) -> Result:
     run.keep()
     if jobs:
         console.print("data read and checked; connecting to Ray", style="dim")
-        with connected(run.config) as cluster, StopSignal(run, console) as stop:  # in this order: Ray sets handlers too
+        # In this order: Ray sets signal handlers too.
+        with run.locked(), connected(run.config) as cluster, StopSignal(run, console) as stop:
             plans = [make_plan(run.config, stage, cluster) for stage in left]
             _note_surroundings(run, cluster)
             print_opening(run, jobs, plans, console)

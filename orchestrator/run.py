@@ -8,6 +8,7 @@ Folders appear whole or not at all: they are written under another name and rena
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -99,6 +100,16 @@ class Run:
 
     def finished(self, stage: Stage) -> bool:
         return self.model(stage).exists()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder. Raises RunError where one is at work in it."""
+        with open(self.folder / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{self.folder}: another process is at work in this run") from error
+            yield
 
     def begun(self, stage: Stage) -> bool:
         """Whether anything of the stage has been computed."""
