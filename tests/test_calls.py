@@ -89,7 +89,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def wait_for_logs(seconds: float = 60.0) -> None:
+def wait_for_logs(seconds: float = 180.0) -> None:
     """Until the node's agent is there, through which logs are read."""
     deadline, here = time.monotonic() + seconds, ray.get_runtime_context()
     while True:
