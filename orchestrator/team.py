@@ -212,10 +212,7 @@ class Team:
 
         def gather(results: list[tuple[Any, Written]]) -> Rollouts:
             def ordered(name: str) -> np.ndarray:
-                flat = np.concatenate([getattr(written, name) for _, written in results])
-                out = np.empty_like(flat)
-                out[np.concatenate(shares)] = flat
-                return out
+                return _in_order(shares, [getattr(written, name) for _, written in results], len(prompts))
 
             placed = Placed.of([ref for ref, _ in results], shares, len(prompts))
             return Rollouts(
