@@ -53,6 +53,8 @@ class RolloutWorker(Worker):
             # In a placement group vLLM's own default would be its Ray executor, which would place workers itself.
             distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
             enforce_eager=not settings.compile,
+            # A prompt cut in two would set back its request's random generator, which a CPU's cannot do.
+            enable_chunked_prefill=None if on_gpu else False,
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=f"verified_{transport}"),
             worker_extension_cls="workers.transfer.Witness",
