@@ -391,10 +391,47 @@ class ClusterSettings(Settings):
     """Address of a running cluster; none: RAY_ADDRESS, else one is started on this machine for the run."""
     dashboard_port: PositiveInt | None = None
     """Port of the dashboard of a cluster that the run starts; none: 8265, or the next one that is free."""
-    start_timeout: PositiveFloat = 600.0
-    """Seconds for workers to start and load their models."""
-    call_timeout: PositiveFloat = 1800.0
-    """Seconds for any one call to a worker."""
+
+
+class DeadlineSettings(Settings):
+    """Seconds that a call to a worker may take. A phase without a number of its own goes by `first`, `least` and `patience`."""
+
+    start: PositiveFloat | None = 600.0
+    """Workers start, meet, and load models and data."""
+    generate: PositiveFloat | None = None
+    """An engine writes a step's answers."""
+    score: PositiveFloat | None = None
+    """Reference, critic or reward score a step's answers."""
+    train: PositiveFloat | None = None
+    """Actor or critic learn from a step."""
+    publish: PositiveFloat | None = None
+    """New weights reach all engines."""
+    save: PositiveFloat | None = None
+    """Workers save, restore or export."""
+    first: PositiveFloat = 1800.0
+    """The first time that a call is made, when nothing is known of its speed."""
+    least: PositiveFloat = 60.0
+    """Later calls get no less."""
+    patience: PositiveFloat = 10.0
+    """Later calls get so many times the longest that the same call took so far per token."""
+
+
+class RecoverySettings(Settings):
+    """What happens when a worker dies or hangs."""
+
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts of a role within `window`; one failure more ends the run. 0: every failure does."""
+    window: PositiveFloat = 3600.0
+    """Seconds over which restarts are counted."""
+    snapshot_every: PositiveInt | None = 10
+    """Steps between snapshots of the training state, kept in Ray's object store, from which lost steps are replayed; none:
+    they are replayed from the latest checkpoint, or from the stage's start."""
+    node_timeout: PositiveFloat = 600.0
+    """Seconds to wait for room elsewhere when a node is lost."""
+    grace: PositiveFloat = 25.0
+    """Seconds that a run asked to stop has to end its step; then it stops at once, with the latest snapshot as checkpoint."""
+    refused_steps: PositiveInt = 3
+    """So many training steps in a row without a finite loss and gradient end the run."""
 
 
 class CheckpointSettings(Settings):
@@ -441,6 +478,10 @@ class RunConfig(Settings):
     """Roles to devices."""
     cluster: ClusterSettings = ClusterSettings()
     """Ray."""
+    deadlines: DeadlineSettings = DeadlineSettings()
+    """Deadlines of the calls to workers."""
+    recovery: RecoverySettings = RecoverySettings()
+    """Recovery from faults."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
 

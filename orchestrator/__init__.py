@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from configs import ConfigError, RunConfig, load_config
     from orchestrator.api import Result, run_stages, start_team
-    from orchestrator.calls import WorkerError, together
+    from orchestrator.calls import together
     from orchestrator.evaluation import evaluate
+    from orchestrator.failures import WorkerError
     from orchestrator.run import RunError
     from orchestrator.stage import Stopped
     from orchestrator.team import Experience, Rollouts, Team
@@ -34,8 +35,9 @@ __all__ = [
 _HOMES = {
     "configs": ("ConfigError", "RunConfig", "load_config"),
     "orchestrator.api": ("Result", "run_stages", "start_team"),
-    "orchestrator.calls": ("WorkerError", "together"),
+    "orchestrator.calls": ("together",),
     "orchestrator.evaluation": ("evaluate",),
+    "orchestrator.failures": ("WorkerError",),
     "orchestrator.run": ("RunError",),
     "orchestrator.stage": ("Stopped",),
     "orchestrator.team": ("Experience", "Rollouts", "Team"),

@@ -11,27 +11,33 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.state import get_log
 
 from configs.schema import Role
+from orchestrator.deadlines import Deadlines, phase_of
+from orchestrator.failures import Failure, Kind, Rank, WorkerError, look, named
+from workers.examine import Finding, Whereabouts
 
 T = TypeVar("T")
 
 
-class WorkerError(RuntimeError):
-    """A worker failed, died or did not answer in time; the message names role, rank and call and shows the end of its log."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class WorkerGroup:
     """All ranks of a role."""
 
     role: Role
-    handles: tuple[ActorHandle, ...]
+    handles: list[ActorHandle]
     place: str
     """Name of its placement group: roles with the same place take turns."""
-    timeout: float
-    """Seconds that a call may take."""
+    deadlines: Deadlines
+    collective: bool = True
+    """Whether its ranks compute together, so that none can go on without the others."""
+    whereabouts: dict[int, Whereabouts] = field(default_factory=dict)
+    """Rank -> its process, once it is known."""
+    fellows: list[WorkerGroup] = field(default_factory=list)
+    """All groups of the team: what one reports may have happened to another."""
+    mend: Callable[[WorkerError], None] | None = None
+    """Replaces the casualties of a role without state, so that a call can go on; none: the error is raised."""
+    _prepared: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -42,19 +48,41 @@ class WorkerGroup:
 
     def first(self, method: str, *args: Any) -> Any:
         """The result of a call to rank 0 alone."""
-        one = WorkerGroup(self.role, self.handles[:1], self.place, self.timeout)
-        return one.call(method, *args).get()[0]
+        return Call(self, method, {0: args}).get()[0]
 
     def scatter(
         self,
         method: str,
         args: Sequence[tuple[Any, ...]],
         keep: int = 0,
+        work: float = 1.0,
         then: Callable[[list[Any]], T] | None = None,
     ) -> Call[T]:
         """args[rank] to each rank. Of the values that a rank returns, the first `keep` stay in the object store and come as
-        references; the last is fetched. `then` makes the call's result of the list of the ranks' results."""
-        return Call(self, method, list(args), keep, then or (lambda results: results))  # type: ignore[arg-type,return-value]
+        references; the last is fetched. `work`: tokens of the whole call, for its deadline. `then` makes the call's result of
+        the list of the ranks' results."""
+        each = {rank: mine for rank, (_, mine) in enumerate(zip(self.handles, args, strict=True))}
+        return Call(self, method, each, keep, work, then)
+
+    def prepare(self, method: str, *args: Any) -> Call[list[Any]]:
+        """The same call to every rank, which a rank that is replaced later will be told again."""
+        call = self.call(method, *args)
+        call.lasting = True
+        return call
+
+    def prepared(self, ranks: Sequence[int]) -> list[Call[list[Any]]]:
+        """The calls that tell replaced ranks all that the group was told."""
+        return [self.to(ranks, method, *args) for method, args in self._prepared]
+
+    def to(self, ranks: Sequence[int], method: str, *args: Any) -> Call[list[Any]]:
+        """The same call to new ranks, which are not replaced in the middle of it."""
+        return Call(self, method, dict.fromkeys(ranks, args), mendable=False)
+
+    def remember(self, method: str, args: tuple[Any, ...]) -> None:
+        self._prepared.append((method, args))
+
+    def places(self) -> dict[Rank, Whereabouts]:
+        return {(self.role, rank): place for rank, place in self.whereabouts.items()}
 
 
 @dataclass
@@ -63,71 +91,148 @@ class Call(Generic[T]):
 
     group: WorkerGroup
     method: str
-    args: list[tuple[Any, ...]]
-    keep: int
-    then: Callable[[list[Any]], T]
+    args: dict[int, tuple[Any, ...]]
+    """Rank -> what it is called with."""
+    keep: int = 0
+    work: float = 1.0
+    then: Callable[[list[Any]], T] | None = None
+    mendable: bool = True
+    lasting: bool = False
     deadline: float = 0.0
-    _refs: list[list[ObjectRef]] = field(default_factory=list)
+    _began: float = 0.0
+    _refs: dict[int, list[ObjectRef]] = field(default_factory=dict)
     _fetched: dict[int, Any] = field(default_factory=dict)
+    _failed: dict[int, WorkerError] = field(default_factory=dict)
 
     def start(self) -> None:
-        self.deadline = time.monotonic() + self.group.timeout
-        for rank, (handle, args) in enumerate(zip(self.group.handles, self.args, strict=True)):
+        self._send(list(self.args))
+
+    def _send(self, ranks: Sequence[int]) -> None:
+        self._began = time.monotonic()
+        self.deadline = self._began + self.group.deadlines.seconds(self.method, self.work)
+        for rank in ranks:
             name = f"{self.group.role}-{rank}.{self.method}"
-            refs = handle.call.options(num_returns=self.keep + 1, name=name).remote(self.method, *args)
-            self._refs.append(list(refs) if self.keep else [refs])
+            call = self.group.handles[rank].call.options(num_returns=self.keep + 1, name=name)
+            refs = call.remote(self.method, *self.args[rank])
+            self._refs[rank] = list(refs) if self.keep else [refs]
 
     def pending(self) -> dict[ObjectRef, int]:
         """What is waited for -> the rank that owes it."""
-        return {refs[-1]: rank for rank, refs in enumerate(self._refs) if rank not in self._fetched}
+        done = self._fetched.keys() | self._failed.keys()
+        return {refs[-1]: rank for rank, refs in self._refs.items() if rank not in done}
 
     def collect(self, rank: int) -> None:
-        """Take a rank's answer, which is there. Raises WorkerError at once where it failed: the others may then hang."""
+        """Take a rank's answer, which is there. Raises WorkerError at once where it failed and cannot be replaced: the others
+        may then hang."""
         try:
             self._fetched[rank] = ray.get(self._refs[rank][-1])
         except RayError as error:
-            raise self._failure(rank, error) from error
+            self._fail([rank], self._failure(rank, error), error)
+        else:
+            self.group.deadlines.observe(self.method, self.work, self._began)
+
+    def late(self) -> None:
+        """Its deadline has passed. Raises WorkerError where the ranks that owe an answer cannot be replaced."""
+        ranks = list(self.pending().values())
+        seconds = self.deadline - self._began
+        text = f"{self._who(ranks)}: no answer to {self.method} in {seconds:.0f} s ({self.group.deadlines.setting(self.method)})"
+        findings = look(self._everyone(), stacks=True)
+        casualties = _casualties(findings) or self._ranks(ranks)
+        self._fail(ranks, self._told("hung", ranks, text, "", casualties, findings), None)
+
+    def _fail(self, ranks: Sequence[int], failure: Failure, cause: Exception | None) -> None:
+        error = WorkerError(failure)
+        mine = all(role == self.group.role for role, _ in failure.casualties)
+        if self.group.mend is None or not self.mendable or not failure.survivable or not mine:
+            raise error from cause
+        if self.group.collective:
+            ranks = list(self.pending().values())  # they wait for the one that failed
+        self._failed |= dict.fromkeys(ranks, error)
+
+    def mend(self) -> None:
+        """Where ranks failed and all others have answered: replace those, and ask them again."""
+        if not self._failed or self.pending():
+            return
+        assert self.group.mend is not None
+        failed, self._failed = self._failed, {}
+        for error in dict.fromkeys(failed.values()):
+            self.group.mend(error)
+        self._send(sorted(failed))
 
     def result(self) -> T:
-        results = []
-        for rank, refs in enumerate(self._refs):
-            results.append((*refs[:-1], self._fetched[rank]) if self.keep else self._fetched[rank])
-        return self.then(results)
+        if self.lasting:
+            self.group.remember(self.method, next(iter(self.args.values())))
+        results: list[Any] = []
+        for rank in sorted(self.args):
+            kept = self._refs[rank][:-1]
+            results.append((*kept, self._fetched[rank]) if self.keep else self._fetched[rank])
+        return self.then(results) if self.then else results  # type: ignore[return-value]
 
     def get(self) -> T:
         return together(self)[0]
 
-    def late(self) -> WorkerError:
-        """The error of a call whose deadline has passed."""
-        ranks = list(self.pending().values())
-        return WorkerError(
-            f"{self.group.role} rank {', '.join(map(str, ranks))}: no answer to {self.method} in {self.group.timeout:.0f} s "
-            f"(cluster.call_timeout)\n" + "\n".join(self._log(rank) for rank in ranks)
+    # ------------------------------------------------------------ what failed
+
+    def _failure(self, rank: int, error: RayError) -> Failure:
+        """What is behind an error that a rank reports: another that died, perhaps."""
+        findings = look(self._everyone())
+        casualties = _casualties(findings)
+        who = f"{self._who([rank])} failed in {self.method}"
+        if isinstance(error, RayTaskError):
+            cause = error.cause
+            lost = isinstance(cause, RayError) and not isinstance(cause, RayActorError)
+            kind: Kind = "died" if casualties else "lost" if lost else "error"
+            text = f"{who}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}"
+            if casualties:
+                text = f"{who} because of {named(casualties)} ({findings[casualties[0]].state})"
+        elif isinstance(error, RayActorError):
+            kind, text = "died", f"{who}: its process died"
+            casualties = sorted({*casualties, *self._ranks([rank])})
+        else:
+            kind, text = "lost", f"{who}: its answer was lost"
+        return self._told(kind, [rank], text, str(error), casualties, findings, getattr(error, "cause", None))
+
+    def _told(
+        self,
+        kind: Kind,
+        ranks: Sequence[int],
+        text: str,
+        detail: str,
+        casualties: Sequence[Rank],
+        findings: dict[Rank, Finding],
+        cause: Exception | None = None,
+    ) -> Failure:
+        everyone = self._everyone()
+        shown = [rank for rank in casualties or self._ranks(ranks) if rank in everyone]
+        return Failure(
+            kind,
+            self.group.role,
+            tuple(ranks),
+            self.method,
+            phase_of(self.method),
+            text,
+            cause,
+            detail,
+            tuple(casualties),
+            {rank: everyone[rank] for rank in shown},
+            {rank: findings[rank] for rank in shown},
         )
 
-    def _failure(self, rank: int, error: RayError) -> WorkerError:
-        who = f"{self.group.role} rank {rank} failed in {self.method}"
-        if isinstance(error, RayTaskError):
-            return WorkerError(f"{who}: {type(error.cause).__name__}: {error.cause}\n{_indent(str(error))}")
-        what = "its process died" if isinstance(error, RayActorError) else "its answer was lost"
-        return WorkerError(f"{who}: {what}\n{_indent(str(error))}\n{self._log(rank)}")
+    def _everyone(self) -> dict[Rank, Whereabouts]:
+        places: dict[Rank, Whereabouts] = {}
+        for group in self.group.fellows or [self.group]:
+            places |= group.places()
+        return places
 
-    def _log(self, rank: int) -> str:
-        """The end of a rank's output, of which crashes write theirs to stderr."""
-        shown = []
-        actor = self.group.handles[rank]._actor_id.hex()
-        cluster = ray.get_runtime_context().gcs_address  # by itself it would look for a cluster, and may find several
-        for stream in ("out", "err"):
-            try:
-                end = "".join(get_log(address=cluster, actor_id=actor, suffix=stream, tail=30, timeout=10))
-            except Exception as error:  # the log is an extra: what failed is already in the message
-                end = f"(not to be had: {error})"
-            shown.append(f"  the end of the std{stream} of {self.group.role} rank {rank}:\n{_indent(end)}")
-        return "\n".join(shown)
+    def _ranks(self, ranks: Sequence[int]) -> list[Rank]:
+        return [(self.group.role, rank) for rank in ranks]
+
+    def _who(self, ranks: Sequence[int]) -> str:
+        return f"{self.group.role} rank {', '.join(map(str, ranks))}"
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.strip().splitlines())
+def _casualties(findings: dict[Rank, Finding]) -> list[Rank]:
+    return [rank for rank, finding in findings.items() if finding.state != "running"]
 
 
 def together(*calls: Call[Any] | None) -> list[Any]:
@@ -143,6 +248,8 @@ def together(*calls: Call[Any] | None) -> list[Any]:
                 running.append(call)
                 call.start()
         _collect_next(running)
+        for call in running:
+            call.mend()
         running = [call for call in running if call.pending()]
     return [None if call is None else call.result() for call in calls]
 
@@ -153,7 +260,7 @@ def _collect_next(running: list[Call[Any]]) -> None:
     nearest = min(running, key=lambda call: call.deadline)
     ready, _ = ray.wait(list(owed), timeout=max(nearest.deadline - time.monotonic(), 0.0))
     if not ready:
-        raise nearest.late()
+        nearest.late()
     for ref in ready:
         call, rank = owed[ref]
         call.collect(rank)

@@ -61,6 +61,16 @@ def resume(run: RunFolder) -> None:
 
 
 @app.command()
+def status(run: RunFolder) -> None:
+    """Show what a run is doing, or how it ended: stage, step, phase, workers, failures."""
+    with _errors():
+        from orchestrator.run import Run
+        from orchestrator.status import print_status
+
+        print_status(Run.open(run), Console())
+
+
+@app.command()
 def plan(
     config: Config,
     overrides: Overrides = None,

@@ -1,4 +1,4 @@
-"""Stage 3: PPO with an actor and a critic. `loop` is the algorithm."""
+"""Stage 3: PPO with an actor and a critic. `step` is the algorithm."""
 
 from __future__ import annotations
 
@@ -37,40 +37,36 @@ class PPO(StageRun):
 
     # ------------------------------------------------------------ the algorithm
 
-    def loop(self) -> None:
+    def step(self, step: int) -> dict[str, float]:
         team, ppo = self.team, self.ppo
-        for step in range(self.done + 1, ppo.steps + 1):
-            started = time.monotonic()
-            progress = (step - 1) / ppo.steps
-            learns = step > ppo.critic_warmup
-            with self.phase("generate"):
-                rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
-            with self.phase("score"):
-                reference, values, scores = together(
-                    team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
-                )
-            reward = weighted_sum(scores, ppo)
-            shaped = shape_scores(reward, rollouts.ended, ppo)
-            experience = Experience(
-                rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step)
+        started = time.monotonic()
+        progress = (step - 1) / ppo.steps
+        learns = step > ppo.critic_warmup
+        with self.phase("generate"):
+            rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
+        with self.phase("score"):
+            reference, values, scores = together(
+                team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
             )
-            with self.phase("train"):
-                actor, critic = together(
-                    team.train_actor(experience, progress, step, update=learns),
-                    team.train_critic(experience, progress, step),
-                )
-            self._check_gap(step, actor["log_prob_gap"])
-            if learns:
-                with self.phase("publish"):
-                    self.version += 1
-                    actor["published_mib"] = team.publish(self.version) / 2**20
-            metrics = self._measure(rollouts, reference, scores, reward) | actor | (critic or {})
-            metrics["seconds/step"] = time.monotonic() - started
-            metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
-            if learns:
-                self.kl.update(metrics["kl"], len(rollouts))
-            metrics |= self._evaluation(step)
-            self.finish_step(step, metrics)
+        reward = weighted_sum(scores, ppo)
+        shaped = shape_scores(reward, rollouts.ended, ppo)
+        experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
+        with self.phase("train"):
+            actor, critic = together(
+                team.train_actor(experience, progress, step, update=learns),
+                team.train_critic(experience, progress, step),
+            )
+        self._check_gap(step, actor["log_prob_gap"])
+        if learns:
+            with self.phase("publish"):
+                self.version += 1
+                actor["published_mib"] = team.publish(self.version) / 2**20
+        metrics = self._measure(rollouts, reference, scores, reward) | actor | (critic or {})
+        metrics["seconds/step"] = time.monotonic() - started
+        metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
+        if learns:
+            self.kl.update(metrics["kl"], len(rollouts))
+        return metrics | self._evaluation(step)
 
     def _prompts(self, step: int) -> np.ndarray:
         """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
@@ -147,8 +143,9 @@ class PPO(StageRun):
             team.add_data("sft", self.ptx_rows, ["actor"])
             team.tokenize("actor", "sft", "demonstration", ppo.max_prompt_tokens + self.config.rollout.max_new_tokens)
             self.ptx_batches = batches(team.lengths["sft"][0], ppo.ptx.batch_size, 1.0, self.config.seed)
-        if not self.done:
-            self._evaluate("before")
+
+    def begin(self) -> None:
+        self._evaluate("before")
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.version = state["version"]

@@ -23,7 +23,7 @@ from placement.shape import Stage
 STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
 OWN: dict[Stage, tuple[str, ...]] = {"sft": ("sft",), "rm": ("rm",), "ppo": ("ppo", "rollout", "publish")}
 """Settings that no other stage looks at: they may change until the stage has begun."""
-FREE = ("cluster", "checkpoint", "runs")
+FREE = ("cluster", "checkpoint", "deadlines", "recovery", "runs")
 """Settings that may change at any time: no result depends on them."""
 
 

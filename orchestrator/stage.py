@@ -6,8 +6,9 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,10 +17,13 @@ from rich.console import Console
 
 from configs.schema import DatasetSettings, Role, RunConfig
 from orchestrator.calls import together
+from orchestrator.failures import WorkerError
 from orchestrator.metrics import Recorder
 from orchestrator.progress import Progress
+from orchestrator.recovery import Recovery
 from orchestrator.run import Run, RunError, whole_folder
-from orchestrator.team import Team
+from orchestrator.status import Status
+from orchestrator.team import Snapshot, Team
 from placement.plan import Plan
 from placement.shape import Stage as StageName
 from workers.data import Row, RowKind, read_rows
@@ -35,7 +39,8 @@ class Stopped(RuntimeError):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT: the first asks the run to stop after its step, the second ends the process at once."""
+    """SIGTERM and SIGINT: the first asks the run to stop after its step, within the grace time; the second ends the process at
+    once."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console = run, console
@@ -48,22 +53,34 @@ class StopSignal:
     def heed(self, when: str) -> None:
         """Raises Stopped where the run was asked to stop."""
         if self.asked:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise Stopped(f"stopped {when}; go on with: troupe resume {self._run.folder}", self._number)
 
     def __enter__(self) -> StopSignal:
+        self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            handlers = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask, signal.SIGALRM: self._end}
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in getattr(self, "_before", {}).items():
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self._number = number
-        self._console.print("stopping after this step; once more stops at once")
+        grace = self._run.config.recovery.grace
+        signal.setitimer(signal.ITIMER_REAL, grace)
+        self._console.print(
+            f"stopping after this step, or in {grace:.0f} s before its end (recovery.grace); once more stops at once"
+        )
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.heed("before the end of a step")
 
 
 class StageRun:
@@ -77,6 +94,12 @@ class StageRun:
         self.plan: Plan
         self.seconds: dict[str, float] = {}
         self.team: Team
+        self.loaded = False
+        """Whether the team has all that it needs to begin."""
+        self.snapshot: Snapshot | None = None
+        self.first_state: dict[str, Any] = {}
+        self.recovery: Recovery
+        self.status: Status
         self.progress: Progress
         self.recorder: Recorder
         self.stop: StopSignal
@@ -97,8 +120,12 @@ class StageRun:
         """Load models and data into the workers."""
         raise NotImplementedError
 
-    def loop(self) -> None:
-        """Steps done + 1 to `steps`."""
+    def begin(self) -> None:
+        """What comes before the first step."""
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do a step; its metrics. A function of the step and of what `state`, models and optimizers hold: after a fault the
+        steps since the latest snapshot are done again, and must give the same."""
         raise NotImplementedError
 
     def result(self) -> dict[str, float]:
@@ -127,24 +154,86 @@ class StageRun:
         self.plan, self.stop = plan, stop
         saved = self.run.checkpoints(self.name)
         self.done = saved[-1] if saved else 0
+        self.recovery = Recovery(self.config.recovery, self.run.folder / "failures")
+        self.status = Status(self.run.folder, self.name, self.steps, self.done)
         with (
             Progress(self.name, self.steps, self.console, start=self.done) as self.progress,
             Recorder(self.run.folder, self.config.name, self.name, self.done if saved else None) as self.recorder,
         ):
-            self.progress.phase("starting workers")
-            self.team = Team.start(self.config, self.plan)
             try:
-                self.progress.phase("loading")
-                self.load()
-                if saved:
-                    self._restore(self.run.checkpoint(self.name, self.done))
-                stop.heed(f"before step {self.done + 1} of {self.steps} of {self.name}")
-                self.loop()
+                self._survive(started)
+            except Exception:
+                self._keep_snapshot()
+                raise
+            finally:
+                self._end_team()
+        self.run.prune(self.name, 0)
+
+    def _survive(self, started: float) -> None:
+        """Start and work; after a fault go back and do again what it undid, for as long as the policy allows."""
+        todo: Callable[[], None] = self._start
+        while True:
+            try:
+                todo()
+                self._work()
                 self.run.summarize(self.name, self.result() | {"seconds": time.monotonic() - started})
                 self._export()
-            finally:
-                self.team.stop()
-        self.run.prune(self.name, 0)
+                return
+            except WorkerError as error:
+                self.progress.note(f"{self.name}, step {self.done + 1}: {error.failure.text}")
+                todo = partial(self._go_back if self.loaded else self._start_again, error)
+
+    def _start(self) -> None:
+        """Workers, models and data; the latest checkpoint, where there is one."""
+        self.progress.phase("starting workers")
+        self.team = Team.start(self.config, self.plan, self.recovery, self._changed)
+        self.progress.phase("loading")
+        self.load()
+        self.loaded = True
+        self.first_state = self.state()
+        if self.done:
+            self._restore()
+
+    def _start_again(self, error: WorkerError) -> None:
+        self.recovery.consider(error)
+        self._end_team()
+        self._start()
+
+    def _go_back(self, error: WorkerError) -> None:
+        """Replace what failed, and go on from the latest snapshot or checkpoint, or from the stage's start."""
+        snapshot, self.snapshot = self.snapshot, None  # it may be what was lost
+        saved = self.run.checkpoints(self.name)
+        self.progress.phase("replacing workers")
+        self.team.replace(error, anew=[] if snapshot or saved else self.trained())
+        if snapshot:
+            self.done = snapshot.step
+            self.team.restore(snapshot)
+            self.set_state(snapshot.state)
+            self.snapshot = snapshot
+        elif saved:
+            self.done = saved[-1]
+            self._restore()
+        else:
+            self.done = 0
+            self.set_state(self.first_state)
+        self.recorder.rewind(self.done or -1)
+
+    def _work(self) -> None:
+        if not self.done:
+            self.begin()
+        self.stop.heed(f"before step {self.done + 1} of {self.steps} of {self.name}")
+        while self.done < self.steps:
+            self.recovery.where = f"{self.name}, step {self.done + 1} of {self.steps}"
+            self.finish_step(self.done + 1, self.step(self.done + 1))
+
+    def _end_team(self) -> None:
+        if self.team:
+            self.team.stop()
+        self.team = None  # type: ignore[assignment]
+
+    def _changed(self, team: Team) -> None:
+        """The workers are others than before."""
+        self.status.update(workers=team.workers())
 
     def rows(self, data: DatasetSettings, kind: RowKind) -> list[Row]:
         return read_rows(data, kind)
@@ -153,6 +242,7 @@ class StageRun:
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of a step."""
         started = time.monotonic()
+        self.status.update(phase=name)
         yield
         self.seconds[name] = time.monotonic() - started
 
@@ -170,11 +260,14 @@ class StageRun:
         self.seconds = {}
         self.recorder.record(step, metrics)
         self.progress.update(step, metrics)
+        self.status.update(step=step, version=self.team.version)
         every = self.config.checkpoint.every
         if step == self.steps:
             return  # the model is about to be exported, and the stage is over
         if self.stop.asked or (every and step % every == 0):
             self.save()
+        if (often := self.config.recovery.snapshot_every) and step % often == 0:
+            self.snapshot = self.team.snapshot(step, self.state(), self.trained())
         self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
 
     # ------------------------------------------------------------ saving
@@ -187,7 +280,19 @@ class StageRun:
             (folder / "state.json").write_text(json.dumps({"step": self.done, **self.state()}), encoding="utf-8")
         self.run.prune(self.name, self.config.checkpoint.keep)
 
-    def _restore(self, folder: Path) -> None:
+    def _keep_snapshot(self) -> None:
+        """Where the run ends before its time: what is in memory becomes a checkpoint."""
+        saved = self.run.checkpoints(self.name)
+        if self.snapshot is None or self.snapshot.step <= max(saved, default=0):
+            return
+        with whole_folder(self.run.checkpoint(self.name, self.snapshot.step)) as folder:
+            self.snapshot.write(folder)
+            (folder / "state.json").write_text(
+                json.dumps({"step": self.snapshot.step, **self.snapshot.state}), encoding="utf-8"
+            )
+
+    def _restore(self) -> None:
+        folder = self.run.checkpoint(self.name, self.done)
         self.progress.phase(f"resuming after step {self.done}")
         together(*(self.team.groups[role].call("restore", str((folder / role).absolute())) for role in self.trained()))
         self.set_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))

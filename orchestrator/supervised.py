@@ -42,29 +42,28 @@ class Supervised(StageRun):
         optimizer: OptimizerSettings = self.settings.optimizer
         path = self.run.starting_model(self.name)
         settings = pretrained(self.model_settings) if path == str(self.run.model("sft")) else self.model_settings
-        self.parameters = self.team.groups[self.role].call("load", path, settings, optimizer, self.dropout).get()[0]
+        group = self.team.groups[self.role]
+        self.parameters = group.prepare("load", path, settings, optimizer, self.dropout).get()[0]
         for name, rows in self.data.items():
             self.add(name, rows, self.kind)
+        lengths, _ = self.team.lengths["train"]
+        self.order = batches(lengths, self.settings.batch_size, self.settings.epochs, self.config.seed)
 
     def add(self, name: str, rows: list[Row], kind: RowKind) -> None:
         self.team.add_data(name, rows, [self.role])
         self.team.tokenize(self.role, name, kind, self.settings.max_length)
 
-    def loop(self) -> None:
-        lengths, _ = self.team.lengths["train"]
-        order = batches(lengths, self.settings.batch_size, self.settings.epochs, self.config.seed)
-        every = self.settings.validate_every
-        for step in range(self.done + 1, self.steps + 1):
-            rows = order[step - 1]
-            with self.phase("train"):
-                metrics = self.call(
-                    self.train_method, "train", rows, (step - 1) / self.steps, (self.config.seed, step)
-                ).get()
-            metrics["tokens_per_second"] = float(lengths[rows].sum()) / self.seconds["train"]
-            if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
-                with self.phase("validate"):
-                    metrics |= self.validate()
-            self.finish_step(step, self.shown(metrics) | self.spent())
+    def step(self, step: int) -> dict[str, float]:
+        rows, every = self.order[step - 1], self.settings.validate_every
+        with self.phase("train"):
+            progress, seed = (step - 1) / self.steps, (self.config.seed, step)
+            metrics = self.call(self.train_method, "train", rows, progress, seed).get()
+        tokens = float(self.team.lengths["train"][0][rows].sum())
+        metrics["tokens_per_second"] = tokens / self.seconds["train"]
+        if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
+            with self.phase("validate"):
+                metrics |= self.validate()
+        return self.shown(metrics) | self.spent()
 
     def validate(self) -> dict[str, float]:
         """Metrics of all validation rows (of as many as divide among the ranks)."""
@@ -76,8 +75,9 @@ class Supervised(StageRun):
 
     def call(self, method: str, data: str, rows: Rows, *args: Any) -> Call[dict[str, float]]:
         parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens)
+        work = float(self.team.lengths[data][0][rows].sum())
         return self.team.groups[self.role].scatter(
-            method, [(part, *args) for part in parts], then=lambda results: results[0]
+            method, [(part, *args) for part in parts], work=work, then=lambda results: results[0]
         )
 
     def shown(self, metrics: dict[str, float]) -> dict[str, float]:

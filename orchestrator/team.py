@@ -14,27 +14,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import ModelSettings, Role, RunConfig
 from orchestrator.calls import Call, WorkerGroup, together
+from orchestrator.deadlines import Deadlines
+from orchestrator.failures import Rank, WorkerError, end, on_node
+from orchestrator.recovery import Recovery
 from orchestrator.run import local
-from placement.groups import PlacementError, bundle_of, create_groups, remove_groups
+from placement.groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
+from workers.files import copy_files, write_files
 from workers.host import Host
 from workers.sequences import Placed
-from workers.work import MiniBatch, Part, Work, Written
+from workers.work import MiniBatch, Part, StaleWeights, Work, Written
 from workers.worker import WorkerSpec, environment
+
+Changed = Callable[["Team"], None]
 
 KINDS: dict[Role, str] = {
     "actor": "policy",
@@ -90,55 +99,108 @@ class Experience:
     """Rows of demonstrations beside each mini-batch."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The training state after a step, in the object store: role -> each rank's files and their names."""
+
+    step: int
+    state: dict[str, Any]
+    """What the driver keeps."""
+    files: dict[Role, list[RankFiles]]
+
+    def write(self, folder: Path) -> None:
+        """Write it as `save` writes a checkpoint."""
+        for role, ranks in self.files.items():
+            for rank in ranks:
+                write_files(folder / role, ray.get(rank.here()))
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """What one rank has learned: name -> bytes."""
+
+    names: list[str]
+    copies: dict[str, ray.ObjectRef]
+    """Node -> the files there."""
+
+    def here(self) -> ray.ObjectRef:
+        """A copy on a node that lives; any, where none does: reading it will say that it is lost."""
+        alive = [ref for node, ref in self.copies.items() if node in alive_nodes()]
+        return (alive or list(self.copies.values()))[0]
+
+
 class Team:
     """The worker groups of one stage."""
 
-    def __init__(self, config: RunConfig, plan: Plan) -> None:
+    def __init__(self, config: RunConfig, plan: Plan, recovery: Recovery | None, changed: Changed | None) -> None:
         self.config = config
         self.plan = plan
+        self._changed = changed or (lambda team: None)
+        self.recovery = recovery or Recovery(config.recovery)
+        self.deadlines = Deadlines(config.deadlines)
         self.groups: dict[Role, WorkerGroup] = {}
         self.lengths: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.version = 0
+        """Policy version that the engines serve."""
         self._places: dict[str, PlacementGroup] = {}
+        self._starts: Counter[tuple[Role, int]] = Counter()
         self.transport = _transport(config, plan)
 
     # ------------------------------------------------------------ life
 
     @classmethod
-    def start(cls, config: RunConfig, plan: Plan) -> Team:
-        """Reserve the placement groups and start every worker; nothing is loaded yet."""
-        team = cls(config, plan)
+    def start(
+        cls, config: RunConfig, plan: Plan, recovery: Recovery | None = None, changed: Changed | None = None
+    ) -> Team:
+        """Reserve the placement groups and start every worker; nothing is loaded yet.
+
+        recovery: which failures are survived, and where they are written; none: as the config says, and nowhere.
+        changed: called with the team when there are new workers.
+        """
+        team = cls(config, plan, recovery, changed)
         try:
             team._places = create_groups(plan, config.name, config.placement.timeout)
-            team.groups = {role: team._start_role(role) for role in plan.roles}
-            team._meet()
+            fellows: list[WorkerGroup] = []
+            for role, planned in plan.roles.items():
+                group = WorkerGroup(role, [], planned.group, team.deadlines, fellows=fellows)
+                if role == "rollout" or (role in ("reference", "reward") and plan.stage == "ppo"):
+                    group.mend = team._mend
+                    group.collective = role == "reference"
+                group.handles = [team._spawn(role, rank) for rank in range(planned.ranks)]
+                team.groups[role] = group
+                fellows.append(group)
+            team._meet({role: list(range(len(group))) for role, group in team.groups.items()})
         except BaseException:
             team.stop()
             raise
         return team
 
-    def _start_role(self, role: Role) -> WorkerGroup:
+    def _spawn(self, role: Role, rank: int) -> ActorHandle:
         planned = self.plan.roles[role]
         kind = "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role]
-        handles = []
-        for rank in range(planned.ranks):
-            place, bundle = bundle_of(self.plan, role, rank)
-            spec = WorkerSpec(self.config, role, rank, planned.ranks, self.plan.device, planned.threads)
-            options: dict[str, Any] = {
-                "name": f"{self.config.name}/{role}-{rank}",
-                "namespace": "troupe",
-                "num_cpus": planned.cpus,
-                "num_gpus": planned.gpus,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(self._places[place], bundle),
-                "runtime_env": {"env_vars": environment(self.config, role, self.plan.device, planned.threads)},
-            }
-            handles.append(ray.remote(Host).options(**options).remote(kind, spec))
-        return WorkerGroup(role, tuple(handles), planned.group, self.config.cluster.call_timeout)
+        place, bundle = bundle_of(self.plan, role, rank)
+        spec = WorkerSpec(self.config, role, rank, planned.ranks, self.plan.device, planned.threads)
+        started = self._starts[role, rank]
+        self._starts[role, rank] += 1
+        options: dict[str, Any] = {
+            "name": f"{self.config.name}/{role}-{rank}" + (f" restart {started}" if started else ""),
+            "namespace": "troupe",
+            "num_cpus": planned.cpus,
+            "num_gpus": planned.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._places[place], bundle),
+            "runtime_env": {"env_vars": environment(self.config, role, self.plan.device, planned.threads)},
+        }
+        return ray.remote(Host).options(**options).remote(kind, spec)
 
-    def _meet(self) -> None:
-        """Tell the ranks of each training role where they meet."""
-        starting = [replace(group, timeout=self.config.cluster.start_timeout) for group in self.groups.values()]
-        addresses = together(*(group.call("address") for group in starting))
-        together(*(group.call("join", ranks[0]) for group, ranks in zip(starting, addresses, strict=True)))
+    def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
+        """Find out where new workers are, and tell the ranks of each role where they meet."""
+        found = together(*(self.groups[role].to(ranks, "whereabouts") for role, ranks in new.items()))
+        for (role, ranks), places in zip(new.items(), found, strict=True):
+            self.groups[role].whereabouts |= dict(zip(ranks, places, strict=True))
+        self._changed(self)
+        addresses = together(*(self.groups[role].to(ranks, "address") for role, ranks in new.items()))
+        meet = {role: each[0] for role, each in zip(new, addresses, strict=True)}
+        together(*(self.groups[role].to(ranks, "join", meet[role]) for role, ranks in new.items()))
 
     def stop(self) -> None:
         """End the workers and give their placement groups back."""
@@ -150,6 +212,90 @@ class Team:
         except PlacementError as error:  # an end that is slow must not hide why it came
             logging.getLogger("troupe").warning("%s", error)
         self.groups, self._places = {}, {}
+
+    # ------------------------------------------------------------ recovery
+
+    def replace(self, error: WorkerError, anew: Sequence[Role] = ()) -> None:
+        """Replace the casualties of a failure, all ranks of a role that compute together, and tell the new ones all that the
+        old ones were told. What those had learned since is gone: see `restore`. `anew`: roles that begin anew as well.
+
+        Raises the error where it is not to be survived, PlacementError where a lost node leaves no room.
+        """
+        self.recovery.consider(error)
+        lost: dict[Role, list[int]] = {}
+        for role, rank in self._due(error):
+            lost.setdefault(role, []).append(rank)
+        for role in {*lost, *anew}:
+            if role in anew or self.groups[role].collective:
+                lost[role] = list(range(len(self.groups[role])))
+        places = {
+            (role, rank): self.groups[role].whereabouts.get(rank) for role, ranks in lost.items() for rank in ranks
+        }
+        end({rank: place for rank, place in places.items() if place})
+        for role, ranks in lost.items():
+            for rank in ranks:
+                ray.kill(self.groups[role].handles[rank])
+        await_groups(self.plan, self.config.name, self._places, self.config.recovery.node_timeout)
+        for role, ranks in lost.items():
+            for rank in ranks:
+                self.groups[role].handles[rank] = self._spawn(role, rank)
+        self._meet(lost)
+        for calls in zip_longest(*(self.groups[role].prepared(ranks) for role, ranks in lost.items())):
+            together(*calls)
+        if "rollout" in self.groups and lost.keys() & {"actor", "rollout"}:
+            self._connect()
+
+    def _due(self, error: WorkerError) -> list[Rank]:
+        """The casualties that were not replaced since, because of another error that named them too."""
+        known = error.failure.places
+        return [
+            (role, rank)
+            for role, rank in error.failure.casualties
+            if (role, rank) not in known or known[role, rank] == self.groups[role].whereabouts.get(rank)
+        ]
+
+    def _mend(self, error: WorkerError) -> None:
+        """Replace workers without state. New engines get the weights that the others have."""
+        if due := self._due(error):
+            self.replace(error)
+            if self.version and any(role == "rollout" for role, _ in due):
+                self.publish(self.version)
+
+    def snapshot(self, step: int, state: dict[str, Any], roles: Sequence[Role]) -> Snapshot:
+        """Copy what roles have learned into the object store; where there are several nodes, onto another node too."""
+        groups = [self.groups[role] for role in roles]
+        found = together(*(group.scatter("snapshot", [()] * len(group), keep=1) for group in groups))
+        nodes = sorted(alive_nodes())
+        files: dict[Role, list[RankFiles]] = {role: [] for role in roles}
+        for group, ranks in zip(groups, found, strict=True):
+            for rank, (ref, names) in enumerate(ranks):
+                node = group.whereabouts[rank].node
+                others = [other for other in nodes if other != node]
+                copies = {node: ref}
+                if others:
+                    other = others[rank % len(others)]
+                    copies[other] = on_node(other, copy_files).remote(ref)
+                files[group.role].append(RankFiles(names, copies))
+        return Snapshot(step, state, files)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Give roles back what they had learned."""
+        calls: list[Call[Any]] = []
+        for role, ranks in snapshot.files.items():
+            names = sorted({name for rank in ranks for name in rank.names})
+            first = ranks[0].here()
+            calls.append(self.groups[role].scatter("restore_snapshot", [(r.here(), first, names) for r in ranks]))
+        together(*calls)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Role, rank, node, pid and restarts of every worker."""
+        return [
+            {"role": role, "rank": rank, "node": place.host, "pid": place.pid, "restarts": self._starts[role, rank] - 1}
+            for role, group in self.groups.items()
+            for rank, place in sorted(group.whereabouts.items())
+        ]
+
+    # ------------------------------------------------------------ models and data
 
     def load(self, model: str, reward_models: Mapping[str, str]) -> None:
         """Load every role of the PPO stage at the same time, and let the actor meet the engines.
@@ -166,11 +312,11 @@ class Team:
         critic = next(iter(paths.values()), model)
         longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
         together(
-            groups["actor"].call("load", model, actor, ppo.actor_optimizer),
-            groups["critic"].call("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
-            groups["reference"].call("load", model, actor, None),
-            groups["reward"].call("load", model, paths),
-            groups["rollout"].call("load", model, self.transport, longest),
+            groups["actor"].prepare("load", model, actor, ppo.actor_optimizer),
+            groups["critic"].prepare("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
+            groups["reference"].prepare("load", model, actor, None),
+            groups["reward"].prepare("load", model, paths),
+            groups["rollout"].prepare("load", model, self.transport, longest),
         )
         self._connect()
 
@@ -185,13 +331,13 @@ class Team:
         """
         assert self.config.ppo is not None
         self.add_data(name, rows, ["rollout", "reward"])
-        lengths = self.groups["rollout"].call("tokenize", name, self.config.ppo.max_prompt_tokens).get()[0]
+        lengths = self.groups["rollout"].prepare("tokenize", name, self.config.ppo.max_prompt_tokens).get()[0]
         self.lengths[name] = (lengths, np.zeros_like(lengths))
 
     def add_data(self, name: str, rows: Sequence[Row], roles: Sequence[Role]) -> None:
         """Give a dataset to the workers of some roles, through the object store."""
         ref = ray.put(list(rows))
-        together(*(self.groups[role].call("add_rows", name, ref) for role in roles))
+        together(*(self.groups[role].prepare("add_rows", name, ref) for role in roles))
 
     def memory(self) -> dict[Role, int]:
         """Bytes of each role's workers, proportional set size."""
@@ -225,8 +371,9 @@ class Team:
                 versions=frozenset(written.version for _, written in results),
             )
 
-        args = [(data, prompts[share], numbers[share], step) for share in shares]
-        return group.scatter("generate", args, keep=1, then=gather)
+        args = [(data, prompts[share], numbers[share], step, self.version) for share in shares]
+        work = float(self.lengths[data][0][prompts].sum() + len(prompts) * self.config.rollout.max_new_tokens)
+        return group.scatter("generate", args, keep=1, work=work, then=gather)
 
     def _share_out(self, prompt_lengths: np.ndarray, engines: int) -> list[np.ndarray]:
         """Give each answer, the longest first, to the engine with the fewest tokens outstanding."""
@@ -256,7 +403,7 @@ class Team:
             return Column(placed, _in_order(shards, [numbers for _, numbers in results], len(rollouts)))
 
         args = [(rollouts.placed.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)]
-        return self.groups[role].scatter(method, args, keep=1, then=gather)
+        return self.groups[role].scatter(method, args, keep=1, work=float(rollouts.lengths.sum()), then=gather)
 
     def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, np.ndarray]]:
         """Scores [samples] by each of the named sources (rewards or judges)."""
@@ -269,7 +416,7 @@ class Team:
             (rollouts.data, rollouts.prompts[rows], rollouts.placed.take(rows), micro, list(names))
             for rows, micro in zip(shards, micro_batches, strict=True)
         ]
-        return self.groups["reward"].scatter("scores", args, then=gather)
+        return self.groups["reward"].scatter("scores", args, work=float(rollouts.lengths.sum()), then=gather)
 
     def texts(self, rollouts: Rollouts) -> list[tuple[str, str]]:
         """(prompt, answer) of each sample, for people to read."""
@@ -305,9 +452,9 @@ class Team:
     ) -> Call[dict[str, float]]:
         works = self._works(role, experience, step, update)
         seed = (self.config.seed, step)
-        return self.groups[role].scatter(
-            method, [(work, progress, seed) for work in works], then=lambda results: results[0]
-        )
+        args = [(work, progress, seed) for work in works]
+        tokens = float(experience.rollouts.lengths.sum())
+        return self.groups[role].scatter(method, args, work=tokens, then=lambda results: results[0])
 
     def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[Work]:
         """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
@@ -347,7 +494,7 @@ class Team:
 
     def tokenize(self, role: Role, name: str, kind: str, max_length: int) -> None:
         """Let a role's ranks tokenise a dataset's rows."""
-        self.lengths[name] = self.groups[role].call("tokenize", name, kind, max_length).get()[0]
+        self.lengths[name] = self.groups[role].prepare("tokenize", name, kind, max_length).get()[0]
 
     def parts(self, role: Role, name: str, rows: np.ndarray, max_tokens: int) -> list[Part]:
         """Each rank's part of a batch of dataset rows, balanced by tokens."""
@@ -366,8 +513,35 @@ class Team:
         actor.call("connect", engines, self.transport, address).get()
 
     def publish(self, version: int) -> int:
-        """Give the actor's weights to every engine under a version. Returns the bytes of one copy."""
-        return self.groups["actor"].call("publish", version).get()[0]
+        """Give the actor's weights to every engine under a version. Returns the bytes of one copy.
+
+        Engines that die meanwhile are replaced; weights that do not arrive as they were sent are sent once more.
+        """
+        damaged = 0
+        while True:
+            try:
+                size = self.groups["actor"].call("publish", version).get()[0]
+            except WorkerError as error:
+                if isinstance(error.failure.cause, StaleWeights) and not damaged:
+                    damaged += 1
+                    self.recovery.record(error.failure, "sent once more")
+                elif self._only_engines(error):
+                    self.replace(error)
+                else:
+                    raise
+            else:
+                self.version = version
+                return size
+
+    def _only_engines(self, error: WorkerError) -> bool:
+        """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""
+        alone = len(self.groups["actor"]) == 1 or self.config.strategy_of("actor") != "zero3"
+        roles = {role for role, _ in error.failure.casualties}
+        return alone and roles == {"rollout"}
+
+
+def alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def pretrained(settings: ModelSettings) -> ModelSettings:

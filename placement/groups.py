@@ -50,13 +50,25 @@ def create_groups(plan: Plan, run_name: str, timeout: float) -> dict[str, Placem
             if not waiting:
                 return {group.name: made[group.name] for group in plan.groups}
             if until == deadline:
-                raise PlacementError(_refusal(plan, run_name, timeout, waiting))
+                raise PlacementError(_refusal(plan, run_name, timeout, waiting, "placement.timeout"))
         except BaseException:
             for group in made.values():
                 remove_placement_group(group)
             raise
         remove_groups(made)
         patience *= 2
+
+
+def await_groups(plan: Plan, run_name: str, groups: Mapping[str, PlacementGroup], timeout: float) -> None:
+    """Wait until every bundle has a node: those of a lost node get another, where there is room.
+
+    Raises:
+        PlacementError: some have none after `timeout` seconds; names what is missing and what each node has free.
+    """
+    deadline = time.monotonic() + timeout
+    waiting = [name for name, group in groups.items() if not group.wait(_seconds_to(deadline))]
+    if waiting:
+        raise PlacementError(_refusal(plan, run_name, timeout, waiting, "recovery.node_timeout"))
 
 
 def remove_groups(groups: Mapping[str, PlacementGroup], timeout: float = 60.0) -> None:
@@ -109,13 +121,13 @@ def _request(group: GroupPlan) -> Request:
     return Request(group.bundles[0], len(group.bundles), group.packing)
 
 
-def _refusal(plan: Plan, run_name: str, timeout: float, waiting: list[str]) -> str:
+def _refusal(plan: Plan, run_name: str, timeout: float, waiting: list[str], setting: str) -> str:
     """Which groups were not had, for want of what, and what each node has free while the others are held."""
     free, lines = _free_resources(), []
     for name in waiting:
         request = _request(plan.group(name))
         lines.append(
-            f"placement group {run_name}-{name} was not to be had in {timeout:g} s (placement.timeout): "
+            f"placement group {run_name}-{name} was not to be had in {timeout:g} s ({setting}): "
             f"{request.count} x ({written(request.bundle)}), {request.packing}; "
             f"{shortage(request, [units(node) for node, _ in free.values()])}"
         )

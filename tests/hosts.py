@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import ray
 
-from configs.schema import Role, RunConfig, Strategy
+from configs.schema import DeadlineSettings, Role, RunConfig, Strategy
 from orchestrator.calls import Call, WorkerGroup
+from orchestrator.deadlines import Deadlines
 from workers.host import Host
 from workers.sequences import Chunk, Placed
 from workers.worker import WorkerSpec, environment
 
-TIMEOUT = 240.0
+DEADLINES = Deadlines(DeadlineSettings(first=240.0, start=240.0))
 
 
 def run_config(**settings: Any) -> RunConfig:
@@ -39,7 +40,7 @@ class Hosts:
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
             handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote(kind, spec) for spec in specs]
-            self.groups[key] = WorkerGroup(role, tuple(handles), f"{kind}-{strategy}", TIMEOUT)
+            self.groups[key] = WorkerGroup(role, handles, f"{kind}-{strategy}", DEADLINES)
             self.groups[key].call("join", self.groups[key].first("address")).get()
         return self.groups[key]
 

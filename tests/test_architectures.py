@@ -76,7 +76,7 @@ def run_config(folder: Path, model: Path, reward: Path) -> RunConfig:
         "ppo": ppo,
         "rollout": {"max_new_tokens": 8, "kv_cache_gib": 0.03125, "max_sequences": 8},
         "placement": {"cpus_per_device": 1},
-        "cluster": {"call_timeout": 240},
+        "deadlines": {"first": 240},
     })  # fmt: skip
 
 

@@ -1,10 +1,9 @@
-"""Calls to worker groups, on a real Ray cluster with a dashboard (worker logs are read through it)."""
+"""Calls to worker groups, on a real Ray cluster."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.util.state import list_logs
-from ray.util.state.exception import RayStateApiException
 
 import orchestrator.cluster  # noqa: F401  its environment must be there before Ray is used
-from configs.schema import Role
-from orchestrator.calls import Call, WorkerError, WorkerGroup, together
+from configs.schema import DeadlineSettings, Role
+from orchestrator.calls import Call, WorkerGroup, together
+from orchestrator.deadlines import Deadlines
+from orchestrator.failures import WorkerError
+from placement.cluster import Cluster
+from workers.examine import Whereabouts, whereabouts
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,9 @@ class Rank:
 
     def ping(self) -> int:
         return os.getpid()
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
 
     def echo(self, *args: Any) -> Any:
         return args
@@ -64,42 +68,9 @@ class Rank:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=free_port(),
-        object_store_memory=100 * 2**20,
-        log_to_driver=False,
-        _system_config={"enable_worker_prestart": False},
-    )
-    try:
-        wait_for_logs()
-        yield
-    finally:
-        ray.shutdown()
-
-
-def wait_for_logs(seconds: float = 180.0) -> None:
-    """Until the node's agent is there, through which logs are read."""
-    deadline, here = time.monotonic() + seconds, ray.get_runtime_context()
-    while True:
-        try:
-            list_logs(address=here.gcs_address, node_id=here.get_node_id())
-            return
-        except (RayStateApiException, OSError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+def cluster(ray_here: Cluster) -> None:
+    """Ranks ask for no CPUs, so that there may be many."""
 
 
 Start = Callable[..., WorkerGroup]
@@ -118,8 +89,9 @@ def group_of(idle: Handles, taken: Handles) -> Start:
             idle.append(ray.remote(Rank).options(num_cpus=0).remote())
         mine = [idle.pop() for _ in range(ranks)]
         taken.extend(mine)
-        ray.get([handle.call.remote("ping") for handle in mine])
-        return WorkerGroup(role, tuple(mine), place or role, timeout)
+        places = ray.get([handle.call.remote("whereabouts") for handle in mine])
+        deadlines = Deadlines(DeadlineSettings(start=timeout, train=timeout))
+        return WorkerGroup(role, mine, place or role, deadlines, whereabouts=dict(enumerate(places)))
 
     return start
 
@@ -240,9 +212,7 @@ def test_a_call_to_a_dead_process_says_so(spend: Start) -> None:
 def test_a_passed_deadline_names_who_did_not_answer(spend: Start) -> None:
     group = spend("rollout", ranks=3, timeout=1.0)
     began = time.monotonic()
-    with pytest.raises(
-        WorkerError, match=r"^rollout rank 1, 2: no answer to hang in 1 s \(cluster\.call_timeout\)"
-    ) as e:
+    with pytest.raises(WorkerError, match=r"^rollout rank 1, 2: no answer to hang in 1 s \(deadlines\.train\)") as e:
         group.scatter("hang", [("rank 0", 0.0), ("rank 1", 600.0), ("rank 2", 600.0)]).get()
     assert time.monotonic() - began < 20
     assert "out: rank 1" in str(e.value)

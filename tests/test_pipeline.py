@@ -146,7 +146,7 @@ def test_other_settings_are_refused_with_the_difference(whole: Result, micro: Pa
     assert "has begun (sft, rm, ppo) with other settings" in first
     assert f"troupe resume {whole.folder}" in first
     assert differences == ["  ppo.steps: 6 there, 7 asked for", "  seed: 1 there, 5 asked for"]
-    run_stages(load_config(micro, [TWO_ENGINES, "checkpoint.every=2", "cluster.call_timeout=99"]))
+    run_stages(load_config(micro, [TWO_ENGINES, "checkpoint.every=2", "deadlines.first=999"]))
 
 
 def test_settings_of_a_stage_that_has_not_begun_may_change(whole: Result, micro: Path, tmp_path: Path) -> None:

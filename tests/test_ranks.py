@@ -141,7 +141,7 @@ def run_config(folder: Path, strategy: str, ranks: int, micro_batch_tokens: int)
         "rm": {"train": data, "optimizer": ADAM, "margin": 0.3, "center": 0.01},
         "ppo": ppo,
         "placement": {"devices": {"actor": ranks, "critic": ranks}, "cpus_per_device": 1},
-        "cluster": {"call_timeout": 240},
+        "deadlines": {"first": 240},
     })  # fmt: skip
 
 

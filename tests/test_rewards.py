@@ -13,9 +13,11 @@ import ray
 import torch
 
 from configs.schema import Role, RunConfig
-from orchestrator.calls import WorkerError, WorkerGroup, together
+from orchestrator.calls import WorkerGroup, together
 from orchestrator.evaluation import weighted_sum
+from orchestrator.failures import WorkerError
 from placement import Cluster
+from tests.hosts import DEADLINES
 from tests.models import VOCABULARY, make_model, make_tokenizer
 from workers.data import Row
 from workers.functions import RewardError, find_function
@@ -260,7 +262,7 @@ def test_from_a_worker_the_error_comes_with_role_rank_and_reward(ray_here: Clust
         ray.remote(Host).options(num_cpus=1, runtime_env=env).remote("rewards", spec(config, rank=rank, world=2))
         for rank in range(2)
     ]
-    group = WorkerGroup("reward", tuple(handles), "reward", 120.0)
+    group = WorkerGroup("reward", handles, "reward", DEADLINES)
     try:
         group.call("load", str(folder), {}).get()
         group.call("add_rows", "prompts", ROWS).get()

@@ -16,7 +16,8 @@ import ray
 from ray._private.internal_api import node_stats
 
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
-from orchestrator.calls import WorkerError, together
+from orchestrator.calls import together
+from orchestrator.failures import WorkerError
 from tests.hosts import Hosts, generate, log_probs
 from tests.models import make_model
 from workers.data import Row

@@ -77,10 +77,17 @@ class RolloutWorker(Worker):
             )
         return lengths
 
-    def generate(self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int) -> tuple[Chunk, Written]:
-        """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset."""
+    def generate(
+        self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int, version: int | None = None
+    ) -> tuple[Chunk, Written]:
+        """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset.
+
+        Raises StaleWeights where the engine's weights are not those of `version` (none: whatever it serves).
+        """
         if self.version is None:
             raise StaleWeights(f"{self!r} holds no published weights: it serves nothing until an update succeeds")
+        if version not in (None, self.version):
+            raise StaleWeights(f"{self!r} holds version {self.version}, and was asked to serve {version}")
         for i, (prompt, sample) in enumerate(zip(prompts.tolist(), samples.tolist(), strict=True)):
             ids = self.prompts[data][prompt]
             seed = sample_seed(self.config.seed, step, prompt, sample)

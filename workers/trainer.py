@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelSettings, OptimizerSettings
 from workers.data import Codec, RowKind, Sequence
+from workers.files import Files, read_files, write_files
 from workers.models import LanguageModel, ScalarModel, add_lora, load_hf, load_tokenizer
 from workers.weights import GatheredWeights, gathered
 from workers.worker import Worker, WorkerSpec
@@ -214,6 +216,22 @@ class Trainer(Worker):
         path, _ = self.engine.load_checkpoint(folder, tag="state", load_module_strict=not self.settings.lora)
         if path is None:
             raise FileNotFoundError(f"{folder}: holds no state of {self!r}")
+
+    def snapshot(self) -> tuple[Files, list[str]]:
+        """What `save` writes of this rank, and the names of its files."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            files = read_files(Path(folder))
+        return files, list(files)
+
+    def restore_snapshot(self, mine: Files, first: Files, names: list[str]) -> None:
+        """`restore` from this rank's and the first rank's files; `names` are those of all ranks."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:  # DeepSpeed asks that all are there, and reads no other rank's
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).touch()
+            write_files(Path(folder), first | mine)
+            self.restore(folder)
 
     def export(self, folder: str) -> None:
         """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective."""

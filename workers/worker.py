@@ -10,6 +10,7 @@ import psutil
 import ray
 
 from configs.schema import Role, RunConfig
+from workers.examine import Whereabouts, whereabouts
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"{self.spec.role}-{self.spec.rank}"
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
 
     def address(self) -> tuple[str, int]:
         """Host and a free port, for the group's rendezvous."""

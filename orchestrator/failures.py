@@ -1,0 +1,123 @@
+"""What went wrong in a worker, as far as can be found out: who, where, doing what, and what its process shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from configs.schema import Role
+from workers import examine
+from workers.examine import Finding, Whereabouts
+
+LOG_LINES = 30
+LOOK = 60.0
+"""Seconds for looking at the processes of a node; one that takes longer is taken for lost."""
+
+Kind = Literal["error", "died", "hung", "lost"]
+
+Rank = tuple[Role, int]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call to a worker that did not end well."""
+
+    kind: Kind
+    """error: it raised. died: its process is gone. hung: it gave no answer in time. lost: its answer was lost with a node."""
+    role: Role
+    ranks: tuple[int, ...]
+    method: str
+    phase: str
+    text: str
+    """What happened, in a line."""
+    cause: Exception | None = None
+    """What the worker raised, where it did."""
+    detail: str = ""
+    """What Ray says: a traceback, a cause of death."""
+    casualties: tuple[Rank, ...] = ()
+    """Workers that must be replaced, of whatever role: what one suffers another may report."""
+    places: dict[Rank, Whereabouts] = field(default_factory=dict)
+    findings: dict[Rank, Finding] = field(default_factory=dict)
+    """Of the casualties; of those that raised where there are none."""
+
+    @property
+    def survivable(self) -> bool:
+        """Whether a replaced worker and the same call again may do: an error that a worker raised by itself comes again."""
+        return bool(self.casualties) or self.kind == "lost"
+
+    def __str__(self) -> str:
+        parts = [self.text]
+        if self.detail:
+            parts.append(_indent(self.detail))
+        for rank, found in self.findings.items():
+            place = self.places[rank]
+            parts.append(
+                f"  {_named(rank)}: node {place.host} ({place.node[:6]}), pid {place.pid}, process {found.state}"
+            )
+            if found.stack:
+                parts.append(f"  its stack:\n{_indent(found.stack)}")
+            if found.log:
+                parts.append(f"  the end of its output:\n{_indent(found.log)}")
+        return "\n".join(parts)
+
+
+class WorkerError(RuntimeError):
+    """A worker failed, died or did not answer in time; the message says all that could be found out."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+def look(places: dict[Rank, Whereabouts], stacks: bool = False) -> dict[Rank, Finding]:
+    """Examine workers' processes, on their nodes."""
+    nodes = _by_node(places)
+    tasks = {
+        node: on_node(node, examine.examine).remote([places[rank] for rank in ranks], LOG_LINES, stacks)
+        for node, ranks in nodes.items()
+    }
+    found: dict[Rank, Finding] = {}
+    for node, ranks in nodes.items():
+        try:
+            found |= zip(ranks, ray.get(tasks[node], timeout=LOOK), strict=True)
+        except RayError:  # the task cannot be run there, or gives no answer
+            found |= dict.fromkeys(ranks, Finding("node lost"))
+    return {rank: found[rank] for rank in places}
+
+
+def end(places: dict[Rank, Whereabouts]) -> None:
+    """Kill workers' processes, which Ray cannot do with a stopped one."""
+    for node, ranks in _by_node(places).items():
+        try:
+            ray.get(on_node(node, examine.end).remote([places[rank] for rank in ranks]), timeout=LOOK)
+        except RayError:
+            continue  # with the node they are gone too
+
+
+def _by_node(places: dict[Rank, Whereabouts]) -> dict[str, list[Rank]]:
+    ranks = sorted(places, key=lambda rank: places[rank].node)
+    return {node: list(group) for node, group in groupby(ranks, key=lambda rank: places[rank].node)}
+
+
+def on_node(node: str, function: Callable[..., Any]) -> Any:
+    """A function as a Ray task for a node, beside whatever else runs there."""
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+
+
+def named(ranks: Sequence[Rank]) -> str:
+    return ", ".join(_named(rank) for rank in ranks)
+
+
+def _named(rank: Rank) -> str:
+    return f"{rank[0]}-{rank[1]}"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().splitlines())

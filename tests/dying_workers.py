@@ -1,0 +1,94 @@
+"""The workers of tests.dying."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from workers.policy import PolicyWorker
+from workers.rewards import RewardWorker
+from workers.rollout import RolloutWorker
+from workers.trainer import Trainer
+from workers.value import ValueWorker
+from workers.worker import Worker
+
+
+class _Dying(Worker):
+    """What the workers below share."""
+
+    def reach(self, point: str) -> None:
+        counts: Counter[str] = vars(self).setdefault("counts", Counter())
+        counts[point] += 1
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            path = Path(self.config.runs) / "faults" / f"{self!r}.{point}.{counts[point]}.{int(number)}"
+            if path.exists():
+                path.unlink()
+                os.kill(os.getpid(), number)
+
+
+class _DyingTrainer(_Dying, Trainer):
+    def optimize(self, losses: Any, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+        assert self.engine is not None
+        if "step" not in vars(self.engine):
+            step = self.engine.step
+
+            def dying() -> None:
+                self.reach("optimizer")
+                step()
+
+            self.engine.step = dying
+
+        def share(loss: Any) -> Tensor:
+            self.reach("forward")
+            found: Tensor = loss()
+            found.register_hook(lambda _: self.reach("backward"))
+            return found
+
+        return super().optimize([lambda loss=loss: share(loss) for loss in losses], progress, seed)  # type: ignore[misc]
+
+    def save(self, folder: str) -> None:
+        self.reach("save")
+        super().save(folder)
+
+
+class DyingPolicy(_DyingTrainer, PolicyWorker):
+    def log_probs(self, *args: Any) -> Any:
+        self.reach("score")
+        return super().log_probs(*args)
+
+    def publish(self, version: int) -> int:
+        self.reach("publish")
+        return super().publish(version)
+
+
+class DyingValue(_DyingTrainer, ValueWorker):
+    def values(self, *args: Any) -> Any:
+        self.reach("score")
+        return super().values(*args)
+
+
+class DyingRewards(_Dying, RewardWorker):
+    def scores(self, *args: Any) -> Any:
+        self.reach("score")
+        return super().scores(*args)
+
+
+class DyingRollout(_Dying, RolloutWorker):
+    def load(self, *args: Any) -> None:
+        super().load(*args)
+        step = self.engine.step
+
+        def dying() -> Any:
+            self.reach("generate")
+            return step()
+
+        self.engine.step = dying
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.reach("publish")
+        super().update_weights(update_info)

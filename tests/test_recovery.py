@@ -1,0 +1,127 @@
+"""Workers killed or stopped in the middle of a run, for real: the run goes on, and its result is that of a quiet run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from orchestrator import Result, WorkerError, load_config, run_stages
+from orchestrator.metrics import read_metrics
+from placement.cluster import Cluster
+from tests.dying import fault
+from tests.micro import write_micro
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
+SETTINGS = (
+    "placement.devices.rollout=2",
+    "plugins=[tests.dying]",
+    "recovery.snapshot_every=2",
+    "recovery.restarts=6",
+)
+
+
+def lines(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """A stage's metrics without clock and memory."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
+        for line in read_metrics(folder)
+        if line["stage"] == stage
+    ]
+
+
+def assert_same_model(a: Path, b: Path) -> None:
+    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_micro(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="module")
+def quiet(micro: Path, ray_here: Cluster) -> Result:
+    """All stages without a fault."""
+    return run_stages(load_config(micro, list(SETTINGS)))
+
+
+def run(micro: Path, quiet: Result, folder: Path, stage: str, *overrides: str) -> Path:
+    """A stage from the models of the quiet run, with faults; its folder."""
+    copy = folder / "micro"
+    shutil.copytree(quiet.folder, copy, symlinks=True)
+    for later in {"sft": ("sft", "rm", "ppo"), "rm": ("rm", "ppo"), "ppo": ("ppo",)}[stage]:
+        shutil.rmtree(copy / "models" / later)
+    before = [
+        line for line in read_metrics(copy) if line["stage"] in {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}[stage]
+    ]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+    run_stages(load_config(micro, [*SETTINGS, f"runs={folder}", *overrides]), [stage])  # type: ignore[list-item]
+    return copy
+
+
+def records(folder: Path) -> list[str]:
+    return [path.read_text() for path in sorted((folder / "failures").glob("*.txt"))]
+
+
+PPO_FAULTS = {
+    "stateless roles killed": [
+        ("rollout-0", "generate", 12),  # in the evaluation before the first step
+        ("reference-0", "score", 3),
+        ("reward-0", "score", 5),
+        ("rollout-1", "generate", 40),
+    ],
+    "actor and critic killed": [
+        ("actor-0", "forward", 2),  # in the first step: nothing is kept yet
+        ("critic-0", "backward", 7),
+        ("actor-0", "optimizer", 9),
+    ],
+    "killed in publication": [
+        ("actor-0", "publish", 3),
+        ("rollout-1", "publish", 9),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PPO_FAULTS)
+def test_ppo_is_as_without_the_faults(name: str, micro: Path, quiet: Result, tmp_path: Path) -> None:
+    for who, point, count in PPO_FAULTS[name]:
+        fault(tmp_path, who, point, count)
+    folder = run(micro, quiet, tmp_path, "ppo")
+    assert not list((tmp_path / "faults").iterdir()), "every fault has happened"
+    assert lines(folder, "ppo") == lines(quiet.folder, "ppo")
+    assert_same_model(folder / "models" / "ppo", quiet.models["ppo"])
+    assert len(records(folder)) == len(PPO_FAULTS[name])
+
+
+def test_stopped_processes_are_found_by_their_deadline(micro: Path, quiet: Result, tmp_path: Path) -> None:
+    fault(tmp_path, "rollout-0", "generate", 12, signal.SIGSTOP)
+    fault(tmp_path, "actor-0", "backward", 6, signal.SIGSTOP)
+    folder = run(micro, quiet, tmp_path, "ppo", "deadlines.generate=20", "deadlines.train=20")
+    assert lines(folder, "ppo") == lines(quiet.folder, "ppo")
+    engine, actor = records(folder)
+    assert "rollout rank 0: no answer to generate in 20 s (deadlines.generate)" in engine
+    assert "process stopped" in engine
+    assert "in reach (" in actor, "its stack"
+
+
+def test_supervised_stages_are_as_without_the_faults(micro: Path, quiet: Result, tmp_path: Path) -> None:
+    fault(tmp_path, "actor-0", "backward", 8)
+    fault(tmp_path, "actor-0", "save", 1)
+    folder = run(micro, quiet, tmp_path, "sft")
+    assert lines(folder, "sft") == lines(quiet.folder, "sft")
+    assert_same_model(folder / "models" / "sft", quiet.models["sft"])
+
+
+def test_a_fault_that_comes_again_ends_the_run(micro: Path, quiet: Result, tmp_path: Path) -> None:
+    fault(tmp_path, "reward-0", "score", 1)
+    with pytest.raises(WorkerError, match=r"not replaced again: 0 restarts in 3600 s are allowed \(recovery\.restarts"):
+        run(micro, quiet, tmp_path, "ppo", "recovery.restarts=0")

@@ -1,0 +1,101 @@
+"""Looking at a worker's process from outside: where it is, whether it lives, what it does, what it wrote last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import ray
+
+State = Literal["running", "stopped", "gone", "node lost"]
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a worker's process is."""
+
+    node: str
+    """Ray's id of the node."""
+    host: str
+    """Its address."""
+    pid: int
+    born: float
+    """When the process was created: a later one may have the same pid."""
+    logs: tuple[str, ...]
+    """Files that its output goes to."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a process."""
+
+    state: State
+    log: str = ""
+    """The end of what it wrote."""
+    stack: str = ""
+    """Python stacks of its threads, where it lives."""
+
+
+def whereabouts() -> Whereabouts:
+    """Of this process."""
+    context = ray.get_runtime_context()
+    process = psutil.Process()
+    logs = tuple(path for fd in (1, 2) if (path := os.path.realpath(f"/proc/self/fd/{fd}")).startswith("/"))
+    return Whereabouts(context.get_node_id(), ray.util.get_node_ip_address(), process.pid, process.create_time(), logs)
+
+
+def examine(places: Sequence[Whereabouts], lines: int, stacks: bool) -> list[Finding]:
+    """Examine processes of this node: the last `lines` lines of each one's output and, with `stacks`, what it is doing."""
+    return [_examine(place, lines, stacks) for place in places]
+
+
+def end(places: Sequence[Whereabouts]) -> None:
+    """Kill processes of this node, stopped ones too."""
+    for place in places:
+        if (process := _process(place)) is not None:
+            process.send_signal(signal.SIGKILL)
+
+
+def _process(place: Whereabouts) -> psutil.Process | None:
+    try:
+        process = psutil.Process(place.pid)
+        same = abs(process.create_time() - place.born) < 1.0
+        return process if same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _examine(place: Whereabouts, lines: int, stacks: bool) -> Finding:
+    process, log = _process(place), "\n".join(_tail(path, lines) for path in place.logs)
+    if process is None:
+        return Finding("gone", log)
+    stopped = process.status() == psutil.STATUS_STOPPED
+    return Finding("stopped" if stopped else "running", log, _stack(place.pid) if stacks else "")
+
+
+def _stack(pid: int) -> str:
+    program = str(Path(sys.executable).with_name("py-spy"))  # it comes with Ray
+    # --nonblocking: a stopped process would never reach the point at which it may be paused.
+    command = [program, "dump", "--nonblocking", "--pid", str(pid)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return "(py-spy gave no answer in 20 s)"
+    return done.stdout if done.returncode == 0 else f"(py-spy: {done.stderr.strip()[-300:]})"
+
+
+def _tail(path: str, lines: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 2**16))
+            text = file.read().decode(errors="replace").splitlines()[-lines:]
+    except OSError as error:
+        return f"{os.path.basename(path)}: {error.strerror}"
+    return "\n".join([f"{os.path.basename(path)}:", *(f"  {line}" for line in text)])
