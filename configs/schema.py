@@ -441,12 +441,14 @@ class CheckpointSettings(Settings):
     """Steps between checkpoints; none: only when the run is asked to stop."""
     keep: PositiveInt = 2
     """Checkpoints kept per stage."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint or metrics cannot be written, as on a full disk. continue: warn, and try again at the next ones."""
 
 
 class RunConfig(Settings):
     """All settings of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,62}$")]
     """Name of the run and of its folder."""
     runs: str = "runs"
     """Folder that holds the runs' folders."""

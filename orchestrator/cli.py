@@ -187,8 +187,8 @@ def _errors() -> Iterator[None]:
         sys.exit(EXIT_CODES[name])
 
 
-REFUSED = ("ConfigError", "DataError", "PlanError", "RewardError", "RunError", "UnknownNameError")
-FAILED = ("LogProbGapError", "PlacementError", "WorkerError")
+REFUSED = ("ConfigError", "DataError", "MetricsError", "PlanError", "RewardError", "RunError", "UnknownNameError")
+FAILED = ("DiskError", "LogProbGapError", "PlacementError", "WorkerError")
 EXIT_CODES = dict.fromkeys(REFUSED, 2) | dict.fromkeys(FAILED, 1)
 """By name: the modules of these errors are imported only by the commands that need them."""
 

@@ -3,7 +3,8 @@
     runs/<name>/  config.yaml  run.json  metrics.jsonl  tensorboard/  evaluation/  summary.json  report.html
                   checkpoints/<stage>/<step>/   models/<stage>/   logs -> the workers' of the latest Ray session
 
-Folders appear whole or not at all: they are written under another name and renamed.
+Folders and small files appear whole or not at all. A checkpoint carries checksums; one that does not agree with them is
+renamed to <step>.damaged, and the one before serves.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from configs import RunConfig, load_config, save_config
+from orchestrator.integrity import DiskError, clear_leftovers, discard, seal, sync, verify, write_json, writing
+from orchestrator.integrity import whole_folder as whole_folder
 from placement.shape import Stage
 
 STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
@@ -31,29 +34,14 @@ class RunError(RuntimeError):
     """A run cannot be started or continued as asked."""
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name only when the block ends well."""
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 class Run:
     """A run's folder and settings."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
+        """Raises RunError where something in the folder leads out of it."""
         self.config = config
         self.folder = folder
+        _refuse_links(folder)
         self.stages: list[Stage] = list(self.read("run.json").get("stages", []))
         """What the run was asked for, in order."""
 
@@ -71,7 +59,8 @@ class Run:
 
     def keep(self) -> None:
         """Make the folder, and note the settings and the stages in it."""
-        save_config(self.config, self.folder / "config.yaml")
+        with writing(self.folder):
+            save_config(self.config, self.folder / "config.yaml")
         self.write("run.json", {"stages": self.stages})
 
     def _refuse_other_settings(self, old: RunConfig) -> None:
@@ -103,12 +92,14 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder. Raises RunError where one is at work in it."""
+        """Keep other processes out of the folder, and tidy up after one that was killed. Raises RunError where one is at work."""
         with open(self.folder / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RunError(f"{self.folder}: another process is at work in this run") from error
+            for folder in (self.folder, self.folder / "models", *(self.folder / "checkpoints").glob("*/")):
+                clear_leftovers(folder)
             yield
 
     def begun(self, stage: Stage) -> bool:
@@ -143,14 +134,61 @@ class Run:
     def checkpoints(self, stage: Stage) -> list[int]:
         """Steps of the stage's whole checkpoints, ascending."""
         folder = self.folder / "checkpoints" / stage
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
 
     def checkpoint(self, stage: Stage, step: int) -> Path:
         return self.folder / "checkpoints" / stage / str(step)
 
+    @contextmanager
+    def saving(self, stage: Stage, step: int) -> Iterator[Path]:
+        """A folder to write a checkpoint in. It counts once the block has ended well, and then is on disk with its checksums,
+        as are the metrics up to it. Raises DiskError where the disk is full or fails; earlier checkpoints are unharmed."""
+        with whole_folder(self.checkpoint(stage, step)) as folder:
+            yield folder
+            seal(folder)
+            if (metrics := self.folder / "metrics.jsonl").exists():
+                sync(metrics)
+
+    def sound_checkpoint(self, stage: Stage, warn: Callable[[str], None]) -> int | None:
+        """Step of the stage's newest checkpoint that is as it was saved; None where there is none.
+
+        A damaged one is set aside as <step>.damaged and `warn` is told.
+        """
+        for step in reversed(self.checkpoints(stage)):
+            folder = self.checkpoint(stage, step)
+            if not (faults := verify(folder)):
+                return step
+            aside = next(name for n in count() if not (name := folder.with_name(f"{step}.damaged{n or ''}")).exists())
+            os.rename(folder, aside)
+            warn(f"{folder}: damaged, so the one before serves; set aside as {aside.name}\n  " + "\n  ".join(faults))
+        return None
+
     def prune(self, stage: Stage, keep: int) -> None:
         for step in self.checkpoints(stage)[:-keep] if keep else self.checkpoints(stage):
-            shutil.rmtree(self.checkpoint(stage, step))
+            discard(self.checkpoint(stage, step))
+
+    @contextmanager
+    def tolerating(self, warn: Callable[[str], None]) -> Iterator[None]:
+        """What is saved or recorded in the block may fail for want of disk space, if `checkpoint.on_error` is continue."""
+        try:
+            yield
+        except DiskError as error:
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            warn(f"{error}; going on, as checkpoint.on_error is continue")
+
+
+def _refuse_links(folder: Path) -> None:
+    """What is written through a link lands elsewhere, and a run's folder may come from somebody else."""
+    inside = os.path.realpath(folder)
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path != folder / "logs":
+            target = os.path.realpath(path)
+            if os.path.commonpath([inside, target]) != inside:
+                raise RunError(
+                    f"{path}: a link to {target}, outside of the run's folder, which is not written through; remove it "
+                    "(`runs` may lie on another disk as a whole)"
+                )
 
 
 def described(config: RunConfig) -> list[Stage]:

@@ -115,7 +115,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.gamma=.nan", "ppo.gamma: was NaN; must be number >= 0 and <= 1"),
     ("ppo.clip_range=.inf", "ppo.clip_range: was Infinity; must be number > 0"),
     ("device=tpu", 'device: was "tpu"; must be auto | cpu | cuda'),
-    ("name=a/b", r'name: was "a/b"; must be text matching ^[\w.-]+$'),
+    ("name=a/b", r'name: was "a/b"; must be text matching ^\w[\w.-]{0,62}$'),
     (
         "ppo.rewards.1.function=short",
         r'ppo.rewards.1.function: was "short"; must be text matching ^[A-Za-z_][\w.]*:[A-Za-z_]\w*$',
@@ -179,7 +179,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     text = GOOD.replace("steps: 3", "steps: 0\n  clip_rnge: 1").replace("name: run\n", "")
     assert problems(write(tmp_path, text), "nonsense", "device=tpu") == [
         "override nonsense: must have the form a.b=value",
-        "name: missing; must be text matching ^[\\w.-]+$",
+        "name: missing; must be text matching ^\\w[\\w.-]{0,62}$",
         'device: was "tpu"; must be auto | cpu | cuda',
         "ppo.steps: was 0; must be integer > 0",
         "ppo.clip_rnge: no such setting; did you mean clip_range?",

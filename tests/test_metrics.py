@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from orchestrator.metrics import FILE, Recorder, gauge_name, read_metrics
+from orchestrator.metrics import FILE, MetricsError, Recorder, gauge_name, read_metrics
 from orchestrator.progress import Progress, clock
 
 
@@ -116,6 +116,33 @@ def test_tensorboard_has_the_same_numbers_and_forgets_what_was_cut(tmp_path: Pat
     assert scalars("ppo", "ppo/reward/mean") == [(1, 0.5), (2, 9.0)]
     assert math.isnan(scalars("ppo", "ppo/kl")[0][1])
     assert scalars("sft", "sft/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def test_a_stage_rewinds(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "demo", "sft") as recorder:
+        recorder.record(5, {"loss": 5})
+    with Recorder(tmp_path, "demo", "ppo") as recorder:
+        for step in (1, 2, 3):
+            recorder.record(step, {"kl": step})
+        recorder.rewind(1)
+        assert (steps_of(tmp_path, "ppo"), steps_of(tmp_path, "sft")) == ([1], [5])
+        for step in (2, 3):
+            recorder.record(step, {"kl": 10 * step})
+        recorder.rewind(3)
+        recorder.record(4, {"kl": 40})
+    assert [line["kl"] for line in read_metrics(tmp_path) if line["stage"] == "ppo"] == [1, 20, 30, 40]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "ppo"))
+    events.Reload()
+    shown = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("ppo/kl")]
+    assert shown == [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("broken", [b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_a_damaged_line_is_an_error_with_file_and_line(tmp_path: Path, broken: bytes) -> None:
+    (tmp_path / FILE).write_bytes(b'{"stage": "ppo", "step": 1}\n' + broken + b"\n")
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: "):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(
