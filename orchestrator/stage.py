@@ -152,13 +152,12 @@ class StageRun:
         """
         started = time.monotonic()
         self.plan, self.stop = plan, stop
-        saved = self.run.checkpoints(self.name)
-        self.done = saved[-1] if saved else 0
+        self.done = self.run.sound_checkpoint(self.name, lambda text: self.console.print(f"warning: {text}")) or 0
         self.recovery = Recovery(self.config.recovery, self.run.folder / "failures")
         self.status = Status(self.run.folder, self.name, self.steps, self.done)
         with (
             Progress(self.name, self.steps, self.console, start=self.done) as self.progress,
-            Recorder(self.run.folder, self.config.name, self.name, self.done if saved else None) as self.recorder,
+            Recorder(self.run.folder, self.config.name, self.name, self.done or None) as self.recorder,
         ):
             try:
                 self._survive(started)
@@ -202,7 +201,7 @@ class StageRun:
     def _go_back(self, error: WorkerError) -> None:
         """Replace what failed, and go on from the latest snapshot or checkpoint, or from the stage's start."""
         snapshot, self.snapshot = self.snapshot, None  # it may be what was lost
-        saved = self.run.checkpoints(self.name)
+        saved = self.run.sound_checkpoint(self.name, self.warn)
         self.progress.phase("replacing workers")
         self.team.replace(error, anew=[] if snapshot or saved else self.trained())
         if snapshot:
@@ -211,7 +210,7 @@ class StageRun:
             self.set_state(snapshot.state)
             self.snapshot = snapshot
         elif saved:
-            self.done = saved[-1]
+            self.done = saved
             self._restore()
         else:
             self.done = 0
@@ -234,6 +233,9 @@ class StageRun:
     def _changed(self, team: Team) -> None:
         """The workers are others than before."""
         self.status.update(workers=team.workers())
+
+    def warn(self, text: str) -> None:
+        self.progress.note(f"warning: {text}")
 
     def rows(self, data: DatasetSettings, kind: RowKind) -> list[Row]:
         return read_rows(data, kind)
@@ -258,14 +260,16 @@ class StageRun:
         """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
         self.done = step
         self.seconds = {}
-        self.recorder.record(step, metrics)
+        with self.run.tolerating(self.warn):
+            self.recorder.record(step, metrics)
         self.progress.update(step, metrics)
         self.status.update(step=step, version=self.team.version)
         every = self.config.checkpoint.every
         if step == self.steps:
             return  # the model is about to be exported, and the stage is over
         if self.stop.asked or (every and step % every == 0):
-            self.save()
+            with self.run.tolerating(self.warn):
+                self.save()
         if (often := self.config.recovery.snapshot_every) and step % often == 0:
             self.snapshot = self.team.snapshot(step, self.state(), self.trained())
         self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
@@ -273,23 +277,23 @@ class StageRun:
     # ------------------------------------------------------------ saving
 
     def save(self) -> None:
-        with whole_folder(self.run.checkpoint(self.name, self.done)) as folder:
+        with self.run.saving(self.name, self.done) as folder:
             together(*(self.team.groups[role].call("save", str((folder / role).absolute())) for role in self.trained()))
             for role in self.trained():
                 self._must_see(folder / role)
-            (folder / "state.json").write_text(json.dumps({"step": self.done, **self.state()}), encoding="utf-8")
+            self._write_state(folder, self.done, self.state())
         self.run.prune(self.name, self.config.checkpoint.keep)
 
     def _keep_snapshot(self) -> None:
         """Where the run ends before its time: what is in memory becomes a checkpoint."""
-        saved = self.run.checkpoints(self.name)
-        if self.snapshot is None or self.snapshot.step <= max(saved, default=0):
-            return
-        with whole_folder(self.run.checkpoint(self.name, self.snapshot.step)) as folder:
-            self.snapshot.write(folder)
-            (folder / "state.json").write_text(
-                json.dumps({"step": self.snapshot.step, **self.snapshot.state}), encoding="utf-8"
-            )
+        snapshot, saved = self.snapshot, self.run.checkpoints(self.name)
+        if snapshot and snapshot.step > max(saved, default=0):
+            with self.run.saving(self.name, snapshot.step) as folder:
+                snapshot.write(folder)
+                self._write_state(folder, snapshot.step, snapshot.state)
+
+    def _write_state(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
 
     def _restore(self) -> None:
         folder = self.run.checkpoint(self.name, self.done)

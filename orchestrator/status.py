@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.run import Run, RunError, write_json
+from orchestrator.run import Run, RunError
 
 FILE = "status.json"
 
@@ -35,7 +36,9 @@ class Status:
     def update(self, **changes: Any) -> None:
         """Any of step, phase, version, workers."""
         self._now |= changes
-        write_json(self._path, self._now | {"time": round(time.time(), 3)})
+        partial = self._path.with_name(FILE + ".partial")
+        partial.write_text(json.dumps(self._now | {"time": round(time.time(), 3)}), encoding="utf-8")
+        os.replace(partial, self._path)
 
 
 def print_status(run: Run, console: Console) -> None:

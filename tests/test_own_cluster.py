@@ -98,7 +98,9 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(config: Path) -> N
     done = run(config, "sft.epochs=3000", stop_with=signal.SIGINT)
     assert done.code == 128 + signal.SIGINT, done.errors
     assert done.errors == ""
-    assert "stopping after this step; once more stops at once" in done.output
+    assert (
+        "stopping after this step, or in 25 s before its end (recovery.grace); once more stops at once" in done.output
+    )
     assert "go on with: troupe resume" in done.output
     assert "Traceback" not in done.output
     assert len(list((config.parent / "runs" / "micro" / "checkpoints" / "sft").iterdir())) == 1

@@ -7,10 +7,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +18,11 @@ from orchestrator import Result, RunError, Stopped, load_config, run_stages
 from orchestrator.metrics import read_metrics
 from placement.cluster import Cluster
 from tests.micro import write_micro
+from tests.runs import ROOT, command, lines, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[1]
 TWO_ENGINES = "placement.devices.rollout=2"
-VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
-
-
-def lines(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """A stage's metrics without clock and memory."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
-        for line in read_metrics(folder)
-        if line["stage"] == stage
-    ]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so within {seconds} s"
-        time.sleep(0.02)
-
-
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "orchestrator.cli", *args]
 
 
 @pytest.fixture(scope="module")

@@ -6,41 +6,24 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
 
 from orchestrator import Result, WorkerError, load_config, run_stages
 from orchestrator.metrics import read_metrics
 from placement.cluster import Cluster
 from tests.dying import fault
 from tests.micro import write_micro
+from tests.runs import assert_same_model, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
 SETTINGS = (
     "placement.devices.rollout=2",
     "plugins=[tests.dying]",
     "recovery.snapshot_every=2",
     "recovery.restarts=6",
 )
-
-
-def lines(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """A stage's metrics without clock and memory."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
-        for line in read_metrics(folder)
-        if line["stage"] == stage
-    ]
-
-
-def assert_same_model(a: Path, b: Path) -> None:
-    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
 @pytest.fixture(scope="module")

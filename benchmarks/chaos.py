@@ -1,0 +1,212 @@
+"""PPO while an adversary kills, stops and corrupts at random, against the same run left alone.
+
+    python -m examples.movies prepare && python -m benchmarks.chaos --steps 100 --faults 30 --seed 1
+
+The tiny recipe: its SFT and reward model first, then PPO twice, quiet and under faults. What the adversary does, and in which
+step, is drawn with the seed; when in the step is drawn too, from the clock. Prints how many faults of each kind came, how many
+were survived, and the seconds that they cost. The last line says whether metrics and final weights are equal, bit for bit; if
+not, the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from benchmarks.adversary import damage_mark
+from configs import RunConfig, load_config
+from orchestrator.metrics import read_metrics
+
+ROLES = ("actor", "critic", "reference", "reward", "rollout")
+VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
+SETTINGS = (
+    "plugins=[benchmarks.adversary]",
+    "checkpoint.every=5",
+    "recovery.restarts=1000",
+    "deadlines.least=15",
+    "ppo.evaluation=null",
+)
+
+
+@dataclass
+class Fault:
+    """Something that the adversary does."""
+
+    kind: str
+    step: int
+    """The first step after this one is when it comes."""
+    at: float = 0.0
+    lost: float = 0.0
+    """Seconds until a step more was done than before, less what a step takes."""
+
+
+@dataclass
+class Attacked:
+    """A run in a process of its own, which the adversary can see and reach."""
+
+    config: RunConfig
+    log: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.runs) / self.config.name
+
+    def begin(self, *arguments: str) -> None:
+        with open(self.log, "ab") as log:
+            command = [sys.executable, "-m", "orchestrator.cli", *arguments]
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def step(self) -> int:
+        """Steps of PPO that are done."""
+        return max((line["step"] for line in read_metrics(self.folder) if line["stage"] == "ppo"), default=0)
+
+    def pids(self, role: str) -> list[int]:
+        status = json.loads((self.folder / "status.json").read_text())
+        return [worker["pid"] for worker in status["workers"] if worker["role"] == role]
+
+
+def main(steps: int = 100, faults: int = 30, seed: int = 1, recipe: str = "configs/movies/tiny.yaml") -> None:
+    """Run, attack, compare."""
+    console, draw = Console(), random.Random(seed)
+    base = [*SETTINGS, f"ppo.steps={steps}", f"seed={seed}"]
+    quiet = load_config(recipe, [*base, f"name=chaos-{seed}-quiet"])
+    attacked = load_config(recipe, [*base, f"name=chaos-{seed}"])
+    for config in (quiet, attacked):
+        shutil.rmtree(Path(config.runs) / config.name, ignore_errors=True)
+    log = Path(quiet.runs) / f"chaos-{seed}.log"
+    log.parent.mkdir(exist_ok=True)
+
+    console.print(f"the quiet run (its output: {log})")
+    calm = Attacked(quiet, log)
+    calm.begin("pipeline", recipe, *base, f"name={quiet.name}")
+    if calm.process.wait():
+        raise SystemExit(f"the quiet run failed: see {log}")
+    _copy_models(quiet, attacked)
+
+    console.print(f"the same under {faults} faults")
+    run = Attacked(attacked, log)
+    plan = sorted((Fault(_draw_kind(draw), draw.randrange(1, steps)) for _ in range(faults)), key=lambda f: f.step)
+    run.begin("pipeline", recipe, *base, f"name={attacked.name}")
+    for fault in plan:
+        _attack(run, fault, draw, recipe, [*base, f"name={attacked.name}"])
+    survived = run.process.wait() == 0
+    _print_table(console, run, plan, _median_step(calm.folder))
+    differences = _differences(calm.folder, run.folder) if survived else ["the run did not come to its end"]
+    for difference in differences:
+        console.print(difference, markup=False)
+    console.print("equal to the quiet run, bit for bit" if not differences else "NOT equal to the quiet run")
+    raise SystemExit(1 if differences else 0)
+
+
+def _draw_kind(draw: random.Random) -> str:
+    kinds = [f"{role} {verb}" for role in ROLES for verb in ("killed", "stopped")]
+    return draw.choice([*kinds, "driver killed", "checkpoint damaged and driver killed", "weights damaged"])
+
+
+def _attack(run: Attacked, fault: Fault, draw: random.Random, recipe: str, settings: list[str]) -> None:
+    """Wait for the fault's step, strike, and wait until the run has done a step more."""
+    _until(run, lambda: run.step() >= fault.step)
+    time.sleep(draw.uniform(0.0, 2.0))
+    before, fault.at = run.step(), time.monotonic()
+    subject, _, verb = fault.kind.partition(" ")
+    if fault.kind == "weights damaged":
+        damage_mark(run.config).touch()
+    elif subject in ROLES:
+        _strike(run.pids(subject), signal.SIGKILL if verb == "killed" else signal.SIGSTOP, draw)
+    else:
+        run.process.kill()
+        run.process.wait()
+        if subject == "checkpoint":
+            _damage_newest_checkpoint(run.folder, draw)
+        run.begin("pipeline", recipe, *settings)
+    _until(run, lambda: run.step() > before)
+    fault.lost = time.monotonic() - fault.at
+
+
+def _strike(pids: list[int], number: signal.Signals, draw: random.Random) -> None:
+    pid = draw.choice(pids)
+    if psutil.pid_exists(pid):
+        os.kill(pid, number)
+
+
+def _damage_newest_checkpoint(folder: Path, draw: random.Random) -> None:
+    """Flip a bit in one of its files."""
+    steps = [path for path in (folder / "checkpoints" / "ppo").glob("*") if path.name.isdecimal()]
+    if not steps:
+        return
+    files = sorted(path for path in max(steps, key=lambda path: int(path.name)).rglob("*.pt"))
+    path = draw.choice(files)
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def _until(run: Attacked, condition: Callable[[], bool]) -> None:
+    while not condition() and run.process.poll() is None:
+        time.sleep(0.1)
+
+
+def _copy_models(source: RunConfig, target: RunConfig) -> None:
+    """The attacked run begins where PPO does."""
+    begun, folder = Path(source.runs) / source.name, Path(target.runs) / target.name
+    for stage in ("sft", "rm"):
+        shutil.copytree(begun / "models" / stage, folder / "models" / stage)
+
+
+def _median_step(folder: Path) -> float:
+    return statistics.median(line["seconds/step"] for line in read_metrics(folder) if line["stage"] == "ppo")
+
+
+def _print_table(console: Console, run: Attacked, plan: list[Fault], step: float) -> None:
+    table = Table("fault", "injected", "survived", "seconds lost, median")
+    done = run.step()
+    for kind in sorted({fault.kind for fault in plan}):
+        mine = [fault for fault in plan if fault.kind == kind and fault.at]
+        lost = [max(fault.lost - step, 0.0) for fault in mine]
+        survived = sum(done > fault.step for fault in mine)
+        table.add_row(kind, str(len(mine)), str(survived), f"{statistics.median(lost):.0f}" if lost else "")
+    console.print(table)
+    console.print(f"{len(list((run.folder / 'failures').glob('*.txt')))} failures in {run.folder / 'failures'}")
+
+
+def _differences(quiet: Path, attacked: Path) -> list[str]:
+    ours, theirs = (_lines(folder) for folder in (attacked, quiet))
+    found = [f"step {a['step']}: {_different(a, b)}" for a, b in zip(ours, theirs, strict=False) if a != b][:5]
+    if len(ours) != len(theirs):
+        found.append(f"{len(ours)} lines of metrics, {len(theirs)} in the quiet run")
+    a, b = (load_file(folder / "models" / "ppo" / "model.safetensors") for folder in (attacked, quiet))
+    return found + [f"weights differ: {name}" for name in a if a[name].tobytes() != b[name].tobytes()][:5]
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
+        for line in read_metrics(folder)
+        if line["stage"] == "ppo"
+    ]
+
+
+def _different(a: dict[str, Any], b: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {a.get(name)} {b.get(name)}" for name in a if a.get(name) != b.get(name))
+
+
+if __name__ == "__main__":
+    typer.run(main)

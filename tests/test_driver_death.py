@@ -1,0 +1,70 @@
+"""The driver killed at moments drawn at random, in all three stages: the run that was resumed is the run."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import Result, load_config, run_stages
+from placement.cluster import Cluster
+from tests.micro import write_micro
+from tests.runs import ROOT, assert_same_model, command, lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KILLS = 10
+SETTINGS = ("checkpoint.every=1", "ppo.evaluation=null", "sft.epochs=10", "rm.epochs=6", "ppo.steps=16")
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_micro(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="module")
+def quiet(micro: Path, ray_here: Cluster) -> tuple[Result, float]:
+    """The run that nobody kills, and its seconds."""
+    began = time.monotonic()
+    return run_stages(load_config(micro, [*SETTINGS, "name=quiet"])), time.monotonic() - began
+
+
+def test_the_driver_killed_at_random(micro: Path, quiet: tuple[Result, float]) -> None:
+    import ray
+
+    expected, _ = quiet
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    draw = random.Random(7)
+    folder = expected.folder.parent / "killed"
+    stages: list[str] = []
+    for kill in range(KILLS):
+        begin = command("pipeline", str(micro), *SETTINGS, "name=killed")
+        process = subprocess.Popen(begin, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        written = size(folder)
+        while process.poll() is None and size(folder) == written:  # start-up is most of the time: let it come further
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.0, 1.0 + kill / 4))
+        process.kill()
+        output, _ = process.communicate()
+        assert process.returncode == -9, output.decode()
+        stages.append(at(folder))
+    done = subprocess.run(command("resume", str(folder)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("sft", "rm", "ppo"):
+        assert lines(folder, stage) == lines(expected.folder, stage), f"{stage}; killed in {stages}"
+        assert_same_model(folder / "models" / stage, expected.models[stage])
+    assert {*stages} == {"sft", "rm", "ppo"}, "draw other moments"
+
+
+def size(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.stat().st_size if metrics.exists() else 0
+
+
+def at(folder: Path) -> str:
+    """The stage that a run is in."""
+    return next(stage for stage in ("sft", "rm", "ppo") if not (folder / "models" / stage).exists())
