@@ -11,11 +11,13 @@ reaches on large ones, measured in the same run. The last line is the ratio of s
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
 from configs import RunConfig
+from configs.schema import ROLES
 from orchestrator.api import run_stages
 from orchestrator.metrics import read_metrics
 
@@ -80,16 +83,30 @@ class PeakMemory(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.over = 0, threading.Event()
+        self.parts: Counter[str] = Counter()
+        """Bytes of each kind of process at the peak."""
 
     def run(self) -> None:
         while not self.over.wait(0.5):
-            total = 0
+            parts: Counter[str] = Counter()
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
-                    total += process.memory_full_info().pss
+                    parts[_kind(process)] += process.memory_full_info().pss
                 except psutil.NoSuchProcess:
                     continue
-            self.peak = max(self.peak, total)
+            if parts.total() > self.peak:
+                self.peak, self.parts = parts.total(), parts
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.most_common())
+        return f"{self.peak / 2**30:.2f} GiB ({parts})"
+
+
+def _kind(process: psutil.Process) -> str:
+    """The role of a worker; driver; ray for its own processes."""
+    title = process.cmdline()[:1]
+    role = title[0].removeprefix("ray::").partition("-")[0] if title else ""
+    return role if role in ROLES else "driver" if process.pid == os.getpid() else "ray"
 
 
 def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
@@ -136,9 +153,7 @@ def main(model: str = "data/movies/smollm2", steps: int = 4, layout: str = "sepa
         f"{psutil.cpu_count()} cores; matrix products {rate / 1e9:.0f} GFLOP/s; {step_flops(model) / 1e12:.2f} TFLOP in a step"
     )
     console.print("  ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items()))
-    console.print(
-        f"step {step:.1f} s (median of {len(lines)}); floor {floor:.1f} s; peak memory {memory.peak / 2**30:.2f} GiB"
-    )
+    console.print(f"step {step:.1f} s (median of {len(lines)}); floor {floor:.1f} s; peak memory {memory}")
     console.print(f"ratio of step to floor: {step / floor:.2f}")
 
 

@@ -67,9 +67,7 @@ def lose(cluster: RayCluster, node: Any, folder: Path, after: int) -> threading.
 
 def test_workers_of_a_lost_node_are_placed_elsewhere(cluster: RayCluster, micro: Path, quiet: Result) -> None:
     nodes = [cluster.add_node(num_cpus=3, object_store_memory=150 * 2**20) for _ in range(2)]
-    config = load_config(
-        micro, [*SETTINGS, "name=moved", f"model.path={quiet.models['sft']}", "sft=null", "rm=null", reward(quiet)]
-    )
+    config = load_config(micro, [*SETTINGS, "name=moved", *after_rm(quiet)])
     folder = Path(config.runs) / "moved"
     thread = lose(cluster, nodes[0], folder, after=2)
     result = run_stages(config)
