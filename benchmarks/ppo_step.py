@@ -11,20 +11,21 @@ reaches on large ones, measured in the same run. The last line is the ratio of s
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import typer
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
 
 from configs import RunConfig
 from configs.schema import ROLES
@@ -32,6 +33,7 @@ from orchestrator.api import run_stages
 from orchestrator.metrics import read_metrics
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 41, 48
+WARM_UP, TIMED = 1, 3
 PHASES = ("generate", "score", "train", "publish")
 
 # In a process of its own, so that this one never holds torch's threads.
@@ -56,7 +58,7 @@ def step_flops(model: str) -> float:
 
     Forward: 2 per weight and token; backward: twice that. The head counts for the answers' tokens alone.
     """
-    c = AutoConfig.from_pretrained(model)
+    c = SimpleNamespace(**json.loads((Path(model) / "config.json").read_text()))
     kv = c.hidden_size * c.num_key_value_heads // c.num_attention_heads
     layer = 2 * c.hidden_size**2 + 2 * c.hidden_size * kv + 3 * c.hidden_size * c.intermediate_size
     tokens, answers = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS), PROMPTS * NEW_TOKENS
@@ -66,8 +68,11 @@ def step_flops(model: str) -> float:
     return generate + reference + critic + reward + 3 * (body + head) + 3 * body
 
 
-def prompt_of(tokenizer: Any, tokens: int) -> str:
+def prompt_of(model: str, tokens: int) -> str:
     """A user's message whose prompt, in the chat template, has so many tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
     text = "Continue this film review:"
     while (
         len(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"])
@@ -78,39 +83,36 @@ def prompt_of(tokenizer: Any, tokens: int) -> str:
 
 
 class PeakMemory(threading.Thread):
-    """Peak of the summed proportional set size of this process and all below it, sampled every half second."""
+    """Peak of the summed proportional set size of this process and all below it.
 
-    def __init__(self) -> None:
+    Finding it out takes the kernel half a second for 10 GiB, so it is left alone during the steps that are timed.
+    """
+
+    def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
-        self.peak, self.over = 0, threading.Event()
-        self.parts: Counter[str] = Counter()
-        """Bytes of each kind of process at the peak."""
+        self.folder, self.peak, self.over = folder, 0, threading.Event()
 
     def run(self) -> None:
         while not self.over.wait(0.5):
-            parts: Counter[str] = Counter()
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
-                    parts[_kind(process)] += process.memory_full_info().pss
-                except psutil.NoSuchProcess:
-                    continue
-            if parts.total() > self.peak:
-                self.peak, self.parts = parts.total(), parts
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.most_common())
-        return f"{self.peak / 2**30:.2f} GiB ({parts})"
+            if len(steps_of(self.folder)) not in range(WARM_UP, WARM_UP + TIMED):
+                self.peak = max(self.peak, _total())
 
 
-def _kind(process: psutil.Process) -> str:
-    """The role of a worker; driver; ray for its own processes."""
-    title = process.cmdline()[:1]
-    role = title[0].removeprefix("ray::").partition("-")[0] if title else ""
-    return role if role in ROLES else "driver" if process.pid == os.getpid() else "ray"
+def _total() -> int:
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder) if "seconds/generate" in line]
 
 
 def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
-    prompt = prompt_of(AutoTokenizer.from_pretrained(model), PROMPT_TOKENS)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:  # this process stays small
+        prompt = apart.submit(prompt_of, model, PROMPT_TOKENS).result()
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for _ in range(PROMPTS)))
     return RunConfig.model_validate(
@@ -135,25 +137,28 @@ def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
     )
 
 
-def main(model: str = "data/movies/smollm2", steps: int = 4, layout: str = "separate") -> None:
-    """Measure; the first step warms up and is not counted."""
+def main(model: str = "data/movies/smollm2", layout: str = "separate") -> None:
+    """Measure: a step to warm up, three that are timed, and one more for the memory."""
     console = Console()
     before = matrix_product_rate()
-    memory = PeakMemory()
-    memory.start()
     with tempfile.TemporaryDirectory() as name:
-        run_stages(settings(model, Path(name), steps, layout), ["ppo"], console)
-        lines = [line for line in read_metrics(Path(name) / "w1") if "seconds/generate" in line][1:]
+        memory = PeakMemory(Path(name) / "w1")
+        memory.start()
+        run_stages(settings(model, Path(name), WARM_UP + TIMED + 1, layout), ["ppo"], console)
+        lines = steps_of(Path(name) / "w1")
     memory.over.set()
     rate = max(before, matrix_product_rate())
-    seconds = {phase: statistics.median(line[f"seconds/{phase}"] for line in lines) for phase in PHASES}
-    step = statistics.median(sum(line[f"seconds/{phase}"] for phase in PHASES) for line in lines)
+    timed = lines[WARM_UP : WARM_UP + TIMED]
+    seconds = {phase: statistics.median(line[f"seconds/{phase}"] for line in timed) for phase in PHASES}
+    step = statistics.median(sum(line[f"seconds/{phase}"] for phase in PHASES) for line in timed)
     floor = step_flops(model) / rate
+    roles = ", ".join(f"{role} {lines[-1][f'memory_gib/{role}']:.2f}" for role in ROLES)
     console.print(
         f"{psutil.cpu_count()} cores; matrix products {rate / 1e9:.0f} GFLOP/s; {step_flops(model) / 1e12:.2f} TFLOP in a step"
     )
     console.print("  ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items()))
-    console.print(f"step {step:.1f} s (median of {len(lines)}); floor {floor:.1f} s; peak memory {memory}")
+    console.print(f"peak memory {memory.peak / 1e9:.2f} GB; after the last step, in GiB: {roles}")
+    console.print(f"step {step:.1f} s (median of {len(timed)}); floor {floor:.1f} s")
     console.print(f"ratio of step to floor: {step / floor:.2f}")
 
 

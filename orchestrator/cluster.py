@@ -22,6 +22,9 @@ from ray._private import ray_constants
 from orchestrator.run import RunError
 from placement.cluster import Cluster
 
+_THRIFT = {"enable_worker_prestart": False, "free_objects_batch_size": 1}
+"""No processes that nobody asked for; and buckets of weights are freed one by one, not all a second later."""
+
 
 def session_logs() -> Path:
     """Folder of the logs that Ray and the workers on this machine write."""
@@ -69,6 +72,7 @@ def _start(dashboard_port: int | None, options: dict[str, Any]) -> None:
                 dashboard_host="127.0.0.1",
                 dashboard_port=dashboard_port,
                 runtime_env={"env_vars": {"PYTHONPATH": path}},
+                _system_config=_THRIFT,
                 **options,
             )
     except ValueError as error:

@@ -10,9 +10,9 @@ from configs.schema import DeadlineSettings
 Phase = Literal["start", "generate", "score", "train", "publish", "save"]
 
 PHASES: dict[str, Phase] = {
-    **dict.fromkeys(("whereabouts", "address", "join", "load", "connect", "add_rows", "tokenize", "memory"), "start"),
+    **dict.fromkeys(("whereabouts", "address", "join", "load", "connect", "add_rows", "tokenize"), "start"),
     "generate": "generate",
-    **dict.fromkeys(("log_probs", "values", "scores", "texts"), "score"),
+    **dict.fromkeys(("log_probs", "values", "scores", "texts", "memory"), "score"),
     "publish": "publish",
     **dict.fromkeys(("save", "restore", "snapshot", "restore_snapshot", "export"), "save"),
 }

@@ -93,7 +93,7 @@ class StageRun:
         self.config: RunConfig = run.config
         self.plan: Plan
         self.seconds: dict[str, float] = {}
-        self.team: Team
+        self.team: Team = None  # type: ignore[assignment]  # until it is started
         self.loaded = False
         """Whether the team has all that it needs to begin."""
         self.snapshot: Snapshot | None = None
@@ -200,11 +200,12 @@ class StageRun:
 
     def _go_back(self, error: WorkerError) -> None:
         """Replace what failed, and go on from the latest snapshot or checkpoint, or from the stage's start."""
-        snapshot, self.snapshot = self.snapshot, None  # it may be what was lost
-        saved = self.run.sound_checkpoint(self.name, self.warn)
+        snapshot, saved = self.snapshot, self.run.sound_checkpoint(self.name, self.warn)
         self.progress.phase("replacing workers")
         self.team.replace(error, anew=[] if snapshot or saved else self.trained())
+        self.seconds = {}
         if snapshot:
+            self.snapshot = None  # it may turn out to be lost
             self.done = snapshot.step
             self.team.restore(snapshot)
             self.set_state(snapshot.state)

@@ -221,7 +221,11 @@ class Team:
 
         Raises the error where it is not to be survived, PlacementError where a lost node leaves no room.
         """
-        self.recovery.consider(error)
+        try:
+            self.recovery.consider(error)
+        except WorkerError:
+            end(error.failure.places)  # a stopped process would outlive the run
+            raise
         lost: dict[Role, list[int]] = {}
         for role, rank in self._due(error):
             lost.setdefault(role, []).append(rank)
