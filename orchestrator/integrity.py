@@ -35,7 +35,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         free = _free(path)
         if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
-            reason = os.strerror(error.errno)
+            reason = str(error.strerror)
         elif free < _FULL:
             reason = "the disk is full"
         else:
