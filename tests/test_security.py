@@ -77,7 +77,7 @@ def test_weights_in_a_pickle_run_no_code(tmp_path: Path) -> None:
     make_model(folder)
     (folder / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Trap(marker)}, folder / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match="weights_only|Weights only"):
+    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
         load_hf(ModelSettings(path=str(folder)), str(folder), scalar=False, seed=1)
     assert not marker.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)  # noqa: TID251  the trap works
