@@ -70,17 +70,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises DiskError where the disk is full or fails."""
     partial = _beside(path, ".partial")
     try:
         with writing(path):
-            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As write_text."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def discard(path: Path) -> None:

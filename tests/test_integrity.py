@@ -168,7 +168,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         if mounted:
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_checkpoint_that_finds_no_room_harms_no_other(small_disk: Path) -> None:
