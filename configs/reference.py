@@ -67,7 +67,7 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         kind = kind_of_field(model, name)
         path = f"{prefix}{name}"
-        yield Setting(path, in_words(kind), _default(field), field.description or "")
+        yield Setting(path, in_words(kind), _default(field), " ".join((field.description or "").split()))
         yield from _below(kind, path)
 
 
