@@ -6,12 +6,13 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, resolvers
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -21,6 +22,11 @@ from configs.schema import RunConfig
 
 _KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 _DEEPEST = 30
+_MOST = 10_000
+_ENVIRONMENT = (
+    "settings are saved and shown, and may not come from the environment; where the value is no secret, let the shell "
+    "fill it in on the command line: setting=$NAME"
+)
 _SHOWN_CHARACTERS = 60
 
 
@@ -35,20 +41,21 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings in a YAML file, after the overrides.
 
-    An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is YAML. Interpolations `${a.b}` and
-    `${oc.env:NAME}` are resolved; what they stand for is never shown in an error.
+    An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is YAML. Interpolations `${a.b}` are resolved;
+    `${oc.env:NAME}` is refused: settings are saved and shown, and the environment holds secrets.
 
     Raises:
         ConfigError: with all problems at once.
     """
     tree = _read(Path(path))
     problems: dict[str, str] = {}
-    for override in overrides:
-        try:
-            _apply(tree, override)
-        except ConfigError as error:
-            problems[override] = str(error)
-    values = _Resolved(tree, problems)
+    with _environment_refused():
+        for override in overrides:
+            try:
+                _apply(tree, override)
+            except ConfigError as error:
+                problems[override] = str(error)
+        values = _Resolved(tree, problems)
     try:
         # Through JSON: only there does pydantic's strict mode (no "3" for 3, no true for 1) take a list for a tuple.
         config = RunConfig.model_validate_json(json.dumps(values.tree, default=str), strict=True)
@@ -97,10 +104,12 @@ def _read(path: Path) -> DictConfig:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError([f"{path}{line}: not YAML: {error.problem}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: not YAML text: {getattr(error, 'reason', error)}"]) from None
     except OmegaConfBaseException as error:
         raise ConfigError([f"{path}: {_first_line(error)}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: nested too deeply"]) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError([f"{path}: not YAML text: {getattr(error, 'reason', error)}"]) from None
     except OSError as error:  # OmegaConf's word for a document that is a plain number
         raise ConfigError([f"{path}: must be a mapping of settings: {_first_line(error)}"]) from None
     if not isinstance(tree, DictConfig):
@@ -116,7 +125,7 @@ def _apply(tree: DictConfig, override: str) -> None:
         raise ConfigError([f"override {key}: must have the form a.b=value"])
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError([f"{key}: the override's value is not YAML: {_first_line(error)}"]) from None
     assert isinstance(parsed, dict)
     *parents, last = key.split(".")
@@ -151,8 +160,23 @@ def _position(node: DictConfig | ListConfig, part: str, key: str, where: str) ->
     return int(part)
 
 
-class _TooDeep(Exception):
-    """A value lies deeper than any setting: interpolations lead back to where they stand."""
+@contextmanager
+def _environment_refused() -> Iterator[None]:
+    """Whatever way an interpolation is written, it does not reach the environment."""
+
+    def refuse(*_: Any) -> None:
+        raise ConfigError([_ENVIRONMENT])
+
+    OmegaConf.register_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_resolver("oc.env", resolvers.oc.env, replace=True)
+
+
+class _TooMuch(Exception):
+    """A value lies deeper than any setting, or there are more than any run has: interpolations lead back to where they stand, or
+    each stands for several."""
 
 
 class _Resolved:
@@ -161,14 +185,17 @@ class _Resolved:
     def __init__(self, tree: DictConfig, problems: dict[str, str]) -> None:
         self.problems = problems
         self.origins: dict[str, str] = {}
+        self._count = 0
         try:
             self.tree = self._container(tree, "")
-        except _TooDeep:
-            raise ConfigError([*problems.values(), "interpolations go round in a circle"]) from None
+        except (_TooMuch, RecursionError):
+            text = "settings: too many, nested too deeply, or interpolations that go round in a circle"
+            raise ConfigError([*problems.values(), text]) from None
 
     def _container(self, node: DictConfig | ListConfig, prefix: str) -> Any:
-        if prefix.count(".") > _DEEPEST:
-            raise _TooDeep
+        self._count += len(node)
+        if prefix.count(".") > _DEEPEST or self._count > _MOST:
+            raise _TooMuch
         raw: Any = OmegaConf.to_container(node, resolve=False)
         if isinstance(node, ListConfig):
             return [self._item(node, index, raw[index], f"{prefix}{index}") for index in range(len(node))]
@@ -185,13 +212,15 @@ class _Resolved:
         try:
             value = node[key]
         except OmegaConfBaseException as error:
-            reason = "cannot be decoded" if "oc.decode" in str(raw) else _first_line(error)  # which would show the text
+            reason = _first_line(error).removeprefix("ConfigError raised while resolving interpolation: ")
+            if "oc.decode" in str(raw) and _ENVIRONMENT not in reason:
+                reason = "cannot be decoded"  # the library's reason shows the whole text
             self.problems[path] = f"{path}: was {raw}: {reason}"
             return None
         return self._container(value, f"{path}.") if isinstance(value, DictConfig | ListConfig) else value
 
     def shown(self, path: str, value: Any) -> str:
-        """A value for an error text; never what an interpolation stands for, which may be a secret."""
+        """A value for an error text; never what an interpolation stands for, which is written elsewhere."""
         parts = path.split(".")
         for depth in range(len(parts), 0, -1):
             origin = self.origins.get(".".join(parts[:depth]))

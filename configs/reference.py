@@ -43,7 +43,7 @@ def settings_markdown() -> str:
         "All settings of a run, generated from configs/schema.py by `python -m configs.reference > docs/settings.md`.",
         "On the command line any of them is set by `path=value`, for example `ppo.steps=20`; an item of a list",
         "(`[]` below) by its index, `ppo.rewards.0.weight=2`. In the file and in values `${other.path}` stands for",
-        "another setting's value and `${oc.env:NAME}` for an environment variable's.",
+        "another setting's value.",
         "",
         *_table(setting for setting in describe() if "." not in setting.path and "[" not in setting.path),
     ]
@@ -67,7 +67,7 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         kind = kind_of_field(model, name)
         path = f"{prefix}{name}"
-        yield Setting(path, in_words(kind), _default(field), field.description or "")
+        yield Setting(path, in_words(kind), _default(field), " ".join((field.description or "").split()))
         yield from _below(kind, path)
 
 

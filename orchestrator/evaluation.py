@@ -10,6 +10,7 @@ import numpy as np
 
 from configs.schema import PPOSettings
 from orchestrator.calls import together
+from orchestrator.integrity import write_text, writing
 from orchestrator.intervals import distinct_share, mean_interval
 from orchestrator.team import Team
 
@@ -42,18 +43,21 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
-                row = {
-                    "prompt": prompt,
-                    "answer": answer,
-                    "reward": float(self.reward[i]),
-                    "judges": {name: float(scores[i]) for name, scores in self.judges.items()},
-                    "kl": float(self.kl[i]),
-                    "tokens": int(self.tokens[i]),
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """A JSON line for each prompt. Raises DiskError."""
+        rows = [
+            {
+                "prompt": prompt,
+                "answer": answer,
+                "reward": float(self.reward[i]),
+                "judges": {name: float(scores[i]) for name, scores in self.judges.items()},
+                "kl": float(self.kl[i]),
+                "tokens": int(self.tokens[i]),
+            }
+            for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True))
+        ]
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def weighted_sum(scores: dict[str, np.ndarray], ppo: PPOSettings) -> np.ndarray:

@@ -35,7 +35,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         free = _free(path)
         if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
-            reason = os.strerror(error.errno)
+            reason = str(error.strerror)
         elif free < _FULL:
             reason = "the disk is full"
         else:
@@ -70,17 +70,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises DiskError where the disk is full or fails."""
     partial = _beside(path, ".partial")
     try:
         with writing(path):
-            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As write_text."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def discard(path: Path) -> None:

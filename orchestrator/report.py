@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.schema import ROLES, AdaptiveKL, DatasetSettings, PPOSettings, RunConfig
 from orchestrator.charts import AFTER, SERIES, Chart, Series, curves, distributions, effects, moving_window, stacked
+from orchestrator.integrity import write_text
 from orchestrator.intervals import Interval, distinct_share, mean_interval, paired_interval
 from orchestrator.metrics import read_lines, read_metrics
 from orchestrator.progress import clock
@@ -50,9 +51,7 @@ def write_report(run_folder: Path) -> Path:
         settings=run.config_text,
     )  # fmt: skip
     path = run_folder / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
     return path
 
 

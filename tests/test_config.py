@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from configs import ConfigError, RunConfig, load_config, save_config
 from configs.reference import describe, settings_markdown
@@ -46,14 +47,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_file_interpolations_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODEL", "from/env")
+def test_file_interpolations_and_overrides(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, GOOD),
         [
             "ppo.rewards.1.weight=0.5",
             "ppo.critic_optimizer.lr=2e-4",
-            "model.path=${oc.env:MODEL}",
+            "model.path=${name}/model",
             "rollout.gpu_memory_share=0.9",
             "ppo.kl.control={kind: adaptive, target: 0.2}",
             "cluster.address=",
@@ -64,7 +64,7 @@ def test_file_interpolations_and_overrides(tmp_path: Path, monkeypatch: pytest.M
     assert config.ppo.actor_optimizer.lr == 1e-4, "an override must not reach through an interpolation"
     assert config.ppo.critic_optimizer.lr == 2e-4
     assert config.ppo.critic_optimizer.betas == (0.9, 0.95)
-    assert config.model.path == "from/env"
+    assert config.model.path == "run/model"
     assert config.rollout.gpu_memory_share == 0.9
     assert config.ppo.kl.control.kind == "adaptive"
     assert config.cluster.address is None
@@ -115,6 +115,10 @@ BAD: list[tuple[str, str]] = [
     ("ppo.gamma=.nan", "ppo.gamma: was NaN; must be number >= 0 and <= 1"),
     ("ppo.clip_range=.inf", "ppo.clip_range: was Infinity; must be number > 0"),
     ("device=tpu", 'device: was "tpu"; must be auto | cpu | cuda'),
+    *(
+        (f"name={name}", rf'name: was "{name}"; must be text matching ^\w[\w.-]{{0,62}}$')
+        for name in ("..", ".", ".hidden", "-flag", "/root", "../a", "a" * 57 + "/")
+    ),
     ("name=a/b", r'name: was "a/b"; must be text matching ^\w[\w.-]{0,62}$'),
     (
         "ppo.rewards.1.function=short",
@@ -150,9 +154,9 @@ BAD: list[tuple[str, str]] = [
     ("name.first=x", "name.first: nothing can stand below name, which is a single value"),
     ("ppo.steps=${ppo.stepz}", "ppo.steps: was ${ppo.stepz}: Interpolation key 'ppo.stepz' not found"),
     (
-        "runs=${oc.env:NOT_THERE}",
-        "runs: was ${oc.env:NOT_THERE}: KeyError raised while resolving interpolation: "
-        "\"Environment variable 'NOT_THERE' not found\"",
+        "runs=${oc.env:HOME}/runs",
+        "runs: was ${oc.env:HOME}/runs: settings are saved and shown, and may not come from the environment; where the value "
+        "is no secret, let the shell fill it in on the command line: setting=$NAME",
     ),
     ("ppo.kl=${ppo}", "ppo.kl: was ${ppo}: Interpolation to parent node detected"),
 ]
@@ -165,7 +169,7 @@ def test_bad_setting(tmp_path: Path, override: str, error: str) -> None:
 
 
 def test_circle_of_interpolations(tmp_path: Path) -> None:
-    assert "interpolations go round in a circle" in problems(
+    assert "settings: too many, nested too deeply, or interpolations that go round in a circle" in problems(
         write(tmp_path, GOOD), "ppo.kl.control={kind: '${rollout}'}", "rollout.seed={a: '${ppo.kl.control}'}"
     )
 
@@ -217,18 +221,27 @@ def test_no_file(tmp_path: Path) -> None:
     assert "not YAML text" in problems(binary)[0]
 
 
-def test_errors_keep_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_reaches_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "hunter2[")
+    monkeypatch.setenv("MAPPING", "{rank: 77}")
     for override in (
-        "seed=${oc.env:TOKEN}",
-        "ppo.rewards.0.kind=${oc.env:TOKEN}",
+        "cluster.address=${oc.env:TOKEN}",
+        "seed='${ oc.env : TOKEN }'",
+        "cluster.address=https://${oc.env:TOKEN}@host",
+        "cluster.address=${oc.env:NOT_THERE,nothing}",
+        "cluster={address: '${oc.${device}:TOKEN}'}",
         "ppo.rewards.0={token: '${oc.env:TOKEN}'}",
         "model.lora={targets: ['${oc.env:TOKEN}', 3]}",
-        "ppo.kl={'x': '${oc.env:TOKEN}'}",
         "ppo.steps=${oc.decode:${oc.env:TOKEN}}",
-        "ppo.critic_optimizer=${oc.env:TOKEN}",
+        "cluster.address=${oc.select:'${oc.env:TOKEN}'}",
+        "cluster.address=${oc.create:${oc.env:TOKEN}}",
     ):
-        assert "hunter2" not in "\n".join(problems(write(tmp_path, GOOD), override)), override
+        found = "\n".join(problems(write(tmp_path, GOOD), override, "device=env"))
+        assert "hunter2" not in found, override
+        assert "may not come from the environment" in found, override
+    text = GOOD.replace("some/model}", "some/model, lora: '${oc.decode:${oc.env:MAPPING}}'}")
+    assert "77" not in "\n".join(problems(write(tmp_path, text), "model.lora.alpha=3"))
+    assert OmegaConf.create({"a": "${oc.env:TOKEN}"}).a == "hunter2[", "other users of the library are left alone"
 
 
 def test_error_names_the_interpolation(tmp_path: Path) -> None:

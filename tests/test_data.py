@@ -248,7 +248,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()
     assert refused(tmp_path / "rows.csv", "prompt")[0].startswith("FILE: must be a .jsonl or .parquet file, a folder")
-    assert refused(tmp_path / "rows.parquet", "prompt")[0].startswith("FILE: not a Parquet file: ")
+    assert refused(tmp_path / "rows.parquet", "prompt")[0].startswith("FILE: cannot be read as Parquet: ")
     assert refused(tmp_path / "empty.jsonl", "prompt") == ["FILE: has no rows"]
     assert refused(tmp_path / "folder", "prompt") == ["FILE: a folder that datasets.save_to_disk did not write"]
     for missing in ("rows.jsonl", "./nothing", "a/b/c", "/a"):

@@ -45,3 +45,47 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "x") as folder:
         (folder / "whole").touch()
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["whole"]
+
+
+LINKS = ["checkpoints", "checkpoints/ppo", "models/sft", "metrics.jsonl", "report.html.partial", ".lock", "evaluation"]
+
+
+@pytest.mark.parametrize("place", LINKS)
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, place: str) -> None:
+    """A run's folder may come from somebody else: what is written in it stays in it."""
+    config = RunConfig.model_validate({"name": "a", "model": {"path": "m"}, "runs": str(tmp_path)})
+    Run.begin(config, ["sft"]).keep()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link = tmp_path / "a" / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(outside)
+    for start in (lambda: Run.open(tmp_path / "a"), lambda: Run.begin(config, ["sft"])):
+        with pytest.raises(RunError, match=f"{place}: a link to .*/outside, outside of the run's folder"):
+            start()
+    link.unlink()
+    link.symlink_to(link.parent / "within")
+    Run.open(tmp_path / "a")
+
+
+def test_the_link_to_the_logs_and_a_run_behind_a_link_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "a").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    run = Run(RunConfig.model_validate({"name": "a", "model": {"path": "m"}}), tmp_path / "runs" / "a")
+    run.keep()
+    (run.folder / "logs").symlink_to("/")
+    (run.folder / "models").mkdir()
+    Run.open(run.folder)
+
+
+def test_a_whole_folder_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    for name in ("x", "x.partial", "x.old"):
+        (tmp_path / name).symlink_to(outside)
+    with whole_folder(tmp_path / "x") as folder:
+        (folder / "new").touch()
+    assert not (tmp_path / "x").is_symlink()
+    assert [path.name for path in outside.iterdir()] == ["kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "x"]

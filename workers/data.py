@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -144,12 +145,16 @@ def _preference(found: dict[str, Any], prompt: Prompt | None, rest: dict[str, An
     rejected_asked, rejected = _exchange(prompt, found["rejected"], "rejected")
     if isinstance(asked, str) != isinstance(rejected_asked, str):
         raise DataError("chosen and rejected: one is text, the other messages")
-    margin = found.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DataError(f"margin: must be a finite number, was {_brief(margin)}")
-    return Row(
-        asked, chosen=chosen, rejected=rejected, rejected_prompt=rejected_asked, margin=float(margin), columns=rest
-    )
+    margin = _margin(found.get("margin", 0.0))
+    return Row(asked, chosen=chosen, rejected=rejected, rejected_prompt=rejected_asked, margin=margin, columns=rest)
+
+
+def _margin(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer beyond all floats
+            if math.isfinite(margin := float(value)):
+                return margin
+    raise DataError(f"margin: must be a finite number, was {_brief(value)}")
 
 
 def _require(found: Mapping[str, Any], names: list[str], needed: str, record: Mapping[str, Any]) -> None:
@@ -233,27 +238,38 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            record: Any
-            try:
-                record = json.loads(line.decode("utf-8-sig").rstrip())
-            except json.JSONDecodeError as error:
-                record = DataError(f"not JSON: {error.msg} at column {error.colno}")
-            except UnicodeDecodeError as error:
-                record = DataError(f"not UTF-8: {error.reason} at byte {error.start + 1}")
-            yield f"{path}:{number}", record
+            yield f"{path}:{number}", _from_json(line)
+
+
+def _from_json(line: bytes) -> Any:
+    """A line's value; DataError where it has none."""
+    try:
+        value = json.loads(line.decode("utf-8-sig").rstrip())
+        if rb"\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, though JSON can write it
+        return value
+    except json.JSONDecodeError as error:
+        return DataError(f"not JSON: {error.msg} at column {error.colno}")
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8: {error.reason} at byte {error.start + 1}")
+    except UnicodeEncodeError as error:
+        return DataError(f"not text: half a surrogate pair, {error.object[error.start]!a}")
+    except RecursionError:
+        return DataError("not JSON: nested too deeply")
+    except ValueError as error:
+        return DataError(f"not JSON: {error}")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from None
-    records = (record for batch in table.iter_batches() for record in batch.to_pylist())
-    for number, record in enumerate(records, start=1):
-        yield f"{path}: row {number}", record
+        records = (record for batch in table.iter_batches() for record in batch.to_pylist())
+        for number, record in enumerate(records, start=1):
+            yield f"{path}: row {number}", record
+    except Exception as error:  # of damaged bytes the library makes errors of many types
+        raise DataError(f"{path}: cannot be read as Parquet: {_reason(error)}") from error
 
 
 def _load_folder(path: Path) -> Any:
@@ -263,6 +279,8 @@ def _load_folder(path: Path) -> Any:
         return datasets.load_from_disk(str(path))
     except FileNotFoundError:
         raise DataError(f"{path}: a folder that datasets.save_to_disk did not write") from None
+    except Exception as error:  # of damaged bytes the library makes errors of many types
+        raise DataError(f"{path}: a damaged dataset: {_reason(error)}") from error
 
 
 def _load_hub(data: DatasetSettings) -> Any:
@@ -271,8 +289,9 @@ def _load_hub(data: DatasetSettings) -> Any:
     try:
         return datasets.load_dataset(data.path, split=data.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{data.path}: no file or folder here, and not to be had from the hub: {reason}") from error
+        raise DataError(
+            f"{data.path}: no file or folder here, and not to be had from the hub: {_reason(error)}"
+        ) from error
 
 
 def _dataset(data: DatasetSettings, loaded: Any) -> Iterator[tuple[str, Any]]:
@@ -288,8 +307,15 @@ def _dataset(data: DatasetSettings, loaded: Any) -> Iterator[tuple[str, Any]]:
     elif data.split is not None and Path(data.path).is_dir():
         raise DataError(f"{data.path}: split {data.split}: this folder holds a single dataset; leave it out")
     where = f"{data.path} {data.split}" if data.split else data.path
-    for number, record in enumerate(loaded, start=1):
-        yield f"{where}: row {number}", record
+    try:
+        for number, record in enumerate(loaded, start=1):
+            yield f"{where}: row {number}", record
+    except Exception as error:  # as above
+        raise DataError(f"{where}: a damaged dataset: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # ---------------------------------------------------------------- tokens

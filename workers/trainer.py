@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ class Trainer(Worker):
         self.tokenizer = load_tokenizer(path, settings.trust_remote_code)
         self.codec = Codec(self.tokenizer, self.config.chat_template)
         self.path, self.settings, self.optimizer_settings = path, settings, optimizer
-        deepspeed.init_distributed(dist_backend="gloo" if self.device.type == "cpu" else "nccl")
+        self._meet("gloo" if self.device.type == "cpu" else "nccl")
         hf = load_hf(settings, path, self.scalar, self.config.seed)
         count = sum(p.numel() for p in hf.parameters())
         if optimizer and settings.lora:
@@ -86,6 +87,14 @@ class Trainer(Worker):
         self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf)
         self.module = self._initialize(optimizer)
         return count
+
+    def _meet(self, backend: str) -> None:
+        """Meet the group's other ranks, listening on one address: by itself torch would listen on every interface."""
+        host, port, size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.spec.world_size
+        listener = socket.create_server((host, port)).detach() if self.rank == 0 else None
+        store = dist.TCPStore(host, port, size, self.rank == 0, master_listen_fd=listener)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size)
+        deepspeed.init_distributed(dist_backend=backend)
 
     def _initialize(self, optimizer: OptimizerSettings | None) -> nn.Module:
         strategy = self.config.strategy_of(self.spec.role)

@@ -57,6 +57,8 @@ class Worker:
             "LOCAL_RANK": "0",  # Ray shows each worker its own devices only
             "LOCAL_SIZE": "1",
         }
+        if address[0].startswith("127."):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
 
     def add_rows(self, name: str, rows: list) -> None:
         """Keep a dataset's rows (workers.data.Row) under a name."""
