@@ -288,9 +288,8 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
 
         assert [found["length"].values.tolist() for found in ask("length")] == [[0, 4], [1, 2]]
         assert [found["not_a_number"].errors for found in ask("not_a_number")] == [0, 1]
-        assert all(
-            found["by_label"].example.startswith("TypeError") for found in ask("by_label")
-        )  # has no column `other`
+        # the column `other` is none of its arguments
+        assert all(found["by_label"].example.startswith("TypeError") for found in ask("by_label"))
         numbers = [int(found["process_number"].values[0]) for found in ask("process_number")]
         theirs = [process for pid in numbers for process in psutil.Process(pid).parents()[:2]]  # guard, worker
         guards, workers = theirs[::2], theirs[1::2]
