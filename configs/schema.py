@@ -244,8 +244,11 @@ class HttpReward(Settings):
 
     @field_validator("url")
     @classmethod
-    def _port(cls, url: str) -> str:
-        urlsplit(url).port  # noqa: B018  raises where it is none
+    def _has_a_port(cls, url: str) -> str:
+        try:
+            urlsplit(url).port  # noqa: B018  reads it
+        except ValueError as error:
+            raise ValueError(f"was {url!r}: {error}") from None
         return url
 
     def longest(self, answers: int) -> float:

@@ -30,7 +30,6 @@ _SHOWN_CHARACTERS = 300
 def main(line: int, setting: str, function: str, plugins: list[str]) -> None:
     """Serve a function on the socket with that file number."""
     connection = socket.socket(fileno=line)
-    connection.set_inheritable(False)
     guard = os.getpid()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the function's processes leave becomes the guard's child
     child = os.fork()
