@@ -15,7 +15,6 @@ import torch
 from configs.schema import Role, RunConfig
 from orchestrator.calls import WorkerGroup, together
 from orchestrator.evaluation import weighted_sum
-from orchestrator.failures import WorkerError
 from placement import Cluster
 from tests.hosts import DEADLINES
 from tests.models import VOCABULARY, make_model, make_tokenizer
