@@ -87,13 +87,14 @@ def _choice(kind: Kind, prefix: str) -> Iterator[Setting]:
     yield Setting(tag, " | ".join(kind.models), "required", meanings)
     members = {name: list(_settings(model, prefix)) for name, model in kind.models.items()}
     seen: set[Setting] = set()
-    for name, settings in members.items():
+    for settings in members.values():
         for setting in settings:
             if setting.path == tag or setting in seen:
                 continue
             seen.add(setting)
-            shared = all(setting in others for others in members.values())
-            yield setting if shared else replace(setting, when=f"{kind.discriminator}: {name}")
+            names = [name for name, theirs in members.items() if setting in theirs]
+            shared = len(names) == len(members)
+            yield setting if shared else replace(setting, when=f"{kind.discriminator}: {', '.join(names)}")
 
 
 def _summary(model: type[BaseModel]) -> str:

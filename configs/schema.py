@@ -6,14 +6,26 @@ A default lives here and nowhere else.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
 FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
@@ -177,28 +189,78 @@ class ModelReward(Settings):
     """Factor in the sum of rewards."""
 
 
-class FunctionReward(Settings):
-    """A Python function (prompts, answers, **columns) -> list of floats."""
+class FunctionSettings(Settings):
+    """A Python function (prompts, answers, **columns) -> list of floats, in a process of its own."""
 
-    kind: Literal["function"] = "function"
     name: str
     """Name in metrics."""
     function: FunctionPath
     """module:function, importable from the folder that the run was started in."""
+    timeout: Seconds = 60.0
+    """Seconds for one call; past them its process is killed, and the call's answers have no score."""
+    batch_size: PositiveInt | None = None
+    """Answers in one call, which share its timeout and its errors; none: all that a reward worker has."""
+    start_timeout: Seconds = 120.0
+    """Seconds for its process to start and import the function."""
+
+    def longest(self, answers: int) -> float:
+        """Seconds that so many answers may take at worst."""
+        calls = math.ceil(answers / self.batch_size) if self.batch_size else 1
+        return calls * (self.start_timeout + self.timeout)
+
+
+class FunctionReward(FunctionSettings):
+    """A Python function (prompts, answers, **columns) -> list of floats."""
+
+    kind: Literal["function"] = "function"
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
 
-Reward = Annotated[ModelReward | FunctionReward, Field(discriminator="kind")]
+class HttpReward(Settings):
+    """A service that is asked over HTTP (docs/rewards.md)."""
 
-
-class Judge(Settings):
-    """A function that scores answers in evaluations only, never in training."""
-
+    kind: Literal["http"] = "http"
     name: str
     """Name in metrics."""
-    function: FunctionPath
-    """module:function, called as a reward function is."""
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")]
+    """Where requests are posted, without user, password and query."""
+    token_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Environment variable, of the driver and of the nodes, with the token that is sent as `Authorization: Bearer`."""
+    timeout: Seconds = 300.0
+    """Seconds for all answers of a reward worker, retries included; what has no score by then has timed out."""
+    request_timeout: Seconds = 30.0
+    """Seconds for one request, from the connection to the last byte."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
+    """Further attempts after a failed connection, a timeout, or an answer 429 or 5xx."""
+    batch_size: PositiveInt = 32
+    """Answers in one request."""
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    """Requests at a time, of each reward worker."""
+    max_response_bytes: PositiveInt = 2**20
+    """Longest response; a longer one is an error."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    @field_validator("url")
+    @classmethod
+    def _has_a_port(cls, url: str) -> str:
+        try:
+            urlsplit(url).port  # noqa: B018  reads it
+        except ValueError as error:
+            raise ValueError(f"was {url!r}: {error}") from None
+        return url
+
+    def longest(self, answers: int) -> float:
+        """Seconds that so many answers may take at worst."""
+        return self.timeout
+
+
+Reward = Annotated[ModelReward | FunctionReward | HttpReward, Field(discriminator="kind")]
+
+
+class Judge(FunctionSettings):
+    """A function that scores answers in evaluations only, never in training."""
 
 
 class PretrainingMix(Settings):
@@ -246,6 +308,8 @@ class PPOSettings(Settings):
     """Longest prompt in tokens; a longer one is refused before the first step."""
     rewards: Annotated[list[Reward], Field(min_length=1)] = [ModelReward()]
     """Sources of the reward; their weighted sum is trained on."""
+    max_unscored: Fraction = 0.1
+    """Share of a step's samples that may lack a score; above it the run stops."""
     kl: KLSettings = KLSettings()
     """Penalty for leaving the reference."""
     policy_loss: str = "ppo_clip"
@@ -292,6 +356,12 @@ class PPOSettings(Settings):
     @property
     def sequences_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    def longest_scoring(self, answers: int) -> float:
+        """Seconds that functions, services and judges may take at worst over so many answers, by their own timeouts."""
+        judges = self.evaluation.judges if self.evaluation else []
+        timed = [source for source in (*self.rewards, *judges) if not isinstance(source, ModelReward)]
+        return sum(source.longest(answers) for source in timed)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

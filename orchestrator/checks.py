@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from configs import RunConfig
-from configs.schema import PPOSettings
+from configs.schema import HttpReward, PPOSettings
 from orchestrator.run import Run, RunError
 from placement.shape import Stage
 from workers.functions import find_function
@@ -71,6 +71,8 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
     for i, reward in enumerate(ppo.rewards):
         if reward.kind == "function":
             find_function(reward.function, f"ppo.rewards.{i}.function")
+        elif reward.kind == "http":
+            _check_token(reward, f"ppo.rewards.{i}.token_env")
         elif reward.path:
             _check_model(reward.path, f"ppo.rewards.{i}.path")
         elif "rm" not in run.stages:
@@ -80,6 +82,13 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
             )
     for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
         find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def _check_token(reward: HttpReward, setting: str) -> None:
+    if reward.token_env:
+        from workers.endpoint import read_token  # imports an HTTP client, which the driver can mostly do without
+
+        read_token(reward.token_env, setting)
 
 
 def _check_names(ppo: PPOSettings) -> None:

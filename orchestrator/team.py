@@ -38,7 +38,9 @@ from placement.plan import Plan
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
 from workers.files import copy_files, write_files
+from workers.functions import RewardError
 from workers.host import Host
+from workers.scored import Scored
 from workers.sequences import Placed
 from workers.work import MiniBatch, Part, StaleWeights, Work, Written
 from workers.worker import WorkerSpec, environment
@@ -413,8 +415,13 @@ class Team:
         """Scores [samples] by each of the named sources (rewards or judges)."""
         shards, micro_batches = self._shards("reward", rollouts.lengths)
 
-        def gather(results: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-            return {name: _in_order(shards, [r[name] for r in results], len(rollouts)) for name in names}
+        def gather(results: list[dict[str, Scored]]) -> dict[str, np.ndarray]:
+            scored = {name: Scored.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
+            for name, found in scored.items():
+                if found.timeouts or found.errors:
+                    without = f"{found.timeouts} timeouts and {found.errors} errors among {len(rollouts)} answers"
+                    raise RewardError(f"reward {name}: {without}; for example: {found.example}")
+            return {name: found.values for name, found in scored.items()}
 
         args = [
             (rollouts.data, rollouts.prompts[rows], rollouts.placed.take(rows), micro, list(names))

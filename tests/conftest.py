@@ -13,6 +13,7 @@ from placement.cluster import Cluster
 
 if TYPE_CHECKING:
     from tests.hosts import Hosts
+    from tests.services import Service
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +63,12 @@ def hosts(ray_here: Cluster) -> Iterator[Hosts]:
         yield started
     finally:
         started.stop()
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    """A service for `http` rewards that answers well until the test plans otherwise."""
+    from tests.services import Service
+
+    with Service().running() as started:
+        yield started

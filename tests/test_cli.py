@@ -86,6 +86,10 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
             ["ppo.rewards=[{kind: function, name: f, function: 'tests.micro:long'}]"],
             "troupe: ppo.rewards.0.function: cannot import 'tests.micro:long': module 'tests.micro' has no attribute 'long'\n",
         ),
+        (
+            ["ppo.rewards=[{kind: http, name: h, url: 'http://localhost', token_env: NOT_SET_ANYWHERE}]"],
+            "troupe: ppo.rewards.0.token_env: the environment variable NOT_SET_ANYWHERE is not set\n",
+        ),
         (["ppo.rewards=[{kind: model, path: ./nowhere}]"], "troupe: ppo.rewards.0.path: was './nowhere', which is no folder"),
         (
             ["ppo.evaluation.judges=[{name: j, function: 'none:none'}]"],

@@ -101,8 +101,11 @@ BAD: list[tuple[str, str]] = [
     ("runs=7", "runs: was 7; must be text"),
     ("ppo.prompts=file.jsonl", 'ppo.prompts: was "file.jsonl"; must be settings (path, split, columns, limit)'),
     ("model.lora=16", "model.lora: was 16; must be settings (rank, alpha, dropout, targets) or none"),
-    ("ppo.rewards=model", 'ppo.rewards: was "model"; must be list of at least 1 settings with kind: model | function'),
-    ("ppo.rewards.0=model", 'ppo.rewards.0: was "model"; must be settings with kind: model | function'),
+    (
+        "ppo.rewards=model",
+        'ppo.rewards: was "model"; must be list of at least 1 settings with kind: model | function | http',
+    ),
+    ("ppo.rewards.0=model", 'ppo.rewards.0: was "model"; must be settings with kind: model | function | http'),
     ("ppo.kl.control=fixed", 'ppo.kl.control: was "fixed"; must be settings with kind: fixed | adaptive'),
     ("model.lora={targets: [q, 3]}", 'model.lora.targets: was ["q", 3]; must be list of text or all-linear'),
     ("model.lora={targets: some}", 'model.lora.targets: was "some"; must be list of text or all-linear'),
@@ -124,10 +127,16 @@ BAD: list[tuple[str, str]] = [
         "ppo.rewards.1.function=short",
         r'ppo.rewards.1.function: was "short"; must be text matching ^[A-Za-z_][\w.]*:[A-Za-z_]\w*$',
     ),
-    ("ppo.rewards=[]", "ppo.rewards: was []; must be list of at least 1 settings with kind: model | function"),
+    ("ppo.rewards=[]", "ppo.rewards: was []; must be list of at least 1 settings with kind: model | function | http"),
     ("ppo.critic_optimizer.betas=[0.9]", "ppo.critic_optimizer.betas.1: missing; must be number"),
     ("ppo.critic_optimizer.betas=[1, 1, 1]", "ppo.critic_optimizer.betas: was [1, 1, 1]; must be [number, number]"),
-    ("ppo.rewards.0.kind=modl", 'ppo.rewards.0.kind: was "modl"; must be model | function'),
+    ("ppo.rewards.0.kind=modl", 'ppo.rewards.0.kind: was "modl"; must be model | function | http'),
+    (
+        "ppo.rewards.1={kind: http, name: h, url: 'ftp://host'}",
+        r'ppo.rewards.1.url: was "ftp://host"; must be text matching ^https?://[^\s/@?#]+(/[^\s?#]*)?$',
+    ),
+    ("ppo.rewards.1.timeout=0", "ppo.rewards.1.timeout: was 0; must be number > 0 and <= 86400"),
+    ("ppo.max_unscored=2", "ppo.max_unscored: was 2; must be number >= 0 and <= 1"),
     ("ppo.kl.control={coefficient: 1}", "ppo.kl.control.kind: missing; must be fixed | adaptive"),
     ("ppo.kl.control={kind: fixed, coefficient: -1}", "ppo.kl.control.coefficient: was -1; must be number >= 0"),
     ("placement.devices={critic: 0}", "placement.devices.critic: was 0; must be integer > 0"),
@@ -327,8 +336,13 @@ def test_reference_lists_every_setting() -> None:
     assert by_path["ppo.clip_range"].default == "0.2"
     assert by_path["ppo.clip_range"].meaning == "Half-width of the clip on the probability ratio."
     assert by_path["ppo.rewards[].weight"].when == ""
-    assert by_path["ppo.rewards[].kind"].type == "model | function"
+    assert by_path["ppo.rewards[].kind"].type == "model | function | http"
     assert by_path["ppo.rewards[].function"].when == "kind: function"
+    names = [setting for setting in settings if setting.path == "ppo.rewards[].name"]
+    assert [(setting.when, setting.default) for setting in names] == [
+        ("kind: model", "model"),
+        ("kind: function, http", "required"),
+    ]
     assert by_path["placement.groups[].devices"].default == "1"
     assert by_path["sft.train.path"].default == "required"
     assert len(settings) == len(set(settings))

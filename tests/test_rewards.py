@@ -1,13 +1,13 @@
-"""Rewards: what Python functions and models give for answers, and that nothing wrong of it goes on silently."""
+"""Rewards: what functions, services and models give for answers, and that nothing wrong of it goes on silently."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -15,87 +15,23 @@ import torch
 from configs.schema import Role, RunConfig
 from orchestrator.calls import WorkerGroup, together
 from orchestrator.evaluation import weighted_sum
-from orchestrator.failures import WorkerError
 from placement import Cluster
 from tests.hosts import DEADLINES
 from tests.models import VOCABULARY, make_model, make_tokenizer
+from tests.services import Service, says
 from workers.data import Row
+from workers.function_process import FunctionProcess
 from workers.functions import RewardError, find_function
 from workers.host import Host
 from workers.models import load_tokenizer
 from workers.rewards import RewardWorker
+from workers.scored import Scored
 from workers.sequences import Chunk, Placed, Ragged
 from workers.worker import WorkerSpec, environment
 
-HERE = "tests.test_rewards"
+FUNCTIONS = "tests.reward_functions"
 PROMPTS = ["one", "two", "three", "four"]
 ANSWERS = ["a", "bb", "", "dddd"]
-
-
-# ---------------------------------------------------------------- functions that settings name
-
-
-def length(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
-    return [float(len(answer)) for answer in answers]
-
-
-def vowels(prompts: list[str], answers: list[str], **columns: list[Any]) -> np.ndarray:
-    return np.array([sum(c in "aeiou" for c in prompt) for prompt in prompts])
-
-
-def by_label(prompts: list[str], answers: list[str], label: list[float], note: list[str | None]) -> list[float]:
-    """Takes its columns by name, and needs a row of every column for each answer."""
-    assert len(label) == len(note) == len(answers)
-    return [x + (0.5 if text else 0.0) for x, text in zip(label, note, strict=True)]
-
-
-def one_too_few(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
-    return [1.0] * (len(answers) - 1)
-
-
-def a_column(prompts: list[str], answers: list[str], **columns: list[Any]) -> np.ndarray:
-    return np.ones((len(answers), 1))
-
-
-def one_for_all(prompts: list[str], answers: list[str], **columns: list[Any]) -> float:
-    return 1.0
-
-
-def not_a_number(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
-    return [math.nan if answer == "bb" else 1.0 for answer in answers]
-
-
-def infinite(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
-    return [math.inf] * len(answers)
-
-
-def nothing_for_some(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float | None]:
-    return [None if answer == "bb" else 1.0 for answer in answers]
-
-
-def nothing(prompts: list[str], answers: list[str], **columns: list[Any]) -> None:
-    return None
-
-
-def words(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[str]:
-    return ["good"] * len(answers)
-
-
-def broken(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
-    raise ZeroDivisionError("of the reward's own")
-
-
-WRONG = {
-    "one_too_few": r"gave \[1\.0, 1\.0, 1\.0\] for 4 answers; one finite number each is needed",
-    "a_column": r"for 4 answers; one finite number each",
-    "one_for_all": r"gave 1\.0 for 4 answers; one finite number each",
-    "not_a_number": r"gave \[1\.0, nan, 1\.0, 1\.0\] for 4 answers; one finite number each",
-    "infinite": r"one finite number each",
-    "nothing_for_some": r"gave \[1\.0, None, 1\.0, 1\.0\] for 4 answers; one finite number each",
-    "nothing": r"gave None for 4 answers; one finite number each",
-    "words": r"ValueError: could not convert string to float: 'good'",
-    "broken": r"ZeroDivisionError: of the reward's own",
-}
 
 
 # ---------------------------------------------------------------- workers
@@ -105,12 +41,12 @@ def run_config(*sources: dict[str, Any], judges: tuple[str, ...] = ()) -> RunCon
     data, adam = {"path": "rows.jsonl"}, {"lr": 1e-4}
     ppo: dict[str, Any] = {"prompts": data, "steps": 1, "actor_optimizer": adam, "critic_optimizer": adam}
     if judges:
-        ppo["evaluation"] = {"prompts": data, "judges": [{"name": j, "function": f"{HERE}:{j}"} for j in judges]}
+        ppo["evaluation"] = {"prompts": data, "judges": [{"name": j, "function": f"{FUNCTIONS}:{j}"} for j in judges]}
     return RunConfig.model_validate({"name": "r", "model": {"path": "m"}, "ppo": ppo | {"rewards": list(sources)}})
 
 
 def function(name: str, weight: float = 1.0) -> dict[str, Any]:
-    return {"kind": "function", "name": name, "function": f"{HERE}:{name}", "weight": weight}
+    return {"kind": "function", "name": name, "function": f"{FUNCTIONS}:{name}", "weight": weight}
 
 
 def model(name: str, path: Path) -> dict[str, Any]:
@@ -138,7 +74,7 @@ ROWS = [
     Row("three", columns={"label": 3.0}),
     Row("four", columns={"label": 4.0, "other": 1}),
 ]
-Scores = Callable[..., dict[str, np.ndarray]]
+Scores = Callable[..., dict[str, Scored]]
 
 
 @pytest.fixture
@@ -147,16 +83,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def scores(ray_here: Cluster, folder: Path) -> Scores:
-    """scores(sources, rows, prompts, judges, names): what a reward worker in this process gives for ANSWERS."""
+def scores(ray_here: Cluster, folder: Path) -> Iterator[Scores]:
+    """scores(sources, rows, prompts, judges): what a reward worker in this process gives for ANSWERS."""
 
     def get(
         *sources: dict[str, Any],
         rows: list[Row] = ROWS,
         prompts: tuple[int, ...] = (0, 1, 2, 3),
         judges: tuple[str, ...] = (),
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Scored]:
         worker = RewardWorker(spec(run_config(*sources, judges=judges)))
+        workers.append(worker)
         worker.load(str(folder), {s["name"]: s["path"] for s in sources if s["kind"] == "model"})
         worker.add_rows("prompts", rows)
         chunk = answers_of(worker.codec.tokenizer)
@@ -165,33 +102,108 @@ def scores(ray_here: Cluster, folder: Path) -> Scores:
         names = [s["name"] for s in sources] + list(judges)
         return worker.scores("prompts", np.array(prompts), placed, micro, names)
 
-    return get
+    workers: list[RewardWorker] = []
+    yield get
+    for source in (source for worker in workers for source in worker.sources.values()):
+        if isinstance(source, FunctionProcess):
+            source.close()
 
 
 def test_a_function_gets_prompts_and_answers_as_text(scores: Scores) -> None:
     found = scores(function("length"), judges=("vowels",))
-    assert found["length"].tolist() == [1, 2, 0, 4]  # without eos
-    assert found["vowels"].tolist() == [2, 1, 2, 2]
-    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    assert found["length"].values.tolist() == [1, 2, 0, 4]  # without eos
+    assert found["vowels"].values.tolist() == [2, 1, 2, 2]
+    assert {scored.values.dtype for scored in found.values()} == {np.dtype(np.float32)}
 
 
 def test_columns_of_the_rows_reach_the_function(scores: Scores) -> None:
     """Also one that only some rows have, even where no row of this rank's answers has it."""
     columns = {"label", "note"}
     rows = [Row(row.prompt, columns={k: v for k, v in row.columns.items() if k in columns}) for row in ROWS]
-    assert scores(function("by_label"), rows=rows)["by_label"].tolist() == [1.0, 2.5, 3.0, 4.0]
-    assert scores(function("by_label"), rows=rows, prompts=(3, 0, 0))["by_label"].tolist() == [4.0, 1.0, 1.0]
+    assert scores(function("by_label"), rows=rows)["by_label"].values.tolist() == [1.0, 2.5, 3.0, 4.0]
+    assert scores(function("by_label"), rows=rows, prompts=(3, 0, 0))["by_label"].values.tolist() == [4.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_score_is_an_error_that_names_the_reward(scores: Scores, name: str) -> None:
-    with pytest.raises(RewardError, match=rf"(?s)^reward {name}: .*{WRONG[name]}"):
-        scores(function("length"), function(name))
+def test_each_source_says_which_answers_it_has_no_score_for(scores: Scores, service: Service) -> None:
+    """A function that fails, one that is late, a service and a judge that know some; the others are whole."""
+    service.plan = [says('{"scores": [1, null, 3, 4]}')]
+    late = function("sleep_at_bb") | {"timeout": 1.0, "batch_size": 1}
+    http = {"kind": "http", "name": "service", "url": service.url}
+    found = scores(function("length"), function("broken"), late, http, judges=("nothing_for_some",))
+    assert service.requests[0]["columns"] == {
+        "label": [1.0, 2.0, 3.0, 4.0],
+        "note": [None, "well", None, None],
+        "other": [None, None, None, 1],
+    }
+    assert {name: (scored.timeouts, scored.errors) for name, scored in found.items()} == {
+        "length": (0, 0),
+        "broken": (0, 4),
+        "sleep_at_bb": (1, 0),
+        "service": (0, 1),
+        "nothing_for_some": (0, 1),
+    }
+    for name in ("sleep_at_bb", "service", "nothing_for_some"):
+        assert np.isnan(found[name].values).tolist() == [False, True, False, False]
+    assert found["broken"].example == "ZeroDivisionError: of the reward's own"
 
 
-def test_a_function_that_lacks_a_column_is_an_error_that_names_the_reward(scores: Scores) -> None:
-    with pytest.raises(RewardError, match=r"^reward by_label: TypeError: .*missing 2 required positional arguments"):
-        scores(function("by_label"), rows=[Row(prompt) for prompt in PROMPTS])
+def test_a_function_that_lacks_a_column_is_an_error(scores: Scores) -> None:
+    found = scores(function("by_label"), rows=[Row(prompt) for prompt in PROMPTS])["by_label"]
+    assert found.errors == 4 and "missing 2 required positional arguments" in found.example
+
+
+def test_a_source_that_cannot_be_had_is_refused_when_the_worker_loads(
+    scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        RewardError, match=r"^ppo\.rewards\.1\.function: cannot import 'tests.reward_functions:no_such'"
+    ):
+        scores(function("length"), function("no_such"))
+    with pytest.raises(RewardError, match=r"^ppo\.evaluation\.judges\.0\.function: cannot import"):
+        scores(function("length"), judges=("no_such",))
+    monkeypatch.delenv("SERVICE_TOKEN", raising=False)
+    with pytest.raises(
+        RewardError, match=r"^ppo\.rewards\.0\.token_env: the environment variable SERVICE_TOKEN is not set"
+    ):
+        scores({"kind": "http", "name": "service", "url": "http://localhost", "token_env": "SERVICE_TOKEN"})
+
+
+def test_a_score_of_a_model_that_is_not_finite_is_an_error_of_its_answer(
+    scores: Scores, folder: Path, tmp_path: Path
+) -> None:
+    """A model whose embedding of `d` overflowed."""
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    [d] = make_tokenizer()("d")["input_ids"]
+    with torch.no_grad():
+        plain.get_input_embeddings().weight[d] = torch.inf
+    plain.save_pretrained(tmp_path / "broken")
+    make_tokenizer().save_pretrained(tmp_path / "broken")
+    found = scores(model("broken", tmp_path / "broken"))["broken"]
+    assert np.isnan(found.values).tolist() == [False, False, False, True]
+    assert (found.timeouts, found.errors) == (0, 1)
+    assert found.example == "gave nan for an answer; one finite number is needed"
+
+
+def test_scores_of_ranks_are_gathered_with_each_answer_counted_once() -> None:
+    """Ranks work on equally many answers, so that some are scored twice."""
+    one, two = Scored.of([1.0, 2.0]), Scored.nothing(2, "no answer", late=True)
+    found = Scored.gather([np.array([0, 2]), np.array([1, 0])], [one, two], 3)
+    np.testing.assert_array_equal(found.values, np.array([np.nan, np.nan, 2.0], np.float32))
+    assert (found.timeouts, found.errors, found.example) == (2, 0, "no answer")
+    again = Scored.gather([np.array([1, 0]), np.array([0, 2])], [two, one], 3)
+    np.testing.assert_array_equal(again.values, np.array([1.0, np.nan, 2.0], np.float32))
+    assert (again.timeouts, again.errors) == (1, 0)
+
+
+def test_the_longest_that_scoring_may_take_follows_from_the_timeouts() -> None:
+    function_times = {"timeout": 10.0, "start_timeout": 5.0}
+    http = {"kind": "http", "name": "service", "url": "http://localhost", "timeout": 200.0}
+    few = function("length") | function_times | {"batch_size": 4}
+    config = run_config({"kind": "model"}, function("vowels") | function_times, few, http, judges=("words",))
+    assert config.ppo
+    assert config.ppo.longest_scoring(9) == 15 + 3 * 15 + 200 + (60 + 120)
 
 
 def test_a_model_scores_the_last_token(scores: Scores, folder: Path, tmp_path: Path) -> None:
@@ -213,8 +225,8 @@ def test_a_model_scores_the_last_token(scores: Scores, folder: Path, tmp_path: P
             assert int(ids.max()) < VOCABULARY
             with torch.no_grad():
                 wanted = (float(hf.score(hf.base_model(ids)[0])[0, -1, 0]) - 0.5) / 2.0
-            assert found[name][i] == pytest.approx(wanted, abs=1e-5)
-    assert not np.allclose(found["one"], found["two"])
+            assert found[name].values[i] == pytest.approx(wanted, abs=1e-5)
+    assert not np.allclose(found["one"].values, found["two"].values)
 
 
 def test_a_model_with_another_tokenizer_is_refused(scores: Scores, folder: Path, tmp_path: Path) -> None:
@@ -245,7 +257,7 @@ def test_names_tell_rewards_and_judges_apart(tmp_path: Path, judges: tuple[str, 
     ("path", "text"),
     [
         ("tests.nowhere:length", "No module named 'tests.nowhere'"),
-        (f"{HERE}:no_such", "has no attribute 'no_such'"),
+        (f"{FUNCTIONS}:no_such", "has no attribute 'no_such'"),
     ],
 )
 def test_a_function_that_is_not_there_is_an_error_that_names_the_setting(path: str, text: str) -> None:
@@ -254,9 +266,9 @@ def test_a_function_that_is_not_there_is_an_error_that_names_the_setting(path: s
 
 
 @pytest.mark.slow
-def test_from_a_worker_the_error_comes_with_role_rank_and_reward(ray_here: Cluster, folder: Path) -> None:
-    """On two ranks, each with its part of the answers."""
-    config = run_config(function("length"), function("not_a_number"), function("by_label"))
+def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster, folder: Path) -> None:
+    """Each has its part of the answers and its own processes, which end with it though it is killed."""
+    config = run_config(*map(function, ("length", "not_a_number", "by_label", "process_number")))
     env = {"env_vars": environment(config, "reward", "cpu", 1)}
     handles = [
         ray.remote(Host).options(num_cpus=1, runtime_env=env).remote("rewards", spec(config, rank=rank, world=2))
@@ -273,15 +285,20 @@ def test_from_a_worker_the_error_comes_with_role_rank_and_reward(ray_here: Clust
             args = [("prompts", rows, placed.take(rows), [np.arange(2)], [name]) for rows in shards]
             return together(group.scatter("scores", args))[0]
 
-        assert [found["length"].tolist() for found in ask("length")] == [[0, 4], [1, 2]]
-        with pytest.raises(
-            WorkerError, match=r"^reward rank 1 failed in scores: RewardError: reward not_a_number: gave"
-        ):
-            ask("not_a_number")
-        with pytest.raises(
-            WorkerError, match=r"reward rank [01] failed in scores: RewardError: reward by_label: TypeE"
-        ):
-            ask("by_label")  # the column `other` is none of its arguments
+        assert [found["length"].values.tolist() for found in ask("length")] == [[0, 4], [1, 2]]
+        assert [found["not_a_number"].errors for found in ask("not_a_number")] == [0, 1]
+        # the column `other` is none of its arguments
+        assert all(found["by_label"].example.startswith("TypeError") for found in ask("by_label"))
+        numbers = [int(found["process_number"].values[0]) for found in ask("process_number")]
+        theirs = [process for pid in numbers for process in psutil.Process(pid).parents()[:2]]  # guard, worker
+        guards, workers = theirs[::2], theirs[1::2]
+        assert len({*numbers, *(process.pid for process in theirs)}) == 6
+        left = [*map(psutil.Process, numbers), *guards]
+        for worker in workers:
+            assert "ray::" in worker.cmdline()[0]
+            worker.kill()
+        _, alive = psutil.wait_procs(left, timeout=20)
+        assert not alive
     finally:
         for handle in handles:
             ray.kill(handle)

@@ -1,15 +1,18 @@
-"""The reward role: what an answer is worth, by trained models and by Python functions."""
+"""The reward role: what an answer is worth, by trained models, Python functions and services."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from configs.schema import FunctionReward, Judge, ModelSettings
+from configs.schema import FunctionSettings, HttpReward, ModelSettings
 from workers.batching import Rows
 from workers.data import Codec
-from workers.functions import RewardError, RewardFunction, find_function
+from workers.endpoint import Endpoint
+from workers.function_process import FunctionProcess
+from workers.functions import RewardError
 from workers.models import ScalarModel, load_hf, load_tokenizer
+from workers.scored import Scored
 from workers.sequences import Placed, Sample
 from workers.value import score
 from workers.worker import Worker, WorkerSpec
@@ -22,12 +25,30 @@ class RewardWorker(Worker):
         super().__init__(spec)
         self.device = torch.device(spec.device)
         self.models: dict[str, ScalarModel] = {}
-        self.functions: dict[str, RewardFunction] = {}
+        self.sources: dict[str, FunctionProcess | Endpoint] = {}
 
     def load(self, tokenizer_path: str, model_paths: dict[str, str]) -> int:
-        """Load the reward models (name -> folder) and import the functions and judges. Returns the parameter count."""
+        """Load the reward models (name -> folder); start the functions and judges. Returns the parameter count."""
+        self._start_sources()  # functions are imported while the models load
+        self._load_models(tokenizer_path, model_paths)
+        for source in self.sources.values():
+            if isinstance(source, FunctionProcess):
+                source.wait_ready()
+        return sum(p.numel() for m in self.models.values() for p in m.parameters())
+
+    def _start_sources(self) -> None:
         ppo = self.config.ppo
         assert ppo is not None
+        judges = ppo.evaluation.judges if ppo.evaluation else []
+        places = [f"ppo.rewards.{i}" for i in range(len(ppo.rewards))]
+        places += [f"ppo.evaluation.judges.{i}" for i in range(len(judges))]
+        for place, settings in zip(places, [*ppo.rewards, *judges], strict=True):
+            if isinstance(settings, FunctionSettings):
+                self.sources[settings.name] = FunctionProcess(settings, place, self.config.plugins)
+            elif isinstance(settings, HttpReward):
+                self.sources[settings.name] = Endpoint(settings, place)
+
+    def _load_models(self, tokenizer_path: str, model_paths: dict[str, str]) -> None:
         trust = self.config.model.trust_remote_code
         self.codec = Codec(load_tokenizer(tokenizer_path, trust), self.config.chat_template)
         for name, path in model_paths.items():
@@ -38,40 +59,26 @@ class RewardWorker(Worker):
             settings = ModelSettings(path=path, dtype=self.config.model.dtype, trust_remote_code=trust)
             hf = load_hf(settings, path, scalar=True, seed=self.config.seed)
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
-        judges = ppo.evaluation.judges if ppo.evaluation else []
-        for source in [*ppo.rewards, *judges]:
-            if isinstance(source, FunctionReward | Judge):
-                self.functions[source.name] = find_function(source.function, f"rewards {source.name}")
-        return sum(p.numel() for m in self.models.values() for p in m.parameters())
 
     def scores(
         self, data: str, prompts: np.ndarray, rollouts: Placed, micro_batches: list[Rows], names: list[str]
-    ) -> dict[str, np.ndarray]:
-        """Source -> float32 [samples] for the named sources; `prompts` are the samples' rows in the dataset."""
+    ) -> dict[str, Scored]:
+        """What each of the named sources says of the samples; `prompts` are their rows in the dataset."""
         samples: list[Sample] = rollouts.fetch()
         found = {}
         for name in names:
             if name in self.models:
-                found[name] = score(self.models[name], samples, micro_batches, self.device)
+                found[name] = Scored.of(score(self.models[name], samples, micro_batches, self.device).tolist())
             else:
-                found[name] = self._call(name, data, prompts, samples)
+                found[name] = self._ask(self.sources[name], data, prompts, samples)
         return found
 
-    def _call(self, name: str, data: str, prompts: np.ndarray, samples: list[Sample]) -> np.ndarray:
+    def _ask(self, source: FunctionProcess | Endpoint, data: str, prompts: np.ndarray, samples: list[Sample]) -> Scored:
         rows = [self.datasets[data][i] for i in prompts]
         answers = [self.codec.decode(s.ids[s.prompt_length :]) for s in samples]
         names = dict.fromkeys(key for row in self.datasets[data] for key in row.columns)  # some rows may lack some
         columns = {key: [row.columns.get(key) for row in rows] for key in names}
-        try:
-            values = self.functions[name]([row.prompt for row in rows], answers, **columns)
-            scores = np.asarray(values, dtype=np.float32)
-        except Exception as error:  # whatever it is: it must be known whose it is
-            raise RewardError(f"reward {name}: {type(error).__name__}: {error}") from error
-        if scores.shape != (len(samples),) or not np.isfinite(scores).all():
-            raise RewardError(
-                f"reward {name}: gave {values!r} for {len(samples)} answers; one finite number each is needed"
-            )
-        return scores
+        return source.score([row.prompt for row in rows], answers, columns)
 
     def texts(self, rollouts: Placed) -> list[tuple[str, str]]:
         """(prompt, answer) of each sample as text, for people to read."""
