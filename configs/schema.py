@@ -102,6 +102,8 @@ class OptimizerSettings(Settings):
     """How the rate goes on after the warm-up; linear and cosine end at 0."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
+    refuse_grad_norm: PositiveFloat = 1e5
+    """A step is not applied where the global norm is larger than this before scaling, or where it or the loss is not finite."""
 
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]

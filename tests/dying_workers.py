@@ -32,7 +32,7 @@ class _Dying(Worker):
 
 
 class _DyingTrainer(_Dying, Trainer):
-    def optimize(self, losses: Any, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+    def optimize(self, losses: Any, *args: Any) -> dict[str, float]:
         assert self.engine is not None
         if "step" not in vars(self.engine):
             step = self.engine.step
@@ -49,7 +49,7 @@ class _DyingTrainer(_Dying, Trainer):
             found.register_hook(lambda _: self.reach("backward"))
             return found
 
-        return super().optimize([lambda loss=loss: share(loss) for loss in losses], progress, seed)  # type: ignore[misc]
+        return super().optimize([lambda loss=loss: share(loss) for loss in losses], *args)  # type: ignore[misc]
 
     def save(self, folder: str) -> None:
         self.reach("save")

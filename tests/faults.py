@@ -5,13 +5,11 @@ They show that a check sees what it is there for: with the fault it must fail, w
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import torch
-from deepspeed import zero
 from ray.actor import ActorHandle
 from torch import Tensor
 from vllm import TokensPrompt
@@ -19,18 +17,14 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from configs.schema import ModelSettings, OptimizerSettings
+from tests.learners import OpenPolicy
 from workers.host import KINDS
-from workers.policy import PolicyWorker
 from workers.rollout import RolloutWorker
-from workers.trainer import Trainer
 from workers.transfer import ObjectStoreEngine, ObjectStoreTrainer, ObjectStoreTrainerInit, ObjectStoreUpdateInfo
-from workers.value import ValueWorker
 
 KINDS |= {
     "faulty_policy": "tests.faults:FaultyPolicy",
     "faulty_rollout": "tests.faults:FaultyRollout",
-    "open_value": "tests.faults:OpenValue",
 }
 
 
@@ -124,35 +118,7 @@ class FaultyTrainer(ObjectStoreTrainer):
             raise ConnectionError("the trainer broke off")
 
 
-class Open(Trainer):
-    """A trainer that can change its model, and whose weights and outputs a test can reach."""
-
-    def load(
-        self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0
-    ) -> int:
-        self.peft = None
-        return super().load(path, settings, optimizer, dropout)
-
-    def add_noise(self, scale: float, seed: int) -> None:
-        """Move every parameter that is trained."""
-        torch.manual_seed(seed)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        sharded = hasattr(trained[0], "ds_id")
-        with torch.no_grad(), zero.GatheredParameters(trained, modifier_rank=0) if sharded else nullcontext():
-            for parameter in trained:
-                parameter.add_(scale * torch.randn_like(parameter))
-
-    def logits(self, ids: list[list[int]]) -> np.ndarray:
-        """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: what the Hugging Face model itself gives."""
-        with self.evaluating():
-            return self.model.hf(input_ids=torch.tensor(ids)).logits.numpy()
-
-
-class OpenValue(Open, ValueWorker):
-    """A scalar model."""
-
-
-class FaultyPolicy(Open, PolicyWorker):
+class FaultyPolicy(OpenPolicy):
     """A language model whose transfers can be disturbed."""
 
     transfer: FaultyTrainer

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from configs.schema import DeadlineSettings, Role, RunConfig, Strategy
+from configs.schema import DeadlineSettings, ModelSettings, OptimizerSettings, Role, RunConfig, Strategy
 from orchestrator.calls import Call, WorkerGroup
 from orchestrator.deadlines import Deadlines
+from workers.data import Row
 from workers.host import Host
 from workers.sequences import Chunk, Placed
+from workers.work import Part
 from workers.worker import WorkerSpec, environment
 
 DEADLINES = Deadlines(DeadlineSettings(first=240.0, start=240.0))
 
 
 def run_config(**settings: Any) -> RunConfig:
-    """Settings of a small PPO run whose workers know tests.faults."""
+    """Settings of a small PPO run."""
     data, adam = {"path": "rows.jsonl"}, {"lr": 0.03}
     ppo = {"prompts": data, "steps": 1, "actor_optimizer": adam, "critic_optimizer": adam}
     rollout = {"max_new_tokens": 24, "kv_cache_gib": 0.1, "max_sequences": 16, "temperature": 0.8}
-    base = {"name": "tests", "model": {"path": "model"}, "plugins": ["tests.faults"], "ppo": ppo, "rollout": rollout}
+    base = {"name": "tests", "model": {"path": "model"}, "ppo": ppo, "rollout": rollout}
     base["rm"] = {"train": data, "optimizer": adam}
     return RunConfig.model_validate(base | settings)
 
@@ -36,7 +39,8 @@ class Hosts:
     def group(self, kind: str, role: Role, strategy: Strategy = "ddp", ranks: int = 1) -> WorkerGroup:
         key = (kind, strategy, ranks)
         if key not in self.groups:
-            config = run_config(strategy=strategy)
+            plugin = "tests.learners" if kind.startswith("open") else "tests.faults"
+            config = run_config(strategy=strategy, plugins=[plugin])
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
             handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote(kind, spec) for spec in specs]
@@ -48,6 +52,7 @@ class Hosts:
         for group in self.groups.values():
             for handle in group.handles:
                 ray.kill(handle)
+        self.groups.clear()
 
 
 def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[Placed, Chunk, int]:
@@ -65,3 +70,42 @@ def log_probs(actor: WorkerGroup, placed: Placed) -> np.ndarray:
     for other in others:
         np.testing.assert_array_equal(first, other)
     return first
+
+
+# ---------------------------------------------------------------- learning
+
+DEMONSTRATIONS = [Row(f"{i} and {i} is ", completion=str(2 * i)) for i in range(16)]
+PAIRS = [Row(f"{i} and {i} is ", chosen=str(2 * i), rejected=str(i)) for i in range(16)]
+
+
+def load(group: WorkerGroup, model: Path, kind: str = "demonstration", **settings: Any) -> None:
+    """Let a group begin with a model, and give it what `train` trains on. settings: of the model."""
+    chosen = ModelSettings.model_validate({"path": str(model)} | settings)
+    group.call("load", str(model), chosen, OptimizerSettings(lr=1e-2, weight_decay=0.1)).get()
+    group.call("add_rows", "rows", DEMONSTRATIONS if kind == "demonstration" else PAIRS).get()
+    group.call("tokenize", "rows", kind, 64).get()
+
+
+def train(group: WorkerGroup, step: int, method: str = "train_demonstrations", spoil: str = "") -> dict[str, float]:
+    """One optimizer step on eight rows, two micro-batches a rank; `spoil` happens on the last rank alone."""
+    if spoil:
+        group.scatter("spoil", [("",)] * (len(group) - 1) + [(spoil,)]).get()
+    rows = np.random.default_rng(step).permutation(16)[:8].reshape(len(group), 2, -1)
+    parts = [Part("rows", list(mine), 30) for mine in rows]
+    results: list[dict[str, float]] = group.scatter(method, [(part, 0.5, (1, step)) for part in parts]).get()
+    for other in results[1:]:
+        assert str(other) == str(results[0]), "every rank reports the whole"  # as text, in which NaN is like NaN
+    return results[0]
+
+
+Held = list[dict[str, np.ndarray]]
+"""What `held` says of each rank: all that learning changes."""
+
+
+def same_held(found: Held, wanted: Held) -> None:
+    """Bit for bit."""
+    for rank, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert a.keys() == b.keys()
+        assert any(name.startswith("exp_avg_sq") for name in a)
+        for name in b:
+            np.testing.assert_array_equal(a[name], b[name], f"{name} of rank {rank}")

@@ -86,7 +86,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.critic_optimizer={betas: [0, 0]}", "ppo.critic_optimizer.lr: missing; must be number > 0"),
     (
         "sft={train: {path: x}}",
-        "sft.optimizer: missing; must be settings (lr, betas, weight_decay, warmup, schedule, max_grad_norm)",
+        "sft.optimizer: missing; must be settings (lr, betas, weight_decay, warmup, schedule, max_grad_norm, refuse_grad_norm)",
     ),
     ("ppo.steps=???", "ppo.steps: has no value (???)"),
     ("seed=???", "seed: has no value (???)"),

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from configs.schema import PPOSettings
 from workers.advantages import Total, advantage_estimators, mean_and_variance, moments, token_rewards, whiten
-from workers.batching import pad_right
+from workers.batching import Rows, pad_right
 from workers.kl import kl_estimate
+from workers.refusal import Arrays, numbered, token_rows
 from workers.sequences import Sample
 from workers.work import Work
 
@@ -28,6 +29,15 @@ class Answers:
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
+
+    def arrays(self, micro_batches: list[Rows]) -> Arrays:
+        """Some of the samples as arrays; what there is per answer token stands end to end, [answer tokens]."""
+        rows = np.concatenate(micro_batches)
+        columns = {"log_probs": self.log_probs, "advantages": self.advantages, "returns": self.returns}
+        if self.values is not None:
+            columns["values"] = self.values
+        flat = {name: column[rows][self.mask[rows]].cpu().numpy() for name, column in columns.items()}
+        return token_rows([self.samples[i] for i in rows]) | {"micro_batch": numbered(micro_batches)} | flat
 
 
 def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) -> Answers:

@@ -14,10 +14,11 @@ from workers import experience
 from workers.batching import Rows
 from workers.losses import masked_sum, next_token, policy_losses
 from workers.models import Batch
+from workers.refusal import Arrays, numbered, token_rows
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
 from workers.weights import EngineClient, GatheredWeights
-from workers.work import Part, Work
+from workers.work import MiniBatch, Part, Work
 
 
 class PolicyWorker(Trainer):
@@ -42,7 +43,8 @@ class PolicyWorker(Trainer):
 
     def train_demonstrations(self, part: Part, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean negative log-likelihood of the completions' tokens."""
-        return self.optimize([partial(self._demonstration_loss, part, i) for i in part.micro_batches], progress, seed)
+        losses = [partial(self._demonstration_loss, part, i) for i in part.micro_batches]
+        return self.optimize(losses, progress, seed, partial(self._seen, part))
 
     def demonstration_loss(self, part: Part) -> dict[str, float]:
         """Mean negative log-likelihood of the completions' tokens, without training."""
@@ -57,53 +59,71 @@ class PolicyWorker(Trainer):
         log_probs, _ = self.module(batch)
         return next_token(log_probs, batch.mask).sum() / part.count
 
+    def _seen(self, part: Part, prefix: str = "") -> Arrays:
+        rows = [self.sequences[part.data][i] for indices in part.micro_batches for i in indices]
+        return token_rows(rows, prefix) | {f"{prefix}micro_batch": numbered(part.micro_batches)}
+
     # ------------------------------------------------------------ PPO
 
     def train_answers(self, work: Work, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
         """The policy's updates of one step: epochs x mini-batches, until `target_kl` is passed.
 
         Returns means over the step's tokens. `log_prob_gap` compares the engine with this model before its first update.
+        Updates that were refused count in `refused/actor`, and in nothing else.
         """
         ppo = self.config.ppo
         assert ppo is not None
         answers = experience.prepare(work, ppo, self.total, self.device)
         metrics = dict(answers.metrics)
         sums: dict[str, float] = {}
-        updates = 0
+        updates = refusals = 0
         for epoch in range(ppo.epochs if work.update else 1):
             for k, mini in enumerate(work.mini_batches):
                 first = epoch == 0 and k == 0
-                found = _Sums()
-                losses = [partial(self._policy_loss, answers, i, mini.tokens, found) for i in mini.micro_batches]
+                found, refused = _Sums(), False
                 if work.update:
-                    if mini.ptx:
-                        losses += [
-                            partial(self._ptx_loss, mini.ptx, i, mini.tokens, found) for i in mini.ptx.micro_batches
-                        ]
-                    steps = self.optimize(losses, progress, (*seed, epoch, k))
+                    steps = self._update(answers, mini, progress, (*seed, epoch, k), found)
                     metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
-                    updates += 1
+                    refused = bool(steps["refused"])
+                    updates, refusals = updates + (not refused), refusals + refused
                 elif first:
                     with self.evaluating():
-                        for loss in losses:
-                            loss()
+                        for indices in mini.micro_batches:
+                            self._policy_loss(answers, indices, mini.tokens, found)
                 else:
                     continue
                 means = {name: value / mini.tokens for name, value in self.sum_over_ranks(found).items()}
                 if first:
                     metrics |= {"log_prob_gap": means["gap"], "entropy": means["entropy"]}
+                if refused:
+                    continue
                 for name, value in means.items():
                     sums[name] = sums.get(name, 0.0) + value
                 if work.update and ppo.target_kl is not None and means["approx_kl"] > ppo.target_kl:
-                    return self._summary(metrics, sums, updates, stopped=True)
-        return self._summary(metrics, sums, updates, stopped=False)
+                    return self._summary(metrics, sums, updates, refusals, stopped=True)
+        return self._summary(metrics, sums, updates, refusals, stopped=False)
 
     def _summary(
-        self, metrics: dict[str, float], sums: dict[str, float], updates: int, stopped: bool
+        self, metrics: dict[str, float], sums: dict[str, float], updates: int, refusals: int, stopped: bool
     ) -> dict[str, float]:
         names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "clip_fraction": "clip_fraction", "ptx": "loss/ptx"}
         means = {ours: sums[name] / max(updates, 1) for name, ours in names.items() if name in sums}
-        return metrics | means | {"updates": float(updates), "stopped_on_kl": float(stopped)}
+        counts = {"updates": float(updates), "refused/actor": float(refusals), "stopped_on_kl": float(stopped)}
+        return metrics | means | counts
+
+    def _update(
+        self, answers: experience.Answers, mini: MiniBatch, progress: float, seed: tuple[int, ...], sums: _Sums
+    ) -> dict[str, float]:
+        """One optimizer step on a mini-batch of answers and the demonstrations beside it."""
+        losses = [partial(self._policy_loss, answers, i, mini.tokens, sums) for i in mini.micro_batches]
+        if mini.ptx:
+            losses += [partial(self._ptx_loss, mini.ptx, i, mini.tokens, sums) for i in mini.ptx.micro_batches]
+
+        def seen() -> Arrays:
+            demonstrations = self._seen(mini.ptx, "ptx_") if mini.ptx else {}
+            return answers.arrays(mini.micro_batches) | demonstrations
+
+        return self.optimize(losses, progress, seed, seen)
 
     def _policy_loss(self, answers: experience.Answers, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
         ppo = self.config.ppo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -24,6 +25,8 @@ from configs.schema import ModelSettings, OptimizerSettings
 from workers.data import Codec, RowKind, Sequence
 from workers.files import Files, read_files, write_files
 from workers.models import LanguageModel, ScalarModel, add_lora, load_hf, load_tokenizer
+from workers.refusal import Arrays
+from workers.universal import universal
 from workers.weights import GatheredWeights, gathered
 from workers.worker import Worker, WorkerSpec
 
@@ -32,6 +35,9 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _BUCKET_ELEMENTS = 16_000_000
 """Elements that are reduced or gathered at a time."""
+
+_TAG, _NOTE = "state", "cut.json"
+"""Below a saved folder: what DeepSpeed wrote, and how it was cut into shards."""
 
 
 def learning_rate(settings: OptimizerSettings, progress: float) -> float:
@@ -69,6 +75,8 @@ class Trainer(Worker):
         self.engine: deepspeed.DeepSpeedEngine | None = None
         self.peft: Any = None
         self.sequences: dict[str, list[Any]] = {}
+        self.loss = 0.0
+        self.refused: Arrays | None = None
 
     # ------------------------------------------------------------ building
 
@@ -132,10 +140,28 @@ class Trainer(Worker):
                 adam.register_step_pre_hook(
                     lambda adam, *_: setattr(adam, "_global_grad_norm", float(clip(trained, optimizer.max_grad_norm)))
                 )
+            # Until then no step counts: one of DeepSpeed's optimizers takes one to build its states.
+            adam.found_inf = torch.ones((), device=self.device)  # type: ignore[attr-defined]
             self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=adam, config=settings)
             # Unsharded gradients are reduced through a flat copy: by default one of all of them.
             self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=_BUCKET_ELEMENTS)
+            adam.register_step_pre_hook(self._before_adam)
         return self.engine
+
+    def _before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
+        """Runs when the global norm is known and AdamW is about to move the weights (under ZeRO-3 in several goes).
+
+        The fused AdamW is made to be told that gradients are infinite, and then leaves weights, moments and its count of
+        steps as they are. What surrounds it goes on as in any step, so that the gradients are thrown away as always.
+        """
+        assert self.engine is not None
+        refuses = self._refuses(self.loss, float(self.engine.optimizer._global_grad_norm))
+        adam.found_inf = torch.ones((), device=self.device) if refuses else None  # type: ignore[attr-defined]
+
+    def _refuses(self, loss: float, norm: float) -> bool:
+        """Of numbers that are the same on every rank. DeepSpeed's norm of gradients that are not finite may be -1."""
+        assert self.optimizer_settings is not None
+        return not (math.isfinite(loss) and 0.0 <= norm <= self.optimizer_settings.refuse_grad_norm)
 
     # ------------------------------------------------------------ data
 
@@ -167,7 +193,11 @@ class Trainer(Worker):
     # ------------------------------------------------------------ training
 
     def optimize(
-        self, losses: Iterable[Callable[[], Tensor]], progress: float, seed: tuple[int, ...]
+        self,
+        losses: Iterable[Callable[[], Tensor]],
+        progress: float,
+        seed: tuple[int, ...],
+        seen: Callable[[], Arrays],
     ) -> dict[str, float]:
         """One optimizer step over the micro-batches of this rank; every rank must bring equally many.
 
@@ -175,6 +205,10 @@ class Trainer(Worker):
         sum over micro-batches and ranks is the loss of the whole batch, whatever way it was cut.
         progress: share of the stage that is done, for the learning rate.
         seed: draws dropout; with the rank added, so that a step repeated is the same step.
+        seen: what the losses are made of; asked for where the step is refused.
+
+        A step whose loss or gradients are not finite, or whose gradients' norm is above `refuse_grad_norm`, is refused on
+        all ranks: weights and optimizer stay as they are, bit for bit, `refused` is 1, and `refused_batch` tells more.
         """
         assert self.engine is not None and self.optimizer_settings is not None
         rate = learning_rate(self.optimizer_settings, progress)
@@ -183,16 +217,32 @@ class Trainer(Worker):
         torch.manual_seed(hash((*seed, self.rank)) % 2**63)
         self.engine.train()
         pending = list(losses)
-        total = 0.0
+        shares: list[float] = []
         for k, share in enumerate(pending):
             self.engine.set_gradient_accumulation_boundary(k == len(pending) - 1)
             loss = share()
-            total += float(loss.detach())
+            shares.append(float(loss.detach()))
             # DeepSpeed averages gradients over ranks; our losses are shares of one global mean, to be summed.
             self.engine.backward(loss * self.spec.world_size)
+        self.loss = self.sum_over_ranks({"loss": sum(shares)})["loss"]
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        return {"loss": self.sum_over_ranks({"loss": total})["loss"], "lr": rate, "grad_norm": norm}
+        refused = self._refuses(self.loss, norm)
+        if refused:
+            self.refused = seen() | {
+                "losses": np.array(shares),
+                "loss": np.array(self.loss),
+                "grad_norm": np.array(norm),
+            }
+        return {"loss": self.loss, "lr": rate, "grad_norm": norm, "refused": float(refused)}
+
+    def refused_batch(self) -> Arrays | None:
+        """What this rank brought to the last step that was refused; None where none was since this was last asked.
+
+        losses [micro-batches] are this rank's shares of `loss`. Rows stand micro-batch after micro-batch (`micro_batch`).
+        """
+        found, self.refused = self.refused, None
+        return found
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -215,16 +265,46 @@ class Trainer(Worker):
     # ------------------------------------------------------------ saving
 
     def save(self, folder: str) -> None:
-        """Model, optimizer and their shards, for `restore`."""
+        """Model, optimizer and their shards, for `restore`, and a note of how they were cut."""
         assert self.engine is not None
         os.makedirs(folder, exist_ok=True)
-        self.engine.save_checkpoint(folder, tag="state", exclude_frozen_parameters=bool(self.settings.lora))
+        self.engine.save_checkpoint(folder, tag=_TAG, exclude_frozen_parameters=bool(self.settings.lora))
+        if self.rank == 0:
+            (Path(folder) / _NOTE).write_text(json.dumps(self._cut() | {"stepped": bool(self._adam_states())}))
 
     def restore(self, folder: str) -> None:
+        """Go on from what `save` wrote, also where other ranks than these did, or ZeRO 2 in place of 1.
+
+        Needs a model that was just loaded. With as many ranks, what follows is bit for bit what followed then.
+        """
         assert self.engine is not None
-        path, _ = self.engine.load_checkpoint(folder, tag="state", load_module_strict=not self.settings.lora)
+        saved = json.loads((Path(folder) / _NOTE).read_text())
+        stepped, cut = saved.pop("stepped"), self._cut()
+        if saved["strategy"] != cut["strategy"] and {saved["strategy"], cut["strategy"]} != {"zero1", "zero2"}:
+            raise ValueError(
+                f"strategy: {folder} was saved with {saved['strategy']}, and cannot go on with {cut['strategy']}"
+            )
+        if saved["ranks"] == cut["ranks"] or cut["strategy"] == "ddp":
+            self._load_state(folder)
+        elif stepped:
+            with universal(folder, _TAG, self.engine) as whole:
+                self._load_state(whole)
+            for state in self._adam_states():
+                state["step"] = state["step"].clone()  # DeepSpeed gives the parts of ZeRO-3 one count to share
+
+    def _load_state(self, folder: str) -> None:
+        assert self.engine is not None
+        path, _ = self.engine.load_checkpoint(folder, tag=_TAG, load_module_strict=not self.settings.lora)
         if path is None:
             raise FileNotFoundError(f"{folder}: holds no state of {self!r}")
+
+    def _cut(self) -> dict[str, Any]:
+        return {"ranks": self.spec.world_size, "strategy": self.config.strategy_of(self.spec.role)}
+
+    def _adam_states(self) -> list[dict[str, Any]]:
+        """AdamW's states of each of its tensors; none before its first step."""
+        assert self.engine is not None
+        return [state for state in self.engine.basic_optimizer.state.values() if state]
 
     def snapshot(self) -> tuple[Files, list[str]]:
         """What `save` writes of this rank, and the names of its files."""

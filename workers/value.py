@@ -15,6 +15,7 @@ from workers.advantages import moments
 from workers.batching import Rows
 from workers.losses import explained_variance, masked_sum, pairwise, value_losses
 from workers.models import Batch, ScalarModel
+from workers.refusal import Arrays, numbered, token_rows
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
 from workers.work import Part, Work
@@ -50,7 +51,7 @@ class ValueWorker(Trainer):
         return Ragged.of(rows, np.float32), np.array([row[0] for row in rows])
 
     def train_values(self, work: Work, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
-        """The critic's updates of one step: epochs x mini-batches."""
+        """The critic's updates of one step: epochs x mini-batches. Those that were refused only count in `refused/critic`."""
         ppo = self.config.ppo
         assert ppo is not None
         answers = experience.prepare(work, ppo, self.total, self.device)
@@ -60,15 +61,19 @@ class ValueWorker(Trainer):
             self.total(moments(answers.returns - answers.values, answers.mask)),
         )
         metrics = {"explained_variance": float(variance)}
-        total, updates = 0.0, 0
+        total, updates, refusals = 0.0, 0, 0
         for epoch in range(ppo.epochs):
             for k, mini in enumerate(work.mini_batches):
                 losses = [partial(self._value_loss, answers, i, mini.tokens) for i in mini.micro_batches]
-                steps = self.optimize(losses, progress, (*seed, epoch, k))
+                seen = partial(answers.arrays, mini.micro_batches)
+                steps = self.optimize(losses, progress, (*seed, epoch, k), seen)
                 metrics |= {"lr/critic": steps["lr"], "grad_norm/critic": steps["grad_norm"]}
-                total += steps["loss"]
-                updates += 1
-        return metrics | {"loss/value": total / updates}
+                if steps["refused"]:
+                    refusals += 1
+                else:
+                    total, updates = total + steps["loss"], updates + 1
+        mean = {"loss/value": total / updates} if updates else {}
+        return metrics | mean | {"refused/critic": float(refusals)}
 
     def _value_loss(self, answers: experience.Answers, indices: Rows, tokens: int) -> Tensor:
         ppo = self.config.ppo
@@ -85,7 +90,7 @@ class ValueWorker(Trainer):
         """One optimizer step on the mean pairwise loss."""
         right: list[Tensor] = []
         losses = [partial(self._pair_loss, part, i, right) for i in part.micro_batches]
-        metrics = self.optimize(losses, progress, seed)
+        metrics = self.optimize(losses, progress, seed, partial(self._seen, part))
         return metrics | self.sum_over_ranks({"accuracy": float(sum(right))})
 
     def pair_accuracy(self, part: Part) -> dict[str, float]:
@@ -105,6 +110,11 @@ class ValueWorker(Trainer):
         margin = settings.margin * torch.tensor([p.margin for p in pairs], device=self.device)
         right.append((chosen > rejected).sum() / part.count)
         return pairwise(chosen, rejected, margin, settings.center).sum() / part.count
+
+    def _seen(self, part: Part) -> Arrays:
+        pairs = [self.sequences[part.data][i] for indices in part.micro_batches for i in indices]
+        sides = token_rows([p.chosen for p in pairs], "chosen_") | token_rows([p.rejected for p in pairs], "rejected_")
+        return sides | {"margins": np.array([p.margin for p in pairs]), "micro_batch": numbered(part.micro_batches)}
 
     def normalize(self, data: str, micro_batches: list[Rows]) -> tuple[float, float]:
         """Give the scores mean 0 and deviation 1 on these sequences. Returns the raw mean and deviation."""

@@ -1,0 +1,92 @@
+"""Trainers that tests can look into and whose steps they can spoil. The plugin `tests.learners` adds them to the kinds of
+worker that a Host knows; it does without vLLM, which takes long to import.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import zero
+from torch import Tensor
+
+from configs.schema import ModelSettings, OptimizerSettings
+from workers.host import KINDS
+from workers.policy import PolicyWorker
+from workers.trainer import Trainer
+from workers.value import ValueWorker
+
+KINDS |= {"open_policy": "tests.learners:OpenPolicy", "open_value": "tests.learners:OpenValue"}
+
+
+def _nan_gradients(loss: Tensor) -> Tensor:
+    """The same loss, whose gradients are NaN."""
+    loss.register_hook(lambda gradient: gradient * math.nan)
+    return loss
+
+
+SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
+    "nan loss": lambda loss: loss * math.nan,
+    "infinite loss": lambda loss: loss * math.inf,
+    "infinite loss, finite gradients": lambda loss: loss + math.inf,
+    "finite loss, nan gradients": _nan_gradients,
+    "overflow": lambda loss: loss * 1e30,
+    "explosion": lambda loss: loss * 1e8,
+}
+
+
+class Open(Trainer):
+    """A trainer that can change its model, and whose weights and outputs a test can reach."""
+
+    spoiled: str = ""
+
+    def spoil(self, how: str) -> None:
+        """Something happens to the loss of this rank's last micro-batch, in the next optimizer step. See SPOILED."""
+        self.spoiled = how
+
+    def optimize(self, losses: Iterable[Callable[[], Tensor]], *args: Any) -> dict[str, float]:
+        how, self.spoiled = self.spoiled, ""
+        *others, last = losses
+        return super().optimize([*others, (lambda: SPOILED[how](last())) if how else last], *args)
+
+    def held(self) -> dict[str, np.ndarray]:
+        """Everything that learning changes, as this rank holds it: weights, and AdamW's own copies and states."""
+        assert self.engine is not None
+        adam = self.engine.basic_optimizer
+        tensors = {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}
+        masters = [p for group in adam.param_groups for p in group["params"]]
+        for i, master in enumerate(getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", masters)):
+            tensors |= {f"master {i}": master, **{f"{name} {i}": v for name, v in adam.state.get(master, {}).items()}}
+        return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+
+    def load(
+        self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0
+    ) -> int:
+        self.peft = None
+        return super().load(path, settings, optimizer, dropout)
+
+    def add_noise(self, scale: float, seed: int) -> None:
+        """Move every parameter that is trained."""
+        torch.manual_seed(seed)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        sharded = hasattr(trained[0], "ds_id")
+        with torch.no_grad(), zero.GatheredParameters(trained, modifier_rank=0) if sharded else nullcontext():
+            for parameter in trained:
+                parameter.add_(scale * torch.randn_like(parameter))
+
+    def logits(self, ids: list[list[int]]) -> np.ndarray:
+        """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: what the Hugging Face model itself gives."""
+        with self.evaluating():
+            return self.model.hf(input_ids=torch.tensor(ids)).logits.numpy()
+
+
+class OpenPolicy(Open, PolicyWorker):
+    """A language model."""
+
+
+class OpenValue(Open, ValueWorker):
+    """A scalar model."""

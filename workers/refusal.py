@@ -1,0 +1,25 @@
+"""What a rank was learning from when a step was refused: plain arrays, to be saved and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from workers.batching import Rows
+from workers.sequences import Ragged
+
+Arrays = dict[str, np.ndarray]
+
+
+def token_rows(rows: Sequence[Any], prefix: str = "") -> Arrays:
+    """Rows with `ids` and `prompt_length`: row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its prompt."""
+    ids = Ragged.of([row.ids for row in rows], np.int32)
+    lengths = np.array([row.prompt_length for row in rows], np.int32)
+    return {f"{prefix}ids": ids.values, f"{prefix}offsets": ids.offsets, f"{prefix}prompt_lengths": lengths}
+
+
+def numbered(micro_batches: list[Rows]) -> np.ndarray:
+    """[rows] the micro-batch of each row, where rows stand micro-batch after micro-batch."""
+    return np.repeat(np.arange(len(micro_batches)), [len(rows) for rows in micro_batches])

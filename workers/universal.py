@@ -1,0 +1,56 @@
+"""What one number of ranks saved, for another: DeepSpeed's universal checkpoints, which hold whole tensors by name."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.checkpoint import ds_to_universal
+
+
+@contextmanager
+def universal(folder: str, tag: str, engine: DeepSpeedEngine) -> Iterator[str]:
+    """Within it the engine loads universal checkpoints; gives the folder of one, made beside `folder` and removed after.
+
+    Collective. All ranks must see the same files. Understands states of ZeRO 1 to 3 that have taken a step.
+    """
+    converted = Path(f"{folder}.universal")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(converted, ignore_errors=True)  # of a process that was killed here
+        _convert(Path(folder) / tag, converted / tag)
+    _meet()
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield str(converted)
+        _meet()
+    finally:
+        engine._config.load_universal_checkpoint = False
+        if first:
+            shutil.rmtree(converted)
+
+
+def _convert(saved: Path, converted: Path) -> None:
+    with redirect_stdout(io.StringIO()):  # it tells its steps
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(saved),
+                output_folder=str(converted),
+                num_extract_workers=1,  # in this process
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,  # what only tensor and pipeline parallelism need to describe
+            )
+        )
+
+
+def _meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()
