@@ -342,6 +342,8 @@ class PPOSettings(Settings):
     """Taken from the score of an answer without an end-of-sequence token."""
     target_kl: PositiveFloat | None = None
     """A step's remaining mini-batches are dropped once the mean KL between the old and new policy passes this."""
+    refuse_kl: PositiveFloat = 10.0
+    """Nats per token; a step whose mean KL to the reference is larger, or not a number, does not change the actor."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """First steps in which only the critic learns."""
     ptx: PretrainingMix | None = None

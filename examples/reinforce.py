@@ -36,7 +36,7 @@ def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> list[float]
             picked = draw.choice(len(prompts), ppo.prompts_per_step, replace=False)
             rollouts = team.generate("prompts", picked, step, ppo.samples_per_prompt).get()
             reference, scores = together(team.log_probs(rollouts), team.scores(rollouts, ["model"]))
-            reward = scores["model"]
+            reward = scores["model"].values
             experience = Experience(rollouts, reference, None, reward.clip(-3, 3), KL_COEFFICIENT)
             metrics = team.train_actor(experience, progress=(step - 1) / ppo.steps, step=step).get()
             team.publish(version=step)

@@ -98,6 +98,8 @@ class Call(Generic[T]):
     then: Callable[[list[Any]], T] | None = None
     mendable: bool = True
     lasting: bool = False
+    allowance: float = 0.0
+    """Seconds that it may take on top, by deadlines of its own."""
     deadline: float = 0.0
     _began: float = 0.0
     _refs: dict[int, list[ObjectRef]] = field(default_factory=dict)
@@ -109,7 +111,7 @@ class Call(Generic[T]):
 
     def _send(self, ranks: Sequence[int]) -> None:
         self._began = time.monotonic()
-        self.deadline = self._began + self.group.deadlines.seconds(self.method, self.work)
+        self.deadline = self._began + self.allowance + self.group.deadlines.seconds(self.method, self.work)
         for rank in ranks:
             name = f"{self.group.role}-{rank}.{self.method}"
             call = self.group.handles[rank].call.options(num_returns=self.keep + 1, name=name)

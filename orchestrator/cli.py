@@ -188,7 +188,7 @@ def _errors() -> Iterator[None]:
 
 
 REFUSED = ("ConfigError", "DataError", "MetricsError", "PlanError", "RewardError", "RunError", "UnknownNameError")
-FAILED = ("DiskError", "LogProbGapError", "PlacementError", "WorkerError")
+FAILED = ("DiskError", "LogProbGapError", "PlacementError", "RefusedError", "WorkerError")
 EXIT_CODES = dict.fromkeys(REFUSED, 2) | dict.fromkeys(FAILED, 1)
 """By name: the modules of these errors are imported only by the commands that need them."""
 

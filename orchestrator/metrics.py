@@ -25,7 +25,7 @@ FILE = "metrics.jsonl"
 RESERVED = ("stage", "step", "time")
 
 # Below these a last part such as "reward" is what was measured, or the name of a reward; it is not the role.
-_NOT_BY_ROLE = ("evaluation", "reward")
+_NOT_BY_ROLE = ("evaluation", "reward", "timeouts", "errors")
 
 
 class MetricsError(ValueError):

@@ -9,6 +9,8 @@ from typing import Any
 from orchestrator.intervals import distinct_share, paired_interval
 from orchestrator.metrics import read_lines
 
+Line = dict[str, Any]
+
 
 def outcome(folder: Path) -> dict[str, float]:
     """Numbers of a run's two evaluations, before.jsonl and after.jsonl; empty where they are not both there.
@@ -20,7 +22,7 @@ def outcome(folder: Path) -> dict[str, float]:
     paths = folder / "evaluation" / "before.jsonl", folder / "evaluation" / "after.jsonl"
     if not all(path.exists() for path in paths):
         return {}
-    before, after = (read_lines(path) for path in paths)
+    before, after = scored_pairs(*(read_lines(path) for path in paths))
     rewards = [line["reward"] for line in before]
     found = _change("reward", rewards, [line["reward"] for line in after])
     if len(rewards) > 1 and stdev(rewards) > 0:
@@ -32,6 +34,16 @@ def outcome(folder: Path) -> dict[str, float]:
         "distinct": distinct_share([line["answer"] for line in after]),
         "prompts": len(after),
     }
+
+
+def scored_pairs(before: list[Line], after: list[Line]) -> tuple[list[Line], list[Line]]:
+    """Of two evaluations those prompts whose answers all have a score by every source."""
+
+    def scored(line: Line) -> bool:
+        return None not in (line["reward"], *line["judges"].values())
+
+    both = [(a, b) for a, b in zip(before, after, strict=True) if scored(a) and scored(b)]
+    return [a for a, _ in both], [b for _, b in both]
 
 
 def _change(name: str, before: list[float], after: list[float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -15,8 +16,9 @@ from orchestrator.outcome import outcome
 from orchestrator.run import RunError, local
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
-from orchestrator.team import Column, Experience, Rollouts
+from orchestrator.team import Experience, Rollouts
 from workers.data import batches, epoch_order
+from workers.scored import Scored
 
 
 class LogProbGapError(RuntimeError):
@@ -41,7 +43,6 @@ class PPO(StageRun):
         team, ppo = self.team, self.ppo
         started = time.monotonic()
         progress = (step - 1) / ppo.steps
-        learns = step > ppo.critic_warmup
         with self.phase("generate"):
             rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
         with self.phase("score"):
@@ -49,23 +50,32 @@ class PPO(StageRun):
                 team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
             )
         reward = weighted_sum(scores, ppo)
-        shaped = shape_scores(reward, rollouts.ended, ppo)
-        experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
+        kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
+        learns = step > ppo.critic_warmup and kl <= ppo.refuse_kl  # a kl that is nan is refused too
+        kept = self._whole(np.flatnonzero(~np.isnan(reward)))
+        shaped = np.full(len(reward), np.nan, np.float32)
+        shaped[kept] = shape_scores(reward[kept], rollouts.ended[kept], ppo)
+        experience = Experience(
+            rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step), kept
+        )
         with self.phase("train"):
             actor, critic = together(
                 team.train_actor(experience, progress, step, update=learns),
                 team.train_critic(experience, progress, step),
             )
-        self._check_gap(step, actor["log_prob_gap"])
-        if learns:
+        if not actor["refused/actor"]:
+            self._check_gap(step, actor["log_prob_gap"])
+        actor["refused/actor"] += kl > ppo.refuse_kl or np.isnan(kl)
+        if actor["updates"]:
             with self.phase("publish"):
                 self.version += 1
                 actor["published_mib"] = team.publish(self.version) / 2**20
-        metrics = self._measure(rollouts, reference, scores, reward) | actor | (critic or {})
+        metrics = self._measure(rollouts, kl, scores, reward) | {"left_out": float(len(reward) - len(kept))}
+        metrics |= actor | (critic or {})
         metrics["seconds/step"] = time.monotonic() - started
         metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
-        if learns:
-            self.kl.update(metrics["kl"], len(rollouts))
+        if actor["updates"]:
+            self.kl.update(kl, len(rollouts))
         return metrics | self._evaluation(step)
 
     def _prompts(self, step: int) -> np.ndarray:
@@ -82,6 +92,11 @@ class PPO(StageRun):
         first = (step - 1) * self.ppo.mini_batches
         return [self.ptx_batches[k % len(self.ptx_batches)] for k in range(first, first + self.ppo.mini_batches)]
 
+    def _whole(self, samples: np.ndarray) -> np.ndarray:
+        """As many of the samples as divide among the mini-batches and the ranks."""
+        ranks = [len(self.team.groups[role]) for role in self.trained()]
+        return samples[: len(samples) // (unit := self.ppo.mini_batches * math.lcm(*ranks)) * unit]
+
     def _check_gap(self, step: int, gap: float) -> None:
         if not gap <= self.ppo.max_log_prob_gap:
             raise LogProbGapError(
@@ -91,15 +106,16 @@ class PPO(StageRun):
             )
 
     def _measure(
-        self, rollouts: Rollouts, reference: Column, scores: dict[str, np.ndarray], reward: np.ndarray
+        self, rollouts: Rollouts, kl: float, scores: dict[str, Scored], reward: np.ndarray
     ) -> dict[str, float]:
-        tokens = rollouts.answer_lengths.sum()
         return {
-            "reward/mean": float(reward.mean()),
-            "reward/std": float(reward.std()),
-            **{f"reward/{name}": float(values.mean()) for name, values in scores.items()},
-            **{f"reward/{name}_std": float(values.std()) for name, values in scores.items()},
-            "kl": float(reference.per_answer.sum() / tokens),
+            "reward/mean": float(np.nanmean(reward)),
+            "reward/std": float(np.nanstd(reward)),
+            **{f"reward/{name}": float(np.nanmean(scored.values)) for name, scored in scores.items()},
+            **{f"reward/{name}_std": float(np.nanstd(scored.values)) for name, scored in scores.items()},
+            **{f"timeouts/{name}": float(scored.timeouts) for name, scored in scores.items()},
+            **{f"errors/{name}": float(scored.errors) for name, scored in scores.items()},
+            "kl": kl,
             "kl_coefficient": self.kl.coefficient,
             "length/prompt": float(rollouts.prompt_lengths.mean()),
             "length/answer": float(rollouts.answer_lengths.mean()),
@@ -145,15 +161,17 @@ class PPO(StageRun):
             self.ptx_batches = batches(team.lengths["sft"][0], ppo.ptx.batch_size, 1.0, self.config.seed)
 
     def begin(self) -> None:
+        self.progress.phase("answering the held-out prompts")
         self._evaluate("before")
 
     def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
         self.version = state["version"]
         self.kl.load(state["kl"])
         self.team.publish(self.version)
 
     def state(self) -> dict[str, Any]:
-        return {"version": self.version, "kl": self.kl.state()}
+        return super().state() | {"version": self.version, "kl": self.kl.state()}
 
     def _evaluation(self, step: int) -> dict[str, float]:
         every = self.ppo.evaluation.every if self.ppo.evaluation else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,8 @@ class Recovery:
         self._folder.mkdir(parents=True, exist_ok=True)
         number = len(list(self._folder.glob("*.txt"))) + 1
         text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.where}\n{failure.phase}: {failure}\n{consequence}\n"
-        (self._folder / f"{number:04d}-{failure.role}-{failure.kind}.txt").write_text(text, encoding="utf-8")
+        with suppress(OSError):  # what failed matters more than that the disk is full
+            (self._folder / f"{number:04d}-{failure.role}-{failure.kind}.txt").write_text(text, encoding="utf-8")
 
 
 def _with_note(failure: Failure, note: str) -> Failure:

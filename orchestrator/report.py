@@ -18,6 +18,7 @@ from orchestrator.charts import AFTER, SERIES, Chart, Series, curves, distributi
 from orchestrator.integrity import write_text
 from orchestrator.intervals import Interval, distinct_share, mean_interval, paired_interval
 from orchestrator.metrics import read_lines, read_metrics
+from orchestrator.outcome import scored_pairs
 from orchestrator.progress import clock
 
 STAGES = {"sft": "Supervised fine-tuning", "rm": "Reward model", "ppo": "PPO"}
@@ -125,7 +126,7 @@ def _read_pairs(folder: Path) -> list[_Pair]:
     for number, (one, other) in enumerate(zip(before, after, strict=True), start=1):
         if one["prompt"] != other["prompt"]:
             raise ValueError(f"{paths[1]}:{number}: another prompt than in {paths[0]}: {other['prompt'][:80]!r}")
-    return [_Pair(one, other) for one, other in zip(before, after, strict=True)]
+    return [_Pair(one, other) for one, other in zip(*scored_pairs(before, after), strict=True)]
 
 
 # ---------------------------------------------------------------- header

@@ -13,11 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+from ray.exceptions import RayError
 from rich.console import Console
 
 from configs.schema import DatasetSettings, Role, RunConfig
 from orchestrator.calls import together
 from orchestrator.failures import WorkerError
+from orchestrator.integrity import DiskError
 from orchestrator.metrics import Recorder
 from orchestrator.progress import Progress
 from orchestrator.recovery import Recovery
@@ -36,6 +39,10 @@ class Stopped(RuntimeError):
         super().__init__(text)
         self.number = number
         """Of the signal."""
+
+
+class RefusedError(RuntimeError):
+    """Training steps were refused again and again: the run has nothing left to learn from."""
 
 
 class StopSignal:
@@ -97,6 +104,8 @@ class StageRun:
         self.loaded = False
         """Whether the team has all that it needs to begin."""
         self.snapshot: Snapshot | None = None
+        self.refused = 0
+        """Steps in a row, up to now, in which a training step was refused."""
         self.first_state: dict[str, Any] = {}
         self.recovery: Recovery
         self.status: Status
@@ -138,10 +147,11 @@ class StageRun:
 
     def state(self) -> dict[str, Any]:
         """What steers the run and is not a function of the step."""
-        return {}
+        return {"refused": self.refused}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
+        self.refused = state["refused"]
 
     # ------------------------------------------------------------ the stage
 
@@ -162,7 +172,10 @@ class StageRun:
             try:
                 self._survive(started)
             except Exception:
-                self._keep_snapshot()
+                try:
+                    self._keep_snapshot()
+                except (DiskError, RayError) as error:
+                    self.warn(f"the latest snapshot was not kept: {error}")
                 raise
             finally:
                 self._end_team()
@@ -261,6 +274,7 @@ class StageRun:
         """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
         self.done = step
         self.seconds = {}
+        self._count_refusals(metrics)
         with self.run.tolerating(self.warn):
             self.recorder.record(step, metrics)
         self.progress.update(step, metrics)
@@ -274,6 +288,24 @@ class StageRun:
         if (often := self.config.recovery.snapshot_every) and step % often == 0:
             self.snapshot = self.team.snapshot(step, self.state(), self.trained())
         self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
+
+    def _count_refusals(self, metrics: dict[str, float]) -> None:
+        """Save what a refused training step saw. Raises RefusedError after too many in a row."""
+        refused = [role for role in self.trained() if metrics.get(f"refused/{role}", metrics.get("refused"))]
+        self.refused = self.refused + 1 if refused else 0
+        for role in refused:
+            for rank, batch in enumerate(self.team.groups[role].call("refused_batch").get()):
+                if batch is not None:
+                    path = self.run.folder / "failures" / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
+                    path.parent.mkdir(exist_ok=True)
+                    np.savez(path, **batch)
+                    self.warn(f"step {self.done}: {role} refused a training step; what it saw: {path}")
+        if self.refused >= self.config.recovery.refused_steps:
+            raise RefusedError(
+                f"{self.name}, step {self.done}: a training step was refused in {self.refused} steps in a row "
+                "(recovery.refused_steps): loss, gradient or KL are not finite or beyond all measure "
+                f"(refuse_grad_norm, ppo.refuse_kl); what they saw is in {self.run.folder / 'failures'}"
+            )
 
     # ------------------------------------------------------------ saving
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ class Status:
         """Any of step, phase, version, workers."""
         self._now |= changes
         partial = self._path.with_name(FILE + ".partial")
-        partial.write_text(json.dumps(self._now | {"time": round(time.time(), 3)}), encoding="utf-8")
-        os.replace(partial, self._path)
+        with suppress(OSError):  # to show it is not worth a run
+            partial.write_text(json.dumps(self._now | {"time": round(time.time(), 3)}), encoding="utf-8")
+            os.replace(partial, self._path)
 
 
 def print_status(run: Run, console: Console) -> None:

@@ -101,7 +101,9 @@ class SFT(Supervised):
         super().read()
 
     def shown(self, metrics: dict[str, float]) -> dict[str, float]:
-        return metrics | {"perplexity": math.exp(min(metrics["loss"], 50.0))}
+        return metrics | {
+            "perplexity": math.exp(min(metrics["loss"], 50.0)) if math.isfinite(metrics["loss"]) else math.nan
+        }
 
 
 class RewardModel(Supervised):

@@ -38,7 +38,6 @@ from placement.plan import Plan
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
 from workers.files import copy_files, write_files
-from workers.functions import RewardError
 from workers.host import Host
 from workers.scored import Scored
 from workers.sequences import Placed
@@ -99,6 +98,8 @@ class Experience:
     kl_coefficient: float
     ptx: list[np.ndarray] = field(default_factory=list)
     """Rows of demonstrations beside each mini-batch."""
+    kept: np.ndarray | None = None
+    """Samples that are trained on; none: all."""
 
 
 @dataclass(frozen=True)
@@ -411,23 +412,21 @@ class Team:
         args = [(rollouts.placed.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)]
         return self.groups[role].scatter(method, args, keep=1, work=float(rollouts.lengths.sum()), then=gather)
 
-    def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, np.ndarray]]:
-        """Scores [samples] by each of the named sources (rewards or judges)."""
+    def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, Scored]]:
+        """What each of the named sources (rewards or judges) says of the answers: of each a score, a timeout or an error."""
         shards, micro_batches = self._shards("reward", rollouts.lengths)
 
-        def gather(results: list[dict[str, Scored]]) -> dict[str, np.ndarray]:
-            scored = {name: Scored.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
-            for name, found in scored.items():
-                if found.timeouts or found.errors:
-                    without = f"{found.timeouts} timeouts and {found.errors} errors among {len(rollouts)} answers"
-                    raise RewardError(f"reward {name}: {without}; for example: {found.example}")
-            return {name: found.values for name, found in scored.items()}
+        def gather(results: list[dict[str, Scored]]) -> dict[str, Scored]:
+            return {name: Scored.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
 
         args = [
             (rollouts.data, rollouts.prompts[rows], rollouts.placed.take(rows), micro, list(names))
             for rows, micro in zip(shards, micro_batches, strict=True)
         ]
-        return self.groups["reward"].scatter("scores", args, work=float(rollouts.lengths.sum()), then=gather)
+        call = self.groups["reward"].scatter("scores", args, work=float(rollouts.lengths.sum()), then=gather)
+        assert self.config.ppo is not None
+        call.allowance = self.config.ppo.longest_scoring(max(map(len, shards)))
+        return call
 
     def texts(self, rollouts: Rollouts) -> list[tuple[str, str]]:
         """(prompt, answer) of each sample, for people to read."""
@@ -471,7 +470,8 @@ class Team:
         """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
         ppo, rollouts, ranks = self.config.ppo, experience.rollouts, len(self.groups[role])
         assert ppo is not None
-        order = np.random.default_rng((self.config.seed, step)).permutation(len(rollouts))
+        kept = np.arange(len(rollouts)) if experience.kept is None else experience.kept
+        order = np.random.default_rng((self.config.seed, step)).permutation(kept)
         mine: list[list[Rows]] = [[] for _ in range(ranks)]
         minis: list[list[MiniBatch]] = [[] for _ in range(ranks)]
         for k, samples in enumerate(np.split(order, ppo.mini_batches)):

@@ -241,9 +241,20 @@ def test_a_model_with_another_tokenizer_is_refused(scores: Scores, folder: Path,
 def test_the_reward_is_the_weighted_sum() -> None:
     ppo = run_config(function("length", 2.0), function("vowels", -0.5)).ppo
     assert ppo is not None
-    given = {"length": np.array([1.0, 2.0]), "vowels": np.array([4.0, 0.0]), "a judge": np.array([100.0, 100.0])}
-    np.testing.assert_allclose(weighted_sum(given, ppo), [0.0, 4.0])
-    assert weighted_sum(given, ppo).shape == (2,)
+    given = {"length": Scored.of([1.0, 2.0]), "vowels": Scored.of([4.0, 0.0]), "a judge": Scored.of([100.0, 100.0])}
+    assert weighted_sum(given, ppo).tolist() == [0.0, 4.0]
+
+
+def test_too_many_answers_without_a_score_end_the_run() -> None:
+    settings = run_config(function("length", 2.0), function("vowels", -0.5)).ppo
+    assert settings is not None
+    given = {"length": Scored.of([1.0, None, 1.0, 1.0]), "vowels": Scored.of([0.0] * 4)}
+    some = weighted_sum(given, settings.model_copy(update={"max_unscored": 0.25}))
+    np.testing.assert_array_equal(some, [2.0, np.nan, 2.0, 2.0])
+    with pytest.raises(
+        RewardError, match=r"^1 of 4 answers have no score \(ppo\.max_unscored: 0\.1\)\. length: 0 timeouts, 1 er"
+    ):
+        weighted_sum(given, settings)
 
 
 @pytest.mark.parametrize("judges", [(), ("length",)])
