@@ -18,8 +18,8 @@ class DamagingPolicy(PolicyWorker):
 
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
         super().connect(engines, transport, address)
-        transfer: Any = self.transfer
-        transfer._send = partial(self._send, transfer._send)
+        sender: Any = self.sender
+        sender._send = partial(self._send, sender._send)
 
     def _send(self, send: Any, bucket: list[tuple[str, Tensor]]) -> None:
         mark = damage_mark(self.config)

@@ -20,7 +20,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from tests.learners import OpenPolicy
 from workers.host import KINDS
 from workers.rollout import RolloutWorker
-from workers.transfer import ObjectStoreEngine, ObjectStoreTrainer, ObjectStoreTrainerInit, ObjectStoreUpdateInfo
+from workers.sending import ObjectStoreSender
+from workers.transfer import ObjectStoreEngine, ObjectStoreUpdateInfo
 
 KINDS |= {
     "faulty_policy": "tests.faults:FaultyPolicy",
@@ -87,7 +88,7 @@ class FaultyRollout(RolloutWorker):
         self.engine.abort_request(["unfinished"])
 
 
-class FaultyTrainer(ObjectStoreTrainer):
+class FaultySender(ObjectStoreSender):
     """The trainer's side; `fault` happens to the tensors of one update, after their checksums were taken."""
 
     fault: str = ""
@@ -121,21 +122,20 @@ class FaultyTrainer(ObjectStoreTrainer):
 class FaultyPolicy(OpenPolicy):
     """A language model whose transfers can be disturbed."""
 
-    transfer: FaultyTrainer
+    sender: FaultySender
 
     def connect_with(self, engines: list[ActorHandle], bucket_bytes: int) -> None:
         """Meet the engines over the object store, with buckets smaller than the settings allow."""
         self.connect(engines, "object_store", ("", 0))
-        init = ObjectStoreTrainerInit(rank=self.rank, bucket_bytes=bucket_bytes)
-        self.transfer = FaultyTrainer.trainer_init(init, client=self.client, source=self.source)
+        self.sender = FaultySender(self.client, self.source, self.rank == 0, bucket_bytes)
 
     def disturb(self, fault: str) -> None:
         """One of flip, lose, exchange, break off; it happens in the next update."""
-        self.transfer.fault = fault
+        self.sender.fault = fault
 
     def buckets(self) -> int:
         """Buckets of the last update."""
-        return self.transfer.sent
+        return self.sender.sent
 
 
 WeightTransferEngineFactory.register_engine("verified_faulty", FaultyEngine)

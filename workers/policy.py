@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import numpy as np
@@ -15,6 +14,7 @@ from workers.batching import Rows
 from workers.losses import masked_sum, next_token, policy_losses
 from workers.models import Batch
 from workers.refusal import Arrays, numbered, token_rows
+from workers.sending import make_sender
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
 from workers.weights import EngineClient, GatheredWeights
@@ -154,37 +154,18 @@ class PolicyWorker(Trainer):
 
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
         """Meet the engines over a transport: object_store, nccl or ipc."""
-        # Here, since they bring all of vLLM: a second and 80 MB that the reference need not spend.
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        from workers.transfer import ObjectStoreTrainerInit
-
-        publish, tp = self.config.publish, self.config.rollout.tensor_parallel
-        size = publish.bucket_mib * 2**20
         self.source = GatheredWeights(self.model.hf, checked=self.rank == 0)
-        largest = max(math.prod(m.shape) * m.dtype.itemsize for m in self.source.metadata())
-        self.client = EngineClient(engines, self.source, tp)
-        init = {
-            "object_store": lambda: ObjectStoreTrainerInit(rank=self.rank, bucket_bytes=size),
-            "nccl": lambda: NCCLTrainerInitInfo(
-                master_address=address[0],
-                master_port=address[1],
-                world_size=1 + len(engines) * tp,
-                packed_buffer_size_bytes=size,
-                rank=self.rank,
-            ),
-            "ipc": lambda: IPCTrainerInitInfo(rank=self.rank, packed=True, packed_buffer_size_bytes=max(size, largest)),
-        }[transport]()
-        self.transfer = WeightTransferTrainerFactory.trainer_init(init, client=self.client, source=self.source)
+        rollout, bucket_bytes = self.config.rollout, self.config.publish.bucket_mib * 2**20
+        self.client = EngineClient(engines, self.source, rollout.tensor_parallel)
+        engine_ranks = len(engines) * rollout.tensor_parallel
+        self.sender = make_sender(transport, self.client, self.source, self.rank, bucket_bytes, engine_ranks, address)
 
     def publish(self, version: int) -> int:
         """Send the weights to every engine under this version. Collective. Returns the bytes of one copy."""
         self.client.version = version
         with torch.no_grad():
-            self.transfer.send_weights()
-        return sum(math.prod(m.shape) * m.dtype.itemsize for m in self.source.metadata())
+            self.sender.send_weights()
+        return self.source.nbytes
 
 
 class _Sums(dict[str, float]):

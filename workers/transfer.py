@@ -15,22 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    VLLMWeightSyncClient,
-    WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -131,60 +126,6 @@ class IPCEngine(_Verified, IPCWeightTransferEngine):
         self._packed_importer.close()
 
 
-@dataclass
-class ObjectStoreTrainerInit(TrainerInitInfo):
-    """Trainer side of `object_store`."""
-
-    backend: ClassVar[str] = "object_store"
-    bucket_bytes: int
-
-
-class ObjectStoreTrainer(TrainerWeightTransferEngine[ObjectStoreTrainerInit]):
-    """Puts buckets into Ray's object store, one at a time; each is freed once every engine has taken it."""
-
-    init_info_cls = ObjectStoreTrainerInit
-
-    @classmethod
-    def trainer_init(
-        cls, init_info: ObjectStoreTrainerInit, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
-    ) -> Self:
-        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        engine.bucket_bytes = init_info.bucket_bytes
-        if engine.is_sender:
-            client.init_weight_transfer_engine({})
-        return engine
-
-    bucket_bytes: int
-
-    def send_weights(self) -> None:
-        assert self.source is not None
-        if self.is_sender:
-            self.client.start_weight_update()
-        bucket: list[tuple[str, Tensor]] = []
-        for name, tensor in self.source:
-            if not self.is_sender:
-                continue
-            bucket.append((name, tensor.detach().contiguous().cpu()))
-            if sum(t.nbytes for _, t in bucket) >= self.bucket_bytes:
-                self._send(bucket)
-                bucket = []
-        if self.is_sender:
-            if bucket:
-                self._send(bucket)
-            self.client.finish_weight_update()
-
-    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
-        arrays = ray.put([t.flatten().view(torch.uint8).numpy() for _, t in bucket])
-        self.client.update_weights(
-            {
-                "names": [name for name, _ in bucket],
-                "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
-                "shapes": [tuple(t.shape) for _, t in bucket],
-                "arrays": arrays,
-            }
-        )
-
-
 class Witness:
     """Extension of vLLM's worker, through which an engine shows what it received."""
 
@@ -203,4 +144,3 @@ ENGINES: dict[str, type[WeightTransferEngine]] = {
 }
 for _name, _engine in ENGINES.items():
     WeightTransferEngineFactory.register_engine(f"verified_{_name}", _engine)
-WeightTransferTrainerFactory.register_engine("object_store", ObjectStoreTrainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ class _Weight:
     dtype: torch.dtype
     parts: tuple[nn.Parameter, ...]
     make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -97,6 +102,16 @@ class GatheredWeights:
         from vllm.distributed.weight_transfer.base import ParamMeta
 
         return [ParamMeta(name, w.dtype, w.shape) for name, w in self._weights.items()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(w.nbytes for w in self._weights.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max(w.nbytes for w in self._weights.values())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.checksums = {}
