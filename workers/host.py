@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ class Host:
     """One worker, known in Ray's dashboard by its role and rank."""
 
     def __init__(self, kind: str, spec: WorkerSpec) -> None:
+        if spec.device == "cpu":
+            # A compiler for GPUs, which torch would load where it is installed: 70 MB for nothing.
+            sys.modules["triton"] = None  # type: ignore[assignment]
         for plugin in spec.config.plugins:
             import_module(plugin)
         module, _, name = KINDS[kind].partition(":")
