@@ -19,6 +19,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 Config = Annotated[Path, typer.Argument(help="YAML file with the run's settings.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: a.b=c ...", show_default=False)]
+Accept = Annotated[
+    bool, typer.Option("--accept-changes", help="Go on with a run that began with settings which change its results.")
+]
 RunFolder = Annotated[Path, typer.Argument(help="The run's folder, runs/<name>.")]
 
 
@@ -28,36 +31,36 @@ def main() -> None:
 
 
 @app.command()
-def sft(config: Config, overrides: Overrides = None) -> None:
+def sft(config: Config, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Stage 1: fine-tune on demonstrations."""
-    _run(config, overrides, ["sft"])
+    _run(config, overrides, ["sft"], accept_changes)
 
 
 @app.command()
-def rm(config: Config, overrides: Overrides = None) -> None:
+def rm(config: Config, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Stage 2: train the reward model on preferences."""
-    _run(config, overrides, ["rm"])
+    _run(config, overrides, ["rm"], accept_changes)
 
 
 @app.command()
-def ppo(config: Config, overrides: Overrides = None) -> None:
+def ppo(config: Config, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Stage 3: PPO with actor, critic, reference and reward model."""
-    _run(config, overrides, ["ppo"])
+    _run(config, overrides, ["ppo"], accept_changes)
 
 
 @app.command()
-def pipeline(config: Config, overrides: Overrides = None) -> None:
+def pipeline(config: Config, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """All stages that the config describes; finished ones are not run again."""
-    _run(config, overrides, None)
+    _run(config, overrides, None, accept_changes)
 
 
 @app.command()
-def resume(run: RunFolder) -> None:
-    """Go on with a run that was stopped or cut short."""
+def resume(run: RunFolder, overrides: Overrides = None, accept_changes: Accept = False) -> None:
+    """Go on with a run that was stopped or cut short; on other devices, if need be."""
     with _errors():
         from orchestrator.run import Run
 
-        _go_on(Run.open(run))
+        _go_on(Run.open(run, overrides or [], accept_changes))
 
 
 @app.command()
@@ -154,13 +157,13 @@ def chat(
         converse(run, stage, Console())
 
 
-def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None) -> None:
+def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None, accept_changes: bool) -> None:
     with _errors():
         from configs import load_config
         from orchestrator.run import Run, described
 
         settings = load_config(path, overrides or [])
-        _go_on(Run.begin(settings, stages or described(settings)))
+        _go_on(Run.begin(settings, stages or described(settings), accept_changes))
 
 
 def _go_on(run: Run) -> None:

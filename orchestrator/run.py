@@ -26,8 +26,9 @@ from placement.shape import Stage
 STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
 OWN: dict[Stage, tuple[str, ...]] = {"sft": ("sft",), "rm": ("rm",), "ppo": ("ppo", "rollout", "publish")}
 """Settings that no other stage looks at: they may change until the stage has begun."""
-FREE = ("cluster", "checkpoint", "deadlines", "recovery", "runs")
-"""Settings that may change at any time: no result depends on them."""
+FREE = ("cluster", "checkpoint", "deadlines", "recovery", "runs", "placement", "strategy", "strategies")
+"""Settings that may change at any time: no result depends on them (on where roles lie and how they are sharded, none beyond
+float tolerance)."""
 
 
 class RunError(RuntimeError):
@@ -46,13 +47,13 @@ class Run:
         """What the run was asked for, in order."""
 
     @classmethod
-    def begin(cls, config: RunConfig, stages: Sequence[Stage]) -> Run:
+    def begin(cls, config: RunConfig, stages: Sequence[Stage], accept_changes: bool = False) -> Run:
         """A new run, or more of one that is there: finished stages stay finished. Nothing is written before `keep`.
 
-        Raises RunError where a stage that has begun there has other settings.
+        Raises RunError where a stage that has begun there has other settings, unless changes are accepted.
         """
         run = cls(config, Path(config.runs) / config.name)
-        if (run.folder / "config.yaml").exists():
+        if (run.folder / "config.yaml").exists() and not accept_changes:
             run._refuse_other_settings(load_config(run.folder / "config.yaml"))
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
@@ -70,16 +71,20 @@ class Run:
         if begun and changed:
             text = (
                 f"{self.folder}: has begun ({', '.join(begun)}) with other settings; choose another name, remove the folder, "
-                f"or go on as it began with: troupe resume {self.folder}"
+                f"go on as it began with: troupe resume {self.folder}, or with these by --accept-changes"
             )
             raise RunError("\n  ".join([text, *changed]))
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
-        """An existing run. Raises RunError where there is none."""
+    def open(cls, folder: Path, overrides: Sequence[str] = (), accept_changes: bool = False) -> Run:
+        """An existing run, with some settings changed. Raises RunError where there is none, or where results depend on a
+        change, unless changes are accepted."""
         if not (folder / "config.yaml").exists():
             raise RunError(f"{folder}: no run is here (no config.yaml)")
-        return cls(load_config(folder / "config.yaml"), folder)
+        run = cls(load_config(folder / "config.yaml", list(overrides)), folder)
+        if not accept_changes:
+            run._refuse_other_settings(load_config(folder / "config.yaml"))
+        return run
 
     # ------------------------------------------------------------ models
 

@@ -69,7 +69,7 @@ PPO_FAULTS = {
     ],
     "killed in publication": [
         ("actor-0", "publish", 3),
-        ("rollout-1", "publish", 9),
+        ("rollout-1", "publish", 4),
     ],
 }
 

@@ -89,3 +89,15 @@ def test_a_whole_folder_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path
     assert not (tmp_path / "x").is_symlink()
     assert [path.name for path in outside.iterdir()] == ["kept"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "x"]
+
+
+def test_what_changes_results_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    base = {"name": "a", "runs": str(tmp_path), "model": {"path": "m"}}
+    run = Run.begin(RunConfig.model_validate(base), ["sft"])
+    run.keep()
+    (run.folder / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "time": 0, "loss": 1.0}\n')
+    moved = Run.open(run.folder, ["placement.devices.actor=2", "strategy=zero2"])
+    assert moved.config.strategy == "zero2"
+    with pytest.raises(RunError, match=r"other settings.*--accept-changes\n  seed: 1 there, 2 asked for$"):
+        Run.open(run.folder, ["seed=2"])
+    assert Run.open(run.folder, ["seed=2"], accept_changes=True).config.seed == 2
