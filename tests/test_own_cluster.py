@@ -105,3 +105,13 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(config: Path) -> N
     assert len(done.processes) > 3
     _, alive = psutil.wait_procs(done.processes, timeout=20)
     assert alive == []
+
+
+def test_a_killed_driver_leaves_no_process_and_no_memory(config: Path) -> None:
+    """Ray's processes watch the driver; the next start needs nothing that it held."""
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    done = run(config, "sft.epochs=3000", "checkpoint.every=1", stop_with=signal.SIGKILL)
+    assert done.code == -signal.SIGKILL
+    _, alive = psutil.wait_procs(done.processes, timeout=60)
+    assert [process.cmdline() for process in alive] == []
+    assert {path.name for path in Path("/dev/shm").iterdir()} <= before

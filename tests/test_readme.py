@@ -25,7 +25,7 @@ from orchestrator.cli import app
 from tests.micro import write_micro
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 STAGES = ("sft", "rm", "ppo", "pipeline")
 SYSTEM = ("cd", "docker", "export", "git", "source")
 """Commands that are not ours and take no parser of ours to check."""
@@ -220,7 +220,7 @@ def test_the_estimator_and_the_loss_of_contributing_work(monkeypatch: pytest.Mon
 
 def test_the_reward_of_the_readme_works() -> None:
     namespace: dict[str, Any] = {}
-    exec(snippet("def brevity"), namespace)
+    exec(snippet("# my_rewards.py"), namespace)
     assert namespace["brevity"](["p", "p"], ["one two", ""], wanted=[1, 2]) == [-0.2, 0.0]
 
 
