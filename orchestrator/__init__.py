@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from orchestrator.calls import together
     from orchestrator.evaluation import evaluate
     from orchestrator.failures import WorkerError
+    from orchestrator.rollouts import Experience, Rollouts
     from orchestrator.run import RunError
-    from orchestrator.stage import Stopped
-    from orchestrator.team import Experience, Rollouts, Team
+    from orchestrator.stopping import Stopped
+    from orchestrator.team import Team
     from workers.data import read_rows
 
 __all__ = [
@@ -38,9 +39,10 @@ _HOMES = {
     "orchestrator.calls": ("together",),
     "orchestrator.evaluation": ("evaluate",),
     "orchestrator.failures": ("WorkerError",),
+    "orchestrator.rollouts": ("Experience", "Rollouts"),
     "orchestrator.run": ("RunError",),
-    "orchestrator.stage": ("Stopped",),
-    "orchestrator.team": ("Experience", "Rollouts", "Team"),
+    "orchestrator.stopping": ("Stopped",),
+    "orchestrator.team": ("Team",),
     "workers.data": ("read_rows",),
 }
 

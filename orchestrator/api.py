@@ -20,7 +20,8 @@ from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
 from orchestrator.report import write_report
 from orchestrator.run import Run, described
-from orchestrator.stage import StageRun, StopSignal
+from orchestrator.stage import StageRun
+from orchestrator.stopping import StopSignal
 from orchestrator.supervised import SFT, RewardModel
 from orchestrator.team import Team
 from placement import Cluster, make_plan

@@ -13,10 +13,10 @@ from orchestrator.calls import together
 from orchestrator.evaluation import DATA, evaluate, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.outcome import outcome
+from orchestrator.rollouts import Experience, Rollouts
 from orchestrator.run import RunError, local
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
-from orchestrator.team import Experience, Rollouts
 from workers.data import batches, epoch_order
 from workers.scored import Scored
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,69 +22,17 @@ from orchestrator.metrics import Recorder
 from orchestrator.progress import Progress
 from orchestrator.recovery import Recovery
 from orchestrator.run import Run, RunError, whole_folder
+from orchestrator.snapshot import Snapshot
 from orchestrator.status import Status
-from orchestrator.team import Snapshot, Team
+from orchestrator.stopping import StopSignal
+from orchestrator.team import Team
 from placement.plan import Plan
 from placement.shape import Stage as StageName
 from workers.data import Row, RowKind, read_rows
 
 
-class Stopped(RuntimeError):
-    """The run was asked to stop, and did, with a checkpoint where there was something to keep."""
-
-    def __init__(self, text: str, number: int) -> None:
-        super().__init__(text)
-        self.number = number
-        """Of the signal."""
-
-
 class RefusedError(RuntimeError):
     """Training steps were refused again and again: the run has nothing left to learn from."""
-
-
-class StopSignal:
-    """SIGTERM and SIGINT: the first asks the run to stop after its step, within the grace time; the second ends the process at
-    once."""
-
-    def __init__(self, run: Run, console: Console) -> None:
-        self._run, self._console = run, console
-        self._number = 0
-
-    @property
-    def asked(self) -> bool:
-        return self._number != 0
-
-    def heed(self, when: str) -> None:
-        """Raises Stopped where the run was asked to stop."""
-        if self.asked:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            raise Stopped(f"stopped {when}; go on with: troupe resume {self._run.folder}", self._number)
-
-    def __enter__(self) -> StopSignal:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            handlers = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask, signal.SIGALRM: self._end}
-            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self._number = number
-        grace = self._run.config.recovery.grace
-        signal.setitimer(signal.ITIMER_REAL, grace)
-        self._console.print(
-            f"stopping after this step, or in {grace:.0f} s before its end (recovery.grace); once more stops at once"
-        )
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        self.heed("before the end of a step")
 
 
 class StageRun:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,14 @@ from orchestrator.calls import Call, WorkerGroup, together
 from orchestrator.deadlines import Deadlines
 from orchestrator.failures import Rank, WorkerError, end, on_node
 from orchestrator.recovery import Recovery
+from orchestrator.rollouts import Column, Experience, Rollouts
 from orchestrator.run import local
+from orchestrator.snapshot import RankFiles, Snapshot, alive_nodes
 from placement.groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
-from workers.files import copy_files, write_files
+from workers.files import copy_files
 from workers.host import Host
 from workers.scored import Scored
 from workers.sequences import Placed
@@ -53,83 +54,6 @@ KINDS: dict[Role, str] = {
     "reward": "rewards",
     "rollout": "rollout",
 }
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """A step's answers: where they lie, and what the driver may know of them. Arrays are [samples]."""
-
-    data: str
-    prompts: np.ndarray
-    """Rows of the dataset."""
-    placed: Placed
-    prompt_lengths: np.ndarray
-    answer_lengths: np.ndarray
-    ended: np.ndarray
-    """Which answers ended by themselves."""
-    versions: frozenset[int]
-    """Policy versions that wrote them."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.prompt_lengths + self.answer_lengths
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A value per answer token, where it lies, and one number per answer."""
-
-    placed: Placed
-    per_answer: np.ndarray
-
-
-@dataclass(frozen=True)
-class Experience:
-    """Scored rollouts."""
-
-    rollouts: Rollouts
-    reference: Column
-    values: Column | None
-    scores: np.ndarray
-    """[samples] as they are trained on."""
-    kl_coefficient: float
-    ptx: list[np.ndarray] = field(default_factory=list)
-    """Rows of demonstrations beside each mini-batch."""
-    kept: np.ndarray | None = None
-    """Samples that are trained on; none: all."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The training state after a step, in the object store: role -> each rank's files and their names."""
-
-    step: int
-    state: dict[str, Any]
-    """What the driver keeps."""
-    files: dict[Role, list[RankFiles]]
-
-    def write(self, folder: Path) -> None:
-        """Write it as `save` writes a checkpoint."""
-        for role, ranks in self.files.items():
-            for rank in ranks:
-                write_files(folder / role, ray.get(rank.here()))
-
-
-@dataclass(frozen=True)
-class RankFiles:
-    """What one rank has learned: name -> bytes."""
-
-    names: list[str]
-    copies: dict[str, ray.ObjectRef]
-    """Node -> the files there."""
-
-    def here(self) -> ray.ObjectRef:
-        """A copy on a node that lives; any, where none does: reading it will say that it is lost."""
-        alive = [ref for node, ref in self.copies.items() if node in alive_nodes()]
-        return (alive or list(self.copies.values()))[0]
 
 
 class Team:
@@ -549,10 +473,6 @@ class Team:
         alone = len(self.groups["actor"]) == 1 or self.config.strategy_of("actor") != "zero3"
         roles = {role for role, _ in error.failure.casualties}
         return alone and roles == {"rollout"}
-
-
-def alive_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def pretrained(settings: ModelSettings) -> ModelSettings:

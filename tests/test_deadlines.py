@@ -49,8 +49,8 @@ def test_an_error_of_its_own_is_not_survived(tmp_path: Path) -> None:
 def test_each_role_has_its_budget(tmp_path: Path) -> None:
     recovery = Recovery(RecoverySettings(restarts=2), tmp_path)
     for role in ("critic", "actor"):
-        recovery.consider(failure("died", role))  # type: ignore[arg-type]
-        recovery.consider(failure("hung", role))  # type: ignore[arg-type]
+        recovery.consider(failure("died", role))
+        recovery.consider(failure("hung", role))
     with pytest.raises(WorkerError, match=r"actor failed\n  not replaced again: 2 restarts in 3600 s are allowed"):
         recovery.consider(failure("died", "actor"))
     assert len(list(tmp_path.iterdir())) == 5

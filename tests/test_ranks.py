@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.schema import OptimizerSettings, Role, RunConfig
-from orchestrator.team import Column, Experience, Rollouts, Team
+from orchestrator.rollouts import Column, Experience, Rollouts
+from orchestrator.team import Team
 from placement import Cluster, make_plan
 from tests.models import VOCABULARY, make_model
 from workers.data import Row
