@@ -41,6 +41,8 @@ def connected(config: RunConfig) -> Iterator[Cluster]:
         yield Cluster.of_ray()
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "troupe"}
+    # Of every worker that dies Ray prints a paragraph over the progress, whatever it was told; a run says more itself.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if address := config.cluster.address or os.environ.get("RAY_ADDRESS"):
         _join(address, "cluster.address" if config.cluster.address else "RAY_ADDRESS", quiet)
     else:
