@@ -2,7 +2,7 @@
 
 Each file in the folder `faults` beside the run's folder, `<role>-<rank>.<point>.<count>.<signal>`, is a fault: the process
 sends itself the signal when it comes to the point for the count-th time in its life. The file is removed first, so that a
-fault happens once.
+fault happens once. Signal 0 is none: at the point `loss` the loss becomes nan instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from workers.host import KINDS
 
 
-def fault(runs: Path, who: str, point: str, count: int, number: signal.Signals = signal.SIGKILL) -> None:
+def fault(runs: Path, who: str, point: str, count: int, number: int = signal.SIGKILL) -> None:
     """Arrange for one in the runs of a folder."""
     folder = runs / "faults"
     folder.mkdir(exist_ok=True)

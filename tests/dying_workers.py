@@ -21,14 +21,17 @@ from workers.worker import Worker
 class _Dying(Worker):
     """What the workers below share."""
 
-    def reach(self, point: str) -> None:
+    def reach(self, point: str) -> bool:
+        """Whether the fault without a signal is due at this point; those with one are sent."""
         counts: Counter[str] = vars(self).setdefault("counts", Counter())
         counts[point] += 1
-        for number in (signal.SIGKILL, signal.SIGSTOP):
+        for number in (0, signal.SIGKILL, signal.SIGSTOP):
             path = Path(self.config.runs) / "faults" / f"{self!r}.{point}.{counts[point]}.{int(number)}"
             if path.exists():
                 path.unlink()
                 os.kill(os.getpid(), number)
+                return True
+        return False
 
 
 class _DyingTrainer(_Dying, Trainer):
@@ -46,8 +49,8 @@ class _DyingTrainer(_Dying, Trainer):
         def share(loss: Any) -> Tensor:
             self.reach("forward")
             found: Tensor = loss()
-            found.register_hook(lambda _: self.reach("backward"))
-            return found
+            found.register_hook(lambda _: self.reach("backward") and None)
+            return found * float("nan") if self.reach("loss") else found
 
         return super().optimize([lambda loss=loss: share(loss) for loss in losses], *args)  # type: ignore[misc]
 

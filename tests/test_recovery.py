@@ -7,10 +7,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestrator import Result, WorkerError, load_config, run_stages
 from orchestrator.metrics import read_metrics
+from orchestrator.stage import RefusedError
 from placement.cluster import Cluster
 from tests.dying import fault
 from tests.micro import write_micro
@@ -108,3 +110,27 @@ def test_a_fault_that_comes_again_ends_the_run(micro: Path, quiet: Result, tmp_p
     fault(tmp_path, "reward-0", "score", 1)
     with pytest.raises(WorkerError, match=r"not replaced again: 0 restarts in 3600 s are allowed \(recovery\.restarts"):
         run(micro, quiet, tmp_path, "ppo", "recovery.restarts=0")
+
+
+def test_a_step_that_is_not_finite_is_not_applied(micro: Path, quiet: Result, tmp_path: Path) -> None:
+    for count in (3, 4):  # both mini-batches of the second step
+        fault(tmp_path, "actor-0", "loss", count, 0)
+    folder = run(micro, quiet, tmp_path, "ppo")
+    found = lines(folder, "ppo")
+    assert [line["refused/actor"] for line in found[1:]] == [0, 2, 0, 0, 0, 0]
+    assert [line["policy_version"] for line in found[1:]] == [0, 1, 1, 2, 3, 4], "what was refused is not published"
+    assert found[1] == lines(quiet.folder, "ppo")[1]
+    [batch] = (folder / "failures").glob("*.npz")
+    assert batch.name == "ppo-2-refused-actor-0.npz"
+    assert {"ids", "offsets", "prompt_lengths"} <= set(np.load(batch).files)
+
+
+def test_too_many_refused_steps_end_the_run(micro: Path, quiet: Result, tmp_path: Path) -> None:
+    for count in range(3, 7):
+        fault(tmp_path, "actor-0", "loss", count, 0)
+    with pytest.raises(
+        RefusedError, match=r"^ppo, step 3: a training step was refused in 2 steps in a row \(recovery\."
+    ):
+        run(micro, quiet, tmp_path, "ppo", "recovery.refused_steps=2")
+    assert len(list((tmp_path / "micro" / "failures").glob("*.npz"))) == 2
+    assert not (tmp_path / "micro" / "models" / "ppo").exists()
