@@ -24,9 +24,9 @@ SETTINGS = ("recovery.snapshot_every=1", "ppo.evaluation=null")
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    """The head has room for three of the five workers; each node added to it for three more."""
+    """The head has room for two of the five workers; each node added to it for three."""
     node: dict[str, Any] = {"object_store_memory": 150 * 2**20}
-    head = {"num_cpus": 3, "include_dashboard": False, "_system_config": {"enable_worker_prestart": False}}
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": {"enable_worker_prestart": False}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         started = RayCluster(initialize_head=True, head_node_args=node | head)
@@ -53,11 +53,13 @@ def quiet(cluster: RayCluster, micro: Path) -> Result:
         cluster.remove_node(node)
 
 
-def lose(cluster: RayCluster, node: Any, folder: Path, after: int) -> threading.Thread:
-    """Kill a node once PPO has done so many steps."""
+def lose(cluster: RayCluster, node: Any, folder: Path, instead: list[Any] | None = None) -> threading.Thread:
+    """Kill a node once PPO has done two steps; another takes its place where there is a list to note it in."""
 
     def wait_and_kill() -> None:
-        wait_for(lambda: len(lines(folder, "ppo")) >= after)
+        wait_for(lambda: len(lines(folder, "ppo")) >= 2)
+        if instead is not None:
+            instead.append(cluster.add_node(num_cpus=3, object_store_memory=150 * 2**20))
         cluster.remove_node(node, allow_graceful=False)
 
     thread = threading.Thread(target=wait_and_kill)
@@ -66,13 +68,14 @@ def lose(cluster: RayCluster, node: Any, folder: Path, after: int) -> threading.
 
 
 def test_workers_of_a_lost_node_are_placed_elsewhere(cluster: RayCluster, micro: Path, quiet: Result) -> None:
-    nodes = [cluster.add_node(num_cpus=3, object_store_memory=150 * 2**20) for _ in range(2)]
+    node = cluster.add_node(num_cpus=3, object_store_memory=150 * 2**20)
+    others: list[Any] = []
     config = load_config(micro, [*SETTINGS, "name=moved", *after_rm(quiet)])
     folder = Path(config.runs) / "moved"
-    thread = lose(cluster, nodes[0], folder, after=2)
+    thread = lose(cluster, node, folder, instead=others)
     result = run_stages(config)
     thread.join()
-    cluster.remove_node(nodes[1])
+    cluster.remove_node(others[0])
     assert lines(folder, "ppo") == lines(quiet.folder, "ppo")
     assert_same_model(result.models["ppo"], quiet.models["ppo"])
     assert "process node lost" in next((folder / "failures").glob("*.txt")).read_text()
@@ -84,7 +87,7 @@ def test_without_room_the_run_waits_and_stops_with_a_checkpoint(
     node = cluster.add_node(num_cpus=3, object_store_memory=150 * 2**20)
     config = load_config(micro, [*SETTINGS, "name=stuck", *after_rm(quiet), "recovery.node_timeout=15"])
     folder = Path(config.runs) / "stuck"
-    thread = lose(cluster, node, folder, after=2)
+    thread = lose(cluster, node, folder)
     with pytest.raises(PlacementError, match=r"in 15 s \(recovery\.node_timeout\): .*CPU") as error:
         run_stages(config)
     thread.join()
