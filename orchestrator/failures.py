@@ -73,6 +73,8 @@ class WorkerError(RuntimeError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(str(failure))
         self.failure = failure
+        self.final = False
+        """Whether it was decided that the run ends of it."""
 
 
 def look(places: dict[Rank, Whereabouts], stacks: bool = False) -> dict[Rank, Finding]:

@@ -161,8 +161,9 @@ class PPO(StageRun):
             self.ptx_batches = batches(team.lengths["sft"][0], ppo.ptx.batch_size, 1.0, self.config.seed)
 
     def begin(self) -> None:
-        self.progress.phase("answering the held-out prompts")
-        self._evaluate("before")
+        if self.evaluation_prompts:
+            self.progress.phase("answering the held-out prompts")
+            self._evaluate("before")
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)

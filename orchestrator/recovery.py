@@ -29,23 +29,24 @@ class Recovery:
         self.restarts: dict[Role, int] = {}
 
     def consider(self, error: WorkerError) -> None:
-        """Record a failure; return where the run may go on. Raises it where nothing is to be replaced or the budget is spent."""
+        """Record a failure; return where the run may go on. Raises it as final where nothing is to be replaced or the budget is
+        spent."""
         failure = error.failure
         left = self._left(failure)
         self.record(
             failure, "not survivable" if left is None else f"restarts left: {left}" if left >= 0 else "no restart left"
         )
-        if not failure.survivable:
+        if left is None:
+            error.final = True
             raise error
-        if left is not None and left < 0:
-            settings = self._settings
-            raise WorkerError(
-                _with_note(
-                    failure,
-                    f"not replaced again: {settings.restarts} restarts in {settings.window:g} s are allowed "
-                    "(recovery.restarts, recovery.window)",
-                )
-            ) from error
+        if left < 0:
+            note = (
+                f"not replaced again: {self._settings.restarts} restarts in {self._settings.window:g} s are allowed "
+                "(recovery.restarts, recovery.window)"
+            )
+            spent = WorkerError(replace(failure, text=f"{failure.text}\n  {note}"))
+            spent.final = True
+            raise spent from error
 
     def _left(self, failure: Failure) -> int | None:
         """Restarts left to the role that has the fewest, those now due taken off; none where nothing is due."""
@@ -68,7 +69,3 @@ class Recovery:
         text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.where}\n{failure.phase}: {failure}\n{consequence}\n"
         with suppress(OSError):  # what failed matters more than that the disk is full
             (self._folder / f"{number:04d}-{failure.role}-{failure.kind}.txt").write_text(text, encoding="utf-8")
-
-
-def _with_note(failure: Failure, note: str) -> Failure:
-    return replace(failure, text=f"{failure.text}\n  {note}")

@@ -137,6 +137,8 @@ class StageRun:
                 self._export()
                 return
             except WorkerError as error:
+                if error.final:
+                    raise
                 self.progress.note(f"{self.name}, step {self.done + 1}: {error.failure.text}")
                 todo = partial(self._go_back if self.loaded else self._start_again, error)
 

@@ -49,7 +49,7 @@ class _DyingTrainer(_Dying, Trainer):
         def share(loss: Any) -> Tensor:
             self.reach("forward")
             found: Tensor = loss()
-            found.register_hook(lambda _: self.reach("backward") and None)
+            found.register_hook(lambda _: self.reach("backward") or None)  # what it returns would be the gradient
             return found * float("nan") if self.reach("loss") else found
 
         return super().optimize([lambda loss=loss: share(loss) for loss in losses], *args)  # type: ignore[misc]
