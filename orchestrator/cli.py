@@ -82,20 +82,20 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print where each stage's roles go and the batch arithmetic; refuse what cannot be."""
+    """Print where each stage's roles go, the batch arithmetic and predicted memory; refuse what cannot be placed."""
     with _errors():
         import json
 
         from configs import load_config
         from orchestrator.run import described
-        from placement import Cluster, make_plan, render
+        from placement import Cluster, make_plan, render, with_memory
 
         settings = load_config(config, overrides or [])
         try:
             where = Cluster.parse(cluster) if cluster else Cluster.this_machine()
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--cluster") from None
-        plans = [make_plan(settings, stage, where) for stage in described(settings)]
+        plans = [with_memory(settings, make_plan(settings, stage, where)) for stage in described(settings)]
         if as_json:
             print(json.dumps({p.stage: p.as_dict() for p in plans}, indent=1))
         else:

@@ -40,7 +40,9 @@ def saved(
     With gradient checkpointing each layer keeps its input alone, and one layer at a time is computed again.
     """
     layer = layer_saved(shape, size, length, adapters)
-    ends = norm_saved(shape, shape.hidden, size, adapters is None) + shape.embedding_width * size + length  # and the mask
+    ends = (
+        norm_saved(shape, shape.hidden, size, adapters is None) + shape.embedding_width * size + length
+    )  # and the mask
     if checkpointing:
         return tokens * (shape.layers * shape.hidden * size + layer + ends)
     return tokens * (shape.layers * layer + ends)

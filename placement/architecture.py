@@ -141,7 +141,10 @@ LADDER: dict[str, tuple[int, int, int, int]] = {
     "xl": (1600, 48, 25, 1024),
     "2b": (2048, 40, 16, 1024),
     "4b": (2304, 64, 16, 1024),
-    **{f"{b}b": (4096, layers, 16, 1024) for b, layers in zip((6, 8, 10, 12, 15, 18), (30, 40, 50, 60, 78, 90), strict=True)},
+    **{
+        f"{b}b": (4096, layers, 16, 1024)
+        for b, layers in zip((6, 8, 10, 12, 15, 18), (30, 40, 50, 60, 78, 90), strict=True)
+    },
     **{f"{b}b": (8192, layers, 16, 1024) for b, layers in zip((20, 24, 28, 32, 36, 40), range(25, 51, 5), strict=True)},
     "175b": (12288, 96, 96, 2048),
 }
@@ -233,7 +236,9 @@ def _opt(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
     """Llama, Qwen2 (biases on query, key and value) and Qwen3 (a norm on each query and key)."""
-    kind, hidden, inner, heads = (config[n] for n in ("model_type", "hidden_size", "intermediate_size", "num_attention_heads"))
+    kind, hidden, inner, heads = (
+        config[n] for n in ("model_type", "hidden_size", "intermediate_size", "num_attention_heads")
+    )
     kv_heads = config.get("num_key_value_heads") or heads
     size = config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)
     bias, mlp_bias = config.get("attention_bias", False), kind == "llama" and config.get("mlp_bias", False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.schema import PlacementSettings, Role, RunConfig
+from configs.schema import PlacementSettings, Role, RunConfig, Strategy
 from placement.packing import Packing, Request
-from placement.shape import Device, Problem, Stage
+from placement.shape import TRAINED, Device, Problem, Stage
 
 PRESETS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "separate": (("actor",), ("critic",), ("reference",), ("reward",), ("rollout",)),
@@ -56,6 +56,15 @@ def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
     assert config.ppo is not None
     critic: tuple[Role, ...] = ("critic",) if config.ppo.critic else ()
     return ("actor", *critic, "reference", "reward", "rollout")
+
+
+def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
+    """How a role is sharded. A frozen one has parameters only, and only the reference's can be sharded."""
+    if role == "rollout":
+        return None
+    strategy = config.strategy_of(role)
+    sharded = role in TRAINED[stage] or (role == "reference" and strategy == "zero3")
+    return strategy if sharded else "ddp"
 
 
 def partition(placement: PlacementSettings, roles: tuple[Role, ...]) -> tuple[list[Share], list[Problem]]:

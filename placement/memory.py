@@ -209,7 +209,7 @@ def engine(
         weights += -(-model.shape.word_embeddings * model.size // devices)
     sampling = 2 * sequences * model.shape.vocabulary * FLOAT32
     if device == "cuda":
-        kv_cache = max(0, (reserved or 0) - weights - sampling)
+        kv_cache = max(0, (reserved or 0) - weights - sampling - CUDA_CONTEXT)
     idle = Bytes(parameters=weights, kv_cache=kv_cache)
     phases: dict[Phase, Bytes] = dict.fromkeys(PHASES, idle)
     phases["generate"] = replace(idle, logits=sampling)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from configs.schema import Role, RunConfig, Strategy
+from configs.schema import Role, RunConfig
 from placement.batch import plan_batch
 from placement.cluster import Cluster
-from placement.layout import Share, partition, roles_of, with_engines
-from placement.shape import PHASES, TRAINED, BatchPlan, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
+from placement.layout import Share, partition, roles_of, strategy_in, with_engines
+from placement.shape import PHASES, BatchPlan, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
 from placement.site import Laid, Site, floor_to
 from placement.table import render
 
@@ -71,17 +71,8 @@ def _role(
         threads=_threads(role, stage, shares, laid, cluster),
         cpus=floor_to(bundle["CPU"] / len(share.roles), 4),
         gpus=floor_to(bundle.get("GPU", 0.0) / len(share.roles), 4),
-        strategy=_strategy(role, config, stage),
+        strategy=strategy_in(stage, role, config),
     )
-
-
-def _strategy(role: Role, config: RunConfig, stage: Stage) -> Strategy | None:
-    """How a role is sharded. A frozen one has parameters only, and only the reference's can be sharded."""
-    if role == "rollout":
-        return None
-    strategy = config.strategy_of(role)
-    sharded = role in TRAINED[stage] or (role == "reference" and strategy == "zero3")
-    return strategy if sharded else "ddp"
 
 
 def _threads(role: Role, stage: Stage, shares: Sequence[Share], laid: Laid, cluster: Cluster) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from configs.schema import Role, Strategy
 from placement.cluster import Cluster
 from placement.packing import Packing
+
+if TYPE_CHECKING:
+    from placement.forecast import Forecast
 
 Stage = Literal["sft", "rm", "ppo"]
 Device = Literal["cpu", "cuda"]
@@ -102,10 +105,13 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     roles: dict[Role, RolePlan]
     batch: BatchPlan
+    memory: Forecast | str | None = None
+    """Predicted memory, or why there is none."""
 
     def group(self, name: str) -> GroupPlan:
         return next(group for group in self.groups if group.name == name)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return dataclasses.asdict(self)
+        memory = self.memory if self.memory is None or isinstance(self.memory, str) else self.memory.as_dict()
+        return dataclasses.asdict(dataclasses.replace(self, memory=None)) | {"memory": memory}

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from placement.forecast import Forecast, Place
+from placement.memory import GIB, Bytes, Use
 from placement.packing import written
 from placement.shape import TRAINED, GroupPlan, Plan
 
@@ -17,7 +19,7 @@ def render(plan: Plan) -> RenderableType:
     note = f" ({plan.cluster.note})" if plan.cluster.note else ""
     head = Text(f"stage {plan.stage} on {plan.device}: {plan.cluster.describe()}{note}")
     batch = Text("\n".join(f"  {line}" for line in plan.batch.words))
-    return Group(head, _roles(plan), _groups(plan), Text("batch", style="italic"), batch)
+    return Group(head, _roles(plan), _groups(plan), Text("batch", style="italic"), batch, *_memory(plan))
 
 
 def _roles(plan: Plan) -> Table:
@@ -44,3 +46,54 @@ def _groups(plan: Plan) -> Table:
 
 def _where(group: GroupPlan) -> str:
     return ", ".join(f"{name}: {count}" for name, count in Counter(group.nodes).items())
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _memory(plan: Plan) -> list[RenderableType]:
+    title = Text("memory", style="italic")
+    if plan.memory is None:
+        return []
+    if isinstance(plan.memory, str):
+        return [title, Text(f"  {plan.memory}")]
+    known = plan.memory
+    lines = [_tightest(role, [known.roles[role].uses[p] for p in known.phases], known) for role in known.roles]
+    lines += [_verdict(place) for place in known.places]
+    if known.missing:
+        lines += ["does not fit, by prediction:", *(f"  {line}" for line in known.advice)]
+    return [_uses(plan, known), Text("\n".join(f"  {line}" for line in lines))]
+
+
+def _uses(plan: Plan, known: Forecast) -> Table:
+    table = Table("", *known.phases, title="predicted memory, GiB of each rank and in all", title_justify="left")
+    for role, of in known.roles.items():
+        for place in ("host", "device") if plan.device == "cuda" else ("host",):
+            name = f"{role}, {'GPU' if place == 'device' else 'host'}" if plan.device == "cuda" else role
+            table.add_row(name, *(_gib(getattr(of.uses[phase], place).total) for phase in known.phases))
+    table.add_section()
+    for place in known.places:
+        table.add_row(place.name, *(_gib(place.used[phase]) for phase in known.phases))
+    return table
+
+
+def _tightest(role: str, uses: list[Use], known: Forecast) -> str:
+    """`actor, most in train: optimizer 1.0, gradients 0.6, ...` of the device or, without one, of the host."""
+    found: list[Bytes] = [use.device if use.device.total else use.host for use in uses]
+    most = max(found, key=lambda b: b.total)
+    parts = sorted(most.parts().items(), key=lambda part: -part[1])
+    said = ", ".join(f"{name.replace('_', ' ')} {_gib(size)}" for name, size in parts if size)
+    return f"{role}, most in {known.phases[found.index(most)]}: {said}"
+
+
+def _verdict(place: Place) -> str:
+    most = f"{place.name}: at most {_gib(place.used[place.tightest])} GiB, in {place.tightest}"
+    if place.size is None or place.headroom is None:
+        return f"{most}; how much there is is not known"
+    if place.headroom < 0:
+        return f"{most}, of {_gib(place.size)}: {_gib(-place.headroom)} GiB are missing"
+    return f"{most}, of {_gib(place.size)}: {_gib(place.headroom)} GiB are left"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"

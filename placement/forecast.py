@@ -1,0 +1,397 @@
+"""A plan's memory: each role's in each phase, the sums on nodes and GPUs, what is left, and what would help where it is not.
+
+It warns and refuses nothing: docs/memory.md says what it was checked against, and what it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from configs.schema import LoraSettings, ModelReward, ModelSettings, Role, RunConfig, Strategy
+from placement.activations import Adapters
+from placement.architecture import Architecture
+from placement.layout import strategy_in
+from placement.memory import (
+    GIB,
+    MIB,
+    PHASES,
+    Model,
+    Phase,
+    Sharding,
+    Uses,
+    Work,
+    engine,
+    frozen,
+    received_bytes,
+    sent_bytes,
+    state_bytes,
+    trainer,
+)
+from placement.shape import TRAINED, GroupPlan, Plan, Stage
+
+STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
+    "sft": ("load", "train", "save"),
+    "rm": ("load", "train", "save"),
+    "ppo": PHASES,
+}
+TURNS: tuple[Phase, ...] = ("generate", "score", "train")
+"""In these the roles of one group take turns; in the others they all work at the same time."""
+SIZES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Of one role: what its first rank holds, and what a snapshot takes of the first rank and of each other."""
+
+    uses: Uses
+    first_snapshot: int = 0
+    other_snapshot: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node's memory, or that of each GPU of a group: bytes in each phase, and what there is (none: unknown)."""
+
+    name: str
+    used: dict[Phase, int]
+    size: int | None
+
+    @property
+    def tightest(self) -> Phase:
+        return max(self.used, key=lambda phase: self.used[phase])
+
+    @property
+    def headroom(self) -> int | None:
+        """Negative where it does not fit."""
+        return None if self.size is None else self.size - self.used[self.tightest]
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = {"name": self.name, "used": self.used, "size": self.size}
+        return fields | {"tightest": self.tightest, "headroom": self.headroom}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted memory of a stage. `advice`: what would help where it does not fit."""
+
+    phases: tuple[Phase, ...]
+    roles: dict[Role, RoleMemory]
+    places: tuple[Place, ...]
+    advice: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> int:
+        """Bytes by which the places do not fit, together."""
+        return sum(-place.headroom for place in self.places if place.headroom is not None and place.headroom < 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; bytes."""
+        roles = {role: {p: known.uses[p].as_dict() for p in self.phases} for role, known in self.roles.items()}
+        return {
+            "roles": roles,
+            "places": [place.as_dict() for place in self.places],
+            "fits": not self.missing,
+            "advice": list(self.advice),
+        }
+
+
+def with_memory(config: RunConfig, plan: Plan) -> Plan:
+    """The plan with a forecast, or with the reason why there is none."""
+    try:
+        shapes = _shapes(config, plan.stage)
+    except ValueError as error:
+        return replace(plan, memory=f"not predicted: {error}")
+    made = forecast(config, plan, shapes)
+    if made.missing:
+        made = replace(made, advice=_advice(config, plan, shapes, made))
+    return replace(plan, memory=made)
+
+
+# ---------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a stage's roles hold: the policy's shape, and those of the models with a scalar head; the critic's is the first's."""
+
+    policy: Architecture
+    scalars: tuple[Architecture, ...]
+
+
+def _shapes(config: RunConfig, stage: Stage) -> Shapes:
+    """Raises ValueError where a model's config.json cannot be read."""
+    read = Architecture.of_folder
+    trained = (config.rm.model if config.rm and config.rm.model else config.model).path
+    if stage != "ppo":
+        shape = read(config.model.path if stage == "sft" else trained)
+        return Shapes(shape, (shape,) if stage == "rm" else ())
+    assert config.ppo is not None
+    paths = [source.path or trained for source in config.ppo.rewards if isinstance(source, ModelReward)]
+    return Shapes(read(config.model.path), tuple(read(path) for path in paths))
+
+
+def _settings(config: RunConfig, stage: Stage) -> ModelSettings:
+    return config.rm.model if stage == "rm" and config.rm and config.rm.model else config.model
+
+
+def _model(shape: Architecture, settings: ModelSettings, scalar: bool, trained: bool) -> Model:
+    adapters = _adapters(settings.lora) if trained and settings.lora else None
+    return Model(shape, SIZES[settings.dtype], scalar, adapters)
+
+
+def _adapters(lora: LoraSettings) -> Adapters:
+    return Adapters(lora.rank, None if lora.targets == "all-linear" else frozenset(lora.targets))
+
+
+# ---------------------------------------------------------------- roles
+
+
+def forecast(config: RunConfig, plan: Plan, shapes: Shapes) -> Forecast:
+    """Predict a stage's memory where the plan puts it."""
+    roles = {role: _role(role, config, plan, shapes) for role in plan.roles}
+    phases = STAGE_PHASES[plan.stage]
+    return Forecast(phases, roles, (*_hosts(config, plan, roles, shapes), *_devices(plan, roles)))
+
+
+def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemory:
+    if role == "rollout":
+        return RoleMemory(_engine(config, plan, shapes))
+    strategy, ranks = strategy_in(plan.stage, role, config), plan.roles[role].ranks
+    assert strategy is not None
+    sharding, work = Sharding(strategy, ranks, plan.device), _work(role, config, plan)
+    settings = _settings(config, plan.stage)
+    if role not in TRAINED[plan.stage]:
+        shape = [shapes.policy] if role == "reference" else shapes.scalars
+        return RoleMemory(frozen([_model(s, settings, role == "reward", False) for s in shape], sharding, work))
+    scalar = role in ("critic", "reward")
+    model = _model((shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy, settings, scalar, True)
+    bucket, transport = config.publish.bucket_mib * MIB, _transport(config, plan)
+    publishes = role == "actor" and plan.stage == "ppo"
+    published = sent_bytes(model, strategy, bucket, transport) if publishes else 0
+    snapshots = config.recovery.snapshot_every is not None
+    uses = trainer(model, sharding, work, scores=role == "critic", published=published, snapshots=snapshots)
+    first = state_bytes(model, sharding) if snapshots else 0
+    return RoleMemory(uses, first, sharding.optimizer(model) if snapshots and strategy != "ddp" else 0)
+
+
+def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
+    rollout, planned = config.rollout, plan.roles["rollout"]
+    model = _model(shapes.policy, config.model, False, False)
+    sequences = min(rollout.max_sequences, -(-plan.batch.sequences // planned.ranks))
+    received = received_bytes(model, config.publish.bucket_mib * MIB, _transport(config, plan))
+    gpu = _gpu_bytes(plan, plan.group(planned.group))
+    reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
+    kv_cache = int(rollout.kv_cache_gib * GIB)
+    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved)
+
+
+def _work(role: Role, config: RunConfig, plan: Plan) -> Work:
+    """The largest pass: a micro-batch, or one row where that is longer. Of a pair both answers are in one pass."""
+    if plan.stage == "ppo":
+        assert config.ppo is not None
+        length = config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
+        if role == "actor" and config.ppo.ptx and config.sft:
+            length = max(length, config.sft.max_length)
+        rows, limit, sides = plan.batch.sequences, config.ppo.micro_batch_tokens, 1
+    else:
+        settings = config.sft if plan.stage == "sft" else config.rm
+        assert settings is not None
+        length, rows, limit = settings.max_length, plan.batch.prompts, settings.micro_batch_tokens
+        sides = 2 if plan.stage == "rm" else 1
+    tokens = max(length, min(limit, -(-rows // plan.roles[role].ranks) * length))
+    return Work(sides * tokens, length, _settings(config, plan.stage).gradient_checkpointing)
+
+
+def _transport(config: RunConfig, plan: Plan) -> str:
+    """What `auto` becomes (configs/schema.py)."""
+    if config.publish.transport != "auto" or plan.stage != "ppo":
+        return config.publish.transport
+    if plan.device == "cpu":
+        return "object_store"
+    return "ipc" if plan.roles["actor"].group == plan.roles["rollout"].group else "nccl"
+
+
+# ---------------------------------------------------------------- sums
+
+
+def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> list[Place]:
+    """The nodes that hold something; those that are alike once."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for node in plan.cluster.nodes:
+        counts = [(group, group.nodes.count(node.name) * group.devices_per_bundle) for group in plan.groups]
+        if not any(count for _, count in counts):
+            continue
+        size = None if node.host_memory_gb is None else int(node.host_memory_gb * GIB)
+        used = {
+            phase: sum(_group_host(group, count, node.name, phase, roles) for group, count in counts if count)
+            + _store(config, plan, node.name, phase, roles, shapes)
+            for phase in STAGE_PHASES[plan.stage]
+        }
+        found.setdefault((size, tuple(used.items())), []).append(node.name)
+    return [
+        Place(names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...", dict(used), size)
+        for (size, used), names in found.items()
+    ]
+
+
+def _group_host(group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]) -> int:
+    """Bytes of a group's processes on a node: of those that take turns one works, and the others keep what they hold."""
+    first = int(group.nodes[0] == node)
+    if phase == "save":  # the first rank saves more than the others
+        snapshots = sum(first * r.first_snapshot + (count - first) * r.other_snapshot for r in _of(group, roles))
+        return count * sum(_idle(r.uses) for r in _of(group, roles)) + snapshots
+    return count * _in_turn(phase, [(r.uses[phase].host.total, _idle(r.uses)) for r in _of(group, roles)])
+
+
+def _in_turn(phase: Phase, members: Iterable[tuple[int, int]]) -> int:
+    """Of (busy, idle) bytes of roles on one device: all that is busy or, where they take turns, the worst turn."""
+    members = list(members)
+    if phase not in TURNS:
+        return sum(busy for busy, _ in members)
+    return sum(idle for _, idle in members) + max(busy - idle for busy, idle in members)
+
+
+def _idle(uses: Uses) -> int:
+    return min(use.host.total for use in uses.values())
+
+
+def _of(group: GroupPlan, roles: dict[Role, RoleMemory]) -> list[RoleMemory]:
+    return [roles[role] for role in group.roles]
+
+
+def _store(
+    config: RunConfig, plan: Plan, node: str, phase: Phase, roles: dict[Role, RoleMemory], shapes: Shapes
+) -> int:
+    """Bytes in Ray's object store: the last snapshot, while one is taken two; the bucket of weights under way."""
+    snapshots = sum(
+        int(group.nodes[0] == node) * roles[role].first_snapshot
+        + (group.nodes.count(node) - int(group.nodes[0] == node)) * roles[role].other_snapshot
+        for group in plan.groups
+        for role in group.roles
+    )
+    if phase == "load":
+        return 0
+    if phase == "publish" and plan.group(plan.roles["actor"].group).nodes[0] == node:
+        model = _model(shapes.policy, config.model, False, False)
+        if _transport(config, plan) == "object_store":
+            return snapshots + min(config.publish.bucket_mib * MIB + model.largest, model.nbytes)
+    return snapshots * (2 if phase == "save" else 1)
+
+
+def _devices(plan: Plan, roles: dict[Role, RoleMemory]) -> list[Place]:
+    """A GPU of each group. What a process took of it once stays with it: PyTorch's allocator gives nothing back by itself."""
+    if plan.device == "cpu":
+        return []
+    phases = STAGE_PHASES[plan.stage]
+    places = []
+    for group in plan.groups:
+        used = {
+            phase: sum(max(r.uses[p].device.total for p in phases[: i + 1]) for r in _of(group, roles))
+            for i, phase in enumerate(phases)
+        }
+        places.append(Place(f"each GPU of {group.name}", used, _gpu_bytes(plan, group)))
+    return places
+
+
+def _gpu_bytes(plan: Plan, group: GroupPlan) -> int | None:
+    """Of the smallest GPU that a group uses."""
+    sizes = [node.gpu_memory_gb for node in plan.cluster.nodes if node.name in group.nodes]
+    known = [size for size in sizes if size is not None]
+    return int(min(known) * GIB) if known and plan.device == "cuda" else None
+
+
+# ---------------------------------------------------------------- what would help
+
+
+class Change(NamedTuple):
+    """A setting, its new value, and the run's settings with it."""
+
+    setting: str
+    value: str
+    apply: Callable[[RunConfig], RunConfig]
+
+
+def _advice(config: RunConfig, plan: Plan, shapes: Shapes, made: Forecast) -> tuple[str, ...]:
+    """The settings that alone would let it fit, in order of cost; where none does, the first that do together."""
+
+    def missing(changed: RunConfig) -> int:
+        return forecast(changed, plan, shapes).missing
+
+    alone: dict[str, str] = {}
+    for change in _changes(config, plan):
+        if change.setting not in alone and not missing(change.apply(config)):
+            alone[change.setting] = change.value
+    if alone:
+        return tuple(f"{setting}={value} would fit" for setting, value in alone.items())
+    together, least = config, made.missing
+    values: dict[str, str] = {}
+    for change in _changes(config, plan):
+        trial = change.apply(together)
+        if (left := missing(trial)) < least:
+            together, least = trial, left
+            values[change.setting] = change.value
+        if not left:
+            break
+    said = " ".join(f"{setting}={value}" for setting, value in values.items())
+    if not least:
+        return (f"{said} would fit together",)
+    if not values:
+        return ("no setting would help: it takes more memory or, for the trained roles, more devices",)
+    return (
+        f"{said} would help; {least / GIB:.1f} GiB more would still be missing: it takes more memory or more devices",
+    )
+
+
+def _changes(config: RunConfig, plan: Plan) -> list[Change]:
+    """In order of what they cost: a pass done twice, smaller passes, communication, another kind of training, precision."""
+    own = plan.stage == "rm" and config.rm is not None and config.rm.model is not None
+    model, prefix = _settings(config, plan.stage), "rm.model" if own else "model"
+    changes = []
+    if not model.gradient_checkpointing:
+        changes.append(Change(f"{prefix}.gradient_checkpointing", "true", _models(gradient_checkpointing=True)))
+    tokens, least = getattr(config, plan.stage).micro_batch_tokens // 2, _longest(config, plan.stage)
+    while tokens >= least:
+        changes.append(Change(f"{plan.stage}.micro_batch_tokens", str(tokens), _micro_batch(plan.stage, tokens)))
+        tokens //= 2
+    order: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
+    weakest = min(order.index(config.strategy_of(role)) for role in TRAINED[plan.stage] if role in plan.roles)
+    changes += [Change("strategy", strategy, _strategy(strategy)) for strategy in order[weakest + 1 :]]
+    if model.lora is None:
+        changes.append(Change(f"{prefix}.lora.rank", "16", _models(lora=LoraSettings(rank=16))))
+    if plan.device == "cuda" and model.dtype == "float32":
+        changes.append(Change(f"{prefix}.dtype", "bfloat16", _models(dtype="bfloat16")))
+    return changes
+
+
+def _longest(config: RunConfig, stage: Stage) -> int:
+    """Tokens of the longest row: a smaller micro-batch changes nothing."""
+    if stage == "ppo":
+        assert config.ppo is not None
+        return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
+    length: int = getattr(config, stage).max_length
+    return length
+
+
+def _models(**changes: LoraSettings | bool | Literal["bfloat16"]) -> Callable[[RunConfig], RunConfig]:
+    def change(config: RunConfig) -> RunConfig:
+        rm = config.rm
+        if rm and rm.model:
+            rm = rm.model_copy(update={"model": rm.model.model_copy(update=changes)})
+        return config.model_copy(update={"model": config.model.model_copy(update=changes), "rm": rm})
+
+    return change
+
+
+def _micro_batch(stage: Stage, tokens: int) -> Callable[[RunConfig], RunConfig]:
+    def change(config: RunConfig) -> RunConfig:
+        return config.model_copy(
+            update={stage: getattr(config, stage).model_copy(update={"micro_batch_tokens": tokens})}
+        )
+
+    return change
+
+
+def _strategy(strategy: Strategy) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: config.model_copy(update={"strategy": strategy, "strategies": {}})
