@@ -1,8 +1,8 @@
 """Bytes that a forward pass leaves for the backward pass, counted tensor by tensor.
 
 What autograd keeps was read in the model classes of transformers 5 with attention by `sdpa` (BLOOM: its own), dropout off, and
-micro-batches that are padded: then a mask is given, and key-value heads are repeated for their query heads. A tensor that two
-operations keep counts once. Below, `size` is the bytes of an element of the model's type.
+micro-batches that are padded: then a mask is given, and key-value heads are copied for their query heads (a single one is not). A
+tensor that two operations keep counts once. Below, `size` is the bytes of an element of the model's type.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _attention(shape: Architecture, size: int, length: int) -> int:
     if shape.kind == "bloom":
         weights = FLOAT32 + (size if size != FLOAT32 else 0)  # the softmax is taken in float32
         return 3 * width * size + shape.heads * length * weights
-    return 4 * width * size + shape.heads * FLOAT32 + length * size
+    keys = shape.head_size if shape.kv_heads == 1 else width
+    return 2 * (width + keys) * size + shape.heads * FLOAT32 + length * size
 
 
 def _mlp(shape: Architecture) -> int:

@@ -107,9 +107,13 @@ class Architecture:
         if kind not in _READERS:
             raise ValueError(f"model_type is {kind!r}; the shapes of {', '.join(_READERS)} are known")
         try:
-            return cls(kind=kind, **_READERS[kind](config))
+            made = cls(kind=kind, **_READERS[kind](config))
         except KeyError as missing:
             raise ValueError(f"{kind} without {missing}") from None
+        for name in ("vocabulary", "hidden", "embedding_width", "layers", "heads", "kv_heads", "head_size", "inner"):
+            if not isinstance(value := getattr(made, name), int) or value < 1:
+                raise ValueError(f"{kind}: its {name} would be {value!r}; a whole number of at least 1 is needed")
+        return made
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> Self:

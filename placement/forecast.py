@@ -74,11 +74,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Predicted memory of a stage. `advice`: what would help where it does not fit."""
+    """Predicted memory of a stage. `warnings`: what else cannot work; `advice`: what would help where it does not fit."""
 
     phases: tuple[Phase, ...]
     roles: dict[Role, RoleMemory]
     places: tuple[Place, ...]
+    warnings: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
 
     @property
@@ -92,7 +93,8 @@ class Forecast:
         return {
             "roles": roles,
             "places": [place.as_dict() for place in self.places],
-            "fits": not self.missing,
+            "fits": not self.missing and not self.warnings,
+            "warnings": list(self.warnings),
             "advice": list(self.advice),
         }
 
@@ -152,7 +154,8 @@ def forecast(config: RunConfig, plan: Plan, shapes: Shapes) -> Forecast:
     """Predict a stage's memory where the plan puts it."""
     roles = {role: _role(role, config, plan, shapes) for role in plan.roles}
     phases = STAGE_PHASES[plan.stage]
-    return Forecast(phases, roles, (*_hosts(config, plan, roles, shapes), *_devices(plan, roles)))
+    places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles))
+    return Forecast(phases, roles, places, _cache_warnings(config, plan, roles, shapes))
 
 
 def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemory:
@@ -185,6 +188,28 @@ def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
     return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved)
+
+
+def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> tuple[str, ...]:
+    """An engine needs room for the keys and values of one sequence at least."""
+    if "rollout" not in roles:
+        return ()
+    on_gpu, rollout = plan.device == "cuda", config.rollout
+    if on_gpu and _gpu_bytes(plan, plan.group(plan.roles["rollout"].group)) is None:
+        return ()
+    use = roles["rollout"].uses["generate"]
+    cache = (use.device if on_gpu else use.host).kv_cache * plan.roles["rollout"].devices_per_rank
+    longest = _longest(config, "ppo")
+    needed = longest * shapes.policy.kv_bytes(SIZES[config.model.dtype])
+    if cache >= needed:
+        return ()
+    setting = (
+        f"gpu_memory_share: was {rollout.gpu_memory_share:g}"
+        if on_gpu
+        else f"kv_cache_gib: was {rollout.kv_cache_gib:g}"
+    )
+    text = f"leaves {cache / GIB:.3f} GiB for keys and values, and one sequence of {longest} tokens takes {needed / GIB:.3f}"
+    return (f"rollout.{setting}, which {text}",)
 
 
 def _work(role: Role, config: RunConfig, plan: Plan) -> Work:

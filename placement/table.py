@@ -60,6 +60,7 @@ def _memory(plan: Plan) -> list[RenderableType]:
     known = plan.memory
     lines = [_tightest(role, [known.roles[role].uses[p] for p in known.phases], known) for role in known.roles]
     lines += [_verdict(place) for place in known.places]
+    lines += known.warnings
     if known.missing:
         lines += ["does not fit, by prediction:", *(f"  {line}" for line in known.advice)]
     return [_uses(plan, known), Text("\n".join(f"  {line}" for line in lines))]
