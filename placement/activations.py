@@ -40,9 +40,9 @@ def saved(
     With gradient checkpointing each layer keeps its input alone, and one layer at a time is computed again.
     """
     layer = layer_saved(shape, size, length, adapters)
-    ends = (
-        norm_saved(shape, shape.hidden, size, adapters is None) + shape.embedding_width * size + length
-    )  # and the mask
+    norms = 2 if shape.kind == "bloom" else 1  # BLOOM has one after its embeddings too
+    ends = norms * norm_saved(shape, shape.hidden, size, adapters is None)
+    ends += shape.embedding_width * size + length  # what the head reads, and the mask as booleans
     if checkpointing:
         return tokens * (shape.layers * shape.hidden * size + layer + ends)
     return tokens * (shape.layers * layer + ends)

@@ -103,7 +103,7 @@ class Architecture:
         Raises:
             ValueError: of another kind, or a number is missing; the message says which.
         """
-        kind = config.get("model_type")
+        kind: Any = config.get("model_type")
         if kind not in _READERS:
             raise ValueError(f"model_type is {kind!r}; the shapes of {', '.join(_READERS)} are known")
         try:

@@ -69,9 +69,9 @@ def _memory(plan: Plan) -> list[RenderableType]:
 def _uses(plan: Plan, known: Forecast) -> Table:
     table = Table("", *known.phases, title="predicted memory, GiB of each rank and in all", title_justify="left")
     for role, of in known.roles.items():
-        for place in ("host", "device") if plan.device == "cuda" else ("host",):
-            name = f"{role}, {'GPU' if place == 'device' else 'host'}" if plan.device == "cuda" else role
-            table.add_row(name, *(_gib(getattr(of.uses[phase], place).total) for phase in known.phases))
+        for where in ("host", "device") if plan.device == "cuda" else ("host",):
+            name = f"{role}, {'GPU' if where == 'device' else 'host'}" if plan.device == "cuda" else role
+            table.add_row(name, *(_gib(getattr(of.uses[phase], where).total) for phase in known.phases))
     table.add_section()
     for place in known.places:
         table.add_row(place.name, *(_gib(place.used[phase]) for phase in known.phases))

@@ -24,6 +24,7 @@ from placement.memory import (
     MIB,
     PHASES,
     Model,
+    Phase,
     Sharding,
     Uses,
     Work,
@@ -135,17 +136,13 @@ def test_counts_are_those_of_transformers_and_of_autograd(kind: str, size: int, 
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    settings = {
-        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
-        "opt": OPT,
-        "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 2},
+    gated = GATED | {"num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"), 0.0)
+    short: dict[str, Any] = {"n_embd": 64, "hidden_size": 64, "n_layer": 2, "n_head": 2}
+    chosen = {"gpt2": short, "opt": OPT, "bloom": short}.get(kind, gated) | {"vocab_size": 128} | still
+    chosen = {
+        name: value for name, value in chosen.items() if hasattr(CONFIG_MAPPING[kind](), name) and name != "model_type"
     }
-    chosen = settings.get(kind, GATED | {"num_attention_heads": 4, "num_key_value_heads": kv_heads}) | {
-        "vocab_size": 128
-    }
-    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if kind == "gpt2" else {}
-    dropout |= {"dropout": 0.0} if kind == "opt" else {}
-    chosen = {k: v for k, v in chosen.items() if k != "model_type"} | dropout
     config = CONFIG_MAPPING[kind](**chosen, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if size == 4 else torch.bfloat16).train()
     shape = Architecture.read(config.to_dict())
@@ -299,8 +296,9 @@ def text(plan: Plan) -> str:
 def test_roles_of_one_machine_add_up(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x4cpu,host=64GB", recovery={"snapshot_every": None})
     roles, node = known(plan).roles, place(plan, "node-0")
-    for phase in ("load", "train", "generate", "score"):
-        assert node.used[phase] == sum(role.uses[phase].host.total for role in roles.values())  # type: ignore[index]
+    phases: tuple[Phase, ...] = ("load", "train", "generate", "score")
+    for phase in phases:
+        assert node.used[phase] == sum(role.uses[phase].host.total for role in roles.values())
     assert node.headroom == 64 * GIB - node.used[node.tightest]
     assert not known(plan).missing
     assert "GiB are left" in text(plan)
@@ -317,9 +315,8 @@ def test_roles_of_one_group_take_turns(tmp_path: Path) -> None:
 
 
 def test_alike_nodes_stand_once(tmp_path: Path) -> None:
-    placement = {"groups": [{"roles": ["actor", "critic", "reference", "reward", "rollout"], "devices": 4}]}
-    placement["groups"][0]["packing"] = "STRICT_SPREAD"
-    plan = planned(tmp_path, "4x4cpu,host=64GB", placement=placement, strategy="zero2")
+    group = {"roles": ["actor", "critic", "reference", "reward", "rollout"], "devices": 4, "packing": "STRICT_SPREAD"}
+    plan = planned(tmp_path, "4x4cpu,host=64GB", placement={"groups": [group]}, strategy="zero2")
     assert [p.name for p in known(plan).places] == [
         "node-0",
         "each of 3 nodes, node-1 ...",
