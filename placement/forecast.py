@@ -5,11 +5,11 @@ It warns and refuses nothing: docs/memory.md says what it was checked against, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
-from configs.schema import LoraSettings, ModelReward, ModelSettings, Role, RunConfig, Strategy
+from configs.schema import LoraSettings, ModelReward, ModelSettings, Role, RunConfig
 from placement.activations import Adapters
 from placement.architecture import Architecture
 from placement.layout import strategy_in
@@ -99,18 +99,6 @@ class Forecast:
         }
 
 
-def with_memory(config: RunConfig, plan: Plan) -> Plan:
-    """The plan with a forecast, or with the reason why there is none."""
-    try:
-        shapes = _shapes(config, plan.stage)
-    except ValueError as error:
-        return replace(plan, memory=f"not predicted: {error}")
-    made = forecast(config, plan, shapes)
-    if made.missing:
-        made = replace(made, advice=_advice(config, plan, shapes, made))
-    return replace(plan, memory=made)
-
-
 # ---------------------------------------------------------------- models
 
 
@@ -122,7 +110,7 @@ class Shapes:
     scalars: tuple[Architecture, ...]
 
 
-def _shapes(config: RunConfig, stage: Stage) -> Shapes:
+def read_shapes(config: RunConfig, stage: Stage) -> Shapes:
     """Raises ValueError where a model's config.json cannot be read."""
     read = Architecture.of_folder
     trained = (config.rm.model if config.rm and config.rm.model else config.model).path
@@ -134,7 +122,7 @@ def _shapes(config: RunConfig, stage: Stage) -> Shapes:
     return Shapes(read(config.model.path), tuple(read(path) for path in paths))
 
 
-def _settings(config: RunConfig, stage: Stage) -> ModelSettings:
+def model_settings(config: RunConfig, stage: Stage) -> ModelSettings:
     return config.rm.model if stage == "rm" and config.rm and config.rm.model else config.model
 
 
@@ -164,7 +152,7 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemo
     strategy, ranks = strategy_in(plan.stage, role, config), plan.roles[role].ranks
     assert strategy is not None
     sharding, work = Sharding(strategy, ranks, plan.device), _work(role, config, plan)
-    settings = _settings(config, plan.stage)
+    settings = model_settings(config, plan.stage)
     if role not in TRAINED[plan.stage]:
         shape = [shapes.policy] if role == "reference" else shapes.scalars
         return RoleMemory(frozen([_model(s, settings, role == "reward", False) for s in shape], sharding, work))
@@ -199,7 +187,7 @@ def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory]
         return ()
     use = roles["rollout"].uses["generate"]
     cache = (use.device if on_gpu else use.host).kv_cache * plan.roles["rollout"].devices_per_rank
-    longest = _longest(config, "ppo")
+    longest = longest_row(config, "ppo")
     needed = longest * shapes.policy.kv_bytes(SIZES[config.model.dtype])
     if cache >= needed:
         return ()
@@ -226,7 +214,16 @@ def _work(role: Role, config: RunConfig, plan: Plan) -> Work:
         length, rows, limit = settings.max_length, plan.batch.prompts, settings.micro_batch_tokens
         sides = 2 if plan.stage == "rm" else 1
     tokens = max(length, min(limit, -(-rows // plan.roles[role].ranks) * length))
-    return Work(sides * tokens, length, _settings(config, plan.stage).gradient_checkpointing)
+    return Work(sides * tokens, length, model_settings(config, plan.stage).gradient_checkpointing)
+
+
+def longest_row(config: RunConfig, stage: Stage) -> int:
+    """Tokens of the longest row: a smaller micro-batch changes nothing."""
+    if stage == "ppo":
+        assert config.ppo is not None
+        return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
+    length: int = getattr(config, stage).max_length
+    return length
 
 
 def _transport(config: RunConfig, plan: Plan) -> str:
@@ -325,98 +322,3 @@ def _gpu_bytes(plan: Plan, group: GroupPlan) -> int | None:
     sizes = [node.gpu_memory_gb for node in plan.cluster.nodes if node.name in group.nodes]
     known = [size for size in sizes if size is not None]
     return int(min(known) * GIB) if known and plan.device == "cuda" else None
-
-
-# ---------------------------------------------------------------- what would help
-
-
-class Change(NamedTuple):
-    """A setting, its new value, and the run's settings with it."""
-
-    setting: str
-    value: str
-    apply: Callable[[RunConfig], RunConfig]
-
-
-def _advice(config: RunConfig, plan: Plan, shapes: Shapes, made: Forecast) -> tuple[str, ...]:
-    """The settings that alone would let it fit, in order of cost; where none does, the first that do together."""
-
-    def missing(changed: RunConfig) -> int:
-        return forecast(changed, plan, shapes).missing
-
-    alone: dict[str, str] = {}
-    for change in _changes(config, plan):
-        if change.setting not in alone and not missing(change.apply(config)):
-            alone[change.setting] = change.value
-    if alone:
-        return tuple(f"{setting}={value} would fit" for setting, value in alone.items())
-    together, least = config, made.missing
-    values: dict[str, str] = {}
-    for change in _changes(config, plan):
-        trial = change.apply(together)
-        if (left := missing(trial)) < least:
-            together, least = trial, left
-            values[change.setting] = change.value
-        if not left:
-            break
-    said = " ".join(f"{setting}={value}" for setting, value in values.items())
-    if not least:
-        return (f"{said} would fit together",)
-    if not values:
-        return ("no setting would help: it takes more memory or, for the trained roles, more devices",)
-    return (
-        f"{said} would help; {least / GIB:.1f} GiB more would still be missing: it takes more memory or more devices",
-    )
-
-
-def _changes(config: RunConfig, plan: Plan) -> list[Change]:
-    """In order of what they cost: a pass done twice, smaller passes, communication, another kind of training, precision."""
-    own = plan.stage == "rm" and config.rm is not None and config.rm.model is not None
-    model, prefix = _settings(config, plan.stage), "rm.model" if own else "model"
-    changes = []
-    if not model.gradient_checkpointing:
-        changes.append(Change(f"{prefix}.gradient_checkpointing", "true", _models(gradient_checkpointing=True)))
-    tokens, least = getattr(config, plan.stage).micro_batch_tokens // 2, _longest(config, plan.stage)
-    while tokens >= least:
-        changes.append(Change(f"{plan.stage}.micro_batch_tokens", str(tokens), _micro_batch(plan.stage, tokens)))
-        tokens //= 2
-    order: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
-    weakest = min(order.index(config.strategy_of(role)) for role in TRAINED[plan.stage] if role in plan.roles)
-    changes += [Change("strategy", strategy, _strategy(strategy)) for strategy in order[weakest + 1 :]]
-    if model.lora is None:
-        changes.append(Change(f"{prefix}.lora.rank", "16", _models(lora=LoraSettings(rank=16))))
-    if plan.device == "cuda" and model.dtype == "float32":
-        changes.append(Change(f"{prefix}.dtype", "bfloat16", _models(dtype="bfloat16")))
-    return changes
-
-
-def _longest(config: RunConfig, stage: Stage) -> int:
-    """Tokens of the longest row: a smaller micro-batch changes nothing."""
-    if stage == "ppo":
-        assert config.ppo is not None
-        return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
-    length: int = getattr(config, stage).max_length
-    return length
-
-
-def _models(**changes: LoraSettings | bool | Literal["bfloat16"]) -> Callable[[RunConfig], RunConfig]:
-    def change(config: RunConfig) -> RunConfig:
-        rm = config.rm
-        if rm and rm.model:
-            rm = rm.model_copy(update={"model": rm.model.model_copy(update=changes)})
-        return config.model_copy(update={"model": config.model.model_copy(update=changes), "rm": rm})
-
-    return change
-
-
-def _micro_batch(stage: Stage, tokens: int) -> Callable[[RunConfig], RunConfig]:
-    def change(config: RunConfig) -> RunConfig:
-        return config.model_copy(
-            update={stage: getattr(config, stage).model_copy(update={"micro_batch_tokens": tokens})}
-        )
-
-    return change
-
-
-def _strategy(strategy: Strategy) -> Callable[[RunConfig], RunConfig]:
-    return lambda config: config.model_copy(update={"strategy": strategy, "strategies": {}})

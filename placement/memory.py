@@ -112,12 +112,11 @@ class Sharding:
     ranks: int
     device: Device
 
-    @property
-    def bucket(self) -> int:
-        """Elements of the reduce buckets: two where communication overlaps (CUDA); none of ddp on one rank."""
+    def bucket(self, model: Model) -> int:
+        """Bytes of the buckets in which gradients are reduced: two where communication overlaps (CUDA). ddp copies into one."""
         if self.strategy == "ddp":
-            return BUCKET_ELEMENTS if self.ranks > 1 else 0
-        return BUCKET_ELEMENTS * (2 if self.device == "cuda" else 1)
+            return min(BUCKET_ELEMENTS, model.trained) * model.size if self.ranks > 1 else 0
+        return BUCKET_ELEMENTS * model.size * (2 if self.device == "cuda" else 1)
 
     def part(self, elements: int) -> int:
         return -(-elements // self.ranks)
@@ -265,7 +264,7 @@ def _load(model: Model, sharding: Sharding, idle: Bytes) -> list[Bytes]:
 
 def _train(model: Model, sharding: Sharding, work: Work, idle: Bytes) -> list[Bytes]:
     """The moments that may be the tightest: a later micro-batch's head, the end of its backward pass, the optimizer's step."""
-    gathered, bucket = sharding.gathered(model), sharding.bucket * model.size
+    gathered, bucket = sharding.gathered(model), sharding.bucket(model)
     backward = replace(idle, gradients=_gradients(model, sharding), buffers=gathered + bucket)
     # Tied: the head's part of the gradient waits for the embeddings'. Untied, each comes when it does.
     head = model.shape.word_embeddings * model.size if model.adapters is None and not model.scalar else 0

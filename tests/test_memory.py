@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from configs.schema import RunConfig, Strategy
@@ -333,10 +334,10 @@ def test_what_does_not_fit_says_what_would_help(tmp_path: Path) -> None:
     assert "does not fit" in text(plan)
     for line in known(plan).advice:  # tried by the model itself
         setting, _, value = line.removesuffix(" would fit").partition("=")
-        section, _, name = setting.partition(".")
-        changed = {section: {"micro_batch_tokens": 4096} | {name: int(value)}} if section == "ppo" else None
-        if changed:
-            assert not known(planned(tmp_path, f"1x4cpu,host={size - 1:.2f}GB", **changed)).missing
+        changes: Any = OmegaConf.to_container(
+            OmegaConf.from_dotlist(["ppo.micro_batch_tokens=4096", f"{setting}={value}"])
+        )
+        assert not known(planned(tmp_path, f"1x4cpu,host={size - 1:.2f}GB", **changes)).missing, line
 
 
 def test_what_can_never_fit(tmp_path: Path) -> None:
