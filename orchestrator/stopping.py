@@ -58,7 +58,8 @@ class StopSignal:
         grace = self._run.config.recovery.grace
         signal.setitimer(signal.ITIMER_REAL, grace)
         self._console.print(
-            f"stopping after this step, or in {grace:.0f} s before its end (recovery.grace); once more stops at once"
+            f"stopping after this step, or in {grace:.0f} s before its end (recovery.grace); once more stops at once",
+            soft_wrap=True,
         )
 
     def _end(self, number: int, frame: FrameType | None) -> None:

@@ -98,6 +98,8 @@ class Trainer(Worker):
 
     def _meet(self, backend: str) -> None:
         """Meet the group's other ranks, listening on one address: by itself torch would listen on every interface."""
+        if dist.is_initialized():
+            return
         host, port, size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.spec.world_size
         listener = socket.create_server((host, port)).detach() if self.rank == 0 else None
         store = dist.TCPStore(host, port, size, self.rank == 0, master_listen_fd=listener)  # type: ignore[attr-defined]
