@@ -17,7 +17,8 @@ from tests.runs import ROOT, assert_same_model, command, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-KILLS = 10
+ORDER = ("sft", "rm", "ppo")
+KILLED_IN = ("sft",) * 4 + ("rm",) * 3 + ("ppo",) * 3
 SETTINGS = ("checkpoint.every=1", "ppo.evaluation=null", "sft.epochs=10", "rm.epochs=6", "ppo.steps=16")
 
 
@@ -41,23 +42,23 @@ def test_the_driver_killed_at_random(micro: Path, quiet: tuple[Result, float]) -
     draw = random.Random(7)
     folder = expected.folder.parent / "killed"
     stages: list[str] = []
-    for kill in range(KILLS):
+    for stage in KILLED_IN:
         begin = command("pipeline", str(micro), *SETTINGS, "name=killed")
         process = subprocess.Popen(begin, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         written = size(folder)
-        while process.poll() is None and size(folder) == written:  # start-up is most of the time: let it come further
-            time.sleep(0.05)
-        time.sleep(draw.uniform(0.0, 1.0 + kill / 4))
+        while process.poll() is None and (size(folder) == written or ORDER.index(at(folder)) < ORDER.index(stage)):
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.0, 0.5))
         process.kill()
         output, _ = process.communicate()
         assert process.returncode == -9, output.decode()
         stages.append(at(folder))
     done = subprocess.run(command("resume", str(folder)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("sft", "rm", "ppo"):
+    for stage in ORDER:
         assert lines(folder, stage) == lines(expected.folder, stage), f"{stage}; killed in {stages}"
         assert_same_model(folder / "models" / stage, expected.models[stage])
-    assert {*stages} == {"sft", "rm", "ppo"}, "draw other moments"
+    assert {*stages} == {*ORDER}, f"killed in {stages}"
 
 
 def size(folder: Path) -> int:
@@ -67,4 +68,4 @@ def size(folder: Path) -> int:
 
 def at(folder: Path) -> str:
     """The stage that a run is in."""
-    return next(stage for stage in ("sft", "rm", "ppo") if not (folder / "models" / stage).exists())
+    return next(stage for stage in ORDER if not (folder / "models" / stage).exists())
