@@ -95,7 +95,7 @@ def test_stopped_processes_are_found_by_their_deadline(micro: Path, quiet: Resul
     engine, actor = records(folder)
     assert "rollout rank 0: no answer to generate in 20 s (deadlines.generate)" in engine
     assert "process stopped" in engine
-    assert "in reach (" in actor, "its stack"
+    assert "_Dying.reach (dying_workers.py" in actor, "its stack"
 
 
 def test_supervised_stages_are_as_without_the_faults(micro: Path, quiet: Result, tmp_path: Path) -> None:
