@@ -12,13 +12,14 @@ import pytest
 
 from orchestrator import Result, load_config, run_stages
 from placement.cluster import Cluster
+from placement.shape import Stage
 from tests.micro import write_micro
 from tests.runs import ROOT, assert_same_model, command, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-ORDER = ("sft", "rm", "ppo")
-KILLED_IN = ("sft",) * 4 + ("rm",) * 3 + ("ppo",) * 3
+ORDER: tuple[Stage, ...] = ("sft", "rm", "ppo")
+KILLED_IN: tuple[Stage, ...] = ("sft",) * 4 + ("rm",) * 3 + ("ppo",) * 3
 SETTINGS = ("checkpoint.every=1", "ppo.evaluation=null", "sft.epochs=10", "rm.epochs=6", "ppo.steps=16")
 
 
@@ -66,6 +67,6 @@ def size(folder: Path) -> int:
     return metrics.stat().st_size if metrics.exists() else 0
 
 
-def at(folder: Path) -> str:
+def at(folder: Path) -> Stage:
     """The stage that a run is in."""
     return next(stage for stage in ORDER if not (folder / "models" / stage).exists())
