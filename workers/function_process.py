@@ -109,10 +109,12 @@ class FunctionProcess:
             self._ready = True
 
     def _exchange(self, seconds: float, request: bytes = b"") -> dict[str, Any]:
-        """Send a request and wait for a line of JSON. Raises TimeoutError, or EOFError or OSError when the process is gone."""
+        """Send a request, if any, and wait for a line of JSON. Raises TimeoutError, or EOFError or OSError where the process is
+        gone."""
         deadline = time.monotonic() + seconds
-        self._line.settimeout(seconds)
-        self._line.sendall(request)
+        if request:  # to send nothing fails as well where the process is gone, though what it said last is still there
+            self._line.settimeout(seconds)
+            self._line.sendall(request)
         reply = bytearray()
         while not reply.endswith(b"\n"):
             left = deadline - time.monotonic()
