@@ -32,10 +32,9 @@ from safetensors.numpy import load_file
 
 from benchmarks.adversary import damage_mark
 from configs import RunConfig, load_config
-from orchestrator.metrics import read_metrics
+from orchestrator.metrics import read_metrics, repeatable
 
 ROLES = ("actor", "critic", "reference", "reward", "rollout")
-VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
 SETTINGS = (
     "plugins=[benchmarks.adversary]",
     "checkpoint.every=5",
@@ -188,20 +187,12 @@ def _print_table(console: Console, run: Attacked, plan: list[Fault], step: float
 
 
 def _differences(quiet: Path, attacked: Path) -> list[str]:
-    ours, theirs = (_lines(folder) for folder in (attacked, quiet))
+    ours, theirs = (repeatable(folder, "ppo") for folder in (attacked, quiet))
     found = [f"step {a['step']}: {_different(a, b)}" for a, b in zip(ours, theirs, strict=False) if a != b][:5]
     if len(ours) != len(theirs):
         found.append(f"{len(ours)} lines of metrics, {len(theirs)} in the quiet run")
     a, b = (load_file(folder / "models" / "ppo" / "model.safetensors") for folder in (attacked, quiet))
     return found + [f"weights differ: {name}" for name in a if a[name].tobytes() != b[name].tobytes()][:5]
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
-        for line in read_metrics(folder)
-        if line["stage"] == "ppo"
-    ]
 
 
 def _different(a: dict[str, Any], b: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from orchestrator.integrity import DiskError, sync, writing
 
 FILE = "metrics.jsonl"
 RESERVED = ("stage", "step", "time")
+VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
 
 # Below these a last part such as "reward" is what was measured, or the name of a reward; it is not the role.
 _NOT_BY_ROLE = ("evaluation", "reward", "timeouts", "errors")
@@ -48,6 +49,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     return [_parsed(path, number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if line]
+
+
+def repeatable(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """A stage's lines without what no two runs have in common: the clock, and memory."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
+        for line in read_metrics(folder)
+        if line["stage"] == stage
+    ]
 
 
 def gauge_name(metric: str) -> tuple[str, str]:

@@ -51,7 +51,8 @@ class PPO(StageRun):
             )
         reward = weighted_sum(scores, ppo)
         kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
-        learns = step > ppo.critic_warmup and kl <= ppo.refuse_kl  # a kl that is nan is refused too
+        sane = kl <= ppo.refuse_kl  # nan is not
+        learns = step > ppo.critic_warmup and sane
         kept = self._whole(np.flatnonzero(~np.isnan(reward)))
         shaped = np.full(len(reward), np.nan, np.float32)
         shaped[kept] = shape_scores(reward[kept], rollouts.ended[kept], ppo)
@@ -65,7 +66,7 @@ class PPO(StageRun):
             )
         if not actor["refused/actor"]:
             self._check_gap(step, actor["log_prob_gap"])
-        actor["refused/actor"] += kl > ppo.refuse_kl or np.isnan(kl)
+        actor["refused/actor"] += not sane
         if actor["updates"]:
             with self.phase("publish"):
                 self.version += 1

@@ -26,7 +26,6 @@ class Recovery:
         self._spent: dict[Role, deque[float]] = {}
         self.where = ""
         """Stage and step, for the records."""
-        self.restarts: dict[Role, int] = {}
 
     def consider(self, error: WorkerError) -> None:
         """Record a failure; return where the run may go on. Raises it as final where nothing is to be replaced or the budget is
@@ -50,15 +49,16 @@ class Recovery:
 
     def _left(self, failure: Failure) -> int | None:
         """Restarts left to the role that has the fewest, those now due taken off; none where nothing is due."""
+        if not failure.survivable:
+            return None
         now, left = time.monotonic(), []
         for role in {role for role, _ in failure.casualties} or {failure.role}:
             times = self._spent.setdefault(role, deque())
             times.append(now)
             while now - times[0] > self._settings.window:
                 times.popleft()
-            self.restarts[role] = self.restarts.get(role, 0) + 1
             left.append(self._settings.restarts - len(times))
-        return min(left) if failure.survivable else None
+        return min(left)
 
     def record(self, failure: Failure, consequence: str) -> None:
         """Write a failure, and what came of it, to a file of its own."""

@@ -19,8 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from configs import RunConfig, load_config, save_config
-from orchestrator.integrity import DiskError, clear_leftovers, discard, seal, sync, verify, write_json, writing
-from orchestrator.integrity import whole_folder as whole_folder
+from orchestrator.integrity import (
+    DiskError,
+    clear_leftovers,
+    discard,
+    seal,
+    sync,
+    verify,
+    whole_folder,
+    write_json,
+    writing,
+)
 from placement.shape import Stage
 
 STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")

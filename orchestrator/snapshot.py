@@ -23,9 +23,10 @@ class Snapshot:
 
     def write(self, folder: Path) -> None:
         """Write it as `save` writes a checkpoint."""
+        alive = alive_nodes()
         for role, ranks in self.files.items():
             for rank in ranks:
-                write_files(folder / role, ray.get(rank.here()))
+                write_files(folder / role, ray.get(rank.copy_on(alive)))
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class RankFiles:
     copies: dict[str, ray.ObjectRef]
     """Node -> the files there."""
 
-    def here(self) -> ray.ObjectRef:
-        """A copy on a node that lives; any, where none does: reading it will say that it is lost."""
-        alive = [ref for node, ref in self.copies.items() if node in alive_nodes()]
-        return (alive or list(self.copies.values()))[0]
+    def copy_on(self, nodes: set[str]) -> ray.ObjectRef:
+        """A copy on one of these nodes; any, where there is none: reading it will say that it is lost."""
+        there = [ref for node, ref in self.copies.items() if node in nodes]
+        return (there or list(self.copies.values()))[0]
 
 
 def alive_nodes() -> set[str]:

@@ -17,11 +17,11 @@ from rich.console import Console
 from configs.schema import DatasetSettings, Role, RunConfig
 from orchestrator.calls import together
 from orchestrator.failures import WorkerError
-from orchestrator.integrity import DiskError
+from orchestrator.integrity import DiskError, whole_folder
 from orchestrator.metrics import Recorder
 from orchestrator.progress import Progress
 from orchestrator.recovery import Recovery
-from orchestrator.run import Run, RunError, whole_folder
+from orchestrator.run import Run, RunError
 from orchestrator.snapshot import Snapshot
 from orchestrator.status import Status
 from orchestrator.stopping import StopSignal
@@ -160,7 +160,8 @@ class StageRun:
 
     def _go_back(self, error: WorkerError) -> None:
         """Replace what failed, and go on from the latest snapshot or checkpoint, or from the stage's start."""
-        snapshot, saved = self.snapshot, self.run.sound_checkpoint(self.name, self.warn)
+        snapshot = self.snapshot
+        saved = None if snapshot else self.run.sound_checkpoint(self.name, self.warn)
         self.progress.phase("replacing workers")
         self.team.replace(error, anew=[] if snapshot or saved else self.trained())
         self.seconds = {}

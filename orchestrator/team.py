@@ -36,6 +36,7 @@ from orchestrator.run import local
 from orchestrator.snapshot import RankFiles, Snapshot, alive_nodes
 from placement.groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
+from placement.shape import transport_of
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
 from workers.files import copy_files
@@ -71,7 +72,7 @@ class Team:
         """Policy version that the engines serve."""
         self._places: dict[str, PlacementGroup] = {}
         self._starts: Counter[tuple[Role, int]] = Counter()
-        self.transport = _transport(config, plan)
+        self.transport = transport_of(config, plan)
 
     # ------------------------------------------------------------ life
 
@@ -156,20 +157,17 @@ class Team:
         lost: dict[Role, list[int]] = {}
         for role, rank in self._due(error):
             lost.setdefault(role, []).append(rank)
-        for role in {*lost, *anew}:
+        for role in [*lost, *anew]:
             if role in anew or self.groups[role].collective:
                 lost[role] = list(range(len(self.groups[role])))
-        places = {
-            (role, rank): self.groups[role].whereabouts.get(rank) for role, ranks in lost.items() for rank in ranks
-        }
-        end({rank: place for rank, place in places.items() if place})
-        for role, ranks in lost.items():
-            for rank in ranks:
-                ray.kill(self.groups[role].handles[rank])
+        gone = [(role, rank) for role, ranks in lost.items() for rank in ranks]
+        known = {place: where for role in lost for place, where in self.groups[role].places().items()}
+        end({rank: known[rank] for rank in gone if rank in known})
+        for role, rank in gone:
+            ray.kill(self.groups[role].handles[rank])
         await_groups(self.plan, self.config.name, self._places, self.config.recovery.node_timeout)
-        for role, ranks in lost.items():
-            for rank in ranks:
-                self.groups[role].handles[rank] = self._spawn(role, rank)
+        for role, rank in gone:
+            self.groups[role].handles[rank] = self._spawn(role, rank)
         self._meet(lost)
         for calls in zip_longest(*(self.groups[role].prepared(ranks) for role, ranks in lost.items())):
             together(*calls)
@@ -212,10 +210,11 @@ class Team:
     def restore(self, snapshot: Snapshot) -> None:
         """Give roles back what they had learned."""
         calls: list[Call[Any]] = []
+        alive = alive_nodes()
         for role, ranks in snapshot.files.items():
             names = sorted({name for rank in ranks for name in rank.names})
-            first = ranks[0].here()
-            calls.append(self.groups[role].scatter("restore_snapshot", [(r.here(), first, names) for r in ranks]))
+            copies = [rank.copy_on(alive) for rank in ranks]
+            calls.append(self.groups[role].scatter("restore_snapshot", [(mine, copies[0], names) for mine in copies]))
         together(*calls)
 
     def workers(self) -> list[dict[str, Any]]:
@@ -485,12 +484,3 @@ def _in_order(shards: list[Rows], parts: list[np.ndarray], count: int) -> np.nda
     for rows, part in zip(shards, parts, strict=True):
         out[rows] = part
     return out
-
-
-def _transport(config: RunConfig, plan: Plan) -> str:
-    if config.publish.transport != "auto":
-        return config.publish.transport
-    if plan.device == "cpu":
-        return "object_store"
-    same = "rollout" in plan.roles and plan.roles["actor"].group == plan.roles["rollout"].group
-    return "ipc" if same else "nccl"

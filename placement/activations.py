@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from placement.architecture import Architecture, Group
 
 LOGITS_CHUNK = 256
-"""Tokens whose logits exist at one time (workers/models.py)."""
+"""Tokens whose logits exist at one time."""
 
 FLOAT32 = 4
 

@@ -166,6 +166,11 @@ def _square(hidden: int, inner: int, names: tuple[str, str, str, str]) -> tuple[
     )
 
 
+def _multi_head(hidden: int, heads: int) -> dict[str, int]:
+    """Attention in which each head has keys and values of its own."""
+    return {"heads": heads, "kv_heads": heads, "head_size": hidden // heads}
+
+
 def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
     hidden, heads = config["n_embd"], config["n_head"]
     inner = config.get("n_inner") or 4 * hidden
@@ -174,9 +179,7 @@ def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden": hidden,
         "embedding_width": hidden,
         "layers": config["n_layer"],
-        "heads": heads,
-        "kv_heads": heads,
-        "head_size": hidden // heads,
+        **_multi_head(hidden, heads),
         "inner": inner,
         "activation": config.get("activation_function", "gelu_new"),
         "matrices": _square(hidden, inner, ("c_attn", "c_proj", "c_fc", "c_proj")),
@@ -195,9 +198,7 @@ def _bloom(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden": hidden,
         "embedding_width": hidden,
         "layers": config["n_layer"],
-        "heads": heads,
-        "kv_heads": heads,
-        "head_size": hidden // heads,
+        **_multi_head(hidden, heads),
         "inner": 4 * hidden,
         "activation": "bloom_gelu",
         "matrices": _square(hidden, 4 * hidden, names),
@@ -220,9 +221,7 @@ def _opt(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden": hidden,
         "embedding_width": width,
         "layers": config["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": heads,
-        "head_size": hidden // heads,
+        **_multi_head(hidden, heads),
         "inner": inner,
         "activation": config.get("activation_function", "relu"),
         "matrices": (

@@ -29,7 +29,7 @@ from placement.memory import (
     state_bytes,
     trainer,
 )
-from placement.shape import TRAINED, GroupPlan, Plan, Stage
+from placement.shape import TRAINED, GroupPlan, Plan, Stage, transport_of
 
 STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
     "sft": ("load", "train", "save"),
@@ -158,7 +158,7 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemo
         return RoleMemory(frozen([_model(s, settings, role == "reward", False) for s in shape], sharding, work))
     scalar = role in ("critic", "reward")
     model = _model((shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy, settings, scalar, True)
-    bucket, transport = config.publish.bucket_mib * MIB, _transport(config, plan)
+    bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
     publishes = role == "actor" and plan.stage == "ppo"
     published = sent_bytes(model, strategy, bucket, transport) if publishes else 0
     snapshots = config.recovery.snapshot_every is not None
@@ -171,7 +171,7 @@ def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
     rollout, planned = config.rollout, plan.roles["rollout"]
     model = _model(shapes.policy, config.model, False, False)
     sequences = min(rollout.max_sequences, -(-plan.batch.sequences // planned.ranks))
-    received = received_bytes(model, config.publish.bucket_mib * MIB, _transport(config, plan))
+    received = received_bytes(model, config.publish.bucket_mib * MIB, transport_of(config, plan))
     gpu = _gpu_bytes(plan, plan.group(planned.group))
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
@@ -224,15 +224,6 @@ def longest_row(config: RunConfig, stage: Stage) -> int:
         return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
     length: int = getattr(config, stage).max_length
     return length
-
-
-def _transport(config: RunConfig, plan: Plan) -> str:
-    """What `auto` becomes (configs/schema.py)."""
-    if config.publish.transport != "auto" or plan.stage != "ppo":
-        return config.publish.transport
-    if plan.device == "cpu":
-        return "object_store"
-    return "ipc" if plan.roles["actor"].group == plan.roles["rollout"].group else "nccl"
 
 
 # ---------------------------------------------------------------- sums
@@ -297,7 +288,7 @@ def _store(
         return 0
     if phase == "publish" and plan.group(plan.roles["actor"].group).nodes[0] == node:
         model = _model(shapes.policy, config.model, False, False)
-        if _transport(config, plan) == "object_store":
+        if transport_of(config, plan) == "object_store":
             return snapshots + min(config.publish.bucket_mib * MIB + model.largest, model.nbytes)
     return snapshots * (2 if phase == "save" else 1)
 

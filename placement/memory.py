@@ -29,7 +29,7 @@ CUDA_CONTEXT = int(0.50 * GIB)
 """What CUDA takes of a GPU for each process. Assumed: no path has run on a GPU."""
 
 BUCKET_ELEMENTS = 16_000_000
-"""Elements that are reduced or gathered at a time (workers/trainer.py)."""
+"""Elements that a trainer reduces or gathers at a time."""
 LIVE_ELEMENTS = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)."""
 PACKED_BUFFERS = 2

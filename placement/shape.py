@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from configs.schema import Role, Strategy
+from configs.schema import Role, RunConfig, Strategy
 from placement.cluster import Cluster
 from placement.packing import Packing
 
@@ -115,3 +115,13 @@ class Plan:
         """Plain values for JSON."""
         memory = self.memory if self.memory is None or isinstance(self.memory, str) else self.memory.as_dict()
         return dataclasses.asdict(dataclasses.replace(self, memory=None)) | {"memory": memory}
+
+
+def transport_of(config: RunConfig, plan: Plan) -> str:
+    """How weights reach the engines: what `publish.transport` says and, where there are engines, what `auto` becomes."""
+    asked = config.publish.transport
+    if asked != "auto" or "rollout" not in plan.roles:
+        return asked
+    if plan.device == "cpu":
+        return "object_store"
+    return "ipc" if plan.roles["actor"].group == plan.roles["rollout"].group else "nccl"

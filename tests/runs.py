@@ -1,28 +1,20 @@
-"""What tests of runs share: a stage's numbers without the clock, models compared, commands."""
+"""What tests of runs share: models compared, commands, a run of which some stages have not begun."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import load_file
 
+from orchestrator import Result
 from orchestrator.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
-
-
-def lines(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """A stage's metrics without clock and memory."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
-        for line in read_metrics(folder)
-        if line["stage"] == stage
-    ]
 
 
 def assert_same_model(a: Path, b: Path) -> None:
@@ -42,3 +34,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
 def command(*args: str) -> list[str]:
     """The command line of `troupe` with these arguments."""
     return [sys.executable, "-m", "orchestrator.cli", *args]
+
+
+def begun(whole: Result, folder: Path, without: tuple[str, ...]) -> Path:
+    """A copy of a whole run in which some stages have not begun; returns its folder."""
+    copy = folder / whole.folder.name
+    shutil.copytree(whole.folder, copy, symlinks=True)
+    for stage in without:
+        shutil.rmtree(copy / "models" / stage)
+    kept = [line for line in read_metrics(copy) if line["stage"] not in without]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    shutil.rmtree(copy / "evaluation")
+    return copy

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator import Result, load_config, run_stages
+from orchestrator.metrics import repeatable as lines
 from placement.cluster import Cluster
 from placement.shape import Stage
 from tests.micro import write_micro
-from tests.runs import ROOT, assert_same_model, command, lines
+from tests.runs import ROOT, assert_same_model, command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -13,10 +13,11 @@ from ray.cluster_utils import Cluster as RayCluster
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from orchestrator import Result, load_config, run_stages
+from orchestrator.metrics import repeatable as lines
 from orchestrator.run import Run
 from placement.groups import PlacementError
 from tests.micro import write_micro
-from tests.runs import assert_same_model, lines, wait_for
+from tests.runs import assert_same_model, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -16,9 +15,10 @@ import pytest
 
 from orchestrator import Result, RunError, Stopped, load_config, run_stages
 from orchestrator.metrics import read_metrics
+from orchestrator.metrics import repeatable as lines
 from placement.cluster import Cluster
 from tests.micro import write_micro
-from tests.runs import ROOT, command, lines, wait_for
+from tests.runs import ROOT, begun, command, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -42,18 +42,6 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(micro: Path, ray_here: Cluster) -> Result:
     """All stages, never interrupted."""
     return run_stages(load_config(micro, [TWO_ENGINES]))
-
-
-def begun(whole: Result, folder: Path, without: tuple[str, ...]) -> Path:
-    """A copy of the whole run in which some stages have not begun; returns its folder."""
-    copy = folder / whole.folder.name
-    shutil.copytree(whole.folder, copy, symlinks=True)
-    for stage in without:
-        shutil.rmtree(copy / "models" / stage)
-    kept = [line for line in read_metrics(copy) if line["stage"] not in without]
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    shutil.rmtree(copy / "evaluation")
-    return copy
 
 
 # ---------------------------------------------------------------- what a run leaves

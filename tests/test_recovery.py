@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from pathlib import Path
 
@@ -11,12 +9,14 @@ import numpy as np
 import pytest
 
 from orchestrator import Result, WorkerError, load_config, run_stages
-from orchestrator.metrics import read_metrics
+from orchestrator.metrics import repeatable as lines
+from orchestrator.run import STAGES
 from orchestrator.stage import RefusedError
 from placement.cluster import Cluster
+from placement.shape import Stage
 from tests.dying import fault
 from tests.micro import write_micro
-from tests.runs import assert_same_model, lines
+from tests.runs import assert_same_model, begun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -39,17 +39,10 @@ def quiet(micro: Path, ray_here: Cluster) -> Result:
     return run_stages(load_config(micro, list(SETTINGS)))
 
 
-def run(micro: Path, quiet: Result, folder: Path, stage: str, *overrides: str) -> Path:
+def run(micro: Path, quiet: Result, folder: Path, stage: Stage, *overrides: str) -> Path:
     """A stage from the models of the quiet run, with faults; its folder."""
-    copy = folder / "micro"
-    shutil.copytree(quiet.folder, copy, symlinks=True)
-    for later in {"sft": ("sft", "rm", "ppo"), "rm": ("rm", "ppo"), "ppo": ("ppo",)}[stage]:
-        shutil.rmtree(copy / "models" / later)
-    before = [
-        line for line in read_metrics(copy) if line["stage"] in {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}[stage]
-    ]
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
-    run_stages(load_config(micro, [*SETTINGS, f"runs={folder}", *overrides]), [stage])  # type: ignore[list-item]
+    copy = begun(quiet, folder, STAGES[STAGES.index(stage) :])
+    run_stages(load_config(micro, [*SETTINGS, f"runs={folder}", *overrides]), [stage])
     return copy
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from configs import RunConfig
-from orchestrator.run import Run, RunError, whole_folder
+from orchestrator.integrity import whole_folder
+from orchestrator.run import Run, RunError
 
 HOLD = """
 import sys, time

@@ -84,6 +84,11 @@ def _even_starts(descending: npt.NDArray[Any], count: int, max_tokens: int) -> l
     return _greedy(descending, limit, count)
 
 
+def spans(count: int, size: int) -> list[slice]:
+    """`count` rows in order, `size` at a time."""
+    return [slice(first, first + size) for first in range(0, count, size)]
+
+
 def pad_right(rows: Sequence[npt.NDArray[Any]], value: Any) -> npt.NDArray[Any]:
     """Rows [T_i] of one dtype as one array [B, max T_i], filled up with `value` on the right."""
     padded = np.full((len(rows), max(map(len, rows))), value, dtype=rows[0].dtype)

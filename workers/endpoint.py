@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from configs.schema import HttpReward
 from workers.functions import RewardError
-from workers.scored import Scored
+from workers.scored import Scored, in_batches
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 """Seconds: the bound on the pause before the second attempt, which doubles with each further one, and its end."""
@@ -76,18 +75,11 @@ class Endpoint:
 
     def score(self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list]) -> Scored:
         """Scores of some answers, in several requests at a time."""
-        size = self.settings.batch_size
-        spans = [slice(first, first + size) for first in range(0, len(answers), size)]
         requests = [
-            Request(
-                prompts=list(prompts[span]),
-                answers=list(answers[span]),
-                columns={name: column[span] for name, column in columns.items()},
-            )
-            for span in spans
+            Request(prompts=list(some), answers=list(theirs), columns=cut)
+            for some, theirs, cut in in_batches(prompts, answers, columns, self.settings.batch_size)
         ]
-        parts = asyncio.run(self._ask_all(requests))
-        return Scored.gather([np.arange(len(answers))[span] for span in spans], parts, len(answers))
+        return Scored.join(asyncio.run(self._ask_all(requests)))
 
     async def _ask_all(self, requests: list[Request]) -> list[Scored]:
         gate = asyncio.Semaphore(self.settings.concurrency)

@@ -12,11 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from configs.schema import FunctionSettings
 from workers.functions import RewardError
-from workers.scored import Scored
+from workers.scored import Scored, in_batches
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -58,12 +56,7 @@ class FunctionProcess:
     def score(self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list]) -> Scored:
         """Scores of some answers, a batch at a time."""
         size = self.settings.batch_size or max(len(answers), 1)
-        spans = [slice(first, first + size) for first in range(0, len(answers), size)]
-        parts = [
-            self._score(prompts[span], answers[span], {name: column[span] for name, column in columns.items()})
-            for span in spans
-        ]
-        return Scored.gather([np.arange(len(answers))[span] for span in spans], parts, len(answers))
+        return Scored.join([self._score(*batch) for batch in in_batches(prompts, answers, columns, size)])
 
     def close(self) -> None:
         """Kill the process and all that it started."""

@@ -21,9 +21,8 @@ from transformers import (
 )
 
 from configs.schema import LoraSettings, ModelSettings
-
-LOGITS_CHUNK = 256
-"""Tokens whose logits exist at one time."""
+from placement.activations import LOGITS_CHUNK
+from workers.batching import spans
 
 
 class Batch:
@@ -68,7 +67,7 @@ class HeadLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """hidden [N, H], weight [V, H], bias [V], targets [N] -> log-probabilities [N] and entropies [N], float32."""
         log_z, log_probs, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
-        for rows in _chunks(len(hidden)):
+        for rows in spans(len(hidden), LOGITS_CHUNK):
             logits = _logits(hidden[rows], weight, bias, temperature)
             log_z[rows] = logits.logsumexp(-1)
             log_p = logits.sub_(log_z[rows, None])
@@ -85,7 +84,7 @@ class HeadLogProbs(torch.autograd.Function):
         for_hidden = torch.empty_like(hidden)
         for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for rows in _chunks(len(hidden)):
+        for rows in spans(len(hidden), LOGITS_CHUNK):
             log_p = _logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_z[rows, None])
             grad = log_p.exp() if of_entropy is not None else log_p.exp_()
             scale = torch.zeros(len(grad), 1, device=grad.device) if of_log_probs is None else of_log_probs[rows, None]
@@ -101,10 +100,6 @@ class HeadLogProbs(torch.autograd.Function):
             if for_bias is not None:
                 for_bias.add_(grad.sum(0))
         return for_hidden, for_weight, for_bias, None, None
-
-
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(first, first + LOGITS_CHUNK) for first in range(0, tokens, LOGITS_CHUNK)]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

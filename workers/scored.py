@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from workers.batching import Rows
+from workers.batching import Rows, spans
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,25 @@ class Scored:
         return cls(np.full(samples, np.nan, np.float32), np.full(samples, late), why)
 
     @classmethod
+    def join(cls, parts: Sequence[Scored]) -> Scored:
+        """One of all samples from those of consecutive batches of them."""
+        ends = np.cumsum([0, *(len(part.values) for part in parts)])
+        return cls.gather([np.arange(first, end) for first, end in pairwise(ends)], parts, int(ends[-1]))
+
+    @classmethod
     def gather(cls, shards: Sequence[Rows], parts: Sequence[Scored], samples: int) -> Scored:
         """One of all samples from those of its shards (rows of each part)."""
         values, late = np.full(samples, np.nan, np.float32), np.zeros(samples, bool)
         for rows, part in zip(shards, parts, strict=True):
             values[rows], late[rows] = part.values, part.late
         return cls(values, late, next((part.example for part in parts if part.example), ""))
+
+
+def in_batches(
+    prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list], size: int
+) -> list[tuple[Sequence[Any], Sequence[str], dict[str, list]]]:
+    """What a source is asked, `size` answers at a time."""
+    return [
+        (prompts[span], answers[span], {name: column[span] for name, column in columns.items()})
+        for span in spans(len(answers), size)
+    ]

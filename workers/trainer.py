@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.schema import ModelSettings, OptimizerSettings
+from placement.memory import BUCKET_ELEMENTS
 from workers.data import Codec, RowKind, Sequence
 from workers.files import Files, read_files, write_files
 from workers.models import LanguageModel, ScalarModel, add_lora, load_hf, load_tokenizer
@@ -32,9 +33,6 @@ from workers.worker import Worker, WorkerSpec
 
 # The op serves only inference_all_reduce, and building it would need a compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-_BUCKET_ELEMENTS = 16_000_000
-"""Elements that are reduced or gathered at a time."""
 
 _TAG, _NOTE = "state", "cut.json"
 """Below a saved folder: what DeepSpeed wrote, and how it was cut into shards."""
@@ -118,9 +116,9 @@ class Trainer(Worker):
                 "stage": stage,
                 "overlap_comm": self.device.type == "cuda",
                 # DeepSpeed's own default is half a billion, and it takes several such buffers.
-                "reduce_bucket_size": _BUCKET_ELEMENTS,
-                "allgather_bucket_size": _BUCKET_ELEMENTS,
-                "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
+                "reduce_bucket_size": BUCKET_ELEMENTS,
+                "allgather_bucket_size": BUCKET_ELEMENTS,
+                "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             },
             "bf16": {"enabled": self.settings.dtype == "bfloat16"},
             "zero_allow_untested_optimizer": True,
@@ -146,7 +144,7 @@ class Trainer(Worker):
             adam.found_inf = torch.ones((), device=self.device)  # type: ignore[attr-defined]
             self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=adam, config=settings)
             # Unsharded gradients are reduced through a flat copy: by default one of all of them.
-            self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=_BUCKET_ELEMENTS)
+            self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET_ELEMENTS)
             adam.register_step_pre_hook(self._before_adam)
         return self.engine
 
