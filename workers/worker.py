@@ -6,11 +6,10 @@ import os
 import socket
 from dataclasses import dataclass
 
-import psutil
 import ray
 
 from configs.schema import Role, RunConfig
-from workers.examine import Whereabouts, whereabouts
+from workers.examine import Whereabouts, proportional_memory, whereabouts
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ class Worker:
         self.datasets[name] = rows
 
     def memory(self) -> int:
-        """Bytes of this process: proportional set size, so that shared pages count once over all processes."""
-        info = psutil.Process().memory_full_info()
-        return int(getattr(info, "pss", info.rss))
+        """Bytes of this process."""
+        return proportional_memory()
 
 
 def environment(config: RunConfig, role: Role, device: str, threads: int) -> dict[str, str]:
