@@ -14,7 +14,7 @@ import torch
 from deepspeed import zero
 from torch import Tensor
 
-from configs.schema import ModelSettings, OptimizerSettings
+from configs.schema import ModelSettings, OffloadSettings, OptimizerSettings, Strategy
 from workers.host import KINDS
 from workers.policy import PolicyWorker
 from workers.trainer import Trainer
@@ -52,6 +52,11 @@ class Open(Trainer):
         how, self.spoiled = self.spoiled, ""
         *others, last = losses
         return super().optimize([*others, (lambda: SPOILED[how](last())) if how else last], *args)
+
+    def become(self, strategy: Strategy, **offload: str) -> None:
+        """Train under another strategy from the next `load` on."""
+        settings = {"strategy": strategy, "offload": OffloadSettings(**offload)}
+        self.config = self.config.model_copy(update=settings)
 
     def held(self) -> dict[str, np.ndarray]:
         """Everything that learning changes, as this rank holds it: weights, and AdamW's own copies and states."""
