@@ -14,6 +14,14 @@ from torch import Tensor
 _until_the_end: list[IO[bytes]] = []
 
 
+def can_swap() -> bool:
+    """Whether DeepSpeed's reading and writing, which is compiled when first used, can be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    compatible: bool = AsyncIOBuilder().is_compatible()
+    return compatible
+
+
 def own_folder(parent: str, name: str) -> str:
     """A new folder below `parent` for this process alone; it is removed when the process has ended, in whatever way."""
     Path(parent).mkdir(parents=True, exist_ok=True)
