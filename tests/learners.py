@@ -18,6 +18,7 @@ from configs.schema import ModelSettings, OffloadSettings, OptimizerSettings, St
 from workers.host import KINDS
 from workers.policy import PolicyWorker
 from workers.trainer import Trainer
+from workers.turns import Turns
 from workers.value import ValueWorker
 
 KINDS |= {"open_policy": "tests.learners:OpenPolicy", "open_value": "tests.learners:OpenValue"}
@@ -66,6 +67,16 @@ class Open(Trainer):
         for i, master in enumerate(self._masters()):
             tensors |= {f"master {i}": master, **{f"{name} {i}": v for name, v in adam.state.get(master, {}).items()}}
         return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+
+    def rest_and_wake(self) -> tuple[int, int]:
+        """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
+        turns = Turns([self], "cpu")
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.tensors()}
+        before = sum(storage.nbytes() for storage in held.values())
+        turns.rest(self.tensors())
+        meanwhile = sum(storage.nbytes() for storage in held.values())
+        turns.wake()
+        return before, meanwhile
 
     def _masters(self) -> list[Tensor]:
         """The tensors that AdamW moves."""

@@ -94,6 +94,9 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
         same_held(group.call("held").get(), before)
     group.call("save", str(tmp_path / "saved")).get()
     files: list[Any] = group.call("snapshot").get()
+    for held, meanwhile in group.call("rest_and_wake").get():
+        assert held > 0 == meanwhile
+    same_held(group.call("held").get(), before)
     found += steps(group, 3)
     close(found, metrics)
     assert found[0]["grad_norm"] > 1.0, "gradients are clipped"
@@ -195,7 +198,7 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
         check_offload(config)
     disk.mkdir()
     if not can_swap():
-        with pytest.raises(RunError, match="^strategy: zero3_nvme needs libaio"):
+        with pytest.raises(RunError, match=r"^strategy: zero3_nvme needs libaio"):
             check_offload(config)
         pytest.skip("reading and writing NVMe needs libaio with its headers and a C++ compiler")
     large = make_model(tmp_path / "large", "llama", hidden_size=512, intermediate_size=1024)

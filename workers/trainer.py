@@ -162,6 +162,23 @@ class Trainer(Worker):
         assert self.optimizer_settings is not None
         return not (math.isfinite(loss) and 0.0 <= norm <= self.optimizer_settings.refuse_grad_norm)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights, gradients, AdamW's states and their buffers, in whatever way DeepSpeed cut them."""
+        if not hasattr(self, "model"):
+            return
+        for parameter in self.model.parameters():
+            yield parameter
+            yield from filter(torch.is_tensor, (parameter.grad, getattr(parameter, "ds_tensor", None)))
+        yield from self.model.buffers()
+        if self.engine is not None and self.optimizer_settings is not None:
+            for group in self.engine.basic_optimizer.param_groups:
+                yield from group["params"]
+            for state in self._adam_states():
+                yield from state.values()
+            zero3: dict[str, Any] = vars(self.engine.optimizer)
+            yield from zero3.get("fp32_partitioned_groups_flat", ())
+            yield from filter(torch.is_tensor, (zero3.get("lp_param_buffer"), zero3.get("grad_partitions_flat_buffer")))
+
     # ------------------------------------------------------------ data
 
     def tokenize(self, name: str, kind: RowKind, max_length: int) -> tuple[np.ndarray, np.ndarray]:
