@@ -27,6 +27,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import ModelSettings, Role, RunConfig
+from configs.strategies import ZERO
 from orchestrator.calls import Call, WorkerGroup, together
 from orchestrator.deadlines import Deadlines
 from orchestrator.failures import Rank, WorkerError, end, on_node
@@ -37,6 +38,7 @@ from orchestrator.snapshot import RankFiles, Snapshot, alive_nodes
 from placement.groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
 from placement.shape import transport_of
+from placement.turns import by_turns
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
 from workers.files import copy_files
@@ -107,7 +109,8 @@ class Team:
         planned = self.plan.roles[role]
         kind = "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role]
         place, bundle = bundle_of(self.plan, role, rank)
-        spec = WorkerSpec(self.config, role, rank, planned.ranks, self.plan.device, planned.threads)
+        turns = by_turns(self.plan, role)
+        spec = WorkerSpec(self.config, role, rank, planned.ranks, self.plan.device, planned.threads, turns)
         started = self._starts[role, rank]
         self._starts[role, rank] += 1
         options: dict[str, Any] = {
@@ -469,7 +472,7 @@ class Team:
 
     def _only_engines(self, error: WorkerError) -> bool:
         """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""
-        alone = len(self.groups["actor"]) == 1 or self.config.strategy_of("actor") != "zero3"
+        alone = len(self.groups["actor"]) == 1 or ZERO[self.config.strategy_of("actor")].stage < 3
         roles = {role for role, _ in error.failure.casualties}
         return alone and roles == {"rollout"}
 
