@@ -29,7 +29,7 @@ from workers.files import Files, read_files, write_files
 from workers.models import LanguageModel, ScalarModel, add_lora, load_hf, load_tokenizer
 from workers.nvme import own_folder, read_states, write_states
 from workers.refusal import Arrays
-from workers.sharding import deepspeed_settings, format_of
+from workers.sharding import deepspeed_settings, takes_over
 from workers.universal import universal
 from workers.weights import GatheredWeights, gathered
 from workers.worker import Worker, WorkerSpec
@@ -306,7 +306,7 @@ class Trainer(Worker):
         assert self.engine is not None
         saved = json.loads((Path(folder) / _NOTE).read_text())
         stepped, cut = saved.pop("stepped"), self._cut()
-        if format_of(saved["strategy"]) != format_of(cut["strategy"]):
+        if not takes_over(cut["strategy"], saved["strategy"]):
             raise ValueError(
                 f"strategy: {folder} was saved with {saved['strategy']}, and cannot go on with {cut['strategy']}"
             )
