@@ -50,6 +50,7 @@ def base_of(folder: Path) -> str:
 
 
 def real(model: str) -> str:
+    """A folder without links, a hub name as it is: the same for the same model."""
     return os.path.realpath(model) if os.path.isdir(model) else model
 
 

@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from configs.schema import LoraSettings, ModelSettings
-from workers.adapters import HEAD, base_of, refuse_other_base, scalar_adapter
-from workers.adapters import real as real_path
+from workers.adapters import HEAD, base_of, real, refuse_other_base, scalar_adapter
 from workers.models import add_lora, load_config, load_hf
 
 START = "start"
@@ -39,9 +38,9 @@ class SharedBase:
     def language_model(self, path: str, settings: ModelSettings, seed: int) -> PreTrainedModel:
         """The base itself, in modules of its own."""
         if self.model is None:
-            self.path = real_path(path)
+            self.path = real(path)
             self.model = load_hf(settings, path, scalar=False, seed=seed).requires_grad_(False)
-        if real_path(path) != self.path:
+        if real(path) != self.path:
             raise ValueError(f"{path}: the roles of this process share {self.path} as base, and cannot have another")
         return _twin(self.model)
 
