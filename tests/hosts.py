@@ -43,7 +43,7 @@ class Hosts:
             config = run_config(strategy=strategy, plugins=[plugin])
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
-            handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote(kind, spec) for spec in specs]
+            handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote([(kind, spec)]) for spec in specs]
             self.groups[key] = WorkerGroup(role, handles, f"{kind}-{strategy}", DEADLINES)
             self.groups[key].call("join", self.groups[key].first("address")).get()
         return self.groups[key]

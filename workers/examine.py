@@ -64,7 +64,7 @@ def examine(places: Sequence[Whereabouts], lines: int, stacks: bool) -> list[Fin
 
 def end(places: Sequence[Whereabouts]) -> None:
     """Kill processes of this node, stopped ones too."""
-    for place in places:
+    for place in dict.fromkeys(places):  # roles may share a process
         if (process := _process(place)) is not None:
             process.send_signal(signal.SIGKILL)
 

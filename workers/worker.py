@@ -16,6 +16,8 @@ from workers.examine import Whereabouts, proportional_memory, whereabouts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workers.shared import SharedBase
+
 
 @dataclass(frozen=True)
 class WorkerSpec:
@@ -40,6 +42,8 @@ class Worker:
         self.config = spec.config
         self.rank = spec.rank
         self.datasets: dict[str, list] = {}
+        self.base: SharedBase | None = None
+        """The frozen base that the roles of this process share; none: the role is alone in it."""
 
     def __repr__(self) -> str:
         return f"{self.spec.role}-{self.spec.rank}"
