@@ -161,6 +161,7 @@ class BenchPPO(PPO):
 
     def load(self) -> None:
         started = time.monotonic()
+        self.footprint.gpus = self.plan.device == "cuda"
         with self.footprint.phase("load"):
             super().load()
         self.run.write("load.json", {"seconds": time.monotonic() - started})
@@ -192,7 +193,7 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         console.print(f"drawing a model of {architecture.parameters:,} parameters", style="dim")
         draw(folder / "model", shape, config.model.dtype, config.seed)
         workers: dict[int, list[Role]] = {}
-        with Footprint(os.getpid(), gpus=config.device == "cuda") as footprint:
+        with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
             go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
         return _measured(asked, config, architecture, run, footprint, workers)

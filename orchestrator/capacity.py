@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from orchestrator.bench import Benchmark
 from orchestrator.footprint import Footprint
 from orchestrator.run import RunError
 from placement.architecture import LADDER, Architecture
@@ -51,6 +52,30 @@ def memory_of(text: str) -> int:
     if (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", text, re.IGNORECASE)) and found[2].upper() in UNITS:
         return int(float(found[1]) * UNITS[found[2].upper()])
     raise RunError(f"--memory: was {text!r}; must be a size such as 16GiB or 500MiB")
+
+
+def ways(asked: Benchmark, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> flags of `troupe bench`: ddp in float32 without adapters, and then each strategy asked for (commas between)."""
+    common = [
+        f"--experience_batch_size={asked.experience_batch_size}",
+        f"--train_batch_size={asked.train_batch_size}",
+        f"--layout={asked.layout}",
+        f"--devices={asked.devices}",
+        f"--lengths={asked.prompt},{asked.total}",
+        *overrides,
+    ]
+    found = {"ddp float32": ["--strategy=ddp", "--precision=float32", *common]}
+    for strategy in asked.strategy.split(","):
+        flags = [f"--strategy={strategy}", f"--precision={asked.precision}", *common]
+        name = f"{strategy} {asked.precision}"
+        if asked.lora_rank:
+            flags.append(f"--lora-rank={asked.lora_rank}")
+            name += f" LoRA {asked.lora_rank}"
+        if asked.share:
+            flags.append(f"--share={','.join(asked.share)}")
+            name += " shared"
+        found.setdefault(name, flags)
+    return found
 
 
 def capacity(ways: dict[str, list[str]], limit: int | None, console: Console) -> dict[str, Any]:
@@ -125,7 +150,8 @@ def end_whole(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         with suppress(psutil.NoSuchProcess):
             below = psutil.Process(process.pid).children(recursive=True)
-            for each in [*below, process]:
+            process.kill()
+            for each in below:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
             psutil.wait_procs(below, timeout=30)

@@ -183,6 +183,16 @@ def bench(
     devices: Annotated[int, typer.Option(min=1, help="Ranks of each role.")] = 1,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     lengths: Annotated[str, typer.Option(metavar="PROMPT,TOTAL", help="Tokens of a prompt, and in all.")] = "400,512",
+    capacity: Annotated[
+        bool,
+        typer.Option(
+            "--capacity",
+            help="Search the largest model that runs, per strategy (commas between), beside ddp in float32.",
+        ),
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="With --capacity: a limit such as 16GiB; none: what is available now.")
+    ] = None,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write JSON; -: to standard output.")
     ] = None,
@@ -193,28 +203,33 @@ def bench(
         from orchestrator.bench_text import print_bench
 
         prompt, total = _lengths(lengths)
-        console = Console(stderr=json_file == "-")
-        roles = tuple(filter(None, share.split(",")))
         asked = Benchmark(
-            model,
-            strategy,
-            experience_batch_size,
-            train_batch_size,
-            num_episodes,
-            max_timesteps,
-            update_timesteps,
-            max_epochs,
-            lora_rank,
-            roles,
-            layout,
-            devices,
-            precision,
-            prompt,
-            total,
+            model=model,
+            strategy=strategy,
+            experience_batch_size=experience_batch_size,
+            train_batch_size=train_batch_size,
+            num_episodes=num_episodes,
+            max_timesteps=max_timesteps,
+            update_timesteps=update_timesteps,
+            max_epochs=max_epochs,
+            lora_rank=lora_rank,
+            share=tuple(filter(None, share.split(","))),
+            layout=layout,
+            devices=devices,
+            precision=precision,
+            prompt=prompt,
+            total=total,
         )
-        measured = bench(asked, overrides or [], console)
-        print_bench(measured, console)
-        _write_json(measured, json_file)
+        console = Console(stderr=json_file == "-")
+        if capacity:
+            from orchestrator import capacity as search
+
+            limit = search.memory_of(memory) if memory else None
+            found = search.capacity(search.ways(asked, overrides or []), limit, console)
+        else:
+            found = bench(asked, overrides or [], console)
+            print_bench(found, console)
+        _write_json(found, json_file)
 
 
 def _lengths(text: str) -> tuple[int, int]:

@@ -64,16 +64,18 @@ class Peak:
 class Footprint(threading.Thread):
     """Watches a process and all below it until the block ends.
 
-    root: its pid. gpus: look at GPU memory too (nvidia-smi). limit: bytes, beyond which `passed` is set.
+    root: its pid. limit: bytes, beyond which `passed` is set.
     """
 
-    def __init__(self, root: int, gpus: bool = False, limit: int | None = None) -> None:
+    def __init__(self, root: int, limit: int | None = None) -> None:
         super().__init__(name="footprint", daemon=True)
-        self._root, self._gpus, self._limit = psutil.Process(root), gpus, limit
+        self._root, self._limit = psutil.Process(root), limit
         self._uses: dict[int, Use] = {}
         self._phase = "start"
         self._over = threading.Event()
         self._may_ask_at = 0.0
+        self.gpus = False
+        """Look at GPU memory too (nvidia-smi)."""
         self.peaks: dict[str, Peak] = defaultdict(Peak)
         """By phase."""
         self.passed = threading.Event()
@@ -115,7 +117,7 @@ class Footprint(threading.Thread):
             if now - looked_around > _LOOK_AROUND:
                 self._look_around()
                 looked_around = time.monotonic()
-            if self._gpus and now - looked_at_devices > _LOOK_AT_DEVICES:
+            if self.gpus and now - looked_at_devices > _LOOK_AT_DEVICES:
                 for pid, size in _device_memory().items():
                     peak = self.peaks[self._phase].devices
                     peak[pid] = max(peak[pid], size)
