@@ -43,7 +43,7 @@ class Pair:
     """An actor and an engine."""
 
     def __init__(self, hosts: Hosts, strategy: Strategy = "ddp") -> None:
-        self.ranks = 2 if strategy == "zero3" else 1
+        self.ranks = 1 if strategy == "ddp" else 2
         self.actor = hosts.group("faulty_policy", "actor", strategy, self.ranks)
         self.engine = hosts.group("faulty_rollout", "rollout")
         self.step = 0
@@ -102,9 +102,9 @@ class Pair:
     ("strategy", "architecture", "tied", "grouped", "lora"),
     [
         ("ddp", "llama", True, True, None),
-        ("ddp", "qwen2", False, True, None),
         ("ddp", "gpt2", True, False, LORA),
-        ("zero3", "opt", True, False, None),
+        ("zero1", "qwen2", False, True, None),
+        ("zero2", "opt", True, False, None),
         ("zero3", "qwen3", False, True, None),
         ("zero3", "llama", False, False, LORA),
     ],
