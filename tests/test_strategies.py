@@ -77,13 +77,14 @@ def by_ddp(group: WorkerGroup, model: Path, folder: Path, **settings: Any) -> Wh
 
 @pytest.fixture(scope="module")
 def whole(group: WorkerGroup, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return by_ddp(group, model, tmp_path_factory.mktemp("whole"))
+    return by_ddp(group, model, tmp_path_factory.mktemp("whole"), init="random")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: Strategy, tmp_path: Path) -> None:
+    """Weights that are drawn, not read: on CPU those of a file have no memory of their own that they could give back."""
     metrics, weights = whole
-    begin(group, strategy, model)
+    begin(group, strategy, model, init="random")
     assert train(group, 1, spoil="nan loss")["refused"] == 1.0, "before AdamW has any state"
     found = steps(group, 1, 2)
     before: Held = group.call("held").get()
@@ -102,12 +103,12 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
         assert float((weight - weights[name]).abs().mean()) < 1e-5, name
     after: Held = group.call("held").get()
 
-    begin(group, strategy, model)
+    begin(group, strategy, model, init="random")
     group.call("restore", str(tmp_path / "saved")).get()
     same_held(group.call("held").get(), before)
     assert steps(group, 3) == found[2:]
     same_held(group.call("held").get(), after)
-    begin(group, strategy, model)
+    begin(group, strategy, model, init="random")
     names = sorted({name for _, listed in files for name in listed})
     group.scatter("restore_snapshot", [(mine, files[0][0], names) for mine, _ in files]).get()
     same_held(group.call("held").get(), before)
@@ -115,17 +116,16 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
 
 
 @pytest.mark.parametrize(
-    ("first", "then"),
+    ("first", "then", "settings"),
     [
-        ("zero1_offload", "zero2"),
-        ("zero2", "zero2_offload"),
-        ("zero1", "zero2_offload"),
-        ("zero3", "zero3_offload"),
-        ("zero3_offload", "zero3"),
+        ("zero1_offload", "zero2", {}),
+        ("zero2", "zero2_offload", {"lora": LORA}),
+        ("zero1", "zero2_offload", {}),
+        ("zero3", "zero3_offload", {}),
+        ("zero3_offload", "zero3", {"lora": LORA}),
     ],
 )
-@pytest.mark.parametrize("settings", [{}, {"lora": LORA}], ids=["full", "lora"])
-def test_offload_is_taken_up_and_left_bit_for_bit(
+def test_offload_is_taken_up_and_left(
     group: WorkerGroup, model: Path, first: Strategy, then: Strategy, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     begin(group, first, model, **settings)
