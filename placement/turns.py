@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.schema import Role
-from placement.shape import Plan
+from placement.shape import GroupPlan, Plan
 
 
 def by_turns(plan: Plan, role: Role) -> bool:
@@ -22,3 +22,8 @@ def in_words(plan: Plan) -> str | None:
     if plan.device == "cpu":
         return f"{'; '.join(shared)} work by turns; on CPU each keeps what it holds (there is no other memory to move it to)"
     return f"{'; '.join(shared)} hold their GPUs by turns, and between them leave all they have there in host memory"
+
+
+def _crews(plan: Plan, group: GroupPlan) -> int:
+    """Processes on each of a group's devices."""
+    return len({plan.roles[role].crew for role in group.roles})

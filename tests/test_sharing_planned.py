@@ -11,6 +11,7 @@ import pytest
 from configs import ConfigError, RunConfig, load_config
 from orchestrator.checks import check
 from orchestrator.run import Run, RunError
+from placement.turns import by_turns
 from tests.micro import write_micro
 from tests.test_plan import plan, problems
 from workers.adapters import base_of, scalar_adapter
@@ -33,6 +34,8 @@ def test_they_lie_in_one_group_and_ask_for_what_all_of_them_ask_for(layout: str)
     gpus = sum(planned.gpus for planned in roles.values())
     assert gpus == pytest.approx(0.8 if layout == "colocated" else 1.0)
     assert found.roles["rollout"].crew == ("rollout",)
+    # Alone on their devices they keep them; beside an engine's process the two take turns.
+    assert {by_turns(found, role) for role in found.roles} == {layout == "colocated"}
 
 
 def test_groups_are_joined_for_those_who_share_alone() -> None:
