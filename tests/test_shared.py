@@ -20,7 +20,7 @@ from configs.schema import Role, RunConfig
 from orchestrator.calls import together
 from orchestrator.team import Team
 from placement import Cluster, make_plan
-from tests.models import make_model
+from tests.models import WIDTH, make_model
 from tests.test_ranks import ADAM, SAMPLES, demonstrations, fake_experience
 from workers.adapters import base_of
 
@@ -217,10 +217,10 @@ def test_one_base_is_all_the_memory(team: Team, reward_model: Path) -> None:
 
     together_, each = bytes_of(alone=False)
     apart, _ = bytes_of(alone=True)
-    base = each["reference"]
-    assert 4 * base <= apart, "four bases"
-    own = sum(size - base for role, size in each.items() if role != "reference")
-    assert together_ == base + own, "one base, the adapters and the heads"
+    base, head = each["reference"], 4 * WIDTH
+    adapter = each["actor"] - base
+    assert together_ == base + 4 * adapter + 2 * head, "one base, and the adapters and heads of three roles"
+    assert apart > 2.5 * together_, "four bases"
 
 
 def test_a_checkpoint_holds_the_roles_own_and_is_gone_on_from(
