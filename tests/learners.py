@@ -103,7 +103,7 @@ class Open(Trainer):
     def logits(self, ids: list[list[int]]) -> np.ndarray:
         """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: what the Hugging Face model itself gives."""
         with self.evaluating():
-            return self.model.hf(input_ids=torch.tensor(ids)).logits.numpy()
+            return self.model.hf(input_ids=torch.tensor(ids)).logits.float().numpy()
 
 
 class OpenPolicy(Open, PolicyWorker):

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from configs.schema import Role, RunConfig
 from orchestrator.calls import together
 from orchestrator.team import Team
 from placement import Cluster, make_plan
-from tests.models import make_model
+from tests.models import WIDTH, make_model
 from tests.test_ranks import ADAM, SAMPLES, demonstrations, fake_experience
+from workers.adapters import base_of
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +57,7 @@ def run_config(folder: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), "llama", seed=5)
+    return make_model(tmp_path_factory.mktemp("model"), "llama", tied=False, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,21 @@ def reward_model(team: Team, folder: Path, tmp_path_factory: pytest.TempPathFact
     critic.call("normalize", "rows", [np.arange(6)]).get()
     critic.call("export", str(out)).get()
     return out
+
+
+def test_plain_peft_reads_the_reward_models_adapter_with_its_head(reward_model: Path, folder: Path) -> None:
+    ids = torch.tensor(np.random.default_rng(0).integers(3, 100, (3, 17)))
+    whole = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert base_of(reward_model / "adapter") == str(folder.resolve())
+    with torch.no_grad():
+        wanted = whole.eval()(ids).logits
+        found = PeftModel.from_pretrained(base, reward_model / "adapter").eval()(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert float(wanted.std()) > 0.01
+    said = AutoConfig.from_pretrained(reward_model / "adapter")
+    assert (said.num_labels, said.score_mean, said.score_std) == (1, whole.config.score_mean, whole.config.score_std)
+    assert said.score_std != 1.0
 
 
 @dataclass
@@ -199,10 +217,10 @@ def test_one_base_is_all_the_memory(team: Team, reward_model: Path) -> None:
 
     together_, each = bytes_of(alone=False)
     apart, _ = bytes_of(alone=True)
-    base = each["reference"]
-    assert 4 * base <= apart, "four bases"
-    own = sum(size - base for role, size in each.items() if role != "reference")
-    assert together_ == base + own, "one base, the adapters and the heads"
+    base, head = each["reference"], 4 * WIDTH
+    adapter = each["actor"] - base
+    assert together_ == base + 4 * adapter + 2 * head, "one base, and the adapters and heads of three roles"
+    assert apart > 2.5 * together_, "four bases"
 
 
 def test_a_checkpoint_holds_the_roles_own_and_is_gone_on_from(

@@ -101,9 +101,9 @@ def _put_below(hf: PreTrainedModel, peft: Any, folder: Path) -> Any:
     # The head is the model's own, which does not learn here by PEFT; what is frozen is not dropped either.
     config.modules_to_save, config.task_type, config.lora_dropout = None, None, 0.0
     if peft is None:
-        peft = PeftModel(hf, config, adapter_name=START)
+        peft = PeftModel(hf, config, adapter_name=START, autocast_adapter_dtype=False)
     else:
-        peft.add_adapter(START, config)
+        peft.add_adapter(START, config, autocast_adapter_dtype=False)
         peft.base_model.set_adapter([START, "default"])
     set_peft_model_state_dict(peft, _read(folder)[0], adapter_name=START)
     for name, parameter in hf.named_parameters():
