@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,12 @@ class Benchmark:
         """Steps of the first episode, which the original does not count either where there are others."""
         return min(-(-self.max_timesteps // self.update_timesteps), self.steps - 1)
 
+    @property
+    def own_reward(self) -> bool:
+        """Whether the reward model, and with it the critic, is drawn by itself, as a real one is another model than the policy.
+        On a shared base it is not."""
+        return not {"critic", "reward"} & set(self.share)
+
     def shape(self) -> dict[str, Any]:
         """The model's config.json. Raises RunError where there is none, or it has too few positions."""
         if self.model in LADDER:
@@ -98,8 +105,8 @@ class Benchmark:
 
     def settings(self, folder: Path) -> dict[str, Any]:
         """The run's settings, as in a YAML file. One step is what the original did between two updates."""
-        model, batch = str(folder / "model"), self.experience_batch_size * self.devices
-        sequences = batch * self.update_timesteps
+        model = str(folder / "model")
+        sequences = self.experience_batch_size * self.devices * self.update_timesteps
         return {
             "name": "bench",
             "runs": str(folder / "runs"),
@@ -125,7 +132,7 @@ class Benchmark:
                 "mini_batches": max(1, sequences // (self.train_batch_size * self.devices)),
                 "micro_batch_tokens": self.train_batch_size * self.total,
                 "max_prompt_tokens": self.prompt,
-                "rewards": [{"kind": "model", "path": model}],
+                "rewards": [{"kind": "model", "path": str(folder / "reward") if self.own_reward else model}],
                 "actor_optimizer": {"lr": 5e-6},
                 "critic_optimizer": {"lr": 5e-6},
             },
@@ -190,8 +197,10 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         config = load_config(folder / "settings.yaml", overrides)
         architecture = Architecture.read(shape)
         _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
-        console.print(f"drawing a model of {architecture.parameters:,} parameters", style="dim")
+        console.print(f"drawing models of {architecture.parameters:,} parameters", style="dim")
         draw(folder / "model", shape, config.model.dtype, config.seed)
+        if asked.own_reward:
+            draw(folder / "reward", shape, config.model.dtype, config.seed + 1)
         workers: dict[int, list[Role]] = {}
         with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
@@ -262,17 +271,19 @@ def _measured(
         "experience_counted_over": flops.experience_original / flops.experience_cached,
         "peak_bytes": {
             "total": footprint.total,
-            "phases": {phase: peak.total for phase, peak in footprint.peaks.items()},
-            "roles": _by_role(names, footprint.of),
-            "devices": _by_role(names, footprint.on_devices),
+            "phases": {
+                phase: {"total": peak.total} | _by_role(names, peak.each) for phase, peak in footprint.peaks.items()
+            },
+            "roles": _by_role(names, footprint.each()),
+            "devices": _by_role(names, footprint.devices()),
         },
     }
 
 
-def _by_role(names: dict[int, str], of: Any) -> dict[str, int]:
+def _by_role(names: dict[int, str], sizes: dict[int, int]) -> dict[str, int]:
     """Bytes of the workers of each role, each at its own highest moment."""
-    found: dict[str, int] = {}
+    found: dict[str, int] = defaultdict(int)
     for pid, name in names.items():
-        if size := of(pid):
-            found[name] = found.get(name, 0) + size
-    return found
+        if pid in sizes:
+            found[name] += sizes[pid]
+    return dict(found)

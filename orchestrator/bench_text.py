@@ -55,7 +55,7 @@ def _print_memory(peak: dict[str, Any], console: Console) -> None:
             "GPUs", *(_gib(peak["devices"].get(role, 0)) for role in roles), _gib(sum(peak["devices"].values()))
         )
     console.print(table)
-    phases = ", ".join(f"{phase} {_gib(size)}" for phase, size in peak["phases"].items())
+    phases = ", ".join(f"{phase} {_gib(sizes['total'])}" for phase, sizes in peak["phases"].items())
     console.print(f"all processes at the highest moment of each phase, GiB: {phases}", style="dim")
 
 
