@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -198,14 +199,22 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         architecture = Architecture.read(shape)
         _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
         console.print(f"drawing models of {architecture.parameters:,} parameters", style="dim")
-        draw(folder / "model", shape, config.model.dtype, config.seed)
-        if asked.own_reward:
-            draw(folder / "reward", shape, config.model.dtype, config.seed + 1)
+        models = ["model", "reward"] if asked.own_reward else ["model"]
+        _check_disk(folder, len(models) * architecture.parameters * (4 if config.model.dtype == "float32" else 2))
+        for number, each in enumerate(models):
+            draw(folder / each, shape, config.model.dtype, config.seed + number)
         workers: dict[int, list[Role]] = {}
         with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
             go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
         return _measured(asked, config, architecture, run, footprint, workers)
+
+
+def _check_disk(folder: Path, size: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise RunError(
+            f"TMPDIR: {folder.parent} has {free / 2**30:.1f} GiB free; the models take {size / 2**30:.1f} GiB there"
+        )
 
 
 def draw(folder: Path, shape: dict[str, Any], dtype: str, seed: int) -> None:
