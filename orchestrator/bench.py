@@ -167,12 +167,18 @@ class BenchPPO(PPO):
         self.footprint = footprint
         self.workers = workers
 
+    def _start(self) -> None:
+        self.began = time.monotonic()
+        self.footprint.gpus = self.plan.device == "cuda"
+        with self.footprint.phase("start"):
+            super()._start()
+
     def load(self) -> None:
         started = time.monotonic()
-        self.footprint.gpus = self.plan.device == "cuda"
         with self.footprint.phase("load"):
             super().load()
-        self.run.write("load.json", {"seconds": time.monotonic() - started})
+        seconds = {"start": started - self.began, "load": time.monotonic() - started}
+        self.run.write("begun.json", seconds)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -271,7 +277,7 @@ def _measured(
         "versions": summary["versions"],
         "parameters": {role: getattr(flops, role) for role in MODELS},
         "counted": {"steps": len(counted), "left_out": asked.left_out, "samples": samples},
-        "seconds": {"load": run.read("load.json")["seconds"]} | seconds,
+        "seconds": run.read("begun.json") | seconds,
         "samples_per_second": {part: samples / spent[part] for part in spent},
         "tflops": {
             kind: {part: samples * operations[kind][part] / spent[part] / 1e12 for part in spent} for kind in operations
