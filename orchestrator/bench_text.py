@@ -48,7 +48,7 @@ def _print_rates(measured: dict[str, Any], console: Console) -> None:
 
 def _print_memory(peak: dict[str, Any], console: Console) -> None:
     roles = peak["roles"]
-    table = _table("peak memory, GiB", *roles, "whole machine")
+    table = _table("peak memory, GiB", *roles, "whole job")
     table.add_row("host", *(_gib(size) for size in roles.values()), _gib(peak["total"]))
     if peak["devices"]:
         table.add_row(
