@@ -5,9 +5,10 @@
 
 Each row is a slope: the peak of the proportional set size of all processes together (driver and Ray too), of a larger model
 less that of a smaller one, over the difference of their parameters. What a job takes whatever the size of its model (Python,
-torch, Ray) so drops out. Each run is `troupe bench` on GPT-2 shapes of one vocabulary: start, load, two steps of two short
-answers each, the second with the optimizer's states from its beginning, weights published after both. The lighter the job, the
-larger its second model, so that what varies from run to run is small beside the difference.
+torch, Ray) so drops out. Each run is `troupe bench` on GPT-2 shapes that differ in layers alone, as nearly all parameters of a
+large model are in layers: start, load, two steps of two short answers each, the second with the optimizer's states from its
+beginning, weights published after both. No snapshot is taken: it would add to the full trainings and hardly to LoRA. The
+lighter the job, the larger its second model, so that what varies from run to run is small beside the difference.
 
 The last line is the ratio of the first row to the last; the exit code is 1 where it is below 9.
 """
@@ -28,8 +29,9 @@ from rich.table import Table
 
 from placement.architecture import Architecture
 
-SHAPES = {"small": (512, 8, 8), "s": (768, 12, 12), "m": (1024, 24, 16)}
-"""Width, layers, heads."""
+WIDTH, HEADS, VOCABULARY = 1024, 16, 50257
+SMALLER = 2
+"""Layers of the smaller model."""
 LORA = ["--lora-rank=8"]
 SHARE = [*LORA, "--share=actor,critic,reference,reward"]
 LEAST_RATIO = 9.0
@@ -42,49 +44,55 @@ RUN = [
 
 
 class Way(NamedTuple):
-    """A row: its flags of `troupe bench`, and the larger of its two sizes."""
+    """A row: its flags of `troupe bench`, and the layers of its larger model."""
 
     flags: list[str]
-    larger: str
+    larger: int
 
 
 WAYS = {
-    "ddp float32": Way([], "s"),
-    "zero2": Way(["--strategy=zero2"], "s"),
-    "zero3_offload": Way(["--strategy=zero3_offload"], "s"),
-    "LoRA": Way(LORA, "s"),
-    "LoRA + share": Way(SHARE, "m"),
-    "LoRA + share + bf16": Way([*SHARE, "--precision=bfloat16"], "m"),
+    "ddp float32": Way([], 8),
+    "zero2": Way(["--strategy=zero2"], 8),
+    "zero3_offload": Way(["--strategy=zero3_offload"], 8),
+    "LoRA": Way(LORA, 16),
+    "LoRA + share": Way(SHARE, 26),
+    "LoRA + share + bf16": Way([*SHARE, "--precision=bfloat16"], 26),
 }
 
 
-def shape_of(size: str) -> dict[str, Any]:
-    width, layers, heads = SHAPES[size]
-    shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 1024}
-    return {"model_type": "gpt2", "vocab_size": 50257, "initializer_range": 0.02} | shape
+def shape_of(layers: int) -> dict[str, Any]:
+    shape = {"n_embd": WIDTH, "n_layer": layers, "n_head": HEADS, "n_positions": 1024, "vocab_size": VOCABULARY}
+    return {"model_type": "gpt2", "initializer_range": 0.02} | shape
 
 
-def peak(size: str, flags: list[str], folder: Path, console: Console) -> dict[str, Any]:
-    """Run `troupe bench`; what it says of memory. Raises SystemExit, with what it printed, where it fails."""
-    model, result = folder / f"{size}.json", folder / "result.json"
-    model.write_text(json.dumps(shape_of(size)), encoding="utf-8")
+def parameters(layers: int) -> int:
+    return Architecture.read(shape_of(layers)).parameters
+
+
+def peak(layers: int, flags: list[str], folder: Path, console: Console) -> int:
+    """Run `troupe bench`; bytes at its highest moment. Raises SystemExit, with what it printed, where it fails."""
+    model, result = folder / "config.json", folder / "result.json"
+    model.write_text(json.dumps(shape_of(layers)), encoding="utf-8")
     command = [sys.executable, "-m", "orchestrator.cli", "bench", f"--model={model}", f"--json={result}", *flags, *RUN]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         console.print(done.stdout, markup=False)
-        raise SystemExit(f"{size} {' '.join(flags)}: failed")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))["peak_bytes"]
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (found["roles"] | found["phases"]).items())
-    console.print(f"{size} {' '.join(flags)}: {found['total'] / GIB:.2f} GiB ({parts})", style="dim", soft_wrap=True)
-    return found
+        raise SystemExit(f"{layers} layers {' '.join(flags)}: failed")
+    phases: dict[str, dict[str, int]] = json.loads(result.read_text(encoding="utf-8"))["peak_bytes"]["phases"]
+    console.print(
+        f"{layers} layers {' '.join(flags)}, GiB at the highest moment of each phase and process:", style="dim"
+    )
+    for phase, sizes in phases.items():
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items())
+        console.print(f"  {phase}: {parts}", style="dim", soft_wrap=True)
+    return max(sizes["total"] for sizes in phases.values())
 
 
 def measure(way: Way, console: Console) -> tuple[float, int, int]:
     """Bytes for each parameter, and the peaks of the two sizes."""
     with tempfile.TemporaryDirectory() as name:
-        low, high = (peak(size, way.flags, Path(name), console)["total"] for size in ("small", way.larger))
-    less, more = (Architecture.read(shape_of(size)).parameters for size in ("small", way.larger))
-    return (high - low) / (more - less), low, high
+        low, high = (peak(layers, way.flags, Path(name), console) for layers in (SMALLER, way.larger))
+    return (high - low) / (parameters(way.larger) - parameters(SMALLER)), low, high
 
 
 def main(quick: bool = False) -> None:
@@ -96,7 +104,7 @@ def main(quick: bool = False) -> None:
     for column in ("bytes per parameter", "smaller model", "GiB", "larger model", "GiB"):
         table.add_column(column, justify="right")
     for name, (slope, low, high) in rows.items():
-        sizes = [f"{Architecture.read(shape_of(size)).parameters:,}" for size in ("small", WAYS[name].larger)]
+        sizes = [f"{parameters(layers):,}" for layers in (SMALLER, WAYS[name].larger)]
         table.add_row(name, f"{slope:.2f}", sizes[0], f"{low / GIB:.2f}", sizes[1], f"{high / GIB:.2f}")
     console.print(table)
     ratio = rows[first][0] / rows[last][0]

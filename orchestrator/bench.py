@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +82,12 @@ class Benchmark:
         """Steps of the first episode, which the original does not count either where there are others."""
         return min(-(-self.max_timesteps // self.update_timesteps), self.steps - 1)
 
+    @property
+    def own_reward(self) -> bool:
+        """Whether the reward model, and with it the critic, is drawn by itself, as a real one is another model than the policy.
+        On a shared base it is not."""
+        return not {"critic", "reward"} & set(self.share)
+
     def shape(self) -> dict[str, Any]:
         """The model's config.json. Raises RunError where there is none, or it has too few positions."""
         if self.model in LADDER:
@@ -98,8 +106,8 @@ class Benchmark:
 
     def settings(self, folder: Path) -> dict[str, Any]:
         """The run's settings, as in a YAML file. One step is what the original did between two updates."""
-        model, batch = str(folder / "model"), self.experience_batch_size * self.devices
-        sequences = batch * self.update_timesteps
+        model = str(folder / "model")
+        sequences = self.experience_batch_size * self.devices * self.update_timesteps
         return {
             "name": "bench",
             "runs": str(folder / "runs"),
@@ -125,7 +133,7 @@ class Benchmark:
                 "mini_batches": max(1, sequences // (self.train_batch_size * self.devices)),
                 "micro_batch_tokens": self.train_batch_size * self.total,
                 "max_prompt_tokens": self.prompt,
-                "rewards": [{"kind": "model", "path": model}],
+                "rewards": [{"kind": "model", "path": str(folder / "reward") if self.own_reward else model}],
                 "actor_optimizer": {"lr": 5e-6},
                 "critic_optimizer": {"lr": 5e-6},
             },
@@ -159,12 +167,18 @@ class BenchPPO(PPO):
         self.footprint = footprint
         self.workers = workers
 
+    def _start(self) -> None:
+        self.began = time.monotonic()
+        self.footprint.gpus = self.plan.device == "cuda"
+        with self.footprint.phase("start"):
+            super()._start()
+
     def load(self) -> None:
         started = time.monotonic()
-        self.footprint.gpus = self.plan.device == "cuda"
         with self.footprint.phase("load"):
             super().load()
-        self.run.write("load.json", {"seconds": time.monotonic() - started})
+        seconds = {"start": started - self.began, "load": time.monotonic() - started}
+        self.run.write("begun.json", seconds)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -190,13 +204,23 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         config = load_config(folder / "settings.yaml", overrides)
         architecture = Architecture.read(shape)
         _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
-        console.print(f"drawing a model of {architecture.parameters:,} parameters", style="dim")
-        draw(folder / "model", shape, config.model.dtype, config.seed)
+        console.print(f"drawing models of {architecture.parameters:,} parameters", style="dim")
+        models = ["model", "reward"] if asked.own_reward else ["model"]
+        _check_disk(folder, len(models) * architecture.parameters * (4 if config.model.dtype == "float32" else 2))
+        for number, each in enumerate(models):
+            draw(folder / each, shape, config.model.dtype, config.seed + number)
         workers: dict[int, list[Role]] = {}
         with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
             go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
         return _measured(asked, config, architecture, run, footprint, workers)
+
+
+def _check_disk(folder: Path, size: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise RunError(
+            f"TMPDIR: {folder.parent} has {free / 2**30:.1f} GiB free; the models take {size / 2**30:.1f} GiB there"
+        )
 
 
 def draw(folder: Path, shape: dict[str, Any], dtype: str, seed: int) -> None:
@@ -253,7 +277,7 @@ def _measured(
         "versions": summary["versions"],
         "parameters": {role: getattr(flops, role) for role in MODELS},
         "counted": {"steps": len(counted), "left_out": asked.left_out, "samples": samples},
-        "seconds": {"load": run.read("load.json")["seconds"]} | seconds,
+        "seconds": run.read("begun.json") | seconds,
         "samples_per_second": {part: samples / spent[part] for part in spent},
         "tflops": {
             kind: {part: samples * operations[kind][part] / spent[part] / 1e12 for part in spent} for kind in operations
@@ -262,17 +286,19 @@ def _measured(
         "experience_counted_over": flops.experience_original / flops.experience_cached,
         "peak_bytes": {
             "total": footprint.total,
-            "phases": {phase: peak.total for phase, peak in footprint.peaks.items()},
-            "roles": _by_role(names, footprint.of),
-            "devices": _by_role(names, footprint.on_devices),
+            "phases": {
+                phase: {"total": peak.total} | _by_role(names, peak.each) for phase, peak in footprint.peaks.items()
+            },
+            "roles": _by_role(names, footprint.each()),
+            "devices": _by_role(names, footprint.devices()),
         },
     }
 
 
-def _by_role(names: dict[int, str], of: Any) -> dict[str, int]:
+def _by_role(names: dict[int, str], sizes: dict[int, int]) -> dict[str, int]:
     """Bytes of the workers of each role, each at its own highest moment."""
-    found: dict[str, int] = {}
+    found: dict[str, int] = defaultdict(int)
     for pid, name in names.items():
-        if size := of(pid):
-            found[name] = found.get(name, 0) + size
-    return found
+        if pid in sizes:
+            found[name] += sizes[pid]
+    return dict(found)

@@ -48,14 +48,14 @@ def _print_rates(measured: dict[str, Any], console: Console) -> None:
 
 def _print_memory(peak: dict[str, Any], console: Console) -> None:
     roles = peak["roles"]
-    table = _table("peak memory, GiB", *roles, "whole machine")
+    table = _table("peak memory, GiB", *roles, "whole job")
     table.add_row("host", *(_gib(size) for size in roles.values()), _gib(peak["total"]))
     if peak["devices"]:
         table.add_row(
             "GPUs", *(_gib(peak["devices"].get(role, 0)) for role in roles), _gib(sum(peak["devices"].values()))
         )
     console.print(table)
-    phases = ", ".join(f"{phase} {_gib(size)}" for phase, size in peak["phases"].items())
+    phases = ", ".join(f"{phase} {_gib(sizes['total'])}" for phase, sizes in peak["phases"].items())
     console.print(f"all processes at the highest moment of each phase, GiB: {phases}", style="dim")
 
 

@@ -25,9 +25,9 @@ Accept = Annotated[
 RunFolder = Annotated[Path, typer.Argument(help="The run's folder, runs/<name>.")]
 
 
-def _dashed(name: str, text: str) -> Any:
+def _dashed(name: str, text: str, least: int = 1) -> Any:
     """An option of the original benchmark, which wrote names with underscores; dashes do as well."""
-    return typer.Option(f"--{name.replace('-', '_')}", f"--{name}", min=0, help=text)
+    return typer.Option(f"--{name.replace('-', '_')}", f"--{name}", min=least, help=text)
 
 
 @app.callback()
@@ -177,7 +177,7 @@ def bench(
     max_timesteps: Annotated[int, _dashed("max-timesteps", "Batches of experience in an episode.")] = 8,
     update_timesteps: Annotated[int, _dashed("update-timesteps", "Batches of experience between updates.")] = 8,
     max_epochs: Annotated[int, _dashed("max-epochs", "Passes over the experience of an update.")] = 3,
-    lora_rank: Annotated[int, _dashed("lora-rank", "Train adapters of this rank; 0: all weights.")] = 0,
+    lora_rank: Annotated[int, _dashed("lora-rank", "Train adapters of this rank; 0: all weights.", 0)] = 0,
     share: Annotated[str, typer.Option(help="Roles on one base: actor,critic,reference,reward.")] = "",
     layout: Annotated[str, typer.Option(help="separate, paired or colocated.")] = "separate",
     devices: Annotated[int, typer.Option(min=1, help="Ranks of each role.")] = 1,

@@ -71,7 +71,7 @@ class Footprint(threading.Thread):
         super().__init__(name="footprint", daemon=True)
         self._root, self._limit = psutil.Process(root), limit
         self._uses: dict[int, Use] = {}
-        self._phase = "start"
+        self._phase = "between"
         self._over = threading.Event()
         self._may_ask_at = 0.0
         self.gpus = False
@@ -102,13 +102,13 @@ class Footprint(threading.Thread):
         """Bytes at the highest moment of all phases."""
         return max(peak.total for peak in self.peaks.values())
 
-    def of(self, pid: int) -> int:
-        """Bytes of one process at its highest."""
-        return max(peak.each.get(pid, 0) for peak in self.peaks.values())
+    def each(self) -> dict[int, int]:
+        """Bytes of each process at its own highest moment."""
+        return _highest([peak.each for peak in self.peaks.values()])
 
-    def on_devices(self, pid: int) -> int:
-        """Bytes of GPU memory of one process at its highest."""
-        return max(peak.devices.get(pid, 0) for peak in self.peaks.values())
+    def devices(self) -> dict[int, int]:
+        """Bytes of GPU memory of each process at its own highest moment."""
+        return _highest([peak.devices for peak in self.peaks.values()])
 
     def run(self) -> None:
         looked_around = looked_at_devices = 0.0
@@ -153,6 +153,11 @@ class Footprint(threading.Thread):
             with suppress(FileNotFoundError, ProcessLookupError):
                 use.share, use.asked_at = proportional_share(pid), use.resident_shared
         self._may_ask_at = time.monotonic() + 4 * (time.monotonic() - began)
+
+
+def _highest(peaks: list[dict[int, int]]) -> dict[int, int]:
+    pids = {pid for peak in peaks for pid in peak}
+    return {pid: max(peak.get(pid, 0) for peak in peaks) for pid in pids}
 
 
 def proportional_share(pid: int) -> int:

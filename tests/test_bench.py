@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def test_a_short_peak_of_a_process_below_is_seen() -> None:
     process = subprocess.Popen([sys.executable, "-c", code])
     with Footprint(os.getpid()) as footprint, footprint.phase("work"):
         process.wait()
-    assert 300 < footprint.of(process.pid) / 2**20 < 340
-    assert footprint.total > footprint.of(process.pid)
+    assert 300 < footprint.each()[process.pid] / 2**20 < 340
+    assert footprint.total > footprint.each()[process.pid]
     assert footprint.peaks["work"].total == footprint.total
 
 
@@ -180,7 +181,7 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
     peak = found["peak_bytes"]
     assert set(peak["roles"]) == {"actor", "critic", "reference", "reward", "rollout"}
     assert all(size > 100 * 2**20 for size in peak["roles"].values())
-    assert peak["total"] == max(peak["phases"].values()) > max(peak["roles"].values())
+    assert peak["total"] == max(sizes["total"] for sizes in peak["phases"].values()) > max(peak["roles"].values())
     assert {"load", "generate", "score", "train", "publish"} <= set(peak["phases"])
     for text in ("as the original counted", "cached generation", "peak memory", f"{shape.parameters:,}"):
         assert text in done.stdout
@@ -188,21 +189,22 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_capacity_under_a_limit_that_nothing_passes(tmp_path: Path) -> None:
+def test_capacity_under_a_limit_that_nothing_passes() -> None:
     """The smallest model's weights fit into the limit, and its run does not: it is ended whole."""
-    done = subprocess.run(
-        command("bench", "--capacity", "--memory=500MiB", "--lengths=8,16", f"--json={tmp_path / 'result.json'}"),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ddp float32, s: passes the limit" in done.stdout
-    assert "ddp float32: no model of the ladder runs" in done.stdout
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["ways"]["ddp float32"]["largest"] is None
-    assert found["limit_bytes"] == 500 * 2**20 < found["ways"]["ddp float32"]["attempts"][0]["peak"]
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    assert left == []
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    with tempfile.TemporaryDirectory(prefix="t-") as name:  # short: Ray's sockets may lie below it
+        result = Path(name) / "result.json"
+        done = subprocess.run(
+            command("bench", "--capacity", "--memory=500MiB", "--lengths=8,16", f"--json={result}"),
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env=os.environ | {"TMPDIR": name},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "ddp float32, s: passes the limit" in done.stdout
+        assert "ddp float32: no model of the ladder runs" in done.stdout
+        found = json.loads(result.read_text())
+        assert found["ways"]["ddp float32"]["largest"] is None
+        assert found["limit_bytes"] == 500 * 2**20 < found["ways"]["ddp float32"]["attempts"][0]["peak"]
+        assert [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])] == []
+        assert [path.name for path in Path(name).iterdir()] == ["result.json"]

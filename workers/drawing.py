@@ -28,6 +28,8 @@ def draw_model(folder: Path, dtype: torch.dtype, seed: int) -> int:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     shapes = dict(model.named_parameters())  # tied ones once
     generator = torch.Generator().manual_seed(seed)
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
