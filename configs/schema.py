@@ -7,6 +7,7 @@ A default lives here and nowhere else.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -20,6 +21,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from configs.strategies import ZERO
+from configs.strategies import Strategy as Strategy
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
@@ -59,13 +63,26 @@ class ModelSettings(Settings):
     init: Literal["pretrained", "random"] = "pretrained"
     """random: a new model of the shape in config.json, drawn with the run's seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the parameters. float32 is the faster one on most CPUs."""
+    """Type of the parameters. float32 is the faster one on most CPUs; beside bfloat16 the optimizer has weights of its own."""
+    optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the optimizer's weights and moments. bfloat16: half the memory, and small updates are lost in rounding; for
+    models in bfloat16 under zero1, zero2 and zero3."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep in host memory what the backward pass needs. Without effect on CPU."""
     lora: LoraSettings | None = None
     """Train adapters in place of all weights, in every trained role."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you trust its author."""
+
+    @model_validator(mode="after")
+    def _precision(self) -> Self:
+        if self.optimizer_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"optimizer_dtype: was 'bfloat16', which is for models in bfloat16; dtype was {self.dtype!r}"
+            )
+        return self
 
 
 # ---------------------------------------------------------------- data
@@ -104,9 +121,6 @@ class OptimizerSettings(Settings):
     """Gradients are scaled down to this global norm."""
     refuse_grad_norm: PositiveFloat = 1e5
     """A step is not applied where the global norm is larger than this before scaling, or where it or the loss is not finite."""
-
-
-Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 
 
 class BatchSettings(Settings):
@@ -458,6 +472,13 @@ class PlacementSettings(Settings):
         return self
 
 
+class OffloadSettings(Settings):
+    """Where zero3_nvme keeps what it takes off the devices."""
+
+    nvme_path: str | None = None
+    """Folder on each node's fast disk; what a run puts there is gone when its workers are."""
+
+
 class ClusterSettings(Settings):
     """The Ray cluster."""
 
@@ -531,7 +552,9 @@ class RunConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
     strategy: Strategy = "ddp"
-    """What is sharded over a role's ranks: ddp nothing; zero1 optimizer states; zero2 gradients too; zero3 parameters too."""
+    """What is sharded over a role's ranks: ddp nothing; zero1 optimizer states; zero2 gradients too; zero3 parameters too.
+    _offload: optimizer states, and under zero3 parameters, in host memory; zero3_nvme: both on disk, in `offload.nvme_path`.
+    auto: the fastest that fits, by the plan."""
     strategies: dict[Role, Strategy] = {}
     """Another strategy for single roles."""
     model: ModelSettings
@@ -550,6 +573,8 @@ class RunConfig(Settings):
     """The engines."""
     publish: PublishSettings = PublishSettings()
     """Weights to the engines."""
+    offload: OffloadSettings = OffloadSettings()
+    """Offload to disk."""
     placement: PlacementSettings = PlacementSettings()
     """Roles to devices."""
     cluster: ClusterSettings = ClusterSettings()
@@ -563,3 +588,25 @@ class RunConfig(Settings):
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)
+
+    def learners(self) -> Iterator[tuple[Role, str, ModelSettings]]:
+        """Roles that learn in some stage, and the model that each starts from: its settings' path and its settings."""
+        if self.sft or self.ppo:
+            yield "actor", "model", self.model
+        if self.ppo and self.ppo.critic:
+            yield "critic", "model", self.model
+        if self.rm:
+            yield ("reward", "rm.model", self.rm.model) if self.rm.model else ("reward", "model", self.model)
+
+    @model_validator(mode="after")
+    def _offered(self) -> Self:
+        for role, path, model in self.learners():
+            strategy = self.strategy_of(role)
+            if model.optimizer_dtype == "bfloat16" and strategy != "auto" and not ZERO[strategy].bfloat16_optimizer:
+                names = ", ".join(name for name, zero in ZERO.items() if zero.bfloat16_optimizer)
+                raise ValueError(
+                    f"{path}.optimizer_dtype: was 'bfloat16', which {strategy} of the {role} does not offer; {names} do"
+                )
+        if self.offload.nvme_path is None and "zero3_nvme" in (self.strategy, *self.strategies.values()):
+            raise ValueError("offload.nvme_path: was none; zero3_nvme needs a folder on a fast disk of every node")
+        return self

@@ -27,6 +27,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import ModelSettings, Role, RunConfig
+from configs.strategies import ZERO
 from orchestrator.calls import Call, WorkerGroup, together
 from orchestrator.deadlines import Deadlines
 from orchestrator.failures import Rank, WorkerError, end, on_node
@@ -469,7 +470,7 @@ class Team:
 
     def _only_engines(self, error: WorkerError) -> bool:
         """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""
-        alone = len(self.groups["actor"]) == 1 or self.config.strategy_of("actor") != "zero3"
+        alone = len(self.groups["actor"]) == 1 or ZERO[self.config.strategy_of("actor")].stage < 3
         roles = {role for role, _ in error.failure.casualties}
         return alone and roles == {"rollout"}
 

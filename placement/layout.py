@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from configs.schema import PlacementSettings, Role, RunConfig, Strategy
+from configs.strategies import ZERO
 from placement.packing import Packing, Request
 from placement.shape import TRAINED, Device, Problem, Stage
 
@@ -63,7 +64,7 @@ def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
     if role == "rollout":
         return None
     strategy = config.strategy_of(role)
-    sharded = role in TRAINED[stage] or (role == "reference" and strategy == "zero3")
+    sharded = role in TRAINED[stage] or (role == "reference" and ZERO[strategy].stage == 3)
     return strategy if sharded else "ddp"
 
 

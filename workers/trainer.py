@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.schema import ModelSettings, OptimizerSettings
+from configs.strategies import ZERO
 from placement.memory import BUCKET_ELEMENTS
 from workers.data import Codec, RowKind, Sequence
 from workers.files import Files, read_files, write_files
@@ -106,9 +107,9 @@ class Trainer(Worker):
 
     def _initialize(self, optimizer: OptimizerSettings | None) -> nn.Module:
         strategy = self.config.strategy_of(self.spec.role)
-        if optimizer is None and strategy != "zero3":
+        if optimizer is None and ZERO[strategy].stage < 3:
             return self.model.requires_grad_(False).eval().to(self.device)
-        stage = 0 if strategy == "ddp" else int(strategy[-1])
+        stage = ZERO[strategy].stage
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
