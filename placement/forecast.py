@@ -13,22 +13,22 @@ from configs.schema import LoraSettings, ModelReward, ModelSettings, Role, RunCo
 from placement.activations import Adapters
 from placement.architecture import Architecture
 from placement.layout import strategy_in
-from placement.memory import (
-    GIB,
-    MIB,
+from placement.memory import Model, Sharding
+from placement.phases import (
     PHASES,
-    Model,
     Phase,
-    Sharding,
     Uses,
     Work,
+    adapted,
     engine,
     frozen,
+    optimizer_bytes,
     received_bytes,
     sent_bytes,
     state_bytes,
     trainer,
 )
+from placement.places import GIB, MIB
 from placement.shape import TRAINED, GroupPlan, Plan, Stage, transport_of
 
 STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
@@ -112,7 +112,7 @@ class Shapes:
 
 def read_shapes(config: RunConfig, stage: Stage) -> Shapes:
     """Raises ValueError where a model's config.json cannot be read."""
-    read = Architecture.of_folder
+    read = Architecture.of
     trained = (config.rm.model if config.rm and config.rm.model else config.model).path
     if stage != "ppo":
         shape = read(config.model.path if stage == "sft" else trained)
@@ -126,13 +126,22 @@ def model_settings(config: RunConfig, stage: Stage) -> ModelSettings:
     return config.rm.model if stage == "rm" and config.rm and config.rm.model else config.model
 
 
-def _model(shape: Architecture, settings: ModelSettings, scalar: bool, trained: bool) -> Model:
-    adapters = _adapters(settings.lora) if trained and settings.lora else None
-    return Model(shape, SIZES[settings.dtype], scalar, adapters)
+def _model(shape: Architecture, settings: ModelSettings, scalar: bool, adapts: bool, borrowed: bool = False) -> Model:
+    adapters = _adapters(settings.lora) if adapts and settings.lora else None
+    return Model(
+        shape,
+        SIZES[settings.dtype],
+        scalar,
+        adapters,
+        getattr(settings, "quantize", None) if adapts else None,
+        borrowed,
+    )
 
 
 def _adapters(lora: LoraSettings) -> Adapters:
-    return Adapters(lora.rank, None if lora.targets == "all-linear" else frozenset(lora.targets))
+    return Adapters(
+        lora.rank, None if lora.targets == "all-linear" else frozenset(lora.targets), getattr(lora, "dora", False)
+    )
 
 
 # ---------------------------------------------------------------- roles
@@ -149,22 +158,48 @@ def forecast(config: RunConfig, plan: Plan, shapes: Shapes) -> Forecast:
 def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemory:
     if role == "rollout":
         return RoleMemory(_engine(config, plan, shapes))
-    strategy, ranks = strategy_in(plan.stage, role, config), plan.roles[role].ranks
+    planned, settings, strategy = (
+        plan.roles[role],
+        model_settings(config, plan.stage),
+        strategy_in(plan.stage, role, config),
+    )
     assert strategy is not None
-    sharding, work = Sharding(strategy, ranks, plan.device), _work(role, config, plan)
-    settings = model_settings(config, plan.stage)
+    sharding = Sharding(strategy, planned.ranks, plan.device, SIZES[settings.optimizer_dtype])
+    crew = getattr(planned, "crew", (role,))
+    work, borrowed = _work(role, config, plan), role != crew[0]
     if role not in TRAINED[plan.stage]:
-        shape = [shapes.policy] if role == "reference" else shapes.scalars
-        return RoleMemory(frozen([_model(s, settings, role == "reward", False) for s in shape], sharding, work))
+        return RoleMemory(_frozen(role, settings, sharding, work, shapes, len(crew) > 1, borrowed))
     scalar = role in ("critic", "reward")
-    model = _model((shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy, settings, scalar, True)
-    bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
-    publishes = role == "actor" and plan.stage == "ppo"
-    published = sent_bytes(model, strategy, bucket, transport) if publishes else 0
+    shape = (shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy
+    model = _model(shape, settings, scalar, adapts=True, borrowed=borrowed)
+    published = _sent(model, sharding, config, plan) if role == "actor" and plan.stage == "ppo" else 0
     snapshots = config.recovery.snapshot_every is not None
     uses = trainer(model, sharding, work, scores=role == "critic", published=published, snapshots=snapshots)
-    first = state_bytes(model, sharding) if snapshots else 0
-    return RoleMemory(uses, first, sharding.optimizer(model) if snapshots and strategy != "ddp" else 0)
+    if not snapshots:
+        return RoleMemory(uses)
+    return RoleMemory(
+        uses, state_bytes(model, sharding), optimizer_bytes(model, sharding) if sharding.zero.stage else 0
+    )
+
+
+def _frozen(
+    role: Role, settings: ModelSettings, sharding: Sharding, work: Work, shapes: Shapes, shares: bool, borrowed: bool
+) -> Uses:
+    """A role that does not learn. Beside others on one base the reference is that base, a reward model an adapter and a head."""
+    if borrowed:
+        adapts = role == "reward"
+        return adapted(_model(shapes.policy, settings, adapts, adapts, borrowed=True), sharding, work)
+    found = [shapes.policy] if role == "reference" else shapes.scalars
+    return frozen([_model(shape, settings, role == "reward", adapts=shares) for shape in found], sharding, work)
+
+
+def _sent(model: Model, sharding: Sharding, config: RunConfig, plan: Plan) -> int:
+    bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
+    return model.own * model.size if _adapter_alone(config) else sent_bytes(model, sharding, bucket, transport)
+
+
+def _adapter_alone(config: RunConfig) -> bool:
+    return config.model.lora is not None and getattr(config.publish, "lora", "merged") == "adapter"
 
 
 def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
@@ -172,10 +207,13 @@ def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
     model = _model(shapes.policy, config.model, False, False)
     sequences = min(rollout.max_sequences, -(-plan.batch.sequences // planned.ranks))
     received = received_bytes(model, config.publish.bucket_mib * MIB, transport_of(config, plan))
+    served = _model(shapes.policy, config.model, False, adapts=True).own * model.size
     gpu = _gpu_bytes(plan, plan.group(planned.group))
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
-    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved)
+    if not _adapter_alone(config):
+        return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved)
+    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, served, reserved, served)
 
 
 def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> tuple[str, ...]:
@@ -209,12 +247,13 @@ def _work(role: Role, config: RunConfig, plan: Plan) -> Work:
             length = max(length, config.sft.max_length)
         rows, limit, sides = plan.batch.sequences, config.ppo.micro_batch_tokens, 1
     else:
-        settings = config.sft if plan.stage == "sft" else config.rm
-        assert settings is not None
-        length, rows, limit = settings.max_length, plan.batch.prompts, settings.micro_batch_tokens
+        batches = config.sft if plan.stage == "sft" else config.rm
+        assert batches is not None
+        length, rows, limit = batches.max_length, plan.batch.prompts, batches.micro_batch_tokens
         sides = 2 if plan.stage == "rm" else 1
     tokens = max(length, min(limit, -(-rows // plan.roles[role].ranks) * length))
-    return Work(sides * tokens, length, model_settings(config, plan.stage).gradient_checkpointing)
+    settings = model_settings(config, plan.stage)
+    return Work(sides * tokens, length, settings.gradient_checkpointing, settings.activation_offload)
 
 
 def longest_row(config: RunConfig, stage: Stage) -> int:
@@ -240,6 +279,7 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
         used = {
             phase: sum(_group_host(group, count, node.name, phase, roles) for group, count in counts if count)
             + _store(config, plan, node.name, phase, roles, shapes)
+            + (_mapped(config, plan, node.name, shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
         }
         found.setdefault((size, tuple(used.items())), []).append(node.name)
@@ -288,21 +328,38 @@ def _store(
         return 0
     if phase == "publish" and plan.group(plan.roles["actor"].group).nodes[0] == node:
         model = _model(shapes.policy, config.model, False, False)
+        if _adapter_alone(config):
+            return snapshots + _model(shapes.policy, config.model, False, True).own * model.size
         if transport_of(config, plan) == "object_store":
             return snapshots + min(config.publish.bucket_mib * MIB + model.largest, model.nbytes)
     return snapshots * (2 if phase == "save" else 1)
 
 
+def _mapped(config: RunConfig, plan: Plan, node: str, shapes: Shapes) -> int:
+    """Bytes of the files that a node's processes map while they load onto GPUs: each file once, however many read it. A model
+    that is drawn has none, and stands in each process."""
+    if plan.device == "cpu":
+        return 0
+    size, files, drawn = SIZES[model_settings(config, plan.stage).dtype], set[Architecture](), 0
+    for role, planned in plan.roles.items():
+        read = {"critic": shapes.scalars[:1], "reward": shapes.scalars}.get(role, (shapes.policy,))
+        if processes := plan.group(planned.group).nodes.count(node):
+            files |= set(read)
+            drawn += processes * max((shape.parameters * size for shape in read), default=0)
+    once = sum(shape.parameters * size for shape in files)
+    return drawn if model_settings(config, plan.stage).init == "random" else once
+
+
 def _devices(plan: Plan, roles: dict[Role, RoleMemory]) -> list[Place]:
-    """A GPU of each group. What a process took of it once stays with it: PyTorch's allocator gives nothing back by itself."""
+    """A GPU of each group. What a pass took is given back after it; the states stay."""
     if plan.device == "cpu":
         return []
-    phases = STAGE_PHASES[plan.stage]
     places = []
     for group in plan.groups:
+        members = [(r.uses, min(use.device.total for use in r.uses.values())) for r in _of(group, roles)]
         used = {
-            phase: sum(max(r.uses[p].device.total for p in phases[: i + 1]) for r in _of(group, roles))
-            for i, phase in enumerate(phases)
+            phase: _in_turn(phase, [(uses[phase].device.total, still) for uses, still in members])
+            for phase in STAGE_PHASES[plan.stage]
         }
         places.append(Place(f"each GPU of {group.name}", used, _gpu_bytes(plan, group)))
     return places
