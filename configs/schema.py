@@ -70,7 +70,7 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False
-    """Keep in host memory what the backward pass needs. Without effect on CPU."""
+    """Keep the layers' inputs, which are all that gradient checkpointing keeps, in host memory. Without effect on CPU."""
     lora: LoraSettings | None = None
     """Train adapters in place of all weights, in every trained role."""
     trust_remote_code: bool = False
@@ -82,6 +82,8 @@ class ModelSettings(Settings):
             raise ValueError(
                 f"optimizer_dtype: was 'bfloat16', which is for models in bfloat16; dtype was {self.dtype!r}"
             )
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise ValueError("activation_offload: was true, which needs gradient_checkpointing: true")
         return self
 
 

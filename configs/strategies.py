@@ -30,7 +30,7 @@ def _ours(name: Any) -> Any:
 @cache
 def _told(alias: str) -> str:
     """What an alias stands for; said once."""
-    logging.getLogger(__name__).warning("strategy: %s is %s here", alias, ALIASES[alias])
+    logging.getLogger("troupe").warning("strategy: %s is %s here", alias, ALIASES[alias])
     return ALIASES[alias]
 
 

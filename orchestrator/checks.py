@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from configs import RunConfig
-from configs.schema import HttpReward, PPOSettings
+from configs.schema import ROLES, HttpReward, PPOSettings
 from orchestrator.run import Run, RunError
 from placement.shape import Stage
 from workers.functions import find_function
@@ -28,6 +28,7 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
         if getattr(config, stage) is None:
             raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
     _check_folder(config)
+    check_offload(config)
     for i, plugin in enumerate(config.plugins):
         _import_plugin(plugin, f"plugins.{i}")
     if stages and not run.finished("sft"):
@@ -50,6 +51,23 @@ def _check_folder(config: RunConfig) -> None:
         raise RunError(
             f"runs: was {config.runs!r}, in the copy of the working folder that this job runs in and the cluster deletes; "
             "must be the absolute path of a folder that every node sees"
+        )
+
+
+def check_offload(config: RunConfig) -> None:
+    """What states on disk need, on this machine."""
+    if "zero3_nvme" not in {config.strategy_of(role) for role in ROLES}:
+        return
+    folder = config.offload.nvme_path
+    assert folder is not None
+    if not Path(folder).is_dir() or not os.access(folder, os.W_OK):
+        raise RunError(f"offload.nvme_path: was {folder!r}, which is no folder that can be written to")
+    from workers.nvme import can_swap  # imports DeepSpeed, which the driver can mostly do without
+
+    if not can_swap():
+        raise RunError(
+            "strategy: zero3_nvme needs libaio with its headers (Debian's libaio-dev) and a C++ compiler, which are not "
+            "here; zero3_offload, which keeps states in host memory, needs neither"
         )
 
 

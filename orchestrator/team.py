@@ -38,6 +38,7 @@ from orchestrator.snapshot import RankFiles, Snapshot, alive_nodes
 from placement.groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
 from placement.shape import transport_of
+from placement.turns import by_turns
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
 from workers.files import copy_files
@@ -108,7 +109,8 @@ class Team:
         planned = self.plan.roles[role]
         kind = "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role]
         place, bundle = bundle_of(self.plan, role, rank)
-        spec = WorkerSpec(self.config, role, rank, planned.ranks, self.plan.device, planned.threads)
+        turns = by_turns(self.plan, role)
+        spec = WorkerSpec(self.config, role, rank, planned.ranks, self.plan.device, planned.threads, turns)
         started = self._starts[role, rank]
         self._starts[role, rank] += 1
         options: dict[str, Any] = {

@@ -12,6 +12,7 @@ from placement.forecast import Forecast, Place
 from placement.packing import written
 from placement.places import GIB, Bytes, Use
 from placement.shape import TRAINED, GroupPlan, Plan
+from placement.turns import in_words
 
 
 def render(plan: Plan) -> RenderableType:
@@ -19,7 +20,8 @@ def render(plan: Plan) -> RenderableType:
     note = f" ({plan.cluster.note})" if plan.cluster.note else ""
     head = Text(f"stage {plan.stage} on {plan.device}: {plan.cluster.describe()}{note}")
     batch = Text("\n".join(f"  {line}" for line in plan.batch.words))
-    return Group(head, _roles(plan), _groups(plan), Text("batch", style="italic"), batch, *_memory(plan))
+    turns = [Text(words) for words in [in_words(plan)] if words]
+    return Group(head, _roles(plan), _groups(plan), *turns, Text("batch", style="italic"), batch, *_memory(plan))
 
 
 def _roles(plan: Plan) -> Table:

@@ -14,10 +14,11 @@ import torch
 from deepspeed import zero
 from torch import Tensor
 
-from configs.schema import ModelSettings, OptimizerSettings
+from configs.schema import ModelSettings, OffloadSettings, OptimizerSettings, Strategy
 from workers.host import KINDS
 from workers.policy import PolicyWorker
 from workers.trainer import Trainer
+from workers.turns import Turns
 from workers.value import ValueWorker
 
 KINDS |= {"open_policy": "tests.learners:OpenPolicy", "open_value": "tests.learners:OpenValue"}
@@ -53,15 +54,42 @@ class Open(Trainer):
         *others, last = losses
         return super().optimize([*others, (lambda: SPOILED[how](last())) if how else last], *args)
 
+    def become(self, strategy: Strategy, offload: dict[str, str]) -> None:
+        """Train under another strategy from the next `load` on."""
+        settings = {"strategy": strategy, "offload": OffloadSettings.model_validate(offload)}
+        self.config = self.config.model_copy(update=settings)
+
     def held(self) -> dict[str, np.ndarray]:
         """Everything that learning changes, as this rank holds it: weights, and AdamW's own copies and states."""
         assert self.engine is not None
         adam = self.engine.basic_optimizer
         tensors = {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}
-        masters = [p for group in adam.param_groups for p in group["params"]]
-        for i, master in enumerate(getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", masters)):
+        for i, master in enumerate(self._masters()):
             tensors |= {f"master {i}": master, **{f"{name} {i}": v for name, v in adam.state.get(master, {}).items()}}
         return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+
+    def rest_and_wake(self) -> tuple[int, int]:
+        """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
+        turns = Turns([self], "cpu")
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.tensors()}
+        before = sum(storage.nbytes() for storage in held.values())
+        turns.rest(self.tensors())
+        meanwhile = sum(storage.nbytes() for storage in held.values())
+        turns.wake()
+        return before, meanwhile
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that AdamW moves."""
+        assert self.engine is not None
+        whole = [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+        return list(getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", whole))
+
+    def dtypes(self) -> tuple[set[str], set[str]]:
+        """Types of the weights, and of AdamW's weights and moments."""
+        assert self.engine is not None
+        adams = self._masters()
+        adams += [state[name] for state in self._adam_states() for name in ("exp_avg", "exp_avg_sq")]
+        return {str(p.dtype) for p in self.model.parameters()}, {str(tensor.dtype) for tensor in adams}
 
     def load(
         self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0

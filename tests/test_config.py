@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from configs import ConfigError, RunConfig, load_config, save_config
+from configs.kinds import choices, kind_of
 from configs.reference import describe, settings_markdown
+from configs.strategies import ALIASES, ZERO, Strategy, _told
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +72,45 @@ def test_file_interpolations_and_overrides(tmp_path: Path) -> None:
     assert config.cluster.address is None
 
 
+def test_names_of_the_original_benchmark_become_ours_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _told.cache_clear()
+    text = GOOD + "strategy: colossalai_zero2\nstrategies: {critic: colossalai_gemini_cpu, reference: zero3}\n"
+    config = load_config(write(tmp_path, text), ["strategies.actor=colossalai_zero2"])
+    assert config.strategy == "zero2"
+    assert config.strategies == {"actor": "zero2", "critic": "zero3_offload", "reference": "zero3"}
+    assert caplog.messages == [
+        "strategy: colossalai_zero2 is zero2 here",
+        "strategy: colossalai_gemini_cpu is zero3_offload here",
+    ]
+    save_config(config, tmp_path / "saved.yaml")
+    assert "colossalai" not in (tmp_path / "saved.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"^strategy: was \"colossalai_zero9\"; must be ddp \| zero1 \|"):
+        load_config(write(tmp_path, GOOD), ["strategy=colossalai_zero9"])
+
+
+def test_each_alias_and_each_name_is_a_strategy() -> None:
+    assert set(ALIASES.values()) <= set(ZERO)
+    assert {*ZERO, "auto"} == set(choices(kind_of(Strategy)))
+
+
 BAD: list[tuple[str, str]] = [
+    # what a strategy needs or does not offer
+    ("strategy=zero3_nvme", "offload.nvme_path: was none; zero3_nvme needs a folder on a fast disk of every node"),
+    (
+        "strategies.reference=zero3_nvme",
+        "offload.nvme_path: was none; zero3_nvme needs a folder on a fast disk of every node",
+    ),
+    (
+        "model.optimizer_dtype=bfloat16",
+        "model.optimizer_dtype: was 'bfloat16', which is for models in bfloat16; dtype was 'float32'",
+    ),
+    (
+        "model={path: m, dtype: bfloat16, optimizer_dtype: bfloat16}",
+        "model.optimizer_dtype: was 'bfloat16', which ddp of the actor does not offer; zero1, zero2, zero3 do",
+    ),
+    ("model.activation_offload=true", "model.activation_offload: was true, which needs gradient_checkpointing: true"),
     # unknown names
     ("ppo.clip_rnge=1", "ppo.clip_rnge: no such setting; did you mean clip_range?"),
     ("sed=3", "sed: no such setting; did you mean seed?"),

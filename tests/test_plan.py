@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from rich.console import Console
 
-from configs.schema import ROLES, RunConfig
+from configs.schema import ROLES, Role, RunConfig
 from placement import Cluster, Node, Plan, PlanError, make_plan, render
 from placement.packing import Packing, Request, free_of, lay, units
 from placement.shape import Stage
+from placement.turns import by_turns, in_words
 
 DATA, ADAM = {"path": "rows.jsonl"}, {"lr": 1e-4}
 PPO = {"prompts": DATA, "steps": 3, "actor_optimizer": ADAM, "critic_optimizer": ADAM}
@@ -108,6 +109,22 @@ def test_two_cores_together() -> None:
     assert {planned.threads for planned in made.roles.values()} == {2}
     assert [group.bundles for group in made.groups] == [({"CPU": 2.0},)]
     assert {planned.cpus for planned in made.roles.values()} == {0.4}
+
+
+def test_roles_of_one_group_hold_a_gpu_by_turns_and_a_cpu_says_that_it_cannot() -> None:
+    def said(cluster: str, layout: str) -> tuple[str, set[Role]]:
+        made = plan(cluster, placement={"layout": layout})
+        return in_words(made) or "", {role for role in made.roles if by_turns(made, role)}
+
+    assert said("1x8xA100-80GB", "separate") == ("", set())
+    words, roles = said("1x8xA100-80GB", "paired")
+    assert words.startswith("actor + reference; critic + reward hold their GPUs by turns")
+    assert roles == {"actor", "reference", "critic", "reward"}
+    words, roles = said("1x2cpu", "colocated")
+    assert words.startswith(
+        "actor + critic + reference + reward + rollout work by turns; on CPU each keeps what it holds"
+    )
+    assert not roles
 
 
 def test_threads_count_what_runs_at_the_same_time() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,15 @@ class Host:
         module, _, name = KINDS[kind].partition(":")
         self.spec = spec
         self.worker = getattr(import_module(module), name)(spec)
+        self.turns = import_module("workers.turns").Turns([self.worker], spec.device) if spec.by_turns else None
 
     def __repr__(self) -> str:
         return f"{self.spec.role}-{self.spec.rank}"
 
     def call(self, method: str, *args: Any) -> Any:
         try:
-            return getattr(self.worker, method)(*args)
+            with self.turns.turn(method) if self.turns else nullcontext():
+                return getattr(self.worker, method)(*args)
         finally:
             _give_memory_back()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from configs.schema import FunctionSettings, HttpReward, ModelSettings
 from workers.batching import Rows
@@ -26,6 +29,11 @@ class RewardWorker(Worker):
         self.device = torch.device(spec.device)
         self.models: dict[str, ScalarModel] = {}
         self.sources: dict[str, FunctionProcess | Endpoint] = {}
+
+    def tensors(self) -> Iterator[Tensor]:
+        for model in self.models.values():
+            yield from model.parameters()
+            yield from model.buffers()
 
     def load(self, tokenizer_path: str, model_paths: dict[str, str]) -> int:
         """Load the reward models (name -> folder); start the functions and judges. Returns the parameter count."""

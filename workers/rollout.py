@@ -58,11 +58,23 @@ class RolloutWorker(Worker):
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=f"verified_{transport}"),
             worker_extension_cls="workers.transfer.Witness",
+            enable_sleep_mode=self.spec.by_turns,
             disable_log_stats=True,
             **memory,
         )
         self.engine = LLMEngine.from_engine_args(args)
         self.version = 0
+        self._sleep()
+
+    def _sleep(self) -> None:
+        """Leave the device to others: the weights go to host memory, and the cache of keys and values is thrown away."""
+        if self.spec.by_turns:
+            self.engine.sleep(level=1)
+
+    def _wake(self, *parts: str) -> None:
+        """parts: weights, kv_cache; none: all that sleeps. vLLM does nothing where one of several is awake already."""
+        if self.spec.by_turns and self.engine.is_sleeping():
+            self.engine.wake_up(list(parts) or None)
 
     def tokenize(self, data: str, max_tokens: int) -> np.ndarray:
         """Token counts of a dataset's prompts, which are kept. Raises ValueError where one is longer than max_tokens."""
@@ -88,6 +100,7 @@ class RolloutWorker(Worker):
             raise StaleWeights(f"{self!r} holds no published weights: it serves nothing until an update succeeds")
         if version not in (None, self.version):
             raise StaleWeights(f"{self!r} holds version {self.version}, and was asked to serve {version}")
+        self._wake()
         for i, (prompt, sample) in enumerate(zip(prompts.tolist(), samples.tolist(), strict=True)):
             ids = self.prompts[data][prompt]
             seed = sample_seed(self.config.seed, step, prompt, sample)
@@ -97,6 +110,7 @@ class RolloutWorker(Worker):
             for output in self.engine.step():
                 if output.finished:
                     answers[int(output.request_id)] = output
+        self._sleep()
         return self._chunk(answers)
 
     def _sampling(self, seed: int) -> SamplingParams:
@@ -139,6 +153,7 @@ class RolloutWorker(Worker):
 
     def start_weight_update(self) -> None:
         self.version = None
+        self._wake("weights")  # until the next answers were written: beside them the publishing actor has the device
         self.engine.collective_rpc("forget_weight_update")  # where a trainer died in the middle of one
         self.engine.collective_rpc("start_weight_update")
 

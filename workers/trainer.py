@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,9 @@ from placement.memory import BUCKET_ELEMENTS
 from workers.data import Codec, RowKind, Sequence
 from workers.files import Files, read_files, write_files
 from workers.models import LanguageModel, ScalarModel, add_lora, load_hf, load_tokenizer
+from workers.nvme import own_folder, read_states, write_states
 from workers.refusal import Arrays
+from workers.sharding import deepspeed_settings, format_of
 from workers.universal import universal
 from workers.weights import GatheredWeights, gathered
 from workers.worker import Worker, WorkerSpec
@@ -77,6 +79,10 @@ class Trainer(Worker):
         self.loss = 0.0
         self.refused: Arrays | None = None
 
+    @property
+    def on_nvme(self) -> bool:
+        return ZERO[self.config.strategy_of(self.spec.role)].optimizer == "nvme"
+
     # ------------------------------------------------------------ building
 
     def load(
@@ -109,23 +115,8 @@ class Trainer(Worker):
         strategy = self.config.strategy_of(self.spec.role)
         if optimizer is None and ZERO[strategy].stage < 3:
             return self.model.requires_grad_(False).eval().to(self.device)
-        stage = ZERO[strategy].stage
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "zero_optimization": {
-                "stage": stage,
-                "overlap_comm": self.device.type == "cuda",
-                # DeepSpeed's own default is half a billion, and it takes several such buffers.
-                "reduce_bucket_size": BUCKET_ELEMENTS,
-                "allgather_bucket_size": BUCKET_ELEMENTS,
-                "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            },
-            "bf16": {"enabled": self.settings.dtype == "bfloat16"},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
-        }
+        largest = -(-max(p.numel() for p in self.model.parameters()) // self.spec.world_size)
+        settings = deepspeed_settings(strategy, self.settings, self.device, largest, self._nvme_folder())
         if optimizer is None:
             self.engine, *_ = deepspeed.initialize(model=self.model.requires_grad_(False).eval(), config=settings)
         else:
@@ -133,7 +124,7 @@ class Trainer(Worker):
             adam = torch.optim.AdamW(
                 trained, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
             )
-            if stage or self.settings.dtype == "bfloat16":
+            if ZERO[strategy].stage or self.settings.dtype == "bfloat16":
                 settings["gradient_clipping"] = optimizer.max_grad_norm
             else:  # plain float32 Adam: there DeepSpeed would clip without telling the norm, at 1 unless told not to
                 settings["gradient_clipping"] = 0.0
@@ -149,6 +140,12 @@ class Trainer(Worker):
             adam.register_step_pre_hook(self._before_adam)
         return self.engine
 
+    def _nvme_folder(self) -> str | None:
+        if not self.on_nvme:
+            return None
+        assert self.config.offload.nvme_path is not None
+        return own_folder(self.config.offload.nvme_path, f"{self.config.name}-{self!r}")
+
     def _before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
         """Runs when the global norm is known and AdamW is about to move the weights (under ZeRO-3 in several goes).
 
@@ -157,12 +154,30 @@ class Trainer(Worker):
         """
         assert self.engine is not None
         refuses = self._refuses(self.loss, float(self.engine.optimizer._global_grad_norm))
-        adam.found_inf = torch.ones((), device=self.device) if refuses else None  # type: ignore[attr-defined]
+        home = adam.param_groups[0]["params"][0].device  # of its tensors: the host where they are offloaded
+        adam.found_inf = torch.ones((), device=home) if refuses else None  # type: ignore[attr-defined]
 
     def _refuses(self, loss: float, norm: float) -> bool:
         """Of numbers that are the same on every rank. DeepSpeed's norm of gradients that are not finite may be -1."""
         assert self.optimizer_settings is not None
         return not (math.isfinite(loss) and 0.0 <= norm <= self.optimizer_settings.refuse_grad_norm)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights, gradients, AdamW's states and their buffers, in whatever way DeepSpeed cut them."""
+        if not hasattr(self, "model"):
+            return
+        for parameter in self.model.parameters():
+            yield parameter
+            yield from filter(torch.is_tensor, (parameter.grad, getattr(parameter, "ds_tensor", None)))
+        yield from self.model.buffers()
+        if self.engine is not None and self.optimizer_settings is not None:
+            for group in self.engine.basic_optimizer.param_groups:
+                yield from group["params"]
+            for state in self._adam_states():
+                yield from state.values()
+            zero3: dict[str, Any] = vars(self.engine.optimizer)
+            yield from zero3.get("fp32_partitioned_groups_flat", ())
+            yield from filter(torch.is_tensor, (zero3.get("lp_param_buffer"), zero3.get("grad_partitions_flat_buffer")))
 
     # ------------------------------------------------------------ data
 
@@ -221,7 +236,8 @@ class Trainer(Worker):
         shares: list[float] = []
         for k, share in enumerate(pending):
             self.engine.set_gradient_accumulation_boundary(k == len(pending) - 1)
-            loss = share()
+            with self._activations():
+                loss = share()
             shares.append(float(loss.detach()))
             # DeepSpeed averages gradients over ranks; our losses are shares of one global mean, to be summed.
             self.engine.backward(loss * self.spec.world_size)
@@ -236,6 +252,12 @@ class Trainer(Worker):
                 "grad_norm": np.array(norm),
             }
         return {"loss": self.loss, "lr": rate, "grad_norm": norm, "refused": float(refused)}
+
+    def _activations(self) -> AbstractContextManager[Any]:
+        """Within it what autograd keeps goes to host memory, where the settings say so and there is another."""
+        if self.settings.activation_offload and self.device.type == "cuda":
+            return torch.autograd.graph.save_on_cpu(pin_memory=True)
+        return nullcontext()
 
     def refused_batch(self) -> Arrays | None:
         """What this rank brought to the last step that was refused; None where none was since this was last asked.
@@ -269,23 +291,32 @@ class Trainer(Worker):
         """Model, optimizer and their shards, for `restore`, and a note of how they were cut."""
         assert self.engine is not None
         os.makedirs(folder, exist_ok=True)
-        self.engine.save_checkpoint(folder, tag=_TAG, exclude_frozen_parameters=bool(self.settings.lora))
+        if self.on_nvme:
+            write_states(self.engine.optimizer, Path(folder) / _TAG / f"rank-{self.rank}")
+        else:
+            self.engine.save_checkpoint(folder, tag=_TAG, exclude_frozen_parameters=bool(self.settings.lora))
         if self.rank == 0:
             (Path(folder) / _NOTE).write_text(json.dumps(self._cut() | {"stepped": bool(self._adam_states())}))
 
     def restore(self, folder: str) -> None:
-        """Go on from what `save` wrote, also where other ranks than these did, or ZeRO 2 in place of 1.
+        """Go on from what `save` wrote, also where other ranks than these did, ZeRO 2 in place of 1, or one that offloads.
 
         Needs a model that was just loaded. With as many ranks, what follows is bit for bit what followed then.
         """
         assert self.engine is not None
         saved = json.loads((Path(folder) / _NOTE).read_text())
         stepped, cut = saved.pop("stepped"), self._cut()
-        if saved["strategy"] != cut["strategy"] and {saved["strategy"], cut["strategy"]} != {"zero1", "zero2"}:
+        if format_of(saved["strategy"]) != format_of(cut["strategy"]):
             raise ValueError(
                 f"strategy: {folder} was saved with {saved['strategy']}, and cannot go on with {cut['strategy']}"
             )
-        if saved["ranks"] == cut["ranks"] or cut["strategy"] == "ddp":
+        same_ranks = saved["ranks"] == cut["ranks"]
+        if self.on_nvme:
+            if not same_ranks:
+                text = f"{folder} was saved by {saved['ranks']} ranks, and {cut['ranks']} cannot go on: "
+                raise ValueError(f"strategy: {text}zero3_nvme knows no other number")
+            read_states(self.engine.optimizer, Path(folder) / _TAG / f"rank-{self.rank}")
+        elif same_ranks or cut["strategy"] == "ddp":
             self._load_state(folder)
         elif stepped:
             with universal(folder, _TAG, self.engine) as whole:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
 
 from configs.schema import Role, RunConfig
 from workers.examine import Whereabouts, whereabouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class WorkerSpec:
     device: str
     """cpu or cuda"""
     threads: int
+    by_turns: bool = False
+    """Whether it shares its device with other processes, which hold it by turns."""
 
 
 class Worker:
@@ -63,6 +70,10 @@ class Worker:
     def add_rows(self, name: str, rows: list) -> None:
         """Keep a dataset's rows (workers.data.Row) under a name."""
         self.datasets[name] = rows
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that it holds on its device between calls."""
+        return ()
 
     def memory(self) -> int:
         """Bytes of this process: proportional set size, so that shared pages count once over all processes."""

@@ -1,0 +1,21 @@
+"""Which roles hold a device by turns, with their states in host memory between them."""
+
+from __future__ import annotations
+
+from configs.schema import Role
+from placement.shape import Plan
+
+
+def by_turns(plan: Plan, role: Role) -> bool:
+    """Roles of one group on GPUs. On CPU there is no other memory to go to."""
+    return plan.device == "cuda" and len(plan.group(plan.roles[role].group).roles) > 1
+
+
+def in_words(plan: Plan) -> str | None:
+    """What roles that share devices do; none where no role does."""
+    shared = [" + ".join(group.roles) for group in plan.groups if len(group.roles) > 1]
+    if not shared:
+        return None
+    if plan.device == "cpu":
+        return f"{'; '.join(shared)} work by turns; on CPU each keeps what it holds (there is no other memory to move it to)"
+    return f"{'; '.join(shared)} hold their GPUs by turns, and between them leave all they have there in host memory"

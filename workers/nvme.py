@@ -1,0 +1,66 @@
+"""States on NVMe: the folder that they lie in, and saving them, of which DeepSpeed's own checkpoints keep the files alone."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_until_the_end: list[IO[bytes]] = []
+
+
+def can_swap() -> bool:
+    """Whether DeepSpeed's reading and writing, which is compiled when first used, can be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    compatible: bool = AsyncIOBuilder().is_compatible()
+    return compatible
+
+
+def own_folder(parent: str, name: str) -> str:
+    """A new folder below `parent` for this process alone; it is removed when the process has ended, in whatever way."""
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
+    # A pipe is closed with the process that holds its end. Who reads it is an orphan, which nobody ends with our children.
+    script = 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") &'
+    reader = subprocess.Popen(["sh", "-c", script, folder], stdin=subprocess.PIPE, start_new_session=True)
+    reader.wait()
+    assert reader.stdin is not None
+    _until_the_end.append(reader.stdin)
+    return folder
+
+
+def write_states(optimizer: Any, folder: Path) -> None:
+    """This rank's shards of the weights and AdamW's states into files, one of DeepSpeed's sub-groups at a time."""
+    folder.mkdir(parents=True)
+    for i, weights in _sub_groups(optimizer):
+        swapped = optimizer._swappable_optimizer_subgroup(i)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(i)
+        states = {name: value.clone() for name, value in optimizer.optimizer.state.get(weights, {}).items()}
+        save_file({"weights": weights.detach().clone()} | states, folder / f"{i}.safetensors")
+        if swapped:
+            optimizer._release_swap_buffers(i)
+
+
+def read_states(optimizer: Any, folder: Path) -> None:
+    """Take up what `write_states` wrote. Collective. The optimizer must not have taken a step."""
+    for i, weights in _sub_groups(optimizer):
+        saved = load_file(folder / f"{i}.safetensors")
+        optimizer._prepare_sub_group(i, set())
+        weights.data.copy_(saved.pop("weights"))
+        if saved:
+            optimizer.optimizer.state[weights] = saved
+        optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        optimizer._release_sub_group(i, set())
+    optimizer._post_step(set())
+
+
+def _sub_groups(optimizer: Any) -> Iterator[tuple[int, Tensor]]:
+    optimizer.checkpoint_event_prologue()
+    return enumerate(optimizer.fp32_partitioned_groups_flat)

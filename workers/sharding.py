@@ -1,0 +1,53 @@
+"""What DeepSpeed is told of a strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from configs.schema import ModelSettings
+from configs.strategies import ZERO, Home, Strategy
+from placement.memory import BUCKET_ELEMENTS
+
+
+def deepspeed_settings(
+    strategy: Strategy, model: ModelSettings, device: torch.device, largest: int, nvme_folder: str | None
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration, but for the clipping of gradients. largest: elements of a rank's largest shard."""
+    zero, narrow = ZERO[strategy], model.optimizer_dtype == "bfloat16"
+    on_gpu = device.type == "cuda"
+
+    def home(where: Home) -> dict[str, Any]:
+        names = {"device": "none", "host": "cpu", "nvme": "nvme"}
+        return {"device": names[where], "pin_memory": on_gpu, "nvme_path": nvme_folder}
+
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "overlap_comm": on_gpu,
+            # DeepSpeed's own default is half a billion, and it takes several such buffers.
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "offload_optimizer": home(zero.optimizer),
+            # Of parameters on NVMe none stay in memory. DeepSpeed's own buffers would take a gigabyte and more.
+            "offload_param": home(zero.parameters) | {"max_in_cpu": 0, "buffer_size": largest},
+        },
+        "bf16": {
+            "enabled": model.dtype == "bfloat16",
+            "bf16_master_weights_and_grads": narrow,
+            "bf16_optimizer_states": narrow,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def format_of(strategy: Strategy) -> str:
+    """States saved under one strategy can be taken up under another of the same format."""
+    zero = ZERO[strategy]
+    return f"{'12' if zero.stage in (1, 2) else zero.stage} {'nvme' if zero.optimizer == 'nvme' else ''}"
