@@ -12,10 +12,9 @@ from typing import Literal
 
 from configs.schema import RunConfig, Strategy
 from placement.activations import FLOAT32
-from placement.advice import with_memory
 from placement.architecture import LADDER, PRESET, Architecture
 from placement.cluster import Cluster
-from placement.forecast import Forecast
+from placement.forecast import Forecast, forecast, read_shapes
 from placement.phases import CUDA_CONTEXT
 from placement.places import GIB
 from placement.plan import make_plan
@@ -59,12 +58,13 @@ PUBLISHED = (
 """Colossal-AI, February 2023. The paper numbers of OPT's last row, 3.5 billion, are no OPT: the next smaller one stands here."""
 
 
-def largest_that_fits(case: Published) -> str | None:
-    """The largest model of the case's ladder that the plan lets run on its machine."""
+def largest_that_fits(case: Published, *, turns: bool = False) -> str | None:
+    """The largest model of the case's ladder that fits on its machine. turns: roles leave the GPU to one another, as they do in
+    Troupe and did not in the benchmark."""
     cluster = Cluster.parse(case.machine)
     best = None
     for model in case.ladder:
-        found = benchmark_forecast(model, cluster, case)
+        found = benchmark_forecast(model, cluster, case, turns=turns)
         if found.missing or found.warnings:
             break
         best = model
@@ -77,12 +77,10 @@ def steps_apart(case: Published, found: str | None) -> int:
     return rungs.index(found) - rungs.index(case.largest)
 
 
-def benchmark_forecast(model: str, cluster: Cluster, case: Published) -> Forecast:
+def benchmark_forecast(model: str, cluster: Cluster, case: Published, *, turns: bool) -> Forecast:
     """Predicted memory of the benchmark with a model, all roles on one GPU."""
     config = benchmark_config(model, cluster, case)
-    memory = with_memory(config, make_plan(config, "ppo", cluster)).memory
-    assert isinstance(memory, Forecast)
-    return memory
+    return forecast(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"), turns=turns)
 
 
 def benchmark_config(model: str, cluster: Cluster, case: Published) -> RunConfig:
@@ -169,6 +167,5 @@ def large_config(nodes: int) -> RunConfig:
 def large_forecast(nodes: int) -> Forecast:
     """Predicted memory of `large_config` on as many nodes of 8 GPUs of 80 GB."""
     config = large_config(nodes)
-    memory = with_memory(config, make_plan(config, "ppo", Cluster.parse(f"{nodes}x8xA100-80GB"))).memory
-    assert isinstance(memory, Forecast)
-    return memory
+    plan = make_plan(config, "ppo", Cluster.parse(f"{nodes}x8xA100-80GB"))
+    return forecast(config, plan, read_shapes(config, "ppo"))

@@ -5,15 +5,15 @@ It warns and refuses nothing: docs/memory.md says what it was checked against, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.schema import LoraSettings, ModelReward, ModelSettings, Role, RunConfig
+from configs.schema import ROLES, LoraSettings, ModelReward, ModelSettings, Role, RunConfig
 from placement.activations import Adapters
 from placement.architecture import Architecture
 from placement.layout import strategy_in
-from placement.memory import Model, Sharding
+from placement.memory import Model, Sharding, moved
 from placement.phases import (
     PHASES,
     Phase,
@@ -28,16 +28,22 @@ from placement.phases import (
     state_bytes,
     trainer,
 )
-from placement.places import GIB, MIB
+from placement.places import GIB, MIB, Use
 from placement.shape import TRAINED, GroupPlan, Plan, Stage, transport_of
+from placement.turns import by_turns
 
 STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
     "sft": ("load", "train", "save"),
     "rm": ("load", "train", "save"),
     "ppo": PHASES,
 }
-TURNS: tuple[Phase, ...] = ("generate", "score", "train")
-"""In these the roles of one group take turns; in the others they all work at the same time."""
+BUSY: dict[Phase, tuple[Role, ...]] = {
+    "load": ROLES,
+    "generate": ("rollout",),
+    "score": ("reference", "critic", "reward"),
+    "publish": ("actor", "rollout"),
+}
+"""Who works in a phase; in the others those that learn. Roles of one group take turns, but publishing takes both ends."""
 SIZES = {"float32": 4, "bfloat16": 2}
 
 
@@ -48,6 +54,11 @@ class RoleMemory:
     uses: Uses
     first_snapshot: int = 0
     other_snapshot: int = 0
+
+    @property
+    def still(self) -> Use:
+        """What it holds when it does nothing."""
+        return min(self.uses.values(), key=lambda use: (use.device.total, use.host.total))
 
 
 @dataclass(frozen=True)
@@ -147,17 +158,17 @@ def _adapters(lora: LoraSettings) -> Adapters:
 # ---------------------------------------------------------------- roles
 
 
-def forecast(config: RunConfig, plan: Plan, shapes: Shapes) -> Forecast:
-    """Predict a stage's memory where the plan puts it."""
-    roles = {role: _role(role, config, plan, shapes) for role in plan.roles}
+def forecast(config: RunConfig, plan: Plan, shapes: Shapes, *, turns: bool = True) -> Forecast:
+    """Predict a stage's memory where the plan puts it. turns: roles that share a GPU leave it to one another."""
+    roles = {role: _role(role, config, plan, shapes, turns and by_turns(plan, role)) for role in plan.roles}
     phases = STAGE_PHASES[plan.stage]
-    places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles))
+    places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles, turns))
     return Forecast(phases, roles, places, _cache_warnings(config, plan, roles, shapes))
 
 
-def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemory:
+def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> RoleMemory:
     if role == "rollout":
-        return RoleMemory(_engine(config, plan, shapes))
+        return RoleMemory(_engine(config, plan, shapes, turns))
     planned, settings, strategy = (
         plan.roles[role],
         model_settings(config, plan.stage),
@@ -168,7 +179,9 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemo
     crew = getattr(planned, "crew", (role,))
     work, borrowed = _work(role, config, plan), role != crew[0]
     if role not in TRAINED[plan.stage]:
-        return RoleMemory(_frozen(role, settings, sharding, work, shapes, len(crew) > 1, borrowed))
+        uses = _frozen(role, settings, sharding, work, shapes, len(crew) > 1, borrowed)
+        model = _model(shapes.policy if role == "reference" else shapes.scalars[0], settings, role == "reward", False)
+        return RoleMemory(_waiting(uses, model, sharding) if turns else uses)
     scalar = role in ("critic", "reward")
     shape = (shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy
     model = _model(shape, settings, scalar, adapts=True, borrowed=borrowed)
@@ -193,6 +206,13 @@ def _frozen(
     return frozen([_model(shape, settings, role == "reward", adapts=shares) for shape in found], sharding, work)
 
 
+def _waiting(uses: Uses, model: Model, sharding: Sharding) -> Uses:
+    """With the host memory in which what it has on its device waits for its turn; it is kept for the next time."""
+    held = replace(RoleMemory(uses).still.device, runtime=0)
+    room = Use(host=moved(model, sharding, held))
+    return {phase: use + room for phase, use in uses.items()}
+
+
 def _sent(model: Model, sharding: Sharding, config: RunConfig, plan: Plan) -> int:
     bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
     return model.own * model.size if _adapter_alone(config) else sent_bytes(model, sharding, bucket, transport)
@@ -202,7 +222,7 @@ def _adapter_alone(config: RunConfig) -> bool:
     return config.model.lora is not None and getattr(config.publish, "lora", "merged") == "adapter"
 
 
-def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
+def _engine(config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> Uses:
     rollout, planned = config.rollout, plan.roles["rollout"]
     model = _model(shapes.policy, config.model, False, False)
     sequences = min(rollout.max_sequences, -(-plan.batch.sequences // planned.ranks))
@@ -211,9 +231,8 @@ def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
     gpu = _gpu_bytes(plan, plan.group(planned.group))
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
-    if not _adapter_alone(config):
-        return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved)
-    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, served, reserved, served)
+    arriving, beside = (served, served) if _adapter_alone(config) else (received, 0)
+    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, arriving, reserved, beside, turns)
 
 
 def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> tuple[str, ...]:
@@ -277,7 +296,7 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
             continue
         size = None if node.host_memory_gb is None else int(node.host_memory_gb * GIB)
         used = {
-            phase: sum(_group_host(group, count, node.name, phase, roles) for group, count in counts if count)
+            phase: sum(_group_host(plan, group, count, node.name, phase, roles) for group, count in counts if count)
             + _store(config, plan, node.name, phase, roles, shapes)
             + (_mapped(config, plan, node.name, shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
@@ -289,25 +308,23 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
     ]
 
 
-def _group_host(group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]) -> int:
+def _group_host(
+    plan: Plan, group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]
+) -> int:
     """Bytes of a group's processes on a node: of those that take turns one works, and the others keep what they hold."""
     first = int(group.nodes[0] == node)
     if phase == "save":  # the first rank saves more than the others
         snapshots = sum(first * r.first_snapshot + (count - first) * r.other_snapshot for r in _of(group, roles))
-        return count * sum(_idle(r.uses) for r in _of(group, roles)) + snapshots
-    return count * _in_turn(phase, [(r.uses[phase].host.total, _idle(r.uses)) for r in _of(group, roles)])
+        return count * sum(r.still.host.total for r in _of(group, roles)) + snapshots
+    members = [(role, roles[role].uses[phase].host.total, roles[role].still.host.total) for role in group.roles]
+    return count * _in_turn(plan, phase, members)
 
 
-def _in_turn(phase: Phase, members: Iterable[tuple[int, int]]) -> int:
-    """Of (busy, idle) bytes of roles on one device: all that is busy or, where they take turns, the worst turn."""
-    members = list(members)
-    if phase not in TURNS:
-        return sum(busy for busy, _ in members)
-    return sum(idle for _, idle in members) + max(busy - idle for busy, idle in members)
-
-
-def _idle(uses: Uses) -> int:
-    return min(use.host.total for use in uses.values())
+def _in_turn(plan: Plan, phase: Phase, members: Sequence[tuple[Role, int, int]]) -> int:
+    """Of (role, busy, idle) bytes in one place: what all hold, and what the worst turn adds."""
+    more = [max(0, busy - idle) for role, busy, idle in members if role in BUSY.get(phase, TRAINED[plan.stage])]
+    held = sum(idle for _, _, idle in members)
+    return held + (sum(more) if phase == "publish" else max(more, default=0))
 
 
 def _of(group: GroupPlan, roles: dict[Role, RoleMemory]) -> list[RoleMemory]:
@@ -350,17 +367,21 @@ def _mapped(config: RunConfig, plan: Plan, node: str, shapes: Shapes) -> int:
     return drawn if model_settings(config, plan.stage).init == "random" else once
 
 
-def _devices(plan: Plan, roles: dict[Role, RoleMemory]) -> list[Place]:
-    """A GPU of each group. What a pass took is given back after it; the states stay."""
+def _devices(plan: Plan, roles: dict[Role, RoleMemory], turns: bool) -> list[Place]:
+    """A GPU of each group. What a pass took is given back after it; the states stay, but where roles hold the GPU by turns."""
     if plan.device == "cpu":
         return []
     places = []
     for group in plan.groups:
-        members = [(r.uses, min(use.device.total for use in r.uses.values())) for r in _of(group, roles)]
-        used = {
-            phase: _in_turn(phase, [(uses[phase].device.total, still) for uses, still in members])
-            for phase in STAGE_PHASES[plan.stage]
-        }
+        away = turns and by_turns(plan, group.roles[0])
+        used = {}
+        for phase in STAGE_PHASES[plan.stage]:
+            members = []
+            for role in group.roles:
+                use, still = roles[role].uses[phase].device, roles[role].still.device
+                awake = role == "rollout" and phase == "save"  # from the publication on its weights are there
+                members.append((role, use.total, still.runtime + awake * still.parameters if away else still.total))
+            used[phase] = _in_turn(plan, phase, members)
         places.append(Place(f"each GPU of {group.name}", used, _gpu_bytes(plan, group)))
     return places
 

@@ -24,10 +24,8 @@ SUBGROUP_ELEMENTS = 1_000_000_000
 """Elements of a rank that ZeRO-3's optimizer steps on at a time (sub_group_size)."""
 SWAPPED = 4
 """Buffers of a subgroup through which states come from NVMe: weights, gradients, two moments (buffer_count)."""
-PARAMETERS_IN_HOST = 1_000_000_000
-"""Elements of parameters that stay in host memory under zero3_nvme (max_in_cpu)."""
-PARAMETER_BUFFERS = 5 * 100_000_000
-"""Elements of the buffers through which parameters come from NVMe (buffer_count x buffer_size)."""
+PARAMETER_BUFFERS = 5
+"""Buffers of the largest shard through which parameters come from NVMe (buffer_count)."""
 
 Quantized = Literal["4bit", "8bit"]
 QUANTIZED_BYTES: dict[Quantized, float] = {"4bit": 0.5 + FLOAT32 / 64, "8bit": 1.0}
@@ -117,17 +115,13 @@ class Sharding:
 
 
 def parameters(model: Model, sharding: Sharding) -> Use:
-    """Parameters between passes. With offload a frozen one too is in host memory, and on NVMe beyond PARAMETERS_IN_HOST."""
+    """Parameters between passes; with offload those that do not learn wait in host memory or on NVMe too."""
     if sharding.zero.stage < 3:
         return at("device", parameters=model.nbytes)
-    share = sharding.part(model.parameters)
-    if sharding.zero.parameters != "nvme":
-        return at(sharding.zero.parameters, parameters=share * model.size)
-    kept = min(share, PARAMETERS_IN_HOST)
-    buffers = PARAMETER_BUFFERS * model.size
-    return Use(
-        host=Bytes(parameters=kept * model.size, buffers=buffers), nvme=Bytes(parameters=(share - kept) * model.size)
-    )
+    held = at(sharding.zero.parameters, parameters=sharding.part(model.parameters) * model.size)
+    if sharding.zero.parameters == "nvme":
+        held += at("host", buffers=PARAMETER_BUFFERS * sharding.part(model.largest))
+    return held
 
 
 def optimizer(model: Model, sharding: Sharding) -> Use:
@@ -173,10 +167,29 @@ def rounded(model: Model, sharding: Sharding) -> Use:
         return Use()
     if zero.stage < 3:
         flat = [share * FLOAT32, share * FLOAT32, share * model.size]
-    elif zero.parameters == "host":
-        subgroups, rest = divmod(share, SUBGROUP_ELEMENTS)
-        flat = [share * model.size] * 2 + [SUBGROUP_ELEMENTS * FLOAT32] * subgroups + [rest * FLOAT32]
     else:
-        kept = min(share, PARAMETERS_IN_HOST) * model.size
-        flat = [share * model.size, kept, PARAMETER_BUFFERS * model.size]
-    return at("host", fragmentation=sum((1 << (size - 1).bit_length()) - size for size in flat if size))
+        subgroups, rest = divmod(share, SUBGROUP_ELEMENTS)
+        flat = [share * model.size] * (2 if zero.parameters == "host" else 1)
+        flat += [SUBGROUP_ELEMENTS * FLOAT32] * subgroups + [rest * FLOAT32] if zero.optimizer == "host" else []
+    return at("host", fragmentation=sum(excess(size) for size in flat))
+
+
+def excess(size: int) -> int:
+    """What a page-locked buffer takes beyond its size."""
+    return (1 << (size - 1).bit_length()) - size if size else 0
+
+
+def moved(model: Model, sharding: Sharding, held: Bytes) -> Bytes:
+    """Host memory in which a role's tensors wait while other roles have its device: page-locked, each storage for itself.
+
+    held: what it has on the device between passes. ZeRO has its parameters in one storage, and one of each state.
+    """
+    if sharding.zero.stage:
+        rest = excess(held.parameters) + excess(held.gradients) + 3 * excess(held.optimizer // 3)
+    else:
+        sizes = [m.inputs * m.outputs for m in model.shape.matrices] * model.shape.layers + [
+            model.shape.word_embeddings
+        ]
+        copies = 1 + (held.optimizer > 0 and model.adapters is None) * held.optimizer / (model.base * FLOAT32)
+        rest = int(copies * sum(excess(size * model.size) for size in sizes))
+    return held + Bytes(fragmentation=rest)

@@ -89,12 +89,14 @@ def engine(
     received: int,
     reserved: int | None,
     adapters: int = 0,
+    turns: bool = False,
 ) -> Uses:
     """One device of a vLLM engine.
 
     On CPU a tied head is packed anew, beside the embeddings. `kv_cache`: on CPU; on a GPU vLLM fills what `reserved` bytes
     leave. sequences: answered at a time; of each there are logits and log-probabilities. received: bytes of the buckets
-    that are there before the weights are replaced. adapters: bytes of an adapter that it serves beside the base.
+    that are there before the weights are replaced. adapters: bytes of an adapter that it serves beside the base. turns:
+    it sleeps while other roles have its device: the weights in host memory, and the cache of keys and values given back.
     """
     weights = -(-model.nbytes // devices) + adapters
     if device == "cpu" and model.shape.tied:
@@ -102,9 +104,13 @@ def engine(
     sampling = 2 * sequences * model.shape.vocabulary * FLOAT32
     if device == "cuda":
         kv_cache = max(0, (reserved or 0) - weights - sampling - CUDA_CONTEXT)
-    still = at("device", parameters=weights, kv_cache=kv_cache)
+    still = at("device", parameters=weights, kv_cache=0 if turns else kv_cache)
+    if turns:
+        still += at("host", parameters=weights)
+    awake = still + at("device", kv_cache=kv_cache if turns else 0)
     moments: dict[Phase, list[Use]] = {phase: [still] for phase in PHASES}
-    moments["generate"] = [still + at("device", logits=sampling)]
+    moments["load"] = [awake]
+    moments["generate"] = [awake + at("device", logits=sampling)]
     moments["publish"] = [still + at("device", buffers=received)]
     return _finished(moments, Sharding("ddp", 1, device), ENGINE_RUNTIME, reserved is not None)
 
