@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from configs.schema import RunConfig, Strategy
 from placement.activations import FLOAT32
 from placement.architecture import LADDER, PRESET, Architecture
 from placement.cluster import Cluster
-from placement.forecast import Forecast, forecast, read_shapes
+from placement.forecast import SIZES, Forecast, forecast, read_shapes
 from placement.phases import CUDA_CONTEXT
 from placement.places import GIB
 from placement.plan import make_plan
@@ -85,34 +85,66 @@ def benchmark_forecast(model: str, cluster: Cluster, case: Published, *, turns: 
 
 def benchmark_config(model: str, cluster: Cluster, case: Published) -> RunConfig:
     """A run's settings as the benchmark had them: no snapshots, and the largest pass is `case.rows` rows of 512 tokens."""
-    adam, data = {"lr": 1e-5}, {"path": "prompts.jsonl"}
-    share = engine_share(Architecture.of(model), 4 if case.dtype == "float32" else 2, case.rows, cluster)
-    return RunConfig.model_validate(
-        {
-            "name": "benchmark",
-            "strategy": case.strategy,
-            "model": {"path": model, "dtype": case.dtype} | ({"lora": {"rank": 16}} if case.lora else {}),
-            "ppo": {
-                "prompts": data,
-                "steps": 3,
-                "prompts_per_step": 8 * case.rows,
-                "mini_batches": 8,
-                "epochs": 3,
-                "micro_batch_tokens": case.rows * LENGTH,
-                "max_prompt_tokens": PROMPT,
-                "actor_optimizer": adam,
-                "critic_optimizer": adam,
-            },
-            "rm": {"train": data, "optimizer": adam},
-            "rollout": {
-                "max_new_tokens": LENGTH - PROMPT,
-                "max_sequences": case.rows,
-                "gpu_memory_share": share,
-            },
-            "placement": {"layout": "colocated"},
-            "recovery": {"snapshot_every": None},
+    settings = supposed(model, cluster, case.rows, case.dtype)
+    if case.lora:
+        settings["model"]["lora"] = {"rank": 16}
+    return RunConfig.model_validate(settings | {"strategy": case.strategy})
+
+
+def supposed(model: str, cluster: Cluster, rows: int = 8, dtype: str | None = None) -> dict[str, Any]:
+    """Settings of a run that nobody wrote: the benchmark's, on all GPUs of a cluster in bfloat16, or on a CPU of it.
+
+    All roles share the devices. Where the model is too large for the engine's part of a GPU, engines of several GPUs have
+    every fourth of the nodes, or the half of a single node, for themselves.
+    """
+    shape, gpus = Architecture.of(model), cluster.nodes[0].gpus
+    dtype = dtype or ("bfloat16" if gpus else "float32")
+    size = SIZES[dtype]
+    share, devices, engine = engine_share(shape, size, rows, cluster) if gpus else 0.4, max(1, cluster.gpus), 1
+    placement: dict[str, Any] = {"layout": "colocated", "devices": {"actor": devices}}
+    if share > MOST_OF_A_GPU and cluster.gpus > 1:
+        serving = gpus * (len(cluster.nodes) // 4) or gpus // 2
+        devices, engine, share = cluster.gpus - serving, min(gpus, serving), MOST_OF_A_GPU
+        placement = {
+            "groups": [
+                {"roles": ["actor", "critic", "reference", "reward"], "devices": devices},
+                {"roles": ["rollout"], "devices": serving},
+            ]
         }
-    )
+    adam, data = {"lr": 1e-5}, {"path": "prompts.jsonl"}
+    return {
+        "name": "supposed",
+        "model": {"path": model, "dtype": dtype},
+        "ppo": {
+            "prompts": data,
+            "steps": 3,
+            "prompts_per_step": 8 * rows * devices,
+            "mini_batches": 8,
+            "epochs": 3,
+            "micro_batch_tokens": rows * LENGTH,
+            "max_prompt_tokens": PROMPT,
+            "rewards": [{"kind": "model", "path": model}],
+            "actor_optimizer": adam,
+            "critic_optimizer": adam,
+        },
+        "rollout": {
+            "max_new_tokens": LENGTH - PROMPT,
+            "max_sequences": rows,
+            "gpu_memory_share": share,
+            "tensor_parallel": engine,
+        },
+        "placement": placement,
+        "recovery": {"snapshot_every": None},
+    }
+
+
+def supposed_of(model: str, cluster: Cluster) -> dict[str, Any]:
+    """`supposed` of a name of the ladder, a folder or a hub name. Raises ValueError for another."""
+    return supposed(PRESET + model if model in LADDER else model, cluster)
+
+
+MOST_OF_A_GPU = 0.9
+"""Share of a GPU that an engine may have at most: the other processes need a context each."""
 
 
 def engine_share(shape: Architecture, size: int, sequences: int, cluster: Cluster) -> float:
@@ -126,46 +158,17 @@ def engine_share(shape: Architecture, size: int, sequences: int, cluster: Cluste
 # ---------------------------------------------------------------- 175 billion
 
 
-def large_config(nodes: int) -> RunConfig:
-    """InstructGPT's sizes on nodes of 8 GPUs: actor and reference of 175 billion parameters, critic and reward model of 6, on
-    three quarters of them; each engine on a node of its own. Every pass takes one sequence."""
-    adam, data = {"lr": 1e-5}, {"path": "prompts.jsonl"}
-    engines = nodes // 4
-    training = 8 * (nodes - engines)
-    return RunConfig.model_validate(
-        {
-            "name": "large",
-            "strategy": "zero3_offload",
-            "model": {"path": "preset:175b", "dtype": "bfloat16", "gradient_checkpointing": True},
-            "ppo": {
-                "prompts": data,
-                "steps": 3,
-                "prompts_per_step": training,
-                "micro_batch_tokens": LENGTH,
-                "max_prompt_tokens": PROMPT,
-                "actor_optimizer": adam,
-                "critic_optimizer": adam,
-            },
-            "rm": {"model": {"path": "preset:6b", "dtype": "bfloat16"}, "train": data, "optimizer": adam},
-            "rollout": {
-                "max_new_tokens": LENGTH - PROMPT,
-                "max_sequences": 64,
-                "tensor_parallel": 8,
-                "gpu_memory_share": 0.9,
-            },
-            "placement": {
-                "groups": [
-                    {"roles": ["actor", "critic", "reference", "reward"], "devices": training},
-                    {"roles": ["rollout"], "devices": 8 * engines},
-                ]
-            },
-            "recovery": {"snapshot_every": None},
-        }
-    )
+def large_config(cluster: Cluster) -> RunConfig:
+    """InstructGPT's sizes: actor and reference of 175 billion parameters, critic and reward model of 6. Each pass takes one
+    sequence, and layers are computed again in the backward pass."""
+    settings = supposed("preset:175b", cluster, rows=1)
+    settings["model"]["gradient_checkpointing"] = True
+    settings["ppo"]["rewards"] = [{"kind": "model", "path": "preset:6b"}]
+    return RunConfig.model_validate(settings | {"strategy": "zero3_offload"})
 
 
 def large_forecast(nodes: int) -> Forecast:
     """Predicted memory of `large_config` on as many nodes of 8 GPUs of 80 GB."""
-    config = large_config(nodes)
-    plan = make_plan(config, "ppo", Cluster.parse(f"{nodes}x8xA100-80GB"))
-    return forecast(config, plan, read_shapes(config, "ppo"))
+    cluster = Cluster.parse(f"{nodes}x8xA100-80GB")
+    config = large_config(cluster)
+    return forecast(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"))

@@ -28,7 +28,7 @@ from placement.phases import (
     state_bytes,
     trainer,
 )
-from placement.places import GIB, MIB, Use
+from placement.places import GIB, MIB, Bytes, Use
 from placement.shape import TRAINED, GroupPlan, Plan, Stage, transport_of
 from placement.turns import by_turns
 
@@ -63,11 +63,15 @@ class RoleMemory:
 
 @dataclass(frozen=True)
 class Place:
-    """A node's memory, or that of each GPU of a group: bytes in each phase, and what there is (none: unknown)."""
+    """A node's memory, or that of each GPU of a group: what is in it in each phase, and its size (none: unknown)."""
 
     name: str
-    used: dict[Phase, int]
+    parts: dict[Phase, Bytes]
     size: int | None
+
+    @property
+    def used(self) -> dict[Phase, int]:
+        return {phase: held.total for phase, held in self.parts.items()}
 
     @property
     def tightest(self) -> Phase:
@@ -79,7 +83,8 @@ class Place:
         return None if self.size is None else self.size - self.used[self.tightest]
 
     def as_dict(self) -> dict[str, Any]:
-        fields = {"name": self.name, "used": self.used, "size": self.size}
+        parts = {phase: held.parts() for phase, held in self.parts.items()}
+        fields = {"name": self.name, "used": self.used, "parts": parts, "size": self.size}
         return fields | {"tightest": self.tightest, "headroom": self.headroom}
 
 
@@ -188,6 +193,8 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool
     published = _sent(model, sharding, config, plan) if role == "actor" and plan.stage == "ppo" else 0
     snapshots = config.recovery.snapshot_every is not None
     uses = trainer(model, sharding, work, scores=role == "critic", published=published, snapshots=snapshots)
+    if turns:
+        uses = _waiting(uses, model, sharding)
     if not snapshots:
         return RoleMemory(uses)
     return RoleMemory(
@@ -295,36 +302,40 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
         if not any(count for _, count in counts):
             continue
         size = None if node.host_memory_gb is None else int(node.host_memory_gb * GIB)
-        used = {
-            phase: sum(_group_host(plan, group, count, node.name, phase, roles) for group, count in counts if count)
-            + _store(config, plan, node.name, phase, roles, shapes)
-            + (_mapped(config, plan, node.name, shapes) if phase == "load" else 0)
+        parts = {
+            phase: sum(
+                (_group_host(plan, group, count, node.name, phase, roles) for group, count in counts if count), Bytes()
+            )
+            + Bytes(buffers=_store(config, plan, node.name, phase, roles, shapes))
+            + Bytes(buffers=_mapped(config, plan, node.name, shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
         }
-        found.setdefault((size, tuple(used.items())), []).append(node.name)
+        found.setdefault((size, tuple(parts.items())), []).append(node.name)
     return [
-        Place(names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...", dict(used), size)
-        for (size, used), names in found.items()
+        Place(names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...", dict(parts), size)
+        for (size, parts), names in found.items()
     ]
 
 
 def _group_host(
     plan: Plan, group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]
-) -> int:
-    """Bytes of a group's processes on a node: of those that take turns one works, and the others keep what they hold."""
+) -> Bytes:
+    """What a group's processes hold on a node: of those that take turns one works, and the others keep what they hold."""
     first = int(group.nodes[0] == node)
     if phase == "save":  # the first rank saves more than the others
         snapshots = sum(first * r.first_snapshot + (count - first) * r.other_snapshot for r in _of(group, roles))
-        return count * sum(r.still.host.total for r in _of(group, roles)) + snapshots
-    members = [(role, roles[role].uses[phase].host.total, roles[role].still.host.total) for role in group.roles]
-    return count * _in_turn(plan, phase, members)
+        return sum((r.still.host for r in _of(group, roles)), Bytes()) * count + Bytes(buffers=snapshots)
+    members = [(role, roles[role].uses[phase].host, roles[role].still.host) for role in group.roles]
+    return _in_turn(plan, phase, members) * count
 
 
-def _in_turn(plan: Plan, phase: Phase, members: Sequence[tuple[Role, int, int]]) -> int:
-    """Of (role, busy, idle) bytes in one place: what all hold, and what the worst turn adds."""
-    more = [max(0, busy - idle) for role, busy, idle in members if role in BUSY.get(phase, TRAINED[plan.stage])]
-    held = sum(idle for _, _, idle in members)
-    return held + (sum(more) if phase == "publish" else max(more, default=0))
+def _in_turn(plan: Plan, phase: Phase, members: Sequence[tuple[Role, Bytes, Bytes]]) -> Bytes:
+    """Of what roles in one place hold, busy and idle: the worst turn, in which the others idle. Publishing takes both ends."""
+    working = [role for role, _, _ in members if role in BUSY.get(phase, TRAINED[plan.stage])]
+    more = {role: busy.total - idle.total for role, busy, idle in members if role in working}
+    if phase != "publish" and more:
+        working = [max(working, key=lambda role: more[role])]
+    return sum((busy if role in working and more[role] > 0 else idle for role, busy, idle in members), Bytes())
 
 
 def _of(group: GroupPlan, roles: dict[Role, RoleMemory]) -> list[RoleMemory]:
@@ -374,15 +385,16 @@ def _devices(plan: Plan, roles: dict[Role, RoleMemory], turns: bool) -> list[Pla
     places = []
     for group in plan.groups:
         away = turns and by_turns(plan, group.roles[0])
-        used = {}
+        parts = {}
         for phase in STAGE_PHASES[plan.stage]:
             members = []
             for role in group.roles:
                 use, still = roles[role].uses[phase].device, roles[role].still.device
                 awake = role == "rollout" and phase == "save"  # from the publication on its weights are there
-                members.append((role, use.total, still.runtime + awake * still.parameters if away else still.total))
-            used[phase] = _in_turn(plan, phase, members)
-        places.append(Place(f"each GPU of {group.name}", used, _gpu_bytes(plan, group)))
+                asleep = Bytes(runtime=still.runtime, parameters=awake * still.parameters)
+                members.append((role, use, asleep if away else still))
+            parts[phase] = _in_turn(plan, phase, members)
+        places.append(Place(f"each GPU of {group.name}", parts, _gpu_bytes(plan, group)))
     return places
 
 

@@ -41,6 +41,9 @@ class Bytes:
         more = {name: getattr(self, name) + size for name, size in other.parts().items() if size}
         return replace(self, **more) if more else self
 
+    def __mul__(self, count: int) -> Self:
+        return replace(self, **{name: count * size for name, size in self.parts().items() if size})
+
 
 NOTHING = Bytes()
 
