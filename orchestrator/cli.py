@@ -98,6 +98,8 @@ def plan(
 
         from orchestrator.planning import asked_for, cluster_of, planned
 
+        if picture and picture.suffix not in (".svg", ".png", ".html"):
+            raise typer.BadParameter(f"was {picture}; must end in .svg, .png, .html", param_hint="--picture")
         where = cluster_of(cluster)
         asked = asked_for(config, model, [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])], where)
         plans, chosen = planned(asked, where)

@@ -17,14 +17,11 @@ from placement import Plan
 from placement.forecast import Forecast, Place
 from placement.places import GIB
 
-FORMATS = (".svg", ".png", ".html")
 COLORS = (*SERIES, "#84cc16", "#94a3b8")
 
 
 def draw(plans: Sequence[Plan], file: Path) -> None:
-    """Draw the plans' places. Raises BadParameter for another kind of file, or where no memory is predicted."""
-    if file.suffix not in FORMATS:
-        raise typer.BadParameter(f"was {file}; must end in {', '.join(FORMATS)}", param_hint="--picture")
+    """Draw the plans' places to a .svg, .png or .html. Raises BadParameter where no memory is predicted."""
     panels = [
         (f"{plan.stage}: {place.name.replace('+', ' + ')}", place)
         for plan in plans
