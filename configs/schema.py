@@ -27,6 +27,8 @@ from configs.strategies import Strategy as Strategy
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
+Shared = Literal["actor", "critic", "reference", "reward"]
+"""A role that can share its base with others."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
@@ -559,6 +561,9 @@ class RunConfig(Settings):
     auto: the fastest that fits, by the plan."""
     strategies: dict[Role, Strategy] = {}
     """Another strategy for single roles."""
+    share: list[Shared] = []
+    """Roles of PPO that one frozen base serves, in one process of each rank, by adapters and heads: actor, critic, reference,
+    reward. Needs `model.lora`; the results are those of the same roles apart."""
     model: ModelSettings
     """The starting model."""
     plugins: list[str] = []
@@ -587,6 +592,16 @@ class RunConfig(Settings):
     """Recovery from faults."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
+
+    @model_validator(mode="after")
+    def _can_share(self) -> Self:
+        if len(self.share) == 1:
+            raise ValueError(f"share: {self.share[0]} alone shares nothing; name two roles or more, or none")
+        if twice := [role for role in self.share if self.share.count(role) > 1]:
+            raise ValueError(f"share: {twice[0]} stands more than once")
+        if self.share and self.model.lora is None:
+            raise ValueError("share: needs model.lora, which is none: only a base that no role trains serves several")
+        return self
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)

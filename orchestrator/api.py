@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -55,12 +55,14 @@ def run_stages(config: RunConfig, stages: Sequence[Stage] | None = None, console
     return go_on(Run.begin(config, stages or described(config)), console)
 
 
-def go_on(run: Run, console: Console | None = None) -> Result:
-    """Run what is left of a run. Errors: see run_stages."""
+def go_on(
+    run: Run, console: Console | None = None, classes: Mapping[Stage, Callable[[Run, Console], StageRun]] = CLASSES
+) -> Result:
+    """Run what is left of a run. classes: what runs each stage. Errors: see run_stages."""
     console = console or Console()
     left = [stage for stage in run.stages if not run.finished(stage)]
     check(run, left)
-    jobs = [CLASSES[stage](run, console) for stage in left]
+    jobs = [classes[stage](run, console) for stage in left]
     for job in jobs:
         job.read()
     run.keep()

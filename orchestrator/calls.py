@@ -26,6 +26,7 @@ class WorkerGroup:
 
     role: Role
     handles: list[ActorHandle]
+    """Rank -> its process, which may be that of other roles too."""
     place: str
     """Name of its placement group: roles with the same place take turns."""
     deadlines: Deadlines
@@ -115,7 +116,7 @@ class Call(Generic[T]):
         for rank in ranks:
             name = f"{self.group.role}-{rank}.{self.method}"
             call = self.group.handles[rank].call.options(num_returns=self.keep + 1, name=name)
-            refs = call.remote(self.method, *self.args[rank])
+            refs = call.remote(self.group.role, self.method, *self.args[rank])
             self._refs[rank] = list(refs) if self.keep else [refs]
 
     def pending(self) -> dict[ObjectRef, int]:

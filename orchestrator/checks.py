@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 
 from configs import RunConfig
-from configs.schema import ROLES, HttpReward, PPOSettings
-from orchestrator.run import Run, RunError
+from configs.schema import ROLES, HttpReward, ModelReward, ModelSettings, PPOSettings
+from orchestrator.run import Run, RunError, local
 from placement.shape import Stage
+from workers.adapters import real, refuse_other_base
 from workers.functions import find_function
 
 
@@ -42,6 +43,7 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
     if "ppo" in stages and config.ppo:
         _check_names(config.ppo)
         _check_functions(config.ppo, run)
+        _check_sharing(config, config.ppo, run)
 
 
 def _check_folder(config: RunConfig) -> None:
@@ -100,6 +102,35 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
             )
     for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
         find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def _check_sharing(config: RunConfig, ppo: PPOSettings, run: Run) -> None:
+    """Reward models that are to share a base are adapters on the model that PPO starts from."""
+    base = str(run.model("sft")) if "sft" in run.stages else local(config.model.path)
+    models = [(i, source) for i, source in enumerate(ppo.rewards) if isinstance(source, ModelReward)]
+    if "reward" not in config.share:
+        models = models[: int("critic" in config.share)]  # the critic starts from the first
+    for i, source in models:
+        if source.path or run.finished("rm"):
+            try:
+                refuse_other_base(local(source.path or str(run.model("rm"))), base)
+            except ValueError as error:
+                raise RunError(f"ppo.rewards.{i}.path: {error}") from error
+        elif config.rm and config.rm.model:
+            _check_own_model(config.rm.model, base)
+
+
+def _check_own_model(settings: ModelSettings, base: str) -> None:
+    """Whether a reward model that starts from a model of its own will be an adapter on the base."""
+    if settings.lora is None:
+        raise RunError(
+            "rm.model.lora: none, but a reward model that shares its base (`share`) is an adapter; set lora.rank"
+        )
+    if real(local(settings.path)) != real(base):
+        raise RunError(
+            f"rm.model.path: was {settings.path!r}, but a reward model that shares its base (`share`) must start from "
+            f"the model that PPO starts from, {base}; leave rm.model out"
+        )
 
 
 def _check_token(reward: HttpReward, setting: str) -> None:

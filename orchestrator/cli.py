@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,11 @@ Accept = Annotated[
     bool, typer.Option("--accept-changes", help="Go on with a run that began with settings which change its results.")
 ]
 RunFolder = Annotated[Path, typer.Argument(help="The run's folder, runs/<name>.")]
+
+
+def _dashed(name: str, text: str) -> Any:
+    """An option of the original benchmark, which wrote names with underscores; dashes do as well."""
+    return typer.Option(f"--{name.replace('-', '_')}", f"--{name}", min=0, help=text)
 
 
 @app.callback()
@@ -167,6 +172,95 @@ def chat(
         from orchestrator.answer import converse
 
         converse(run, stage, Console())
+
+
+@app.command()
+def bench(
+    overrides: Overrides = None,
+    model: Annotated[str, typer.Option(help="s, m, l, xl, 2b, ... 175b (GPT-2 shapes), or a config.json.")] = "s",
+    strategy: Annotated[
+        str, typer.Option(help="As the setting `strategy`; the original's names are understood.")
+    ] = "ddp",
+    experience_batch_size: Annotated[
+        int, _dashed("experience-batch-size", "Prompts answered at a time, per rank.")
+    ] = 8,
+    train_batch_size: Annotated[int, _dashed("train-batch-size", "Samples of an optimizer step, per rank.")] = 8,
+    num_episodes: Annotated[int, _dashed("num-episodes", "Episodes.")] = 3,
+    max_timesteps: Annotated[int, _dashed("max-timesteps", "Batches of experience in an episode.")] = 8,
+    update_timesteps: Annotated[int, _dashed("update-timesteps", "Batches of experience between updates.")] = 8,
+    max_epochs: Annotated[int, _dashed("max-epochs", "Passes over the experience of an update.")] = 3,
+    lora_rank: Annotated[int, _dashed("lora-rank", "Train adapters of this rank; 0: all weights.")] = 0,
+    share: Annotated[str, typer.Option(help="Roles on one base: actor,critic,reference,reward.")] = "",
+    layout: Annotated[str, typer.Option(help="separate, paired or colocated.")] = "separate",
+    devices: Annotated[int, typer.Option(min=1, help="Ranks of each role.")] = 1,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    lengths: Annotated[str, typer.Option(metavar="PROMPT,TOTAL", help="Tokens of a prompt, and in all.")] = "400,512",
+    capacity: Annotated[
+        bool,
+        typer.Option(
+            "--capacity",
+            help="Search the largest model that runs, per strategy (commas between), beside ddp in float32.",
+        ),
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="With --capacity: a limit such as 16GiB; none: what is available now.")
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write JSON; -: to standard output.")
+    ] = None,
+) -> None:
+    """PPO on random prompts and random models: throughput, TFLOPS, memory. The original benchmark's flags and defaults."""
+    with _errors():
+        from orchestrator.bench import Benchmark, bench
+        from orchestrator.bench_text import print_bench
+
+        prompt, total = _lengths(lengths)
+        asked = Benchmark(
+            model=model,
+            strategy=strategy,
+            experience_batch_size=experience_batch_size,
+            train_batch_size=train_batch_size,
+            num_episodes=num_episodes,
+            max_timesteps=max_timesteps,
+            update_timesteps=update_timesteps,
+            max_epochs=max_epochs,
+            lora_rank=lora_rank,
+            share=tuple(filter(None, share.split(","))),
+            layout=layout,
+            devices=devices,
+            precision=precision,
+            prompt=prompt,
+            total=total,
+        )
+        console = Console(stderr=json_file == "-")
+        if capacity:
+            from orchestrator import capacity as search
+
+            limit = search.memory_of(memory) if memory else None
+            found = search.capacity(search.ways(asked, overrides or []), limit, console)
+        else:
+            found = bench(asked, overrides or [], console)
+            print_bench(found, console)
+        _write_json(found, json_file)
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    try:
+        prompt, total = map(int, text.split(","))
+    except ValueError:
+        prompt, total = 0, 0
+    if not 0 < prompt < total:
+        raise typer.BadParameter(f"was {text!r}; must be PROMPT,TOTAL such as 400,512", param_hint="--lengths")
+    return prompt, total
+
+
+def _write_json(value: Any, file: str | None) -> None:
+    import json
+
+    if file == "-":
+        print(json.dumps(value, indent=1))
+    elif file:
+        Path(file).write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None, accept_changes: bool) -> None:

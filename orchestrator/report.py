@@ -418,7 +418,12 @@ def _ppo(run: _Run) -> _Stage | None:
                 "Of each step.",
                 {"tokens_per_second": "tokens/s"},
             ),
-            show("Memory per role", "GiB.", {f"memory_gib/{role}": role for role in ROLES}, wide=True),
+            show(
+                "Memory per process",
+                "GiB of each role's workers and of the driver.",
+                {f"memory_gib/{who}": who for who in (*ROLES, "driver")},
+                wide=True,
+            ),
         ],
     )
 

@@ -36,7 +36,18 @@ from placement.shape import Stage
 STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
 OWN: dict[Stage, tuple[str, ...]] = {"sft": ("sft",), "rm": ("rm",), "ppo": ("ppo", "rollout", "publish")}
 """Settings that no other stage looks at: they may change until the stage has begun."""
-FREE = ("cluster", "checkpoint", "deadlines", "recovery", "runs", "placement", "strategy", "strategies", "offload")
+FREE = (
+    "cluster",
+    "checkpoint",
+    "deadlines",
+    "recovery",
+    "runs",
+    "placement",
+    "strategy",
+    "strategies",
+    "offload",
+    "share",
+)
 """Settings that may change at any time: no result depends on them (on where roles lie and how they are sharded, none beyond
 float tolerance)."""
 

@@ -29,6 +29,7 @@ from orchestrator.team import Team
 from placement.plan import Plan
 from placement.shape import Stage as StageName
 from workers.data import Row, RowKind, read_rows
+from workers.examine import proportional_memory
 
 
 class RefusedError(RuntimeError):
@@ -214,11 +215,12 @@ class StageRun:
         self.seconds[name] = time.monotonic() - started
 
     def spent(self) -> dict[str, float]:
-        """Metrics of the step: seconds of its phases, memory of each role."""
-        memory = self.team.memory()
+        """Seconds of the phases since the step before was recorded, a snapshot or checkpoint of that one among them; memory
+        of each role and of this process."""
+        memory = self.team.memory() | {"driver": proportional_memory()}
         return {
             **{f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()},
-            **{f"memory_gib/{role}": size / 2**30 for role, size in memory.items()},
+            **{f"memory_gib/{who}": size / 2**30 for who, size in memory.items()},
         }
 
     def finish_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -234,10 +236,11 @@ class StageRun:
         if step == self.steps:
             return  # the model is about to be exported, and the stage is over
         if self.stop.asked or (every and step % every == 0):
-            with self.run.tolerating(self.warn):
+            with self.phase("save"), self.run.tolerating(self.warn):
                 self.save()
         if (often := self.config.recovery.snapshot_every) and step % often == 0:
-            self.snapshot = self.team.snapshot(step, self.state(), self.trained())
+            with self.phase("snapshot"):
+                self.snapshot = self.team.snapshot(step, self.state(), self.trained())
         self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
 
     def _count_refusals(self, metrics: dict[str, float]) -> None:

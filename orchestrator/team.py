@@ -38,6 +38,7 @@ from orchestrator.snapshot import RankFiles, Snapshot, alive_nodes
 from placement.groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
 from placement.shape import transport_of
+from placement.site import floor_to
 from placement.turns import by_turns
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
@@ -94,34 +95,50 @@ class Team:
             for role, planned in plan.roles.items():
                 group = WorkerGroup(role, [], planned.group, team.deadlines, fellows=fellows)
                 if role == "rollout" or (role in ("reference", "reward") and plan.stage == "ppo"):
-                    group.mend = team._mend
-                    group.collective = role == "reference"
-                group.handles = [team._spawn(role, rank) for rank in range(planned.ranks)]
+                    # With a process that serves others too, what those had learned is gone.
+                    group.mend = team._mend if planned.crew == (role,) else None
+                    group.collective = role == "reference" or len(planned.crew) > 1
                 team.groups[role] = group
                 fellows.append(group)
+            team._spawn({role: range(planned.ranks) for role, planned in plan.roles.items()})
             team._meet({role: list(range(len(group))) for role, group in team.groups.items()})
         except BaseException:
             team.stop()
             raise
         return team
 
-    def _spawn(self, role: Role, rank: int) -> ActorHandle:
-        planned = self.plan.roles[role]
-        kind = "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role]
-        place, bundle = bundle_of(self.plan, role, rank)
-        turns = by_turns(self.plan, role)
-        spec = WorkerSpec(self.config, role, rank, planned.ranks, self.plan.device, planned.threads, turns)
-        started = self._starts[role, rank]
-        self._starts[role, rank] += 1
+    def _spawn(self, ranks: Mapping[Role, Sequence[int]]) -> None:
+        """Start the processes of these ranks of roles; roles that share a process stand there with the same ranks."""
+        for crew in dict.fromkeys(self.plan.roles[role].crew for role in ranks):
+            for rank in ranks[crew[0]]:
+                handle = self._start_process(crew, rank)
+                for role in crew:
+                    handles = self.groups[role].handles
+                    handles[rank : rank + 1] = [handle]
+
+    def _start_process(self, crew: tuple[Role, ...], rank: int) -> ActorHandle:
+        """The process of a rank of one role, or of several that share one."""
+        plans = [self.plan.roles[role] for role in crew]
+        first, device = plans[0], self.plan.device
+        place, bundle = bundle_of(self.plan, first.role, rank)
+        started = self._starts[crew[0], rank]
+        self._starts.update((role, rank) for role in crew)
         options: dict[str, Any] = {
-            "name": f"{self.config.name}/{role}-{rank}" + (f" restart {started}" if started else ""),
+            "name": f"{self.config.name}/{'+'.join(crew)}-{rank}" + (f" restart {started}" if started else ""),
             "namespace": "troupe",
-            "num_cpus": planned.cpus,
-            "num_gpus": planned.gpus,
+            "num_cpus": floor_to(sum(planned.cpus for planned in plans), 4),
+            "num_gpus": floor_to(sum(planned.gpus for planned in plans), 4),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._places[place], bundle),
-            "runtime_env": {"env_vars": environment(self.config, role, self.plan.device, planned.threads)},
+            "runtime_env": {"env_vars": environment(self.config, first.role, device, first.threads)},
         }
-        return ray.remote(Host).options(**options).remote(kind, spec)
+        hosted = [
+            (
+                "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role],
+                WorkerSpec(self.config, role, rank, first.ranks, device, first.threads, by_turns(self.plan, role)),
+            )
+            for role in crew
+        ]
+        return ray.remote(Host).options(**options).remote(hosted)
 
     def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
         """Find out where new workers are, and tell the ranks of each role where they meet."""
@@ -135,9 +152,8 @@ class Team:
 
     def stop(self) -> None:
         """End the workers and give their placement groups back."""
-        for group in self.groups.values():
-            for handle in group.handles:
-                ray.kill(handle)
+        for handle in {handle for group in self.groups.values() for handle in group.handles}:
+            ray.kill(handle)
         try:
             remove_groups(self._places)
         except PlacementError as error:  # an end that is slow must not hide why it came
@@ -162,15 +178,14 @@ class Team:
             lost.setdefault(role, []).append(rank)
         for role in [*lost, *anew]:
             if role in anew or self.groups[role].collective:
-                lost[role] = list(range(len(self.groups[role])))
+                lost |= {fellow: list(range(len(self.groups[fellow]))) for fellow in self.plan.roles[role].crew}
         gone = [(role, rank) for role, ranks in lost.items() for rank in ranks]
         known = {place: where for role in lost for place, where in self.groups[role].places().items()}
         end({rank: known[rank] for rank in gone if rank in known})
         for role, rank in gone:
             ray.kill(self.groups[role].handles[rank])
         await_groups(self.plan, self.config.name, self._places, self.config.recovery.node_timeout)
-        for role, rank in gone:
-            self.groups[role].handles[rank] = self._spawn(role, rank)
+        self._spawn(lost)
         self._meet(lost)
         for calls in zip_longest(*(self.groups[role].prepared(ranks) for role, ranks in lost.items())):
             together(*calls)
@@ -273,11 +288,10 @@ class Team:
         together(*(self.groups[role].prepare("add_rows", name, ref) for role in roles))
 
     def memory(self) -> dict[Role, int]:
-        """Bytes of each role's workers, proportional set size."""
+        """Bytes of each role's workers, proportional set size; of a process that serves several roles, each has an equal part."""
         roles = list(self.groups)
-        return dict(
-            zip(roles, (sum(m) for m in together(*(self.groups[r].call("memory") for r in roles))), strict=True)
-        )
+        found = together(*(self.groups[role].call("memory") for role in roles))
+        return {role: sum(each) // len(self.plan.roles[role].crew) for role, each in zip(roles, found, strict=True)}
 
     # ------------------------------------------------------------ rollouts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from configs.schema import PlacementSettings, Role, RunConfig, Strategy
@@ -59,6 +60,13 @@ def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
     return ("actor", *critic, "reference", "reward", "rollout")
 
 
+def crews_of(config: RunConfig, roles: tuple[Role, ...]) -> list[tuple[Role, ...]]:
+    """The roles of each process of a rank: those of `share` together, every other one alone."""
+    together = tuple(role for role in roles if role in config.share)
+    alone: list[tuple[Role, ...]] = [(role,) for role in roles if role not in config.share]
+    return [together, *alone] if together else alone
+
+
 def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
     """How a role is sharded. A frozen one has parameters only, and only the reference's can be sharded."""
     if role == "rollout":
@@ -68,16 +76,25 @@ def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
     return strategy if sharded else "ddp"
 
 
-def partition(placement: PlacementSettings, roles: tuple[Role, ...]) -> tuple[list[Share], list[Problem]]:
+def partition(
+    placement: PlacementSettings, roles: tuple[Role, ...], crews: Sequence[tuple[Role, ...]] = ()
+) -> tuple[list[Share], list[Problem]]:
     """The groups of the roles that the stage needs, and what is wrong with them."""
     if placement.groups is None:
-        return preset(placement, placement.layout, roles), []
+        return preset(placement, placement.layout, roles, crews), []
     problems = []
     shares = [
         Share(kept, group.devices, group.packing, f"placement.groups.{index}")
         for index, group in enumerate(placement.groups)
         if (kept := tuple(role for role in roles if role in group.roles))
     ]
+    for crew in crews:
+        places = [share for share in shares if set(crew) & set(share.roles)]
+        if len(places) > 1:
+            named = ", ".join(
+                f"{share.setting} holds {', '.join(r for r in share.roles if r in crew)}" for share in places
+            )
+            problems.append(Problem("share", f"{', '.join(crew)} live in one process, so in one group, but {named}"))
     missing = [role for role in roles if not any(role in share.roles for share in shares)]
     if missing:
         text = f"no group holds {', '.join(missing)}; the stage needs each of {', '.join(roles)} in one group"
@@ -89,13 +106,16 @@ def partition(placement: PlacementSettings, roles: tuple[Role, ...]) -> tuple[li
     return shares, problems
 
 
-def preset(placement: PlacementSettings, layout: str, roles: tuple[Role, ...]) -> list[Share]:
-    """A preset's groups; a group has as many devices as its largest role."""
-    return [
-        Share(kept, _devices(placement, kept), "PACK", _setting(placement, kept))
-        for group in PRESETS[layout]
-        if (kept := tuple(role for role in group if role in roles))
-    ]
+def preset(
+    placement: PlacementSettings, layout: str, roles: tuple[Role, ...], crews: Sequence[tuple[Role, ...]] = ()
+) -> list[Share]:
+    """A preset's groups, those joined that hold roles of one process; a group has as many devices as its largest role."""
+    groups = [set(group) & set(roles) for group in PRESETS[layout]]
+    for crew in crews:
+        joined = set[Role]().union(*(group for group in groups if group & set(crew)))
+        groups = [joined if group & set(crew) else group for group in groups]
+    kept = dict.fromkeys(tuple(role for role in roles if role in group) for group in groups if group)
+    return [Share(group, _devices(placement, group), "PACK", _setting(placement, group)) for group in kept]
 
 
 def with_engines(shares: list[Share], size: int) -> list[Share]:

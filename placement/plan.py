@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from configs.schema import Role, RunConfig
+from configs.strategies import ZERO
 from placement.batch import plan_batch
 from placement.cluster import Cluster
-from placement.layout import Share, partition, roles_of, strategy_in, with_engines
+from placement.layout import Share, crews_of, partition, roles_of, strategy_in, with_engines
 from placement.shape import PHASES, BatchPlan, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
 from placement.site import Laid, Site, floor_to
 from placement.table import render
@@ -27,7 +28,9 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster) -> Plan:
     if getattr(config, stage) is None:
         raise PlanError(stage, [Problem(stage, f"the stage has no settings; give it a section `{stage}:`")])
     roles = roles_of(config, stage)
-    shares, problems = partition(config.placement, roles)
+    crews = tuple(crews_of(config, roles))
+    shares, problems = partition(config.placement, roles, crews)
+    problems += _sharing_problems(config, stage, crews)
     if not shares:
         raise PlanError(stage, problems)
     device: Device = config.device if config.device != "auto" else "cuda" if cluster.gpus else "cpu"
@@ -40,14 +43,15 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster) -> Plan:
     if device == "cuda" and not cluster.gpus:
         problems.append(Problem("device", "cuda, but the cluster has no GPU; cpu or auto would fit"))
         raise PlanError(stage, problems)
-    site = Site(cluster, device, config.placement, roles)
+    site = Site(cluster, device, config.placement, roles, crews)
     laid = site.lay(shares)
     if laid is None:
         problems += site.misfits(shares)
     if problems or laid is None:
         raise PlanError(stage, problems)
     groups = tuple(_group(share, device, nodes, laid, cluster) for share, nodes in zip(shares, laid.nodes, strict=True))
-    planned = {role: _role(role, config, stage, shares, laid, device, cluster) for role in roles}
+    planned = {role: _role(role, crew, config, stage, shares, laid, device, cluster) for crew in crews for role in crew}
+    planned = {role: planned[role] for role in roles}
     return Plan(stage, device, cluster, groups, planned, batch)
 
 
@@ -59,7 +63,14 @@ def _group(share: Share, device: Device, nodes: tuple[int, ...], laid: Laid, clu
 
 
 def _role(
-    role: Role, config: RunConfig, stage: Stage, shares: Sequence[Share], laid: Laid, device: Device, cluster: Cluster
+    role: Role,
+    crew: tuple[Role, ...],
+    config: RunConfig,
+    stage: Stage,
+    shares: Sequence[Share],
+    laid: Laid,
+    device: Device,
+    cluster: Cluster,
 ) -> RolePlan:
     share = next(share for share in shares if role in share.roles)
     bundle = share.request(device, laid.cpus_per_device).bundle
@@ -68,10 +79,11 @@ def _role(
         share.name,
         ranks=share.ranks(role),
         devices_per_rank=share.tensor_parallel if role == "rollout" else 1,
-        threads=_threads(role, stage, shares, laid, cluster),
+        threads=min(_threads(member, stage, shares, laid, cluster) for member in crew),
         cpus=floor_to(bundle["CPU"] / len(share.roles), 4),
         gpus=floor_to(bundle.get("GPU", 0.0) / len(share.roles), 4),
         strategy=strategy_in(stage, role, config),
+        crew=crew,
     )
 
 
@@ -88,6 +100,18 @@ def _threads(role: Role, stage: Stage, shares: Sequence[Share], laid: Laid, clus
         return sum(nodes.count(node) * s.devices_per_bundle for s, nodes in placed if phase & set(s.roles))
 
     return min(max(1, int(cluster.nodes[node].cpus / max(busy(node, phase) for phase in phases))) for node in set(own))
+
+
+def _sharing_problems(config: RunConfig, stage: Stage, crews: Sequence[tuple[Role, ...]]) -> list[Problem]:
+    """Roles of one process whose strategy shards the base that they are to share."""
+    problems = []
+    for role in (role for crew in crews if len(crew) > 1 for role in crew):
+        strategy = strategy_in(stage, role, config)
+        if strategy and ZERO[strategy].stage == 3:
+            setting = f"strategies.{role}" if role in config.strategies else "strategy"
+            text = f"{strategy} shards the parameters of {role}, which `share` keeps whole for all its roles; "
+            problems.append(Problem(setting, text + "zero2, zero1 or ddp would fit"))
+    return problems
 
 
 def _engine_problems(config: RunConfig, shares: Sequence[Share], device: Device, cluster: Cluster) -> list[Problem]:

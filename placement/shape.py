@@ -65,6 +65,7 @@ class RolePlan:
         threads: CPU threads of each process of a worker (an engine has one for each of its devices).
         cpus, gpus: what each worker asks for of its bundle.
         strategy: how the states are sharded over the ranks; none for rollout.
+        crew: the roles that its processes serve, itself among them; each process asks for what all of them ask for.
     """
 
     role: Role
@@ -75,6 +76,7 @@ class RolePlan:
     cpus: float
     gpus: float
     strategy: Strategy | None
+    crew: tuple[Role, ...]
 
 
 @dataclass(frozen=True)

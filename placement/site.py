@@ -35,6 +35,7 @@ class Site:
     device: Device
     placement: PlacementSettings
     roles: tuple[Role, ...]
+    crews: tuple[tuple[Role, ...], ...] = ()
 
     def lay(self, shares: list[Share]) -> Laid | None:
         """By the settings' cores per device; by default 1 beside a GPU, else as many as let everything fit."""
@@ -101,7 +102,7 @@ class Site:
 
     def _preset_fits(self, layout: str, shares: list[Share]) -> bool:
         size = max(share.tensor_parallel for share in shares)
-        groups = with_engines(preset(self.placement, layout, self.roles), size)
+        groups = with_engines(preset(self.placement, layout, self.roles, self.crews), size)
         works = self.device == "cpu" or all(share.engines_fit for share in groups)
         return works and self.lay(groups) is not None
 

@@ -7,13 +7,16 @@ from placement.shape import Plan
 
 
 def by_turns(plan: Plan, role: Role) -> bool:
-    """Roles of one group on GPUs. On CPU there is no other memory to go to."""
-    return plan.device == "cuda" and len(plan.group(plan.roles[role].group).roles) > 1
+    """Processes of one group on GPUs. On CPU there is no other memory to go to."""
+    planned = plan.roles[role]
+    return plan.device == "cuda" and len(plan.group(planned.group).roles) > len(planned.crew)
 
 
 def in_words(plan: Plan) -> str | None:
     """What roles that share devices do; none where no role does."""
-    shared = [" + ".join(group.roles) for group in plan.groups if len(group.roles) > 1]
+    shared = [
+        " + ".join(group.roles) for group in plan.groups if len({plan.roles[role].crew for role in group.roles}) > 1
+    ]
     if not shared:
         return None
     if plan.device == "cpu":

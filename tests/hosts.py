@@ -31,21 +31,27 @@ def run_config(**settings: Any) -> RunConfig:
 
 
 class Hosts:
-    """Groups by kind and strategy; each is started when it is first asked for."""
+    """Groups by kind and size; each is started when it is first asked for. A trainer takes up the strategy asked for at its
+    next `load`, so that one process serves many tests: most of a test would be its start."""
 
     def __init__(self) -> None:
-        self.groups: dict[tuple[str, Strategy, int], WorkerGroup] = {}
+        self.groups: dict[tuple[str, int, bool], WorkerGroup] = {}
 
-    def group(self, kind: str, role: Role, strategy: Strategy = "ddp", ranks: int = 1) -> WorkerGroup:
-        key = (kind, strategy, ranks)
+    def group(
+        self, kind: str, role: Role, strategy: Strategy = "ddp", ranks: int = 1, another: bool = False
+    ) -> WorkerGroup:
+        """another: other processes than without it."""
+        key = (kind, ranks, another)
         if key not in self.groups:
             plugin = "tests.learners" if kind.startswith("open") else "tests.faults"
-            config = run_config(strategy=strategy, plugins=[plugin])
+            config = run_config(plugins=[plugin])
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
-            handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote(kind, spec) for spec in specs]
-            self.groups[key] = WorkerGroup(role, handles, f"{kind}-{strategy}", DEADLINES)
+            handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote([(kind, spec)]) for spec in specs]
+            self.groups[key] = WorkerGroup(role, handles, " ".join(map(str, key)), DEADLINES)
             self.groups[key].call("join", self.groups[key].first("address")).get()
+        if role != "rollout":
+            self.groups[key].call("become", strategy, {}).get()
         return self.groups[key]
 
     def stop(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from deepspeed import zero
 from torch import Tensor
 
-from configs.schema import ModelSettings, OffloadSettings, OptimizerSettings, Strategy
+from configs.schema import OffloadSettings, Strategy
 from workers.host import KINDS
 from workers.policy import PolicyWorker
 from workers.trainer import Trainer
@@ -90,12 +90,6 @@ class Open(Trainer):
         adams = self._masters()
         adams += [state[name] for state in self._adam_states() for name in ("exp_avg", "exp_avg_sq")]
         return {str(p.dtype) for p in self.model.parameters()}, {str(tensor.dtype) for tensor in adams}
-
-    def load(
-        self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0
-    ) -> int:
-        self.peft = None
-        return super().load(path, settings, optimizer, dropout)
 
     def add_noise(self, scale: float, seed: int) -> None:
         """Move every parameter that is trained."""

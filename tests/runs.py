@@ -24,6 +24,13 @@ def assert_same_model(a: Path, b: Path) -> None:
     assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
 
 
+def flip_bit(path: Path, at: int = 0) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():

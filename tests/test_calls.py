@@ -25,9 +25,9 @@ pytestmark = pytest.mark.slow
 
 
 class Rank:
-    """What a group needs of an actor: `call`."""
+    """What a group needs of an actor: `call`. Here the role does not matter."""
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, role: Role, method: str, *args: Any) -> Any:
         return getattr(self, method)(*args)
 
     def ping(self) -> int:
@@ -89,7 +89,7 @@ def group_of(idle: Handles, taken: Handles) -> Start:
             idle.append(ray.remote(Rank).options(num_cpus=0).remote())
         mine = [idle.pop() for _ in range(ranks)]
         taken.extend(mine)
-        places = ray.get([handle.call.remote("whereabouts") for handle in mine])
+        places = ray.get([handle.call.remote(role, "whereabouts") for handle in mine])
         deadlines = Deadlines(DeadlineSettings(start=timeout, train=timeout))
         return WorkerGroup(role, mine, place or role, deadlines, whereabouts=dict(enumerate(places)))
 

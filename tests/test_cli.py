@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from orchestrator.cli import app
 from tests.micro import write_micro
 
-COMMANDS = ("sft", "rm", "ppo", "pipeline", "resume", "plan", "config", "report", "generate", "chat")
+COMMANDS = ("sft", "rm", "ppo", "pipeline", "resume", "plan", "config", "report", "generate", "chat", "bench")
 ROOT = Path(__file__).parents[1]
 
 

@@ -19,6 +19,7 @@ from configs import RunConfig
 from orchestrator.integrity import CHECKSUMS, DiskError, seal, verify, whole_folder, write_json
 from orchestrator.metrics import Recorder, read_metrics
 from orchestrator.run import Run
+from tests.runs import flip_bit
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,11 +43,7 @@ def save(run: Run, step: int, size: int = 100_000) -> Path:
 
 
 def flip(folder: Path) -> None:
-    with (folder / "actor" / "weights").open("r+b") as file:
-        file.seek(77_777)
-        (byte,) = file.read(1)
-        file.seek(77_777)
-        file.write(bytes([byte ^ 1]))
+    flip_bit(folder / "actor" / "weights", 77_777)
 
 
 DAMAGES = [

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator import Result, RunError, Stopped, load_config, run_stages
+from orchestrator.integrity import DiskError
 from orchestrator.metrics import read_metrics
 from orchestrator.metrics import repeatable as lines
 from placement.cluster import Cluster
 from tests.micro import write_micro
-from tests.runs import ROOT, begun, command, wait_for
+from tests.runs import ROOT, begun, command, flip_bit, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -149,7 +151,7 @@ def test_sft_stopped_by_a_signal_goes_on(whole: Result, micro: Path, tmp_path: P
     assert lines(folder, "sft") == lines(whole.folder, "sft")
 
 
-def test_ppo_stopped_by_a_signal_goes_on(
+def test_ppo_stopped_by_a_signal_goes_on_though_the_newest_checkpoint_is_damaged(
     whole: Result, micro: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     folder = begun(whole, tmp_path, without=("ppo",))
@@ -167,14 +169,40 @@ def test_ppo_stopped_by_a_signal_goes_on(
     kept = sorted(int(path.name) for path in (folder / "checkpoints" / "ppo").iterdir())
     assert kept == [done - 1, done]
 
+    newest = folder / "checkpoints" / "ppo" / str(done)
+    flip_bit(next(newest.glob("actor/**/*.pt")))
     resumed = subprocess.run(
         command("resume", str(folder)), cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert f"from the checkpoint after step {done}" in resumed.stdout
+    assert f"warning:{newest}:damaged,sotheonebeforeserves" in "".join(resumed.stdout.split())  # lines are wrapped
+    assert f"resuming after step {done - 1}" in resumed.stdout
     assert "micro is finished" in resumed.stdout
     assert "held-out prompts" in resumed.stdout
     assert resumed.stderr == ""
     assert lines(folder, "ppo") == lines(whole.folder, "ppo")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """Of a run that has not begun: the folder of its checkpoints is a disk that is smaller than one of them."""
+    folder = tmp_path / "micro" / "checkpoints"
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no disk may be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_training_goes_on_though_no_checkpoint_finds_room(
+    whole: Result, micro: Path, tmp_path: Path, full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = [TWO_ENGINES, f"runs={tmp_path}", "checkpoint.every=5"]
+    with pytest.raises(DiskError, match=r"checkpoints/sft/5: cannot be written: the disk is full"):
+        run_stages(load_config(micro, config), ["sft"])
+    run_stages(load_config(micro, [*config, "checkpoint.on_error=continue"]), ["sft"])
+    assert capsys.readouterr().out.count("going on, as checkpoint.on_error is continue") == 2
+    assert lines(tmp_path / "micro", "sft") == lines(whole.folder, "sft")
+    assert list((full_disk / "sft").iterdir()) == []
 
 
 # ---------------------------------------------------------------- other settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "llama")
 
 
-@pytest.fixture(scope="module", params=["ddp", "zero1", "zero2", "zero3"])
-def group(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[WorkerGroup]:
+@pytest.fixture(params=["ddp", "zero1", "zero2", "zero3"])
+def group(hosts: Hosts, request: pytest.FixtureRequest) -> WorkerGroup:
     """Two ranks under each strategy."""
-    yield hosts.group("open_policy", "actor", request.param, 2)
-    hosts.stop()
+    return hosts.group("open_policy", "actor", request.param, 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ LORA = {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "llama", tied=True, grouped=True)
-
-
-@pytest.fixture(autouse=True)
-def _room(hosts: Hosts) -> Iterator[None]:
-    yield
-    hosts.stop()
 
 
 def steps(group: WorkerGroup, *numbers: int) -> list[dict[str, float]]:
@@ -66,9 +59,8 @@ def test_a_new_group_goes_on_bit_for_bit(
     saved: Held = group.call("held").get()
     wanted = steps(group, 3, 4)
     after: Held = group.call("held").get()
-    hosts.stop()
 
-    group = hosts.group("open_policy", "actor", strategy, 2)
+    group = hosts.group("open_policy", "actor", strategy, 2, another=True)
     load(group, model, **settings)
     group.call("restore", str(tmp_path / "saved")).get()
     same_held(group.call("held").get(), saved)
@@ -120,7 +112,10 @@ def test_bfloat16_goes_on_from_its_float32_masters(
 
 
 def test_zero_1_and_2_take_over_from_one_another(hosts: Hosts, model: Path, tmp_path: Path) -> None:
-    one, two = hosts.group("open_policy", "actor", "zero1", 2), hosts.group("open_policy", "actor", "zero2", 2)
+    one, two = (
+        hosts.group("open_policy", "actor", "zero1", 2),
+        hosts.group("open_policy", "actor", "zero2", 2, another=True),
+    )
     load(one, model)
     steps(one, 1, 2)
     one.call("save", str(tmp_path / "saved")).get()
@@ -130,10 +125,11 @@ def test_zero_1_and_2_take_over_from_one_another(hosts: Hosts, model: Path, tmp_
 
 
 def test_another_strategy_is_refused_by_name(hosts: Hosts, model: Path, tmp_path: Path) -> None:
-    whole, sharded = hosts.group("open_policy", "actor", "ddp"), hosts.group("open_policy", "actor", "zero3")
+    whole = hosts.group("open_policy", "actor", "ddp")
     load(whole, model)
     steps(whole, 1)
     whole.call("save", str(tmp_path / "saved")).get()
+    sharded = hosts.group("open_policy", "actor", "zero3")
     load(sharded, model)
     with pytest.raises(WorkerError, match="saved was saved with ddp, and cannot go on with zero3"):
         sharded.call("restore", str(tmp_path / "saved")).get()

@@ -282,7 +282,7 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
     config = run_config(*map(function, ("length", "not_a_number", "by_label", "process_number")))
     env = {"env_vars": environment(config, "reward", "cpu", 1)}
     handles = [
-        ray.remote(Host).options(num_cpus=1, runtime_env=env).remote("rewards", spec(config, rank=rank, world=2))
+        ray.remote(Host).options(num_cpus=1, runtime_env=env).remote([("rewards", spec(config, rank=rank, world=2))])
         for rank in range(2)
     ]
     group = WorkerGroup("reward", handles, "reward", DEADLINES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def group(hosts: Hosts) -> Iterator[WorkerGroup]:
+def group(hosts: Hosts) -> WorkerGroup:
     """Two ranks, which take up one strategy after another."""
-    yield hosts.group("open_policy", "actor", "ddp", 2)
-    hosts.stop()
+    return hosts.group("open_policy", "actor", "ddp", 2)
 
 
 def begin(

@@ -51,6 +51,12 @@ def whereabouts() -> Whereabouts:
     return Whereabouts(context.get_node_id(), ray.util.get_node_ip_address(), process.pid, process.create_time(), logs)
 
 
+def proportional_memory() -> int:
+    """Bytes of this process: proportional set size, so that shared pages count once over all processes."""
+    info = psutil.Process().memory_full_info()
+    return int(getattr(info, "pss", info.rss))
+
+
 def examine(places: Sequence[Whereabouts], lines: int, stacks: bool) -> list[Finding]:
     """Examine processes of this node: the last `lines` lines of each one's output and, with `stacks`, what it is doing."""
     return [_examine(place, lines, stacks) for place in places]
@@ -58,7 +64,7 @@ def examine(places: Sequence[Whereabouts], lines: int, stacks: bool) -> list[Fin
 
 def end(places: Sequence[Whereabouts]) -> None:
     """Kill processes of this node, stopped ones too."""
-    for place in places:
+    for place in dict.fromkeys(places):  # roles may share a process
         if (process := _process(place)) is not None:
             process.send_signal(signal.SIGKILL)
 

@@ -1,15 +1,17 @@
-"""The Ray actor around a worker: it imports the worker's class in its own process, so that the driver never imports torch."""
+"""The Ray actor around workers: it imports their classes in its own process, so that the driver never imports torch."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workers.worker import WorkerSpec
+    from configs.schema import Role
+    from workers.worker import Worker, WorkerSpec
 
 KINDS = {
     "policy": "workers.policy:PolicyWorker",
@@ -20,28 +22,44 @@ KINDS = {
 
 
 class Host:
-    """One worker, known in Ray's dashboard by its role and rank."""
+    """The workers of one rank in one process, known in Ray's dashboard by their roles and rank.
 
-    def __init__(self, kind: str, spec: WorkerSpec) -> None:
-        if spec.device == "cpu":
+    Mostly one; several are the roles that share a frozen base (see workers.shared).
+    """
+
+    def __init__(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
+        """hosted: of each role its kind of worker (a key of KINDS) and which worker it is."""
+        first = hosted[0][1]
+        if first.device == "cpu":
             # A compiler for GPUs, which torch would load where it is installed: 70 MB for nothing.
             sys.modules["triton"] = None  # type: ignore[assignment]
-        for plugin in spec.config.plugins:
+        for plugin in first.config.plugins:
             import_module(plugin)
-        module, _, name = KINDS[kind].partition(":")
-        self.spec = spec
-        self.worker = getattr(import_module(module), name)(spec)
-        self.turns = import_module("workers.turns").Turns([self.worker], spec.device) if spec.by_turns else None
+        self.rank = first.rank
+        self.workers: dict[Role, Worker] = {spec.role: _worker(kind, spec) for kind, spec in hosted}
+        if len(hosted) > 1:
+            base = import_module("workers.shared").SharedBase()
+            for worker in self.workers.values():
+                worker.base = base
+        self.turns = None
+        if first.by_turns:
+            self.turns = import_module("workers.turns").Turns(list(self.workers.values()), first.device)
 
     def __repr__(self) -> str:
-        return f"{self.spec.role}-{self.spec.rank}"
+        return f"{'+'.join(self.workers)}-{self.rank}"
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, role: Role, method: str, *args: Any) -> Any:
         try:
             with self.turns.turn(method) if self.turns else nullcontext():
-                return getattr(self.worker, method)(*args)
+                return getattr(self.workers[role], method)(*args)
         finally:
             _give_memory_back()
+
+
+def _worker(kind: str, spec: WorkerSpec) -> Worker:
+    module, _, name = KINDS[kind].partition(":")
+    worker: Worker = getattr(import_module(module), name)(spec)
+    return worker
 
 
 def _give_memory_back() -> None:

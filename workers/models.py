@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -176,18 +177,21 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreTrainedModel:
-    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed.
-
-    The dropout of its config is turned off: the policy that learns must be the policy that sampled.
-    """
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+def load_config(path: str, settings: ModelSettings, scalar: bool) -> PreTrainedConfig:
+    """A model's config. Its dropout is turned off: the policy that learns must be the policy that sampled."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     if scalar:
         config.num_labels = 1
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
+    return config
+
+
+def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreTrainedModel:
+    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed."""
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    config = load_config(path, settings, scalar)
     options = {"dtype": getattr(torch, settings.dtype)}
     torch.manual_seed(seed)
     if settings.init == "random":
@@ -200,15 +204,21 @@ def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreT
 
 
 def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Module:
-    """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head stays trainable in full."""
+    """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head has none: it stays trainable in full."""
     from peft import LoraConfig, get_peft_model  # two seconds and 80 MB that full training need not spend
 
     torch.manual_seed(seed)
-    targets = settings.targets
+    head = getattr(hf, "score", None)
     wrapper = get_peft_model(
         hf,
-        LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets),
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.targets,
+            exclude_modules=None if head is None else ["score"],
+        ),
     )
-    for parameter in getattr(hf, "score", nn.Module()).parameters():
-        parameter.requires_grad_(True)
+    if head is not None:
+        head.requires_grad_(True)
     return wrapper

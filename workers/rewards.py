@@ -14,9 +14,10 @@ from workers.data import Codec
 from workers.endpoint import Endpoint
 from workers.function_process import FunctionProcess
 from workers.functions import RewardError
-from workers.models import ScalarModel, load_hf, load_tokenizer
+from workers.models import ScalarModel, load_tokenizer
 from workers.scored import Scored
 from workers.sequences import Placed, Sample
+from workers.shared import build
 from workers.value import score
 from workers.worker import Worker, WorkerSpec
 
@@ -65,7 +66,7 @@ class RewardWorker(Worker):
                     f"reward {name}: {path} has another tokenizer than the policy ({tokenizer_path}), whose tokens it is to score"
                 )
             settings = ModelSettings(path=path, dtype=self.config.model.dtype, trust_remote_code=trust)
-            hf = load_hf(settings, path, scalar=True, seed=self.config.seed)
+            hf, _ = build(self.base, path, settings, True, self.config.seed, None)
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
 
     def scores(

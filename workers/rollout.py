@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch.distributed as dist
 from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
@@ -62,6 +63,10 @@ class RolloutWorker(Worker):
             disable_log_stats=True,
             **memory,
         )
+        # By itself vLLM would open a rendezvous store, which listens on every interface.
+        if settings.tensor_parallel == 1 and not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
         self.engine = LLMEngine.from_engine_args(args)
         self.version = 0
         self._sleep()

@@ -10,6 +10,8 @@ from configs.schema import ModelSettings
 from configs.strategies import ZERO, Home, Strategy
 from placement.memory import BUCKET_ELEMENTS
 
+SWAPPED_ELEMENTS = 100_000_000
+
 
 def deepspeed_settings(
     strategy: Strategy, model: ModelSettings, device: torch.device, largest: int, nvme_folder: str | None
@@ -33,6 +35,8 @@ def deepspeed_settings(
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "offload_optimizer": home(zero.optimizer),
+            # Of states on NVMe so many parameters' are in memory at a time.
+            "sub_group_size": SWAPPED_ELEMENTS if zero.optimizer == "nvme" else 10**9,
             # Of parameters on NVMe none stay in memory. DeepSpeed's own buffers would take a gigabyte and more.
             "offload_param": home(zero.parameters) | {"max_in_cpu": 0, "buffer_size": largest},
         },
@@ -47,7 +51,10 @@ def deepspeed_settings(
     }
 
 
-def format_of(strategy: Strategy) -> str:
-    """States saved under one strategy can be taken up under another of the same format."""
-    zero = ZERO[strategy]
-    return f"{'12' if zero.stage in (1, 2) else zero.stage} {'nvme' if zero.optimizer == 'nvme' else ''}"
+def takes_over(now: Strategy, saved: Strategy) -> bool:
+    """Whether states that were saved under another strategy can be gone on from."""
+    if now == saved:
+        return True
+    zeros = [ZERO[now], ZERO[saved]]
+    sharded = [{1: 2}.get(zero.stage, zero.stage) for zero in zeros]
+    return sharded[0] == sharded[1] and all(zero.optimizer != "nvme" for zero in zeros)

@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from configs.schema import ModelSettings, OptimizerSettings
 from configs.strategies import ZERO
 from placement.memory import BUCKET_ELEMENTS
+from workers.adapters import FOLDER as ADAPTER
+from workers.adapters import add_head
 from workers.data import Codec, RowKind, Sequence
 from workers.files import Files, read_files, write_files
-from workers.models import LanguageModel, ScalarModel, add_lora, load_hf, load_tokenizer
+from workers.models import LanguageModel, ScalarModel, load_tokenizer
 from workers.nvme import own_folder, read_states, write_states
 from workers.refusal import Arrays
-from workers.sharding import deepspeed_settings, format_of
+from workers.sharding import deepspeed_settings, takes_over
+from workers.shared import build
 from workers.universal import universal
 from workers.weights import GatheredWeights, gathered
 from workers.worker import Worker, WorkerSpec
@@ -93,10 +96,9 @@ class Trainer(Worker):
         self.codec = Codec(self.tokenizer, self.config.chat_template)
         self.path, self.settings, self.optimizer_settings = path, settings, optimizer
         self._meet("gloo" if self.device.type == "cpu" else "nccl")
-        hf = load_hf(settings, path, self.scalar, self.config.seed)
-        count = sum(p.numel() for p in hf.parameters())
-        if optimizer and settings.lora:
-            self.peft = add_lora(hf, settings.lora, self.config.seed)
+        lora = settings.lora if optimizer else None
+        hf, self.peft = build(self.base, path, settings, self.scalar, self.config.seed, lora)
+        count = sum(p.numel() for name, p in hf.named_parameters() if "lora_" not in name)
         self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf)
         self.module = self._initialize(optimizer)
         return count
@@ -306,7 +308,7 @@ class Trainer(Worker):
         assert self.engine is not None
         saved = json.loads((Path(folder) / _NOTE).read_text())
         stepped, cut = saved.pop("stepped"), self._cut()
-        if format_of(saved["strategy"]) != format_of(cut["strategy"]):
+        if not takes_over(cut["strategy"], saved["strategy"]):
             raise ValueError(
                 f"strategy: {folder} was saved with {saved['strategy']}, and cannot go on with {cut['strategy']}"
             )
@@ -366,13 +368,15 @@ class Trainer(Worker):
             if hf.can_generate():
                 hf.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        if self.peft is not None and not self.scalar:  # a scalar head is trained in full, and no adapter holds it
+        if self.peft is not None:
+            adapter = Path(folder) / ADAPTER
             if os.path.isdir(self.path):
-                base = os.path.relpath(self.path, Path(folder) / "adapter")
-                self.peft.peft_config["default"].base_model_name_or_path = base
-            with gathered([p for name, p in self.peft.named_parameters() if "lora_" in name]):
+                self.peft.peft_config["default"].base_model_name_or_path = os.path.relpath(self.path, adapter)
+            with gathered([p for p in self.peft.parameters() if p.requires_grad]):
                 if self.rank == 0:
-                    self.peft.save_pretrained(Path(folder) / "adapter")
+                    self.peft.save_pretrained(adapter, selected_adapters=["default"])
+                    if self.scalar:
+                        add_head(adapter, self.model.hf)
         if self.rank == 0:
             for file in Path(folder).rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors lets its owner alone read it

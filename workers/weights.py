@@ -83,7 +83,10 @@ def _layer(name: str) -> str:
 
 
 def _merged(base: nn.Parameter, layer: Any) -> Tensor:
-    return base.detach() + layer.get_delta_weight("default").to(base.dtype)
+    whole = base.detach()
+    for name in set(layer.active_adapters) & set(layer.lora_A):
+        whole = whole + layer.get_delta_weight(name).to(base.dtype)
+    return whole
 
 
 class GatheredWeights:
@@ -144,7 +147,7 @@ class EngineClient:
             info = dict(init_info)
             if "rank_offset" in info:
                 info["rank_offset"] += i * self.tensor_parallel
-            calls.append(handle.call.remote("init_weight_transfer_engine", info))
+            calls.append(handle.call.remote("rollout", "init_weight_transfer_engine", info))
         ray.get(calls)
 
     def start_weight_update(self) -> None:
@@ -157,4 +160,4 @@ class EngineClient:
         self._all("finish_weight_update", self.version, self.source.checksums)
 
     def _all(self, method: str, *args: Any) -> None:
-        ray.get([handle.call.remote(method, *args) for handle in self.handles])
+        ray.get([handle.call.remote("rollout", method, *args) for handle in self.handles])

@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
 import ray
 
 from configs.schema import Role, RunConfig
-from workers.examine import Whereabouts, whereabouts
+from workers.examine import Whereabouts, proportional_memory, whereabouts
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from workers.shared import SharedBase
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Worker:
         self.config = spec.config
         self.rank = spec.rank
         self.datasets: dict[str, list] = {}
+        self.base: SharedBase | None = None
+        """The frozen base that the roles of this process share; none: the role is alone in it."""
 
     def __repr__(self) -> str:
         return f"{self.spec.role}-{self.spec.rank}"
@@ -76,9 +79,8 @@ class Worker:
         return ()
 
     def memory(self) -> int:
-        """Bytes of this process: proportional set size, so that shared pages count once over all processes."""
-        info = psutil.Process().memory_full_info()
-        return int(getattr(info, "pss", info.rss))
+        """Bytes of this process."""
+        return proportional_memory()
 
 
 def environment(config: RunConfig, role: Role, device: str, threads: int) -> dict[str, str]:

@@ -1,0 +1,278 @@
+"""`troupe bench`: PPO on random prompts, with all four models of one size drawn at random. The loop is the one that trains.
+
+The successor of Colossal-AI's benchmark_gpt_dummy.py, with its flags and its defaults; docs/bench.md says what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from configs import RunConfig, load_config
+from configs.schema import ROLES, Role
+from orchestrator.api import CLASSES, go_on
+from orchestrator.footprint import Footprint
+from orchestrator.metrics import read_metrics
+from orchestrator.ppo import PPO
+from orchestrator.run import Run, RunError
+from orchestrator.team import Team
+from placement.architecture import LADDER, Architecture
+from placement.flops import SampleFlops
+
+PROMPTS = 1000
+KV_BLOCK = 128
+"""Tokens of a block of the engine's key-value cache on CPU."""
+PHASES = ("generate", "score", "train", "publish")
+MODELS: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is asked for: the original's flags, and ours."""
+
+    model: str
+    """A name of the ladder, or a config.json."""
+    strategy: str
+    experience_batch_size: int
+    train_batch_size: int
+    num_episodes: int
+    max_timesteps: int
+    update_timesteps: int
+    max_epochs: int
+    lora_rank: int
+    share: tuple[str, ...]
+    layout: str
+    devices: int
+    precision: str
+    prompt: int
+    """Tokens of a prompt."""
+    total: int
+    """Tokens of a prompt and its answer."""
+
+    @property
+    def steps(self) -> int:
+        """The original learns once every `update_timesteps` timesteps, counted over the episodes."""
+        steps, rest = divmod(self.num_episodes * self.max_timesteps, self.update_timesteps)
+        if rest or not steps:
+            raise RunError(
+                f"--update_timesteps: was {self.update_timesteps}, which does not divide the {self.num_episodes} x "
+                f"{self.max_timesteps} timesteps (--num_episodes, --max_timesteps): what is left over would not be learnt from"
+            )
+        return steps
+
+    @property
+    def left_out(self) -> int:
+        """Steps of the first episode, which the original does not count either where there are others."""
+        return min(-(-self.max_timesteps // self.update_timesteps), self.steps - 1)
+
+    def shape(self) -> dict[str, Any]:
+        """The model's config.json. Raises RunError where there is none, or it has too few positions."""
+        if self.model in LADDER:
+            hidden, layers, heads, positions = LADDER[self.model]
+            shape = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
+            found: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 50257, "initializer_range": 0.02} | shape
+        else:
+            path = Path(self.model) / "config.json" if Path(self.model).is_dir() else Path(self.model)
+            if not path.is_file():
+                raise RunError(f"--model: was {self.model!r}; must be one of {', '.join(LADDER)}, or a config.json")
+            found = json.loads(path.read_text(encoding="utf-8"))
+        most = found.get("n_positions") or found.get("max_position_embeddings")
+        if most and self.total > most:
+            raise RunError(f"--lengths: {self.total} tokens in all, and the model has {most} positions")
+        return found | {"bos_token_id": None, "eos_token_id": found["vocab_size"] - 1, "pad_token_id": None}
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """The run's settings, as in a YAML file. One step is what the original did between two updates."""
+        model, batch = str(folder / "model"), self.experience_batch_size * self.devices
+        sequences = batch * self.update_timesteps
+        return {
+            "name": "bench",
+            "runs": str(folder / "runs"),
+            "strategy": self.strategy,
+            "model": {
+                "path": model,
+                "dtype": self.precision,
+                "lora": {"rank": self.lora_rank} if self.lora_rank else None,
+            },
+            "placement": {"layout": self.layout, "devices": dict.fromkeys(ROLES, self.devices)},
+            "rollout": {
+                "max_new_tokens": self.total - self.prompt,
+                "ignore_eos": True,
+                "max_sequences": self.experience_batch_size,
+                "kv_cache_gib": self._kv_cache(Architecture.read(self.shape())) / 2**30,
+            },
+            "recovery": {"restarts": 0},
+            "ppo": {
+                "prompts": {"path": str(folder / "prompts.jsonl")},
+                "steps": self.steps,
+                "prompts_per_step": sequences,
+                "epochs": self.max_epochs,
+                "mini_batches": max(1, sequences // (self.train_batch_size * self.devices)),
+                "micro_batch_tokens": self.train_batch_size * self.total,
+                "max_prompt_tokens": self.prompt,
+                "rewards": [{"kind": "model", "path": model}],
+                "actor_optimizer": {"lr": 5e-6},
+                "critic_optimizer": {"lr": 5e-6},
+            },
+            **({"share": list(self.share)} if self.share else {}),
+        }
+
+    def _kv_cache(self, shape: Architecture) -> int:
+        """Bytes for all sequences of an engine, and a block beside them."""
+        blocks = self.experience_batch_size * math.ceil(self.total / KV_BLOCK) + 1
+        return blocks * KV_BLOCK * shape.kv_bytes(4 if self.precision == "float32" else 2)
+
+    def flops(self, config: RunConfig, shape: Architecture) -> SampleFlops:
+        lm, scalar = shape.parameters, shape.scalar_parameters
+        return SampleFlops(
+            actor=lm,
+            critic=scalar,
+            reference=lm,
+            reward=scalar,
+            prompt=self.prompt,
+            total=self.total,
+            checkpointing=config.model.gradient_checkpointing,
+            frozen_base=config.model.lora is not None,
+        )
+
+
+class BenchPPO(PPO):
+    """PPO whose workers' memory is watched, and whose model nobody wants."""
+
+    def __init__(self, run: Run, console: Console, footprint: Footprint, workers: dict[int, list[Role]]) -> None:
+        super().__init__(run, console)
+        self.footprint = footprint
+        self.workers = workers
+
+    def load(self) -> None:
+        started = time.monotonic()
+        self.footprint.gpus = self.plan.device == "cuda"
+        with self.footprint.phase("load"):
+            super().load()
+        self.run.write("load.json", {"seconds": time.monotonic() - started})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self.footprint.phase(name), super().phase(name):
+            yield
+
+    def _changed(self, team: Team) -> None:
+        super()._changed(team)
+        for worker in team.workers():
+            roles = self.workers.setdefault(worker["pid"], [])
+            roles += [role for role in [worker["role"]] if role not in roles]
+
+    def _export(self) -> None:
+        pass
+
+
+def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Run the benchmark in a temporary folder (TMPDIR); what was measured, as it goes into JSON."""
+    with tempfile.TemporaryDirectory(prefix="troupe-bench-") as name:
+        folder = Path(name)
+        shape = asked.shape()
+        (folder / "settings.yaml").write_text(yaml.safe_dump(asked.settings(folder)), encoding="utf-8")
+        config = load_config(folder / "settings.yaml", overrides)
+        architecture = Architecture.read(shape)
+        _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
+        console.print(f"drawing a model of {architecture.parameters:,} parameters", style="dim")
+        draw(folder / "model", shape, config.model.dtype, config.seed)
+        workers: dict[int, list[Role]] = {}
+        with Footprint(os.getpid()) as footprint:
+            run = Run.begin(config, ["ppo"])
+            go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
+        return _measured(asked, config, architecture, run, footprint, workers)
+
+
+def draw(folder: Path, shape: dict[str, Any], dtype: str, seed: int) -> None:
+    """A folder with a model of random weights and a tokenizer; in a process of its own, since it takes torch."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "workers.drawing", str(folder), dtype, str(seed)], check=True)
+
+
+def _write_prompts(path: Path, asked: Benchmark, vocabulary: int, seed: int) -> None:
+    """Words that the tokenizer of workers.drawing takes for one token each, drawn evenly; its last two are none."""
+    ids = np.random.default_rng(seed).integers(0, vocabulary - 2, (PROMPTS, asked.prompt))
+    path.write_text("".join(json.dumps({"prompt": " ".join(map(str, row))}) + "\n" for row in ids), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- what was measured
+
+
+def _measured(
+    asked: Benchmark,
+    config: RunConfig,
+    shape: Architecture,
+    run: Run,
+    footprint: Footprint,
+    workers: dict[int, list[Role]],
+) -> dict[str, Any]:
+    assert config.ppo is not None
+    lines = read_metrics(run.folder)
+    counted = lines[asked.left_out :]
+    seconds = {phase: sum(line[f"seconds/{phase}"] for line in counted) for phase in PHASES}
+    samples, flops = len(counted) * config.ppo.sequences_per_step, asked.flops(config, shape)
+    spent = {
+        "experience": seconds["generate"] + seconds["score"],
+        "learning": seconds["train"],
+        "overall": sum(seconds.values()),
+    }
+    learnt = {kind: config.ppo.epochs * getattr(flops, f"learning_{kind}") for kind in ("original", "cached")}
+    operations = {
+        kind: {
+            "experience": getattr(flops, f"experience_{kind}"),
+            "learning": learnt[kind],
+            "overall": getattr(flops, f"experience_{kind}") + learnt[kind],
+        }
+        for kind in learnt
+    }
+    summary = run.read("summary.json")
+    names = {pid: "+".join(roles) for pid, roles in workers.items()}
+    return {
+        "asked": {"model": asked.model, "strategy": config.strategy, "precision": config.model.dtype}
+        | {"lora_rank": asked.lora_rank, "share": list(asked.share), "layout": asked.layout, "devices": asked.devices}
+        | {"prompt": asked.prompt, "total": asked.total, "experience_batch_size": asked.experience_batch_size}
+        | {"train_batch_size": asked.train_batch_size, "epochs": config.ppo.epochs, "steps": config.ppo.steps},
+        "hardware": summary["hardware"],
+        "versions": summary["versions"],
+        "parameters": {role: getattr(flops, role) for role in MODELS},
+        "counted": {"steps": len(counted), "left_out": asked.left_out, "samples": samples},
+        "seconds": {"load": run.read("load.json")["seconds"]} | seconds,
+        "samples_per_second": {part: samples / spent[part] for part in spent},
+        "tflops": {
+            kind: {part: samples * operations[kind][part] / spent[part] / 1e12 for part in spent} for kind in operations
+        },
+        "generation_counted_over": flops.generation_original / flops.generation_cached,
+        "experience_counted_over": flops.experience_original / flops.experience_cached,
+        "peak_bytes": {
+            "total": footprint.total,
+            "phases": {phase: peak.total for phase, peak in footprint.peaks.items()},
+            "roles": _by_role(names, footprint.of),
+            "devices": _by_role(names, footprint.on_devices),
+        },
+    }
+
+
+def _by_role(names: dict[int, str], of: Any) -> dict[str, int]:
+    """Bytes of the workers of each role, each at its own highest moment."""
+    found: dict[str, int] = {}
+    for pid, name in names.items():
+        if size := of(pid):
+            found[name] = found.get(name, 0) + size
+    return found

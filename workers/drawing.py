@@ -1,0 +1,59 @@
+"""A model of a given shape with random weights, and a tokenizer to go with it: for benchmarks, which need no trained one.
+
+python -m workers.drawing FOLDER float32 1      # FOLDER/config.json says the shape
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SHARD_BYTES = 2**28
+"""Of a file of weights, unless one tensor is larger: no more than that is held at a time."""
+
+
+def draw_model(folder: Path, dtype: torch.dtype, seed: int) -> int:
+    """Write weights and tokenizer beside a config.json. Returns the number of parameters.
+
+    Matrices are normal with the deviation `initializer_range`, norms 1, biases 0: what the decoders that we know start from.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    shapes = dict(model.named_parameters())  # tied ones once
+    generator = torch.Generator().manual_seed(seed)
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: _drawn(name, shapes[name], config.initializer_range, generator) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    word_tokenizer(config.vocab_size).save_pretrained(folder)
+    return sum(p.numel() for p in shapes.values())
+
+
+def _drawn(name: str, like: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    if like.dim() > 1:
+        return torch.empty(like.shape, dtype=like.dtype).normal_(0.0, deviation, generator=generator)
+    return torch.full(like.shape, float(name.endswith("weight")), dtype=like.dtype)
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Token i is the word `i`, but for the last two: a prompt of n words has n tokens, whatever they are."""
+    words = {**{str(i): i for i in range(vocabulary - 2)}, "<unk>": vocabulary - 2, "<eos>": vocabulary - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+if __name__ == "__main__":
+    draw_model(Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]))
