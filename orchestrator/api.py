@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from orchestrator.checks import check
+from orchestrator.checks import check, check_offload
 from orchestrator.cluster import connected, session_logs
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
@@ -72,6 +72,7 @@ def go_on(
         with run.locked(), connected(run.config) as cluster, StopSignal(run, console) as stop:
             if words := run.chosen(resolve(run.config, left, cluster)):
                 console.print(words)
+                check_offload(run.config)
             plans = [make_plan(run.config, stage, cluster) for stage in left]
             _note_surroundings(run, cluster)
             print_opening(run, jobs, plans, console)

@@ -181,10 +181,9 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool
     )
     assert strategy is not None
     sharding = Sharding(strategy, planned.ranks, plan.device, SIZES[settings.optimizer_dtype])
-    crew = getattr(planned, "crew", (role,))
-    work, borrowed = _work(role, config, plan), role != crew[0]
+    work, borrowed = _work(role, config, plan), role != planned.crew[0]
     if role not in TRAINED[plan.stage]:
-        uses = _frozen(role, settings, sharding, work, shapes, len(crew) > 1, borrowed)
+        uses = _frozen(role, settings, sharding, work, shapes, len(planned.crew) > 1, borrowed)
         model = _model(shapes.policy if role == "reference" else shapes.scalars[0], settings, role == "reward", False)
         return RoleMemory(_waiting(uses, model, sharding) if turns else uses)
     scalar = role in ("critic", "reward")
@@ -325,17 +324,24 @@ def _group_host(
     if phase == "save":  # the first rank saves more than the others
         snapshots = sum(first * r.first_snapshot + (count - first) * r.other_snapshot for r in _of(group, roles))
         return sum((r.still.host for r in _of(group, roles)), Bytes()) * count + Bytes(buffers=snapshots)
-    members = [(role, roles[role].uses[phase].host, roles[role].still.host) for role in group.roles]
-    return _in_turn(plan, phase, members) * count
+    busy = {role: roles[role].uses[phase].host for role in group.roles}
+    still = {role: roles[role].still.host for role in group.roles}
+    return _worst(plan, phase, busy, still, still) * count
 
 
-def _in_turn(plan: Plan, phase: Phase, members: Sequence[tuple[Role, Bytes, Bytes]]) -> Bytes:
-    """Of what roles in one place hold, busy and idle: the worst turn, in which the others idle. Publishing takes both ends."""
-    working = [role for role, _, _ in members if role in BUSY.get(phase, TRAINED[plan.stage])]
-    more = {role: busy.total - idle.total for role, busy, idle in members if role in working}
-    if phase != "publish" and more:
-        working = [max(working, key=lambda role: more[role])]
-    return sum((busy if role in working and more[role] > 0 else idle for role, busy, idle in members), Bytes())
+def _worst(
+    plan: Plan, phase: Phase, busy: dict[Role, Bytes], still: dict[Role, Bytes], asleep: dict[Role, Bytes]
+) -> Bytes:
+    """What the roles of a group hold in one place in the worst turn: one works, those of its process are still, the others
+    asleep. Publishing takes both ends."""
+    working = [role for role in busy if role in BUSY.get(phase, TRAINED[plan.stage])]
+
+    def held(turn: Sequence[Role]) -> Bytes:
+        awake = {role for worker in turn for role in plan.roles[worker].crew}
+        return sum((busy[r] if r in turn else still[r] if r in awake else asleep[r] for r in busy), Bytes())
+
+    turns = [working] if phase == "publish" else [[role] for role in working] or [[]]
+    return max(map(held, turns), key=lambda place: place.total)
 
 
 def _of(group: GroupPlan, roles: dict[Role, RoleMemory]) -> list[RoleMemory]:
@@ -384,16 +390,16 @@ def _devices(plan: Plan, roles: dict[Role, RoleMemory], turns: bool) -> list[Pla
         return []
     places = []
     for group in plan.groups:
-        away = turns and by_turns(plan, group.roles[0])
         parts = {}
         for phase in STAGE_PHASES[plan.stage]:
-            members = []
-            for role in group.roles:
-                use, still = roles[role].uses[phase].device, roles[role].still.device
-                awake = role == "rollout" and phase == "save"  # from the publication on its weights are there
-                asleep = Bytes(runtime=still.runtime, parameters=awake * still.parameters)
-                members.append((role, use, asleep if away else still))
-            parts[phase] = _in_turn(plan, phase, members)
+            busy = {role: roles[role].uses[phase].device for role in group.roles}
+            still = {role: roles[role].still.device for role in group.roles}
+            asleep = still
+            if turns and by_turns(plan, group.roles[0]):
+                asleep = {role: Bytes(runtime=held.runtime) for role, held in still.items()}
+                if phase == "save" and "rollout" in asleep:  # from the publication on its weights are there
+                    asleep["rollout"] += Bytes(parameters=still["rollout"].parameters)
+            parts[phase] = _worst(plan, phase, busy, still, asleep)
         places.append(Place(f"each GPU of {group.name}", parts, _gpu_bytes(plan, group)))
     return places
 

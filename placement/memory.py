@@ -22,6 +22,8 @@ LIVE_ELEMENTS = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)."""
 SUBGROUP_ELEMENTS = 1_000_000_000
 """Elements of a rank that ZeRO-3's optimizer steps on at a time (sub_group_size)."""
+SWAPPED_ELEMENTS = 100_000_000
+"""The same under zero3_nvme: elements whose states are in host memory at a time."""
 SWAPPED = 4
 """Buffers of a subgroup through which states come from NVMe: weights, gradients, two moments (buffer_count)."""
 PARAMETER_BUFFERS = 5
@@ -131,7 +133,7 @@ def optimizer(model: Model, sharding: Sharding) -> Use:
     own = model.size == size and zero.stage in (0, 3) and zero.optimizer == "device"
     states = at(zero.optimizer, optimizer=(2 if own else 3) * size * share)
     if zero.optimizer == "nvme":
-        states += at("host", buffers=SWAPPED * min(share, SUBGROUP_ELEMENTS) * size)
+        states += at("host", buffers=SWAPPED * min(share, SWAPPED_ELEMENTS + sharding.part(model.shape.largest)) * size)
     return states
 
 
