@@ -186,7 +186,9 @@ def moved(model: Model, sharding: Sharding, held: Bytes) -> Bytes:
 
     held: what it has on the device between passes. ZeRO has its parameters in one storage, and one of each state.
     """
-    if sharding.zero.stage:
+    if model.borrowed:
+        rest = 0  # adapters are small
+    elif sharding.zero.stage:
         rest = excess(held.parameters) + excess(held.gradients) + 3 * excess(held.optimizer // 3)
     else:
         sizes = [m.inputs * m.outputs for m in model.shape.matrices] * model.shape.layers + [
