@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The settings in a YAML file, after the overrides.
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The settings in a YAML file, or in a mapping like it, after the overrides.
 
     An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is YAML. Interpolations `${a.b}` are resolved;
     `${oc.env:NAME}` is refused: settings are saved and shown, and the environment holds secrets.
@@ -47,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with all problems at once.
     """
-    tree = _read(Path(path))
+    tree = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _read(Path(source))
     problems: dict[str, str] = {}
     with _environment_refused():
         for override in overrides:

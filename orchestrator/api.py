@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from orchestrator.checks import check
+from orchestrator.checks import check, check_offload
 from orchestrator.cluster import connected, session_logs
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
@@ -24,7 +24,7 @@ from orchestrator.stage import StageRun
 from orchestrator.stopping import StopSignal
 from orchestrator.supervised import SFT, RewardModel
 from orchestrator.team import Team
-from placement import Cluster, make_plan
+from placement import Cluster, make_plan, resolve
 from placement.shape import Stage
 
 CLASSES: dict[Stage, type[StageRun]] = {"sft": SFT, "rm": RewardModel, "ppo": PPO}
@@ -70,6 +70,9 @@ def go_on(
         console.print("data read and checked; connecting to Ray", style="dim")
         # In this order: Ray sets signal handlers too.
         with run.locked(), connected(run.config) as cluster, StopSignal(run, console) as stop:
+            if words := run.chosen(resolve(run.config, left, cluster)):
+                console.print(words)
+                check_offload(run.config)
             plans = [make_plan(run.config, stage, cluster) for stage in left]
             _note_surroundings(run, cluster)
             print_opening(run, jobs, plans, console)
@@ -96,6 +99,7 @@ def start_team(config: RunConfig, stage: Stage = "ppo") -> Iterator[Team]:
     Raises PlanError where they do not fit, PlacementError where they cannot be had in time.
     """
     with connected(config) as cluster:
+        config = resolve(config, [stage], cluster)
         team = Team.start(config, make_plan(config, stage, cluster))
         try:
             yield team

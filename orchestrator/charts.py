@@ -24,7 +24,7 @@ BEFORE, AFTER = "#94a3b8", "#2563eb"
 INK, MUTED, GRID, WARN = "#0f172a", "#64748b", "#e2e8f0", "#dc2626"
 SERIES = ("#2563eb", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#64748b")
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # Text stays text: small, and in the page's own font.
     "text.parse_math": False,  # A reward may be named "$x$".
     "font.size": 10,
@@ -209,7 +209,7 @@ def _legend(axes: Axes, columns: int) -> None:
 def _figure(width: float, height: float = 2.4) -> Iterator[tuple[Axes, StringIO]]:
     """Axes to draw on; afterwards the buffer holds the SVG element."""
     out = StringIO()
-    with rc_context({**_STYLE, "svg.hashsalt": "troupe"}):
+    with rc_context({**STYLE, "svg.hashsalt": "troupe"}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure.add_subplot(), out

@@ -80,32 +80,44 @@ def status(run: RunFolder) -> None:
 
 @app.command()
 def plan(
-    config: Config,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file with the run's settings.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     cluster: Annotated[
         str | None, typer.Option(help="Plan for a described cluster, such as 4x8xA100-80GB, in place of this machine.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Without a file: PPO with four models like this one (8b, a folder, a hub name), on all GPUs."
+        ),
+    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="As the setting `strategy`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory by phase to this .svg, .png or .html.")] = None,
 ) -> None:
     """Print where each stage's roles go, the batch arithmetic and predicted memory; refuse what cannot be placed."""
     with _errors():
         import json
 
-        from configs import load_config
-        from orchestrator.run import described
-        from placement import Cluster, make_plan, render, with_memory
+        from orchestrator.planning import asked_for, cluster_of, planned
 
-        settings = load_config(config, overrides or [])
-        try:
-            where = Cluster.parse(cluster) if cluster else Cluster.this_machine()
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--cluster") from None
-        plans = [with_memory(settings, make_plan(settings, stage, where)) for stage in described(settings)]
+        if picture and picture.suffix not in (".svg", ".png", ".html"):
+            raise typer.BadParameter(f"was {picture}; must end in .svg, .png, .html", param_hint="--picture")
+        where = cluster_of(cluster)
+        asked = asked_for(config, model, [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])], where)
+        plans, chosen = planned(asked, where)
         if as_json:
             print(json.dumps({p.stage: p.as_dict() for p in plans}, indent=1))
         else:
-            for each in plans:
-                Console().print(render(each))
+            from placement import render
+
+            Console().print(*chosen, *(render(each) for each in plans), sep="\n")
+        if picture:
+            from orchestrator.pictures import draw
+
+            draw(plans, picture)
 
 
 @app.command()

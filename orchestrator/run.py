@@ -30,6 +30,7 @@ from orchestrator.integrity import (
     write_json,
     writing,
 )
+from placement.choice import automatic, kept
 from placement.shape import Stage
 
 STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
@@ -73,8 +74,12 @@ class Run:
         Raises RunError where a stage that has begun there has other settings, unless changes are accepted.
         """
         run = cls(config, Path(config.runs) / config.name)
-        if (run.folder / "config.yaml").exists() and not accept_changes:
-            run._refuse_other_settings(load_config(run.folder / "config.yaml"))
+        if (run.folder / "config.yaml").exists():
+            old = load_config(run.folder / "config.yaml")
+            if any(run.begun(stage) for stage in STAGES):
+                run.config = kept(config, old)
+            if not accept_changes:
+                run._refuse_other_settings(old)
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
 
@@ -83,6 +88,15 @@ class Run:
         with writing(self.folder):
             save_config(self.config, self.folder / "config.yaml")
         self.write("run.json", {"stages": self.stages})
+
+    def chosen(self, config: RunConfig) -> str | None:
+        """Go on with settings in which each strategy is named, and note them in the folder. What `auto` became, in words."""
+        roles = automatic(self.config)
+        if not roles:
+            return None
+        self.config = config
+        self.keep()
+        return f"strategy: auto is {', '.join(f'{config.strategy_of(role)} for the {role}' for role in roles)}"
 
     def _refuse_other_settings(self, old: RunConfig) -> None:
         begun = [stage for stage in STAGES if self.begun(stage)]

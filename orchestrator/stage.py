@@ -43,7 +43,6 @@ class StageRun:
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
-        self.config: RunConfig = run.config
         self.plan: Plan
         self.seconds: dict[str, float] = {}
         self.team: Team = None  # type: ignore[assignment]  # until it is started
@@ -60,6 +59,10 @@ class StageRun:
         self.stop: StopSignal
         self.done = 0
         """Steps that are done."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
 
     # ------------------------------------------------------------ for subclasses
 

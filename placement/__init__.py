@@ -1,7 +1,8 @@
 """What the cluster has, what each role needs, and where it goes."""
 
 from placement.advice import with_memory
+from placement.choice import automatic, resolve
 from placement.cluster import Cluster, Node
 from placement.plan import Plan, PlanError, make_plan, render
 
-__all__ = ["Cluster", "Node", "Plan", "PlanError", "make_plan", "render", "with_memory"]
+__all__ = ["Cluster", "Node", "Plan", "PlanError", "automatic", "make_plan", "render", "resolve", "with_memory"]

@@ -19,17 +19,19 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA: rank, and the names of the matrices that have one (none: all)."""
+    """LoRA: rank, and the names of the matrices that have one (none: all). dora: with a length for each output."""
 
     rank: int
     targets: frozenset[str] | None = None
+    dora: bool = False
 
     def on(self, name: str) -> bool:
         return self.targets is None or name in self.targets
 
     def parameters(self, shape: Architecture) -> int:
         """Two matrices beside each target, of rank x inputs and outputs x rank (Hu et al. 2021, section 4.1)."""
-        return shape.layers * sum(self.rank * (m.inputs + m.outputs) for m in shape.matrices if self.on(m.name))
+        found = [m for m in shape.matrices if self.on(m.name)]
+        return shape.layers * sum(self.rank * (m.inputs + m.outputs) + self.dora * m.outputs for m in found)
 
 
 def saved(

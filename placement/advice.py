@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from configs.schema import LoraSettings, RunConfig, Strategy
+from placement.choice import COSTLIER, offers
 from placement.forecast import Forecast, Shapes, forecast, longest_row, model_settings, read_shapes
-from placement.memory import GIB
+from placement.places import GIB
 from placement.shape import TRAINED, Plan, Stage
 
 
@@ -74,9 +75,9 @@ def _changes(config: RunConfig, plan: Plan) -> list[Change]:
     while tokens >= least:
         changes.append(Change(f"{plan.stage}.micro_batch_tokens", str(tokens), _micro_batch(plan.stage, tokens)))
         tokens //= 2
-    order: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
-    weakest = min(order.index(config.strategy_of(role)) for role in TRAINED[plan.stage] if role in plan.roles)
-    changes += [Change("strategy", strategy, _strategy(strategy)) for strategy in order[weakest + 1 :]]
+    weakest = min(COSTLIER.index(config.strategy_of(role)) for role in TRAINED[plan.stage] if role in plan.roles)
+    offered = [strategy for strategy in COSTLIER[weakest + 1 :] if offers(strategy, config, plan.device)]
+    changes += [Change("strategy", strategy, _strategy(strategy)) for strategy in offered]
     if model.lora is None:
         changes.append(Change(f"{prefix}.lora.rank", "16", _models(lora=LoraSettings(rank=16))))
     if plan.device == "cuda" and model.dtype == "float32":

@@ -6,10 +6,13 @@ The counts follow the model classes of transformers 5 (`modeling_*.py`): which m
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
+
+from placement.known import known
 
 Kind = Literal["gpt2", "llama", "qwen2", "qwen3", "opt", "bloom"]
 Group = Literal["attention", "output", "up", "down"]
@@ -116,26 +119,57 @@ class Architecture:
         return made
 
     @classmethod
-    def of_folder(cls, folder: str | Path) -> Self:
-        """Raises ValueError where the folder has no config.json of a known kind."""
-        file = Path(folder) / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{folder} is no local folder with a config.json")
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        try:
+    def of(cls, model: str | Path) -> Self:
+        """The shape of what `model.path` may be: `preset:8b`, a folder, or a hub name that is known or was downloaded.
+
+        Raises:
+            ValueError: there is no config.json of a known kind.
+        """
+        name = str(model)
+        if name.startswith(PRESET):
+            return cls.preset(name.removeprefix(PRESET))
+        if file := _config_file(name):
+            return cls._of_file(file)
+        if found := known(name):
             return cls.read(found)
+        raise ValueError(
+            f"{name} is no local folder with a config.json, no {PRESET}NAME, and no hub name that is known here"
+        )
+
+    @classmethod
+    def _of_file(cls, file: Path) -> Self:
+        try:
+            return cls.read(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: {error}") from None
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """A shape of the ladder. Raises KeyError for another name."""
-        hidden, layers, heads, positions = LADDER[name]
-        shape = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
-        return cls.read({"model_type": "gpt2", "vocab_size": 50257} | shape)
+        """A shape of the ladder. Raises ValueError for another name."""
+        if name not in LADDER:
+            raise ValueError(f"{PRESET}{name}: no such preset; it may be {', '.join(LADDER)}")
+        return cls.read(preset_config(name))
+
+
+PRESET = "preset:"
+"""What `model.path` begins with where it names a shape of the ladder."""
+
+
+def preset_config(name: str) -> dict[str, Any]:
+    """The config.json of a shape of the ladder."""
+    hidden, layers, heads, positions = LADDER[name]
+    shape = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
+    return {"model_type": "gpt2", "vocab_size": 50257} | shape
+
+
+def _config_file(model: str) -> Path | None:
+    """The config.json of a folder or, of a hub name, of the snapshot that was downloaded last."""
+    if (file := Path(model) / "config.json").is_file():
+        return file
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    found = cache.glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json") if "*" not in model else ()
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 LADDER: dict[str, tuple[int, int, int, int]] = {

@@ -5,39 +5,45 @@ It warns and refuses nothing: docs/memory.md says what it was checked against, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.schema import LoraSettings, ModelReward, ModelSettings, Role, RunConfig
+from configs.schema import ROLES, LoraSettings, ModelReward, ModelSettings, Role, RunConfig
 from placement.activations import Adapters
 from placement.architecture import Architecture
 from placement.layout import strategy_in
-from placement.memory import (
-    GIB,
-    MIB,
+from placement.memory import Model, Sharding, moved
+from placement.phases import (
     PHASES,
-    Model,
     Phase,
-    Sharding,
     Uses,
     Work,
+    adapted,
     engine,
     frozen,
+    optimizer_bytes,
     received_bytes,
     sent_bytes,
     state_bytes,
     trainer,
 )
+from placement.places import GIB, MIB, Bytes, Use
 from placement.shape import TRAINED, GroupPlan, Plan, Stage, transport_of
+from placement.turns import by_turns
 
 STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
     "sft": ("load", "train", "save"),
     "rm": ("load", "train", "save"),
     "ppo": PHASES,
 }
-TURNS: tuple[Phase, ...] = ("generate", "score", "train")
-"""In these the roles of one group take turns; in the others they all work at the same time."""
+BUSY: dict[Phase, tuple[Role, ...]] = {
+    "load": ROLES,
+    "generate": ("rollout",),
+    "score": ("reference", "critic", "reward"),
+    "publish": ("actor", "rollout"),
+}
+"""Who works in a phase; in the others those that learn. Roles of one group take turns, but publishing takes both ends."""
 SIZES = {"float32": 4, "bfloat16": 2}
 
 
@@ -49,14 +55,23 @@ class RoleMemory:
     first_snapshot: int = 0
     other_snapshot: int = 0
 
+    @property
+    def still(self) -> Use:
+        """What it holds when it does nothing."""
+        return min(self.uses.values(), key=lambda use: (use.device.total, use.host.total))
+
 
 @dataclass(frozen=True)
 class Place:
-    """A node's memory, or that of each GPU of a group: bytes in each phase, and what there is (none: unknown)."""
+    """A node's memory, or that of each GPU of a group: what is in it in each phase, and its size (none: unknown)."""
 
     name: str
-    used: dict[Phase, int]
+    parts: dict[Phase, Bytes]
     size: int | None
+
+    @property
+    def used(self) -> dict[Phase, int]:
+        return {phase: held.total for phase, held in self.parts.items()}
 
     @property
     def tightest(self) -> Phase:
@@ -68,7 +83,8 @@ class Place:
         return None if self.size is None else self.size - self.used[self.tightest]
 
     def as_dict(self) -> dict[str, Any]:
-        fields = {"name": self.name, "used": self.used, "size": self.size}
+        parts = {phase: held.parts() for phase, held in self.parts.items()}
+        fields = {"name": self.name, "used": self.used, "parts": parts, "size": self.size}
         return fields | {"tightest": self.tightest, "headroom": self.headroom}
 
 
@@ -112,7 +128,7 @@ class Shapes:
 
 def read_shapes(config: RunConfig, stage: Stage) -> Shapes:
     """Raises ValueError where a model's config.json cannot be read."""
-    read = Architecture.of_folder
+    read = Architecture.of
     trained = (config.rm.model if config.rm and config.rm.model else config.model).path
     if stage != "ppo":
         shape = read(config.model.path if stage == "sft" else trained)
@@ -126,56 +142,103 @@ def model_settings(config: RunConfig, stage: Stage) -> ModelSettings:
     return config.rm.model if stage == "rm" and config.rm and config.rm.model else config.model
 
 
-def _model(shape: Architecture, settings: ModelSettings, scalar: bool, trained: bool) -> Model:
-    adapters = _adapters(settings.lora) if trained and settings.lora else None
-    return Model(shape, SIZES[settings.dtype], scalar, adapters)
+def _model(shape: Architecture, settings: ModelSettings, scalar: bool, adapts: bool, borrowed: bool = False) -> Model:
+    adapters = _adapters(settings.lora) if adapts and settings.lora else None
+    return Model(
+        shape,
+        SIZES[settings.dtype],
+        scalar,
+        adapters,
+        getattr(settings, "quantize", None) if adapts else None,
+        borrowed,
+    )
 
 
 def _adapters(lora: LoraSettings) -> Adapters:
-    return Adapters(lora.rank, None if lora.targets == "all-linear" else frozenset(lora.targets))
+    return Adapters(
+        lora.rank, None if lora.targets == "all-linear" else frozenset(lora.targets), getattr(lora, "dora", False)
+    )
 
 
 # ---------------------------------------------------------------- roles
 
 
-def forecast(config: RunConfig, plan: Plan, shapes: Shapes) -> Forecast:
-    """Predict a stage's memory where the plan puts it."""
-    roles = {role: _role(role, config, plan, shapes) for role in plan.roles}
+def forecast(config: RunConfig, plan: Plan, shapes: Shapes, *, turns: bool = True) -> Forecast:
+    """Predict a stage's memory where the plan puts it. turns: roles that share a GPU leave it to one another."""
+    roles = {role: _role(role, config, plan, shapes, turns and by_turns(plan, role)) for role in plan.roles}
     phases = STAGE_PHASES[plan.stage]
-    places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles))
+    places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles, turns))
     return Forecast(phases, roles, places, _cache_warnings(config, plan, roles, shapes))
 
 
-def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes) -> RoleMemory:
+def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> RoleMemory:
     if role == "rollout":
-        return RoleMemory(_engine(config, plan, shapes))
-    strategy, ranks = strategy_in(plan.stage, role, config), plan.roles[role].ranks
+        return RoleMemory(_engine(config, plan, shapes, turns))
+    planned, settings, strategy = (
+        plan.roles[role],
+        model_settings(config, plan.stage),
+        strategy_in(plan.stage, role, config),
+    )
     assert strategy is not None
-    sharding, work = Sharding(strategy, ranks, plan.device), _work(role, config, plan)
-    settings = model_settings(config, plan.stage)
+    sharding = Sharding(strategy, planned.ranks, plan.device, SIZES[settings.optimizer_dtype])
+    work, borrowed = _work(role, config, plan), role != planned.crew[0]
     if role not in TRAINED[plan.stage]:
-        shape = [shapes.policy] if role == "reference" else shapes.scalars
-        return RoleMemory(frozen([_model(s, settings, role == "reward", False) for s in shape], sharding, work))
+        uses = _frozen(role, settings, sharding, work, shapes, len(planned.crew) > 1, borrowed)
+        model = _model(shapes.policy if role == "reference" else shapes.scalars[0], settings, role == "reward", False)
+        return RoleMemory(_waiting(uses, model, sharding) if turns else uses)
     scalar = role in ("critic", "reward")
-    model = _model((shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy, settings, scalar, True)
-    bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
-    publishes = role == "actor" and plan.stage == "ppo"
-    published = sent_bytes(model, strategy, bucket, transport) if publishes else 0
+    shape = (shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy
+    model = _model(shape, settings, scalar, adapts=True, borrowed=borrowed)
+    published = _sent(model, sharding, config, plan) if role == "actor" and plan.stage == "ppo" else 0
     snapshots = config.recovery.snapshot_every is not None
     uses = trainer(model, sharding, work, scores=role == "critic", published=published, snapshots=snapshots)
-    first = state_bytes(model, sharding) if snapshots else 0
-    return RoleMemory(uses, first, sharding.optimizer(model) if snapshots and strategy != "ddp" else 0)
+    if turns:
+        uses = _waiting(uses, model, sharding)
+    if not snapshots:
+        return RoleMemory(uses)
+    return RoleMemory(
+        uses, state_bytes(model, sharding), optimizer_bytes(model, sharding) if sharding.zero.stage else 0
+    )
 
 
-def _engine(config: RunConfig, plan: Plan, shapes: Shapes) -> Uses:
+def _frozen(
+    role: Role, settings: ModelSettings, sharding: Sharding, work: Work, shapes: Shapes, shares: bool, borrowed: bool
+) -> Uses:
+    """A role that does not learn. Beside others on one base the reference is that base, a reward model an adapter and a head."""
+    if borrowed:
+        adapts = role == "reward"
+        return adapted(_model(shapes.policy, settings, adapts, adapts, borrowed=True), sharding, work)
+    found = [shapes.policy] if role == "reference" else shapes.scalars
+    return frozen([_model(shape, settings, role == "reward", adapts=shares) for shape in found], sharding, work)
+
+
+def _waiting(uses: Uses, model: Model, sharding: Sharding) -> Uses:
+    """With the host memory in which what it has on its device waits for its turn; it is kept for the next time."""
+    held = replace(RoleMemory(uses).still.device, runtime=0)
+    room = Use(host=moved(model, sharding, held))
+    return {phase: use + room for phase, use in uses.items()}
+
+
+def _sent(model: Model, sharding: Sharding, config: RunConfig, plan: Plan) -> int:
+    bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
+    return model.own * model.size if _adapter_alone(config) else sent_bytes(model, sharding, bucket, transport)
+
+
+def _adapter_alone(config: RunConfig) -> bool:
+    return config.model.lora is not None and getattr(config.publish, "lora", "merged") == "adapter"
+
+
+def _engine(config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> Uses:
     rollout, planned = config.rollout, plan.roles["rollout"]
     model = _model(shapes.policy, config.model, False, False)
     sequences = min(rollout.max_sequences, -(-plan.batch.sequences // planned.ranks))
     received = received_bytes(model, config.publish.bucket_mib * MIB, transport_of(config, plan))
+    served = _model(shapes.policy, config.model, False, adapts=True).own * model.size
     gpu = _gpu_bytes(plan, plan.group(planned.group))
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
-    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved)
+    arriving, beside = (served, served) if _adapter_alone(config) else (received, 0)
+    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, arriving, reserved, beside, turns)
 
 
 def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> tuple[str, ...]:
@@ -209,12 +272,13 @@ def _work(role: Role, config: RunConfig, plan: Plan) -> Work:
             length = max(length, config.sft.max_length)
         rows, limit, sides = plan.batch.sequences, config.ppo.micro_batch_tokens, 1
     else:
-        settings = config.sft if plan.stage == "sft" else config.rm
-        assert settings is not None
-        length, rows, limit = settings.max_length, plan.batch.prompts, settings.micro_batch_tokens
+        batches = config.sft if plan.stage == "sft" else config.rm
+        assert batches is not None
+        length, rows, limit = batches.max_length, plan.batch.prompts, batches.micro_batch_tokens
         sides = 2 if plan.stage == "rm" else 1
     tokens = max(length, min(limit, -(-rows // plan.roles[role].ranks) * length))
-    return Work(sides * tokens, length, model_settings(config, plan.stage).gradient_checkpointing)
+    settings = model_settings(config, plan.stage)
+    return Work(sides * tokens, length, settings.gradient_checkpointing, settings.activation_offload)
 
 
 def longest_row(config: RunConfig, stage: Stage) -> int:
@@ -237,37 +301,47 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
         if not any(count for _, count in counts):
             continue
         size = None if node.host_memory_gb is None else int(node.host_memory_gb * GIB)
-        used = {
-            phase: sum(_group_host(group, count, node.name, phase, roles) for group, count in counts if count)
-            + _store(config, plan, node.name, phase, roles, shapes)
+        parts = {
+            phase: sum(
+                (_group_host(plan, group, count, node.name, phase, roles) for group, count in counts if count), Bytes()
+            )
+            + Bytes(buffers=_store(config, plan, node.name, phase, roles, shapes))
+            + Bytes(buffers=_mapped(config, plan, node.name, shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
         }
-        found.setdefault((size, tuple(used.items())), []).append(node.name)
+        found.setdefault((size, tuple(parts.items())), []).append(node.name)
     return [
-        Place(names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...", dict(used), size)
-        for (size, used), names in found.items()
+        Place(names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...", dict(parts), size)
+        for (size, parts), names in found.items()
     ]
 
 
-def _group_host(group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]) -> int:
-    """Bytes of a group's processes on a node: of those that take turns one works, and the others keep what they hold."""
+def _group_host(
+    plan: Plan, group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]
+) -> Bytes:
+    """What a group's processes hold on a node: of those that take turns one works, and the others keep what they hold."""
     first = int(group.nodes[0] == node)
     if phase == "save":  # the first rank saves more than the others
         snapshots = sum(first * r.first_snapshot + (count - first) * r.other_snapshot for r in _of(group, roles))
-        return count * sum(_idle(r.uses) for r in _of(group, roles)) + snapshots
-    return count * _in_turn(phase, [(r.uses[phase].host.total, _idle(r.uses)) for r in _of(group, roles)])
+        return sum((r.still.host for r in _of(group, roles)), Bytes()) * count + Bytes(buffers=snapshots)
+    busy = {role: roles[role].uses[phase].host for role in group.roles}
+    still = {role: roles[role].still.host for role in group.roles}
+    return _worst(plan, phase, busy, still, still) * count
 
 
-def _in_turn(phase: Phase, members: Iterable[tuple[int, int]]) -> int:
-    """Of (busy, idle) bytes of roles on one device: all that is busy or, where they take turns, the worst turn."""
-    members = list(members)
-    if phase not in TURNS:
-        return sum(busy for busy, _ in members)
-    return sum(idle for _, idle in members) + max(busy - idle for busy, idle in members)
+def _worst(
+    plan: Plan, phase: Phase, busy: dict[Role, Bytes], still: dict[Role, Bytes], asleep: dict[Role, Bytes]
+) -> Bytes:
+    """What the roles of a group hold in one place in the worst turn: one works, those of its process are still, the others
+    asleep. Publishing takes both ends."""
+    working = [role for role in busy if role in BUSY.get(phase, TRAINED[plan.stage])]
 
+    def held(turn: Sequence[Role]) -> Bytes:
+        awake = {role for worker in turn for role in plan.roles[worker].crew}
+        return sum((busy[r] if r in turn else still[r] if r in awake else asleep[r] for r in busy), Bytes())
 
-def _idle(uses: Uses) -> int:
-    return min(use.host.total for use in uses.values())
+    turns = [working] if phase == "publish" else [[role] for role in working] or [[]]
+    return max(map(held, turns), key=lambda place: place.total)
 
 
 def _of(group: GroupPlan, roles: dict[Role, RoleMemory]) -> list[RoleMemory]:
@@ -288,23 +362,45 @@ def _store(
         return 0
     if phase == "publish" and plan.group(plan.roles["actor"].group).nodes[0] == node:
         model = _model(shapes.policy, config.model, False, False)
+        if _adapter_alone(config):
+            return snapshots + _model(shapes.policy, config.model, False, True).own * model.size
         if transport_of(config, plan) == "object_store":
             return snapshots + min(config.publish.bucket_mib * MIB + model.largest, model.nbytes)
     return snapshots * (2 if phase == "save" else 1)
 
 
-def _devices(plan: Plan, roles: dict[Role, RoleMemory]) -> list[Place]:
-    """A GPU of each group. What a process took of it once stays with it: PyTorch's allocator gives nothing back by itself."""
+def _mapped(config: RunConfig, plan: Plan, node: str, shapes: Shapes) -> int:
+    """Bytes of the files that a node's processes map while they load onto GPUs: each file once, however many read it. A model
+    that is drawn has none, and stands in each process."""
+    if plan.device == "cpu":
+        return 0
+    size, files, drawn = SIZES[model_settings(config, plan.stage).dtype], set[Architecture](), 0
+    for role, planned in plan.roles.items():
+        read = {"critic": shapes.scalars[:1], "reward": shapes.scalars}.get(role, (shapes.policy,))
+        if processes := plan.group(planned.group).nodes.count(node):
+            files |= set(read)
+            drawn += processes * max((shape.parameters * size for shape in read), default=0)
+    once = sum(shape.parameters * size for shape in files)
+    return drawn if model_settings(config, plan.stage).init == "random" else once
+
+
+def _devices(plan: Plan, roles: dict[Role, RoleMemory], turns: bool) -> list[Place]:
+    """A GPU of each group. What a pass took is given back after it; the states stay, but where roles hold the GPU by turns."""
     if plan.device == "cpu":
         return []
-    phases = STAGE_PHASES[plan.stage]
     places = []
     for group in plan.groups:
-        used = {
-            phase: sum(max(r.uses[p].device.total for p in phases[: i + 1]) for r in _of(group, roles))
-            for i, phase in enumerate(phases)
-        }
-        places.append(Place(f"each GPU of {group.name}", used, _gpu_bytes(plan, group)))
+        parts = {}
+        for phase in STAGE_PHASES[plan.stage]:
+            busy = {role: roles[role].uses[phase].device for role in group.roles}
+            still = {role: roles[role].still.device for role in group.roles}
+            asleep = still
+            if turns and by_turns(plan, group.roles[0]):
+                asleep = {role: Bytes(runtime=held.runtime) for role, held in still.items()}
+                if phase == "save" and "rollout" in asleep:  # from the publication on its weights are there
+                    asleep["rollout"] += Bytes(parameters=still["rollout"].parameters)
+            parts[phase] = _worst(plan, phase, busy, still, asleep)
+        places.append(Place(f"each GPU of {group.name}", parts, _gpu_bytes(plan, group)))
     return places
 
 

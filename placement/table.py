@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from placement.forecast import Forecast, Place
-from placement.memory import GIB, Bytes, Use
 from placement.packing import written
+from placement.places import GIB, Bytes, Use
 from placement.shape import TRAINED, GroupPlan, Plan
 from placement.turns import in_words
 

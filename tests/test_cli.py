@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -190,6 +191,36 @@ def test_plan_as_json(micro: Path) -> None:
     plans = json.loads(troupe("plan", micro, "--cluster", "1x8cpu", "--json").stdout)
     assert list(plans) == ["sft", "rm", "ppo"]
     assert plans["ppo"]["batch"]["prompts"] == 4
+
+
+def test_plan_of_a_model_alone() -> None:
+    asked = ("plan", "--model", "8b", "--strategy", "zero3_offload", "--cluster", "1x1xA100-80GB,host=1TB")
+    assert "GiB are left" in troupe(*asked).stdout
+    assert "does not fit" in troupe(*asked, "--cluster", "1x1xA100-80GB,host=64GB").stdout
+    chosen = troupe(
+        "plan", "--model", "40b", "model.lora.rank=8", "--strategy", "auto", "--cluster", "4x8xA100-80GB,host=2TB"
+    )
+    assert re.search(r"strategy: auto is zero\d\w* for the actor", chosen.stdout)
+
+
+@pytest.mark.parametrize(
+    ("file", "start"), [("a.svg", b"<?xml"), ("a.png", b"\x89PNG"), ("a.html", b"<!doctype html>")]
+)
+def test_plan_draws_a_picture(file: str, start: bytes, tmp_path: Path) -> None:
+    result = troupe("plan", "--model", "s", "--cluster", "1x8cpu,host=64GB", "--picture", str(tmp_path / file))
+    assert result.exit_code == 0
+    drawn = (tmp_path / file).read_bytes()
+    assert drawn.startswith(start)
+    if file != "a.png":
+        text = re.sub(r"\s+", " ", drawn.decode())
+        assert all(word in text for word in ("optimizer", "fragmentation", "train", "ppo: node-0"))
+
+
+def test_plan_says_what_it_needs(tmp_path: Path) -> None:
+    assert "a file with settings, or --model, is needed" in refused("plan")
+    assert "--model: 9b is no local folder" in refused("plan", "--model", "9b")
+    message = refused("plan", "--model", "s", "--cluster", "1x8cpu", "--picture", "a.pdf", "--json")
+    assert "must end in .svg, .png, .html" in message
 
 
 def test_config_lists_settings() -> None:

@@ -10,33 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from configs.schema import RunConfig, Strategy
+from configs.strategies import ZERO
 from placement import Cluster, Plan, make_plan, render, with_memory
 from placement.activations import Adapters, saved
 from placement.architecture import LADDER, Architecture
 from placement.forecast import Forecast, Place
-from placement.memory import (
-    GIB,
-    MIB,
-    PHASES,
-    Model,
-    Phase,
-    Sharding,
-    Uses,
-    Work,
-    engine,
-    frozen,
-    received_bytes,
-    sent_bytes,
-    trainer,
-)
+from placement.memory import Model, Sharding
+from placement.phases import PHASES, Phase, Uses, Work, engine, frozen, received_bytes, sent_bytes, trainer
+from placement.places import GIB, MIB
 
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES: tuple[Strategy, ...] = tuple(ZERO)
+ON_DEVICE = [strategy for strategy in STRATEGIES if ZERO[strategy].optimizer == "device"]
 
 GATED = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
 GATED |= {"num_key_value_heads": 1, "intermediate_size": 128}
@@ -118,7 +108,7 @@ def test_a_scalar_head_takes_the_place_of_the_head() -> None:
 def test_an_unknown_shape_is_told(config: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=said):
-        Architecture.of_folder(tmp_path)
+        Architecture.of(tmp_path)
 
 
 def test_a_missing_number_is_told() -> None:
@@ -190,12 +180,12 @@ def test_no_part_is_negative_and_the_total_is_their_sum(
         Sharding(strategy, ranks, device),
         Work(400, 66, checkpointing),
     )
-    learning = trainer(model, sharding, work, scores=scalar, published=sent_bytes(model, strategy, MIB, "object_store"))
+    learning = trainer(model, sharding, work, scores=scalar, published=sent_bytes(model, sharding, MIB, "object_store"))
     serving = engine(model, device, 1, GIB, 64, received_bytes(model, MIB, "nccl"), 2 * GIB)
     for uses in (learning, serving, frozen([model, model], sharding, work), frozen([], sharding, work)):
         assert tuple(uses) == PHASES
         for use in uses.values():
-            for place in use:
+            for place in use.places().values():
                 assert all(size >= 0 for size in place.parts().values())
                 assert place.total == sum(place.parts().values())
             assert use.host.runtime > 0
@@ -214,12 +204,12 @@ def test_ranks_never_cost_memory_under_zero(strategy: Strategy, size: int, adapt
 
 def test_each_stage_of_zero_holds_less_when_idle() -> None:
     for size in (2, 4):
-        totals = [train(smollm2(size), s, 8)["generate"].host.total for s in STRATEGIES]
+        totals = [train(smollm2(size), s, 8)["generate"].host.total for s in ON_DEVICE]
         assert totals == sorted(totals, reverse=True)
 
 
 def test_adapters_shrink_gradients_and_optimizer() -> None:
-    for strategy in STRATEGIES:
+    for strategy in ON_DEVICE:
         full, lora = (train(smollm2(adapters=a), strategy, 2)["train"].host for a in (None, Adapters(8)))
         assert lora.optimizer < 0.03 * full.optimizer
         assert lora.gradients < 0.03 * full.gradients
@@ -235,6 +225,7 @@ def test_bfloat16_halves_parameters_and_keeps_float32_states() -> None:
     assert wide.optimizer == 8 * smollm2().base
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4096), st.integers(1, 4096), st.booleans(), st.booleans())
 def test_more_tokens_never_take_less(one: int, other: int, scalar: bool, checkpointing: bool) -> None:
     few, many = sorted((one, other))
@@ -382,7 +373,7 @@ def test_a_pair_takes_two_rows(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_here_leaves_it_out(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x4cpu", model={"path": "some/model"})
-    assert plan.memory == "not predicted: some/model is no local folder with a config.json"
+    assert str(plan.memory).startswith("not predicted: some/model is no local folder with a config.json")
     assert "not predicted" in text(plan)
     assert plan.as_dict()["memory"] == plan.memory
 

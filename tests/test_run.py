@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from configs import RunConfig
 from orchestrator.integrity import whole_folder
 from orchestrator.run import Run, RunError
+from placement import Cluster, resolve
 
 HOLD = """
 import sys, time
@@ -102,3 +104,29 @@ def test_what_changes_results_is_refused_unless_asked_for(tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"other settings.*--accept-changes\n  seed: 1 there, 2 asked for$"):
         Run.open(run.folder, ["seed=2"])
     assert Run.open(run.folder, ["seed=2"], accept_changes=True).config.seed == 2
+
+
+# ---------------------------------------------------------------- strategy: auto
+
+
+def automatic(folder: Path, strategy: str = "auto") -> RunConfig:
+    section = {"train": {"path": "rows.jsonl"}, "optimizer": {"lr": 1e-4}}
+    return RunConfig.model_validate(
+        {"name": "a", "runs": str(folder), "model": {"path": "preset:s"}, "strategy": strategy, "sft": section}
+    )
+
+
+def test_what_auto_became_is_noted_and_kept(tmp_path: Path) -> None:
+    run = Run.begin(automatic(tmp_path), ["sft"])
+    run.keep()
+    assert run.chosen(resolve(run.config, ["sft"], Cluster.parse("1x1xA100-80GB,host=64GB"))) == (
+        "strategy: auto is ddp for the actor, ddp for the critic, ddp for the reference, ddp for the reward"
+    )
+    assert run.config.strategy == Run.open(run.folder).config.strategy == "ddp"
+    assert run.chosen(run.config) is None, "all are named"
+    assert Run.begin(automatic(tmp_path), ["sft"]).config.strategy == "auto", "nothing has begun: it may change"
+    line = {"stage": "sft", "step": 1, "metrics": {}, "time": 0.0}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert Run.begin(automatic(tmp_path), ["sft"]).config.strategy == "ddp", "the run goes on as it began"
+    assert Run.open(run.folder).config.strategy == "ddp"
+    assert Run.begin(automatic(tmp_path, "zero1"), ["sft"]).config.strategy == "zero1", "asked for by name"

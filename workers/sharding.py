@@ -8,9 +8,7 @@ import torch
 
 from configs.schema import ModelSettings
 from configs.strategies import ZERO, Home, Strategy
-from placement.memory import BUCKET_ELEMENTS
-
-SWAPPED_ELEMENTS = 100_000_000
+from placement.memory import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENTS
 
 
 def deepspeed_settings(
@@ -36,7 +34,7 @@ def deepspeed_settings(
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "offload_optimizer": home(zero.optimizer),
             # Of states on NVMe so many parameters' are in memory at a time.
-            "sub_group_size": SWAPPED_ELEMENTS if zero.optimizer == "nvme" else 10**9,
+            "sub_group_size": SWAPPED_ELEMENTS if zero.optimizer == "nvme" else SUBGROUP_ELEMENTS,
             # Of parameters on NVMe none stay in memory. DeepSpeed's own buffers would take a gigabyte and more.
             "offload_param": home(zero.parameters) | {"max_in_cpu": 0, "buffer_size": largest},
         },

@@ -119,6 +119,10 @@ class Trainer(Worker):
             return self.model.requires_grad_(False).eval().to(self.device)
         largest = -(-max(p.numel() for p in self.model.parameters()) // self.spec.world_size)
         settings = deepspeed_settings(strategy, self.settings, self.device, largest, self._nvme_folder())
+        if (
+            ZERO[strategy].stage == 3
+        ):  # tensor by tensor: DeepSpeed alone would first move all of the model to the device
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=settings)
         if optimizer is None:
             self.engine, *_ = deepspeed.initialize(model=self.model.requires_grad_(False).eval(), config=settings)
         else:

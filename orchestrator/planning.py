@@ -1,0 +1,47 @@
+"""What `troupe plan` plans: a run's settings or, without any, the benchmark's with a model that is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from configs import RunConfig, load_config
+from orchestrator.run import described
+from placement import Cluster, Plan, automatic, make_plan, resolve, with_memory
+from placement.capacity import supposed_of
+
+
+def cluster_of(text: str | None) -> Cluster:
+    """The cluster that is described, or this machine. Raises BadParameter where the text cannot be read."""
+    try:
+        return Cluster.parse(text) if text else Cluster.this_machine()
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--cluster") from None
+
+
+def asked_for(path: Path | None, model: str | None, overrides: Sequence[str], cluster: Cluster) -> RunConfig:
+    """The settings in a file, or those that a model's name stands for. With a name there is no file: what stands in its place
+    is an override too.
+
+    Raises ConfigError, or BadParameter where neither is given or the model is not known.
+    """
+    if model is None:
+        if path is None:
+            raise typer.BadParameter("a file with settings, or --model, is needed", param_hint="CONFIG")
+        return load_config(path, overrides)
+    try:
+        supposed = supposed_of(model, cluster)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
+    return load_config(supposed, [*([str(path)] if path else []), *overrides])
+
+
+def planned(config: RunConfig, cluster: Cluster) -> tuple[list[Plan], list[str]]:
+    """The plan of each stage with its memory, and what each `strategy: auto` became. Raises PlanError."""
+    stages = described(config)
+    settings = resolve(config, stages, cluster)
+    plans = [with_memory(settings, make_plan(settings, stage, cluster)) for stage in stages]
+    roles = [role for role in automatic(config) if any(role in plan.roles for plan in plans)]
+    return plans, [f"strategy: auto is {settings.strategy_of(role)} for the {role}" for role in roles]

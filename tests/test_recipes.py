@@ -1,0 +1,34 @@
+"""The recipes for clusters: each fits, by prediction, on the cluster that its head names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import load_config
+from orchestrator.planning import planned
+from placement import Cluster
+from placement.forecast import Forecast
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs" / "cluster").glob("*.yaml"))
+
+
+def test_they_are_all_here() -> None:
+    assert [recipe.stem for recipe in RECIPES] == ["gpu-24gb", "gpu-80gb", "node-8x80gb", "nodes-4x8x80gb"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_fits_on_the_cluster_that_it_names(recipe: Path) -> None:
+    named = re.search(r"^# Cluster: (\S+)$", recipe.read_text(), re.MULTILINE)
+    assert named is not None
+    assert recipe.read_text().count(named[1]) == 2, "the command plans for it too"
+    config = load_config(recipe)
+    assert config.name == recipe.stem
+    plans, _ = planned(config, Cluster.parse(named[1]))
+    for plan in plans:
+        assert isinstance(plan.memory, Forecast)
+        assert not plan.memory.missing, plan.stage
+        assert not plan.memory.warnings
+        assert all(place.size is not None for place in plan.memory.places)
