@@ -26,6 +26,9 @@ ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
+MAX_SERVED_RANK = 512
+"""Highest rank of an adapter that vLLM serves."""
+
 FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
@@ -45,6 +48,10 @@ class LoraSettings(Settings):
     """Rank of the adapters."""
     alpha: PositiveFloat = 32.0
     """Scale: the adapter's product is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which keeps high ranks learning (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn the length of each output's weights apart from their direction (Liu et al. 2024). Slower; always sent merged."""
     dropout: Fraction = 0.0
     """Dropout before the adapters."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
@@ -64,8 +71,19 @@ class ModelSettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraSettings | None = None
     """Train adapters in place of all weights, in every trained role."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Keep the frozen weights below the adapters in 4 or 8 bits (Dettmers et al. 2023): on GPU, with the package bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you trust its author."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.quantize and not self.lora:
+            raise ValueError(
+                f"quantize: was {self.quantize!r}, but weights of so few bits cannot be trained, and there are no adapters; "
+                "set lora too (lora.rank), or leave quantize out"
+            )
+        return self
 
 
 # ---------------------------------------------------------------- data
@@ -419,6 +437,9 @@ class PublishSettings(Settings):
     """auto: object_store on CPU; on GPU ipc where actor and rollout are colocated, else nccl."""
     bucket_mib: PositiveInt = 128
     """Size of a bucket of weights in MiB."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """With `model.lora`. merged: all weights, the adapter added; generation costs nothing more. adapter: it alone is sent, a few
+    percent of the bytes, and applied by the engine's LoRA kernels."""
 
 
 # ---------------------------------------------------------------- placement
@@ -560,6 +581,25 @@ class RunConfig(Settings):
     """Recovery from faults."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
+
+    @model_validator(mode="after")
+    def _adapter_can_be_served(self) -> Self:
+        if self.publish.lora == "adapter" and (reason := self._why_merged()):
+            raise ValueError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
+        return self
+
+    def _why_merged(self) -> str | None:
+        """What keeps engines from serving this model's adapter beside the weights that they were started with."""
+        lora = self.model.lora
+        if lora is None:
+            return "model.lora is none, so that there is no adapter"
+        if lora.dora:
+            return "vLLM serves no DoRA adapters (model.lora.dora)"
+        if lora.rank > MAX_SERVED_RANK:
+            return f"vLLM serves adapters of rank {MAX_SERVED_RANK} at most, and model.lora.rank is {lora.rank}"
+        if self.model.quantize:
+            return f"the engines' own weights are not those that model.quantize={self.model.quantize} makes"
+        return None
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import ray
 
-from configs.schema import DeadlineSettings, ModelSettings, OptimizerSettings, Role, RunConfig, Strategy
+from configs.schema import (
+    DeadlineSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Role,
+    RunConfig,
+    Strategy,
+)
 from orchestrator.calls import Call, WorkerGroup
 from orchestrator.deadlines import Deadlines
 from workers.data import Row
@@ -34,13 +42,17 @@ class Hosts:
     """Groups by kind and strategy; each is started when it is first asked for."""
 
     def __init__(self) -> None:
-        self.groups: dict[tuple[str, Strategy, int], WorkerGroup] = {}
+        self.groups: dict[tuple[str, Strategy, int, str], WorkerGroup] = {}
 
-    def group(self, kind: str, role: Role, strategy: Strategy = "ddp", ranks: int = 1) -> WorkerGroup:
-        key = (kind, strategy, ranks)
+    def group(
+        self, kind: str, role: Role, strategy: Strategy = "ddp", ranks: int = 1, served: LoraSettings | None = None
+    ) -> WorkerGroup:
+        """served: an adapter that is published alone."""
+        key = (kind, strategy, ranks, served.model_dump_json() if served else "")
         if key not in self.groups:
             plugin = "tests.learners" if kind.startswith("open") else "tests.faults"
-            config = run_config(strategy=strategy, plugins=[plugin])
+            alone = {"publish": {"lora": "adapter"}, "model": {"path": "model", "lora": served}} if served else {}
+            config = run_config(strategy=strategy, plugins=[plugin], **alone)
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
             handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote(kind, spec) for spec in specs]

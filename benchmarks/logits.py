@@ -1,0 +1,136 @@
+"""What it takes to compute log-probabilities in chunks of tokens: peak memory and time of a training step, against full logits.
+
+    python -m benchmarks.logits
+
+One optimizer step (AdamW) on the negative log-likelihood of one row of 2,048 tokens: a Llama of random weights with the width,
+heads and vocabulary (49,152, tied) of SmolLM2-135M and 4 of its 30 layers, float32, on CPU. One side is workers.models.LanguageModel.
+The other is the same transformer with the logits of all positions and a log_softmax over them. Each side runs in a fresh process,
+the two by turns; the kernel counts the peak of resident memory (VmHWM, reset before the steps that count).
+
+"Held" is what a process has between steps: weights, AdamW's states and the runtime. "The step" is what it takes beyond that:
+gradients, activations, logits. Prints medians and their ratios, full logits over chunks; exits with 1 where the step's memory is
+not at least 4 times lower, or its time more than 10% longer.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import typer
+from rich.console import Console
+
+LENGTH, VOCABULARY, LAYERS = 2048, 49_152, 4
+WARM_UP, TIMED = 2, 3
+LEAST_MEMORY, MOST_TIME = 4.0, 1.1
+
+Side = Literal["chunks", "full"]
+SIDES: tuple[Side, ...] = ("chunks", "full")
+
+
+def _status(field: str) -> int:
+    """Bytes that the kernel tells of this process."""
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(side: Side) -> dict[str, float]:
+    """Run one side here: bytes held between steps, bytes that a step takes beyond them, seconds of a step, and its loss."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from workers.data import Sequence
+    from workers.models import Batch, LanguageModel
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    hf = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, max_position_embeddings=LENGTH))
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
+    batch = Batch([Sequence(ids, 1)], torch.device("cpu"))
+    ours = LanguageModel(hf).train()
+
+    def chunks() -> torch.Tensor:
+        return ours(batch)[0].sum()
+
+    def full() -> torch.Tensor:
+        log_probs = torch.log_softmax(hf(input_ids=batch.ids, use_cache=False).logits[:, :-1], -1)
+        return log_probs.gather(-1, batch.ids[:, 1:, None]).sum()
+
+    forward: Callable[[], torch.Tensor] = {"chunks": chunks, "full": full}[side]
+    adam = torch.optim.AdamW(hf.parameters(), lr=1e-5, fused=True)
+
+    def step() -> float:
+        loss = -forward() / (LENGTH - 1)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        return float(loss.detach())
+
+    for _ in range(WARM_UP):
+        step()
+    held = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds, losses = [], []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - start)
+    return {
+        "held": held,
+        "step": _status("VmHWM") - held,
+        "seconds": statistics.median(seconds),
+        "loss": losses[-1],
+    }
+
+
+def apart(side: Side) -> dict[str, float]:
+    """The same in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.logits", "--side", side]
+    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
+def main(repetitions: int = 5, side: str = "") -> None:
+    """Compare both sides. --side: run this one alone, here, and print what was found as JSON."""
+    if side:
+        print(json.dumps(measure(side)))  # type: ignore[arg-type]
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    for repetition in range(repetitions):
+        for name in SIDES if repetition % 2 == 0 else reversed(SIDES):
+            found[name].append(apart(name))
+    sys.exit(_report(found))
+
+
+def _report(found: dict[str, list[dict[str, float]]]) -> int:
+    console = Console()
+    middle: dict[str, dict[str, Any]] = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+    }
+    console.print(f"{psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}; medians of {len(found['full'])} runs")
+    for name, values in middle.items():
+        spread = [run["seconds"] for run in found[name]]
+        console.print(
+            f"{name:>6}: held {values['held'] / 2**20:,.0f} MiB, the step {values['step'] / 2**20:,.0f} MiB more, "
+            f"{values['seconds']:.2f} s ({min(spread):.2f} to {max(spread):.2f}), loss {values['loss']:.5f}"
+        )
+    chunks, full = middle["chunks"], middle["full"]
+    whole = (full["held"] + full["step"]) / (chunks["held"] + chunks["step"])
+    memory, seconds = full["step"] / chunks["step"], chunks["seconds"] / full["seconds"]
+    console.print(f"peak of the whole process: {whole:.2f} times lower")
+    console.print(f"peak of the step: {memory:.2f} times lower (at least {LEAST_MEMORY:g})")
+    console.print(f"time of the step: {seconds:.2f} times as long (at most {MOST_TIME:g})")
+    return int(memory < LEAST_MEMORY or seconds > MOST_TIME)
+
+
+if __name__ == "__main__":
+    typer.run(main)
