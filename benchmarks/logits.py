@@ -2,18 +2,20 @@
 
     python -m benchmarks.logits
 
-One optimizer step (AdamW) on the negative log-likelihood of one row of 2,048 tokens: a Llama of random weights with the width,
-heads and vocabulary (49,152, tied) of SmolLM2-135M and 4 of its 30 layers, float32, on CPU. One side is workers.models.LanguageModel.
-The other is the same transformer with the logits of all positions and a log_softmax over them. Each side runs in a fresh process,
-the two by turns; the kernel counts the peak of resident memory (VmHWM, reset before the steps that count).
+The actor's training step of PPO (clipped loss and the mean entropy that is reported, backward pass, AdamW) on one row of 2,048
+tokens: a Llama of random weights with the width, heads and vocabulary (49,152, tied) of SmolLM2-135M and 4 of its 30 layers, all
+weights trained, float32, gradient checkpointing, on CPU. One side is workers.models.LanguageModel. The other is the same
+transformer with the logits of all positions and a log_softmax over them, by which it gets the same numbers. Each side runs in
+fresh processes, the two by turns; the kernel counts the peak of resident memory (VmHWM, reset before the steps that count).
 
 "Held" is what a process has between steps: weights, AdamW's states and the runtime. "The step" is what it takes beyond that:
-gradients, activations, logits. Prints medians and their ratios, full logits over chunks; exits with 1 where the step's memory is
-not at least 4 times lower, or its time more than 10% longer.
+gradients, activations, logits. Prints medians and their ratios; exits with 1 where the step's memory is not at least 4 times
+lower than with full logits, or its time more than 10% longer. --side chunks or full runs one side in this process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import subprocess
@@ -42,53 +44,63 @@ def _status(field: str) -> int:
 
 
 def measure(side: Side) -> dict[str, float]:
-    """Run one side here: bytes held between steps, bytes that a step takes beyond them, seconds of a step, and its loss."""
+    """Run one side here: bytes held between steps, bytes that a step takes beyond them, seconds of a step, what it computed."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from workers.data import Sequence
+    from workers.losses import masked_sum, policy_losses
     from workers.models import Batch, LanguageModel
 
     torch.manual_seed(0)
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
-    hf = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, max_position_embeddings=LENGTH))
+    hf: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, max_position_embeddings=LENGTH))
     ids = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
     batch = Batch([Sequence(ids, 1)], torch.device("cpu"))
     ours = LanguageModel(hf).train()
+    hf.gradient_checkpointing_enable()
+    advantages = torch.randn(1, LENGTH - 1)
 
-    def chunks() -> torch.Tensor:
-        return ours(batch)[0].sum()
+    def chunks() -> tuple[torch.Tensor, torch.Tensor]:
+        return ours(batch)
 
-    def full() -> torch.Tensor:
-        log_probs = torch.log_softmax(hf(input_ids=batch.ids, use_cache=False).logits[:, :-1], -1)
-        return log_probs.gather(-1, batch.ids[:, 1:, None]).sum()
+    def full() -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = torch.log_softmax(hf(input_ids=batch.ids, use_cache=False).logits[:, :-1], -1)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(-1, batch.ids[:, 1:, None]).squeeze(-1), entropy
 
-    forward: Callable[[], torch.Tensor] = {"chunks": chunks, "full": full}[side]
+    forward: Callable[[], tuple[torch.Tensor, torch.Tensor]] = {"chunks": chunks, "full": full}[side]
     adam = torch.optim.AdamW(hf.parameters(), lr=1e-5, fused=True)
 
-    def step() -> float:
-        loss = -forward() / (LENGTH - 1)
+    def step() -> tuple[float, float]:
+        log_probs, entropy = forward()
+        parts = policy_losses.get("ppo_clip")(log_probs, log_probs.detach() - 0.1, advantages, batch.mask, 0.2)
+        loss = masked_sum(parts.loss, batch.mask) / (LENGTH - 1)
         loss.backward()
         adam.step()
         adam.zero_grad()
-        return float(loss.detach())
+        return float(loss.detach()), float(masked_sum(entropy.detach(), batch.mask)) / (LENGTH - 1)
 
     for _ in range(WARM_UP):
         step()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not held
     held = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    seconds, losses = [], []
+    seconds, cpu = [], []
     for _ in range(TIMED):
-        start = time.perf_counter()
-        losses.append(step())
+        start, before = time.perf_counter(), time.process_time()
+        loss, entropy = step()
         seconds.append(time.perf_counter() - start)
-    return {
-        "held": held,
-        "step": _status("VmHWM") - held,
+        cpu.append(time.process_time() - before)
+    peak = {"held": held, "step": _status("VmHWM") - held}
+    return peak | {
         "seconds": statistics.median(seconds),
-        "loss": losses[-1],
+        "cpu": statistics.median(cpu),
+        "loss": loss,
+        "entropy": entropy,
     }
 
 
@@ -116,12 +128,15 @@ def _report(found: dict[str, list[dict[str, float]]]) -> int:
     middle: dict[str, dict[str, Any]] = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
-    console.print(f"{psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}; medians of {len(found['full'])} runs")
+    console.print(
+        f"{psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}; medians of {len(found['full'])} runs"
+    )
     for name, values in middle.items():
         spread = [run["seconds"] for run in found[name]]
         console.print(
             f"{name:>6}: held {values['held'] / 2**20:,.0f} MiB, the step {values['step'] / 2**20:,.0f} MiB more, "
-            f"{values['seconds']:.2f} s ({min(spread):.2f} to {max(spread):.2f}), loss {values['loss']:.5f}"
+            f"{values['seconds']:.2f} s ({min(spread):.2f} to {max(spread):.2f}; {values['cpu']:.2f} s of CPU), "
+            f"loss {values['loss']:.5f}, entropy {values['entropy']:.5f}"
         )
     chunks, full = middle["chunks"], middle["full"]
     whole = (full["held"] + full["step"]) / (chunks["held"] + chunks["step"])
