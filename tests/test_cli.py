@@ -84,7 +84,7 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
         (["model.path=./nowhere"], "troupe: model.path: was './nowhere', which is no folder with a model (config.json)\n"),
         (
             ["model.lora={}", "model.quantize=4bit"],
-            "troupe: model.quantize: was '4bit', which needs the package bitsandbytes; install it (`pip install troupe[quantize]`)\n",
+            "troupe: model.quantize: was '4bit', which needs the package bitsandbytes; install it (`pip install",
         ),
         (["plugins=[no.such.module]"], "troupe: plugins.0: cannot import 'no.such.module': No module named 'no'\n"),
         (

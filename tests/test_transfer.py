@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,15 +142,13 @@ def move_adapter(model: nn.Module, seed: int, adapter: str = "default") -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
 
 
-VARIANTS = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}]
+VARIANTS: list[dict[str, Any]] = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}]
 
 
 @IMPORTS
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant) or "lora")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
-def test_adapters_come_merged_and_do_not_accumulate(
-    tmp_path: Path, architecture: str, variant: dict[str, bool]
-) -> None:
+def test_adapters_come_merged_and_do_not_accumulate(tmp_path: Path, architecture: str, variant: dict[str, Any]) -> None:
     from workers.weights import GatheredWeights
 
     folder = make_model(tmp_path, architecture)
