@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
 
+ADAPTER = "default"
+"""PEFT's name of the adapter that learns."""
+
+_Make = Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class _Weight:
     """One tensor of the model as others know it, and the parameters that it is made of."""
@@ -29,7 +35,7 @@ class _Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[nn.Parameter, ...]
-    make: Callable[[], Tensor]
+    make: _Make
 
     @property
     def nbytes(self) -> int:
@@ -49,16 +55,11 @@ def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     return zero.GatheredParameters(parameters, modifier_rank=None) if _sharded(parameters) else nullcontext()
 
 
-def _weights(module: nn.Module) -> dict[str, _Weight]:
-    """Name -> tensor, under the names of a plain Hugging Face model: adapters merged, tied weights once."""
+def _merged_weights(module: nn.Module) -> dict[str, _Weight]:
+    """Name -> tensor, under the names of a plain Hugging Face model: active adapters merged, tied weights once."""
     found: dict[str, _Weight] = {}
     seen: set[int] = set()
-    adapters = {n: m for n, m in module.named_modules() if hasattr(m, "get_delta_weight")}
-
-    def add(name: str, parameter: nn.Parameter, parts: tuple[nn.Parameter, ...], make: Callable[[], Tensor]) -> None:
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            found[name] = _Weight(_whole_shape(parameter), parameter.dtype, parts, make)
+    adapters = _adapted(module)
 
     for prefix, child in module.named_modules():
         if any(prefix.startswith(adapter + ".") for adapter in adapters):
@@ -66,13 +67,48 @@ def _weights(module: nn.Module) -> dict[str, _Weight]:
         layer = adapters.get(prefix)
         owner: Any = child if layer is None else layer.get_base_layer()
         for name, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
             full = f"{prefix}.{name}" if prefix else name
-            if layer is not None and name == "weight":
-                parts = (parameter, *(p for n, p in layer.named_parameters() if "lora_" in n))
-                add(full, parameter, parts, partial(_merged, parameter, layer))
-            else:
-                add(full, parameter, (parameter,), partial(torch.Tensor.detach, parameter))
+            whole = _whole(module, owner, parameter)
+            if name == "weight" and (parts := _parts(layer)):
+                whole = replace(whole, parts=(parameter, *parts.values()), make=partial(_merged, whole.make, layer))
+            found[full] = whole
     return found
+
+
+def _adapter_weights(module: nn.Module) -> dict[str, _Weight]:
+    """The own tensors of the adapter that learns, under the names of PEFT's files."""
+    return {
+        f"base_model.model.{prefix}.{name.replace(f'.{ADAPTER}.', '.')}": _whole(module, layer, parameter)
+        for prefix, layer in _adapted(module).items()
+        for name, parameter in _parts(layer).items()
+    }
+
+
+def _adapted(module: nn.Module) -> dict[str, Any]:
+    """The layers that have adapters."""
+    return {name: child for name, child in module.named_modules() if hasattr(child, "get_delta_weight")}
+
+
+def _parts(layer: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a layer's active adapters, none where it has none: `lora_A.NAME.weight` and its like."""
+    if layer is None:
+        return {}
+    named, active = layer.named_parameters(), layer.active_adapters
+    return {name: p for name, p in named if name.startswith("lora_") and name.split(".")[1] in active}
+
+
+def _whole(module: nn.Module, owner: nn.Module, parameter: nn.Parameter) -> _Weight:
+    """A parameter as it is or, where bitsandbytes holds it in fewer bits, in the model's type again."""
+    if type(parameter).__name__ not in ("Params4bit", "Int8Params"):
+        return _Weight(_whole_shape(parameter), parameter.dtype, (parameter,), parameter.detach)
+    from peft.utils.integrations import dequantize_module_weight
+
+    config: Any = module.config
+    shape, dtype = getattr(parameter, "quant_state", parameter).shape, config.dtype
+    return _Weight(tuple(shape), dtype, (parameter,), lambda: dequantize_module_weight(owner).detach().to(dtype))
 
 
 def _layer(name: str) -> str:
@@ -82,22 +118,33 @@ def _layer(name: str) -> str:
     return ".".join(parts[:end])
 
 
-def _merged(base: nn.Parameter, layer: Any) -> Tensor:
-    whole = base.detach()
-    for name in set(layer.active_adapters) & set(layer.lora_A):
-        whole = whole + layer.get_delta_weight(name).to(base.dtype)
-    return whole
+def _merged(base: _Make, layer: Any) -> Tensor:
+    """The weight that computes what base and active adapters compute together.
+
+    DoRA (Liu et al. 2024, equation 5) scales what LoRA gives so that each output's weights have the length that was learned;
+    such an adapter is the only one.
+    """
+    merged = base()
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        merged = merged + layer.get_delta_weight(name).to(merged.dtype)
+    for name in names:
+        if name in layer.lora_magnitude_vector:
+            inputs = 0 if layer.fan_in_fan_out else 1  # GPT-2's matrices lie the other way
+            lengths = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
+            merged = merged * (layer.lora_magnitude_vector[name].weight.detach().view_as(lengths) / lengths)
+    return merged
 
 
 class GatheredWeights:
-    """A model's whole tensors from ZeRO 0 to 3, adapters merged, gathered one layer at a time.
+    """A model's whole tensors from ZeRO 0 to 3, gathered one layer at a time: adapters merged, or the adapter `alone`.
 
     A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
     under ZeRO-3: every rank must do it. `checksums` holds those of the last pass, where `checked`.
     """
 
-    def __init__(self, module: nn.Module, checked: bool = False) -> None:
-        self._weights = _weights(module)
+    def __init__(self, module: nn.Module, checked: bool = False, alone: bool = False) -> None:
+        self._weights = _adapter_weights(module) if alone else _merged_weights(module)
         self._checked = checked
         self.checksums: Checksums = {}
 
