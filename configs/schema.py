@@ -624,6 +624,7 @@ class RunConfig(Settings):
             raise ValueError("share: needs model.lora, which is none: only a base that no role trains serves several")
         return self
 
+    @model_validator(mode="after")
     def _adapter_can_be_served(self) -> Self:
         if self.publish.lora == "adapter" and (reason := self._why_merged()):
             raise ValueError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
