@@ -622,6 +622,11 @@ class RunConfig(Settings):
             raise ValueError(f"share: {twice[0]} stands more than once")
         if self.share and self.model.lora is None:
             raise ValueError("share: needs model.lora, which is none: only a base that no role trains serves several")
+        if "critic" in self.share and self.model.lora and self.model.lora.dora:
+            raise ValueError(
+                "share: critic is among them and model.lora.dora is true, but DoRA would measure the base's weights, not those "
+                "that the reward model's adapter makes of them; leave one of the two out"
+            )
         return self
 
     @model_validator(mode="after")
