@@ -20,7 +20,7 @@ def offers(strategy: Strategy, config: RunConfig, device: Device) -> bool:
     base whole; an optimizer in bfloat16 is not offloaded."""
     zero = ZERO[strategy]
     able = {"device": True, "host": device == "cuda", "nvme": config.offload.nvme_path is not None}[zero.optimizer]
-    whole = bool(config.share) or bool(getattr(config.model, "quantize", None))
+    whole = bool(config.share) or bool(config.model.quantize)
     narrow = any(model.optimizer_dtype == "bfloat16" for _, _, model in config.learners())
     return able and not (whole and zero.stage == 3) and (zero.bfloat16_optimizer or not narrow)
 

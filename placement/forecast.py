@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from configs.schema import ROLES, LoraSettings, ModelReward, ModelSettings, Role, RunConfig
@@ -55,7 +56,7 @@ class RoleMemory:
     first_snapshot: int = 0
     other_snapshot: int = 0
 
-    @property
+    @cached_property
     def still(self) -> Use:
         """What it holds when it does nothing."""
         return min(self.uses.values(), key=lambda use: (use.device.total, use.host.total))
@@ -149,15 +150,13 @@ def _model(shape: Architecture, settings: ModelSettings, scalar: bool, adapts: b
         SIZES[settings.dtype],
         scalar,
         adapters,
-        getattr(settings, "quantize", None) if adapts else None,
+        settings.quantize if adapts else None,
         borrowed,
     )
 
 
 def _adapters(lora: LoraSettings) -> Adapters:
-    return Adapters(
-        lora.rank, None if lora.targets == "all-linear" else frozenset(lora.targets), getattr(lora, "dora", False)
-    )
+    return Adapters(lora.rank, None if lora.targets == "all-linear" else frozenset(lora.targets), lora.dora)
 
 
 # ---------------------------------------------------------------- roles
@@ -225,7 +224,7 @@ def _sent(model: Model, sharding: Sharding, config: RunConfig, plan: Plan) -> in
 
 
 def _adapter_alone(config: RunConfig) -> bool:
-    return config.model.lora is not None and getattr(config.publish, "lora", "merged") == "adapter"
+    return config.model.lora is not None and config.publish.lora == "adapter"
 
 
 def _engine(config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> Uses:
@@ -295,25 +294,25 @@ def longest_row(config: RunConfig, stage: Stage) -> int:
 
 def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> list[Place]:
     """The nodes that hold something; those that are alike once."""
-    found: dict[tuple[Any, ...], list[str]] = {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for node in plan.cluster.nodes:
-        counts = [(group, group.nodes.count(node.name) * group.devices_per_bundle) for group in plan.groups]
-        if not any(count for _, count in counts):
-            continue
-        size = None if node.host_memory_gb is None else int(node.host_memory_gb * GIB)
+        held = tuple((group.nodes.count(node.name), group.nodes[0] == node.name) for group in plan.groups)
+        if any(count for count, _ in held):
+            alike.setdefault((node.host_memory_gb, held), []).append(node.name)
+    places = []
+    for (size, held), names in alike.items():
+        counts = [
+            (group, count * group.devices_per_bundle) for group, (count, _) in zip(plan.groups, held, strict=True)
+        ]
         parts = {
-            phase: sum(
-                (_group_host(plan, group, count, node.name, phase, roles) for group, count in counts if count), Bytes()
-            )
-            + Bytes(buffers=_store(config, plan, node.name, phase, roles, shapes))
-            + Bytes(buffers=_mapped(config, plan, node.name, shapes) if phase == "load" else 0)
+            phase: sum((_group_host(plan, g, count, names[0], phase, roles) for g, count in counts if count), Bytes())
+            + Bytes(buffers=_store(config, plan, names[0], phase, roles, shapes))
+            + Bytes(buffers=_mapped(config, plan, names[0], shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
         }
-        found.setdefault((size, tuple(parts.items())), []).append(node.name)
-    return [
-        Place(names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...", dict(parts), size)
-        for (size, parts), names in found.items()
-    ]
+        name = names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ..."
+        places.append(Place(name, parts, None if size is None else int(size * GIB)))
+    return places
 
 
 def _group_host(
