@@ -83,10 +83,15 @@ class Benchmark:
         return min(-(-self.max_timesteps // self.update_timesteps), self.steps - 1)
 
     @property
-    def own_reward(self) -> bool:
-        """Whether the reward model, and with it the critic, is drawn by itself, as a real one is another model than the policy.
-        On a shared base it is not."""
-        return not {"critic", "reward"} & set(self.share)
+    def shares_reward(self) -> bool:
+        """Whether reward model and critic are adapters on the base. Else the reward model, from which the critic starts, is one
+        of its own, as a real one is another model than the policy."""
+        shared = {"critic", "reward"} & set(self.share)
+        if len(shared) == 1:
+            raise RunError(
+                f"--share: has {shared.pop()} alone of critic and reward, and the critic starts from the reward model"
+            )
+        return bool(shared)
 
     def shape(self) -> dict[str, Any]:
         """The model's config.json. Raises RunError where there is none, or it has too few positions."""
@@ -133,7 +138,7 @@ class Benchmark:
                 "mini_batches": max(1, sequences // (self.train_batch_size * self.devices)),
                 "micro_batch_tokens": self.train_batch_size * self.total,
                 "max_prompt_tokens": self.prompt,
-                "rewards": [{"kind": "model", "path": str(folder / "reward") if self.own_reward else model}],
+                "rewards": [{"kind": "model", "path": str(folder / "reward")}],
                 "actor_optimizer": {"lr": 5e-6},
                 "critic_optimizer": {"lr": 5e-6},
             },
@@ -205,10 +210,9 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         architecture = Architecture.read(shape)
         _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
         console.print(f"drawing models of {architecture.parameters:,} parameters", style="dim")
-        models = ["model", "reward"] if asked.own_reward else ["model"]
-        _check_disk(folder, len(models) * architecture.parameters * (4 if config.model.dtype == "float32" else 2))
-        for number, each in enumerate(models):
-            draw(folder / each, shape, config.model.dtype, config.seed + number)
+        size = architecture.parameters * (4 if config.model.dtype == "float32" else 2)
+        _check_disk(folder, size * (1 if asked.shares_reward else 2))
+        _draw_models(asked, folder, shape, config)
         workers: dict[int, list[Role]] = {}
         with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
@@ -223,11 +227,24 @@ def _check_disk(folder: Path, size: int) -> None:
         )
 
 
-def draw(folder: Path, shape: dict[str, Any], dtype: str, seed: int) -> None:
-    """A folder with a model of random weights and a tokenizer; in a process of its own, since it takes torch."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "workers.drawing", str(folder), dtype, str(seed)], check=True)
+def _draw_models(asked: Benchmark, folder: Path, shape: dict[str, Any], config: RunConfig) -> None:
+    """A folder for the policy and one for the reward model."""
+    model, reward, dtype = folder / "model", folder / "reward", config.model.dtype
+    for path in (model, reward):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    _draw("model", model, dtype, config.seed)
+    if asked.shares_reward:
+        _draw("reward", reward, model, asked.lora_rank, config.seed)
+    else:
+        _draw("model", reward, dtype, config.seed + 1)
+
+
+def _draw(*args: Any) -> None:
+    """In a process of its own, since it takes torch."""
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "workers.drawing", *map(str, args)]
+    subprocess.run(command, check=True, env=os.environ | quiet)
 
 
 def _write_prompts(path: Path, asked: Benchmark, vocabulary: int, seed: int) -> None:
