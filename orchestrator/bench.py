@@ -33,7 +33,7 @@ from orchestrator.metrics import read_metrics
 from orchestrator.ppo import PPO
 from orchestrator.run import Run, RunError
 from orchestrator.team import Team
-from placement.architecture import LADDER, Architecture
+from placement.architecture import LADDER, Architecture, preset_config
 from placement.flops import SampleFlops
 
 PROMPTS = 1000
@@ -96,9 +96,7 @@ class Benchmark:
     def shape(self) -> dict[str, Any]:
         """The model's config.json. Raises RunError where there is none, or it has too few positions."""
         if self.model in LADDER:
-            hidden, layers, heads, positions = LADDER[self.model]
-            shape = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
-            found: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 50257, "initializer_range": 0.02} | shape
+            found = preset_config(self.model)
         else:
             path = Path(self.model) / "config.json" if Path(self.model).is_dir() else Path(self.model)
             if not path.is_file():
@@ -107,7 +105,8 @@ class Benchmark:
         most = found.get("n_positions") or found.get("max_position_embeddings")
         if most and self.total > most:
             raise RunError(f"--lengths: {self.total} tokens in all, and the model has {most} positions")
-        return found | {"bos_token_id": None, "eos_token_id": found["vocab_size"] - 1, "pad_token_id": None}
+        ids = {"bos_token_id": None, "eos_token_id": found["vocab_size"] - 1, "pad_token_id": None}
+        return {"initializer_range": 0.02} | found | ids
 
     def settings(self, folder: Path) -> dict[str, Any]:
         """The run's settings, as in a YAML file. One step is what the original did between two updates."""
@@ -217,7 +216,7 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
             go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
-        return _measured(asked, config, architecture, run, footprint, workers)
+        return _measured(asked, architecture, run, footprint, workers)
 
 
 def _check_disk(folder: Path, size: int) -> None:
@@ -258,12 +257,12 @@ def _write_prompts(path: Path, asked: Benchmark, vocabulary: int, seed: int) -> 
 
 def _measured(
     asked: Benchmark,
-    config: RunConfig,
     shape: Architecture,
     run: Run,
     footprint: Footprint,
     workers: dict[int, list[Role]],
 ) -> dict[str, Any]:
+    config = run.config  # in which `auto` has become a strategy
     assert config.ppo is not None
     lines = read_metrics(run.folder)
     counted = lines[asked.left_out :]
@@ -286,7 +285,7 @@ def _measured(
     summary = run.read("summary.json")
     names = {pid: "+".join(roles) for pid, roles in workers.items()}
     return {
-        "asked": {"model": asked.model, "strategy": config.strategy, "precision": config.model.dtype}
+        "asked": {"model": asked.model, "strategy": config.strategy_of("actor"), "precision": config.model.dtype}
         | {"lora_rank": asked.lora_rank, "share": list(asked.share), "layout": asked.layout, "devices": asked.devices}
         | {"prompt": asked.prompt, "total": asked.total, "experience_batch_size": asked.experience_batch_size}
         | {"train_batch_size": asked.train_batch_size, "epochs": config.ppo.epochs, "steps": config.ppo.steps},
