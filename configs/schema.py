@@ -32,6 +32,9 @@ Shared = Literal["actor", "critic", "reference", "reward"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
+MAX_SERVED_RANK = 512
+"""Highest rank of an adapter that vLLM serves."""
+
 FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
@@ -51,6 +54,10 @@ class LoraSettings(Settings):
     """Rank of the adapters."""
     alpha: PositiveFloat = 32.0
     """Scale: the adapter's product is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which keeps high ranks learning (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn the length of each output's weights apart from their direction (Liu et al. 2024). Slower; always sent merged."""
     dropout: Fraction = 0.0
     """Dropout before the adapters."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
@@ -75,6 +82,8 @@ class ModelSettings(Settings):
     """Keep the layers' inputs, which are all that gradient checkpointing keeps, in host memory. Without effect on CPU."""
     lora: LoraSettings | None = None
     """Train adapters in place of all weights, in every trained role."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Keep the frozen weights below the adapters in 4 or 8 bits (Dettmers et al. 2023): on GPU, with the package bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you trust its author."""
 
@@ -86,6 +95,19 @@ class ModelSettings(Settings):
             )
         if self.activation_offload and not self.gradient_checkpointing:
             raise ValueError("activation_offload: was true, which needs gradient_checkpointing: true")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized(self) -> Self:
+        if self.quantize and self.init == "random":
+            raise ValueError(
+                f"quantize: was {self.quantize!r}, but init is random, and such weights have all to be trained"
+            )
+        if self.quantize and not self.lora:
+            raise ValueError(
+                f"quantize: was {self.quantize!r}, but weights of so few bits cannot be trained, and there are no adapters; "
+                "set lora too (lora.rank), or leave quantize out"
+            )
         return self
 
 
@@ -437,6 +459,9 @@ class PublishSettings(Settings):
     """auto: object_store on CPU; on GPU ipc where actor and rollout are colocated, else nccl."""
     bucket_mib: PositiveInt = 128
     """Size of a bucket of weights in MiB."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """With `model.lora`. merged: all weights, the adapter added; generation costs nothing more. adapter: it alone is sent, a few
+    percent of the bytes, and applied by the engine's LoRA kernels."""
 
 
 # ---------------------------------------------------------------- placement
@@ -602,6 +627,25 @@ class RunConfig(Settings):
         if self.share and self.model.lora is None:
             raise ValueError("share: needs model.lora, which is none: only a base that no role trains serves several")
         return self
+
+    @model_validator(mode="after")
+    def _adapter_can_be_served(self) -> Self:
+        if self.publish.lora == "adapter" and (reason := self._why_merged()):
+            raise ValueError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
+        return self
+
+    def _why_merged(self) -> str | None:
+        """What keeps engines from serving this model's adapter beside the weights that they were started with."""
+        lora = self.model.lora
+        if lora is None:
+            return "model.lora is none, so that there is no adapter"
+        if lora.dora:
+            return "vLLM serves no DoRA adapters (model.lora.dora)"
+        if lora.rank > MAX_SERVED_RANK:
+            return f"vLLM serves adapters of rank {MAX_SERVED_RANK} at most, and model.lora.rank is {lora.rank}"
+        if self.model.quantize:
+            return f"the engines' own weights are not those that model.quantize={self.model.quantize} makes"
+        return None
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from configs import RunConfig
@@ -40,6 +41,9 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
         )
     if "rm" in stages and config.rm and config.rm.model:
         _check_model(config.rm.model.path, "rm.model.path")
+    _check_quantize(config)
+    if config.publish.lora == "adapter":
+        _check_adapter(config.model.path)
     if "ppo" in stages and config.ppo:
         _check_names(config.ppo)
         _check_functions(config.ppo, run)
@@ -78,6 +82,24 @@ def _check_model(path: str, setting: str) -> None:
     looks_local = path[:1] in "./~" or path.count("/") > 1
     if looks_local and not (Path(path) / "config.json").is_file():
         raise RunError(f"{setting}: was {path!r}, which is no folder with a model (config.json)")
+
+
+def _check_quantize(config: RunConfig) -> None:
+    models = {"model": config.model} | ({"rm.model": config.rm.model} if config.rm and config.rm.model else {})
+    for setting, model in models.items():
+        if model.quantize and find_spec("bitsandbytes") is None:
+            raise RunError(
+                f"{setting}.quantize: was {model.quantize!r}, which needs the package bitsandbytes; "
+                "install it (`pip install troupe[quantize]`)"
+            )
+
+
+def _check_adapter(path: str) -> None:
+    """Of the models that Troupe was tried with, vLLM applies no adapters to these two; of others it says so as it starts."""
+    config = Path(path) / "config.json"
+    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    if kind in ("gpt2", "bloom"):
+        raise RunError(f"publish.lora: was 'adapter', but vLLM serves no adapters of {kind} models; merged would fit")
 
 
 def _import_plugin(module: str, setting: str) -> None:

@@ -462,6 +462,8 @@ class Team:
         actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
         address = actor.call("address").get()[0]
         actor.call("connect", engines, self.transport, address).get()
+        if self.config.model.quantize and not self.version:
+            self.publish(0)  # engines start from the folder's weights, of which the actor holds others
 
     def publish(self, version: int) -> int:
         """Give the actor's weights to every engine under a version. Returns the bytes of one copy.

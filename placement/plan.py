@@ -34,6 +34,7 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster) -> Plan:
     if not shares:
         raise PlanError(stage, problems)
     device: Device = config.device if config.device != "auto" else "cuda" if cluster.gpus else "cpu"
+    problems += _quantize_problems(config, stage, device)
     if stage == "ppo":
         problems += _engine_problems(config, shares, device, cluster) + _publish_problems(config, shares, device)
         if not any(problem.setting == "rollout.tensor_parallel" for problem in problems):
@@ -141,6 +142,24 @@ def _engine_problems(config: RunConfig, shares: Sequence[Share], device: Device,
         text = f"{size}, but an engine must lie on one node, and no node has more than {most} GPUs; "
         text += f"at most {most} would fit"
         problems.append(Problem(setting, text))
+    return problems
+
+
+def _quantize_problems(config: RunConfig, stage: Stage, device: Device) -> list[Problem]:
+    """bitsandbytes computes on GPUs, and ZeRO-3 cannot cut what it made."""
+    own = stage == "rm" and config.rm is not None and config.rm.model is not None
+    prefix = "rm.model" if own else "model"
+    model = config.rm.model if config.rm and config.rm.model and own else config.model
+    if not model.quantize:
+        return []
+    problems = []
+    if device == "cpu":
+        text = f"{model.quantize} is computed on GPUs only, this run's device is cpu; null would fit"
+        problems.append(Problem(f"{prefix}.quantize", text))
+    sharded = [role for role in roles_of(config, stage) if (strategy_in(stage, role, config) or "").startswith("zero3")]
+    if sharded:
+        text = f"{model.quantize}, but {', '.join(sharded)} cut the weights by zero3, which whole numbers cannot be; "
+        problems.append(Problem(f"{prefix}.quantize", f"{text}another strategy would fit (ddp, zero1, zero2)"))
     return problems
 
 

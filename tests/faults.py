@@ -70,6 +70,7 @@ class FaultyRollout(RolloutWorker):
             self.engine.engine_core.shutdown()
             del self.engine
             cleanup_dist_env_and_memory()
+        self.adapter = None
         super().load(path, transport, max_length)
 
     def leave_out(self, care: str) -> None:
@@ -138,4 +139,4 @@ class FaultyPolicy(OpenPolicy):
         return self.sender.sent
 
 
-WeightTransferEngineFactory.register_engine("verified_faulty", FaultyEngine)
+WeightTransferEngineFactory.register_engine("verified_weights_faulty", FaultyEngine)

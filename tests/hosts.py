@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import ray
 
-from configs.schema import DeadlineSettings, ModelSettings, OptimizerSettings, Role, RunConfig, Strategy
+from configs.schema import (
+    DeadlineSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Role,
+    RunConfig,
+    Strategy,
+)
 from orchestrator.calls import Call, WorkerGroup
 from orchestrator.deadlines import Deadlines
 from workers.data import Row
@@ -35,16 +43,23 @@ class Hosts:
     next `load`, so that one process serves many tests: most of a test would be its start."""
 
     def __init__(self) -> None:
-        self.groups: dict[tuple[str, int, bool], WorkerGroup] = {}
+        self.groups: dict[tuple[str, int, bool, str], WorkerGroup] = {}
 
     def group(
-        self, kind: str, role: Role, strategy: Strategy = "ddp", ranks: int = 1, another: bool = False
+        self,
+        kind: str,
+        role: Role,
+        strategy: Strategy = "ddp",
+        ranks: int = 1,
+        another: bool = False,
+        served: LoraSettings | None = None,
     ) -> WorkerGroup:
-        """another: other processes than without it."""
-        key = (kind, ranks, another)
+        """another: other processes than without it. served: an adapter that is published alone."""
+        key = (kind, ranks, another, served.model_dump_json() if served else "")
         if key not in self.groups:
             plugin = "tests.learners" if kind.startswith("open") else "tests.faults"
-            config = run_config(plugins=[plugin])
+            alone = {"publish": {"lora": "adapter"}, "model": {"path": "model", "lora": served}} if served else {}
+            config = run_config(plugins=[plugin], **alone)
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
             handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote([(kind, spec)]) for spec in specs]

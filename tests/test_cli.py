@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
 from tests.micro import write_micro
+from tests.models import make_model
 
 COMMANDS = ("sft", "rm", "ppo", "pipeline", "resume", "plan", "config", "report", "generate", "chat", "bench")
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,10 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
         (["ppo.advantage=gea"], "troupe: ppo.advantage: 'gea' is not registered; it may be gae, reinforce; did you mean 'gae'?"),
         (["ppo.policy_loss=none"], "troupe: ppo.policy_loss: 'none' is not registered; it may be "),
         (["model.path=./nowhere"], "troupe: model.path: was './nowhere', which is no folder with a model (config.json)\n"),
+        (
+            ["model.lora={}", "model.quantize=4bit"],
+            "troupe: model.quantize: was '4bit', which needs the package bitsandbytes; install it (`pip install",
+        ),
         (["plugins=[no.such.module]"], "troupe: plugins.0: cannot import 'no.such.module': No module named 'no'\n"),
         (
             ["ppo.rewards=[{kind: function, name: f, function: 'tests.micro:long'}]"],
@@ -101,6 +106,12 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
 def test_wrong_settings_are_refused(micro: Path, overrides: list[str], message: str) -> None:
     assert refused("pipeline", micro, *overrides).startswith(message)
     assert not (micro.parent / "runs").exists()
+
+
+def test_an_adapter_of_a_model_that_vllm_applies_none_to_is_refused(micro: Path, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "gpt2", "gpt2")
+    said = refused("pipeline", micro, f"model.path={path}", "model.lora={}", "publish.lora=adapter")
+    assert said == "troupe: publish.lora: was 'adapter', but vLLM serves no adapters of gpt2 models; merged would fit\n"
 
 
 def test_all_wrong_settings_at_once(micro: Path) -> None:

@@ -115,7 +115,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.clip_rnge=1", "ppo.clip_rnge: no such setting; did you mean clip_range?"),
     ("sed=3", "sed: no such setting; did you mean seed?"),
     ("temperature=1", "temperature: no such setting; did you mean rollout.temperature?"),
-    ("publish.zzz=1", "publish.zzz: no such setting; there are transport, bucket_mib"),
+    ("publish.zzz=1", "publish.zzz: no such setting; there are transport, bucket_mib, lora"),
     ("ppo.rewards.0.wight=1", "ppo.rewards.0.wight: no such setting; did you mean weight?"),
     ("ppo.rewards.0.model=1", "ppo.rewards.0.model: no such setting; there are kind, name, path, weight"),
     ("ppo.kl.control={kind: adaptive, horizn: 1}", "ppo.kl.control.horizn: no such setting; did you mean horizon?"),
@@ -140,7 +140,7 @@ BAD: list[tuple[str, str]] = [
     ("chat_template=1", "chat_template: was 1; must be true | false"),
     ("runs=7", "runs: was 7; must be text"),
     ("ppo.prompts=file.jsonl", 'ppo.prompts: was "file.jsonl"; must be settings (path, split, columns, limit)'),
-    ("model.lora=16", "model.lora: was 16; must be settings (rank, alpha, dropout, targets) or none"),
+    ("model.lora=16", "model.lora: was 16; must be settings (rank, alpha, rslora, dora, dropout, targets) or none"),
     (
         "ppo.rewards=model",
         'ppo.rewards: was "model"; must be list of at least 1 settings with kind: model | function | http',
@@ -193,6 +193,19 @@ BAD: list[tuple[str, str]] = [
         "placement.groups=[{roles: [actor]}, {roles: [actor]}]",
         "placement.groups: the role actor stands in more than one group",
     ),
+    (
+        "publish.lora=adapter",
+        "publish.lora: was 'adapter', but model.lora is none, so that there is no adapter; merged would fit",
+    ),
+    (
+        "model.quantize=4bit",
+        "model.quantize: was '4bit', but weights of so few bits cannot be trained, and there are no adapters; set lora too "
+        "(lora.rank), or leave quantize out",
+    ),
+    (
+        "model={path: m, init: random, quantize: 8bit, lora: {}}",
+        "model.quantize: was '8bit', but init is random, and such weights have all to be trained",
+    ),
     # overrides and interpolations
     ("ppo.steps", "override ppo.steps: must have the form a.b=value"),
     ("=3", "override : must have the form a.b=value"),
@@ -215,6 +228,20 @@ BAD: list[tuple[str, str]] = [
 def test_bad_setting(tmp_path: Path, override: str, error: str) -> None:
     """One wrong setting gives exactly its own error, and the same in the file as on the command line."""
     assert problems(write(tmp_path, GOOD), override) == [error]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("lora: {dora: true}", "vLLM serves no DoRA adapters (model.lora.dora)"),
+        ("lora: {rank: 513}", "vLLM serves adapters of rank 512 at most, and model.lora.rank is 513"),
+        ("lora: {}, quantize: 8bit", "the engines' own weights are not those that model.quantize=8bit makes"),
+    ],
+)
+def test_an_adapter_that_no_engine_can_serve_is_refused(tmp_path: Path, model: str, reason: str) -> None:
+    found = problems(write(tmp_path, GOOD), f"model={{path: m, {model}}}", "publish.lora=adapter")
+    assert found == [f"publish.lora: was 'adapter', but {reason}; merged would fit"]
+    load_config(write(tmp_path, GOOD), [f"model={{path: m, {model}}}"])
 
 
 def test_circle_of_interpolations(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 IDS = np.random.default_rng(0).integers(3, 100, (3, 17)).tolist()
 LORA = LoraSettings(rank=4, alpha=16.0)
+DORA = LoraSettings(rank=4, alpha=16.0, rslora=True, dora=True)
 SAME = 1e-5
 
 
@@ -49,7 +50,7 @@ def export(group: WorkerGroup, folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, LORA, DORA], ids=["full", "lora", "dora-rslora"])
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("gpt2", False)])
 def test_a_language_model_is_read_back(
     hosts: Hosts, tmp_path: Path, architecture: str, tied: bool, lora: LoraSettings | None, strategy: Strategy

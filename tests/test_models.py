@@ -142,6 +142,28 @@ def test_chunks_of_tokens_change_nothing(tmp_path: Path, chunk: int, monkeypatch
     assert seen.most == chunk
 
 
+def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peak of the critic and the reward model does not grow with the vocabulary; that of the reference by a chunk; and the
+    actor keeps none of it for its backward pass, except the head."""
+    folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # of its widths only the vocabulary is 128
+    monkeypatch.setattr(models, "LOGITS_CHUNK", 2)
+    values, policy = scalar_model(folder), language_model(folder)
+    with LogitsSeen() as seen:
+        for per_token in (True, False):
+            values(batch, per_token).sum().backward()
+    assert seen.most == 0
+    with LogitsSeen() as seen, torch.no_grad():
+        policy(batch)
+    assert seen.most == 2
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):  # type: ignore[func-returns-value]
+        policy(batch)
+    assert kept
+    assert not [shape for shape in kept if VOCABULARY in shape and shape != (VOCABULARY, WIDTH)]
+
+
 def test_an_answer_after_no_prompt_begins_with_a_token_that_nothing_predicts(folder: Path) -> None:
     rows = [*sequences([(0, 5)], seed=4), ROWS[3], *sequences([(0, 1)], seed=5)]
     batch = Batch(rows, CPU)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from configs.schema import LoraSettings
 from tests.models import ARCHITECTURES, make_model
@@ -125,25 +126,37 @@ def test_the_tensors_of_a_model_are_those_of_its_file(tmp_path: Path, architectu
     assert [(t.dtype, tuple(t.shape)) for t in sent.values()] == [(m.dtype, m.shape) for m in source.metadata()]
 
 
+def adapted(folder: Path, lora: LoraSettings) -> tuple[PreTrainedModel, PeftModel]:
+    """A model whose adapter does something, and PEFT's wrapper of it."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    wrapper = add_lora(model, lora, seed=1)
+    move_adapter(model, seed=2)
+    return model, wrapper
+
+
+@torch.no_grad()
+def move_adapter(model: nn.Module, seed: int, adapter: str = "default") -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and f".{adapter}." in name:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+
+
+VARIANTS: list[dict[str, Any]] = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}]
+
+
 @IMPORTS
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant) or "lora")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
-def test_adapters_come_merged_and_do_not_accumulate(tmp_path: Path, architecture: str) -> None:
+def test_adapters_come_merged_and_do_not_accumulate(tmp_path: Path, architecture: str, variant: dict[str, Any]) -> None:
     from workers.weights import GatheredWeights
 
     folder = make_model(tmp_path, architecture)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    add_lora(model, LoraSettings(rank=4, alpha=16.0), seed=1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    model, wrapper = adapted(folder, LoraSettings(rank=4, alpha=16.0, **variant))
     source = GatheredWeights(model, checked=True)
     first, second = dict(source), dict(source)
 
-    oracle = AutoModelForCausalLM.from_pretrained(folder)
-    wrapped = get_peft_model(oracle, LoraConfig(r=4, lora_alpha=16.0, target_modules="all-linear"))
-    wrapped.load_state_dict({f"base_model.model.{n}": p for n, p in model.state_dict().items()})
-    merged = wrapped.merge_and_unload().state_dict()
+    merged = wrapper.merge_and_unload().state_dict()
     plain = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     assert set(first) == set(plain)
     changed = [name for name, tensor in first.items() if not torch.equal(tensor, plain[name])]
@@ -151,3 +164,59 @@ def test_adapters_come_merged_and_do_not_accumulate(tmp_path: Path, architecture
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, merged[name])
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
+
+
+@IMPORTS
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_one_adapter_of_two_is_merged_or_sent(tmp_path: Path, dora: bool) -> None:
+    """The other, on some of the same layers, changes nothing; alone, an adapter is what PEFT writes of it."""
+    from workers.weights import GatheredWeights
+
+    model, wrapper = adapted(make_model(tmp_path, "llama"), LoraSettings(rank=4, dora=dora))
+    alone, merged = dict(GatheredWeights(model, alone="default")), dict(GatheredWeights(model))
+    wrapper.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=dora))
+    move_adapter(model, seed=3, adapter="other")
+    for name, tensor in (dict(GatheredWeights(model)) | dict(GatheredWeights(model, alone="default"))).items():
+        assert torch.equal(tensor, (merged | alone)[name])
+    wrapper.set_adapter("other")
+    other = dict(GatheredWeights(model))
+    written = {
+        n.removesuffix(".weight"): t for n, t in get_peft_model_state_dict(wrapper, adapter_name="other").items()
+    }
+    sent = {n.removesuffix(".weight"): t for n, t in GatheredWeights(model, alone="other")}
+    assert sent.keys() == written.keys()
+    assert all(torch.equal(sent[name], written[name]) for name in sent)
+    wrapper.base_model.set_adapter(["default", "other"])
+    both = AutoModelForCausalLM.from_pretrained(tmp_path)
+    both.load_state_dict(dict(GatheredWeights(model)), strict=False)
+    ids = torch.arange(5, 40)[None]
+    torch.testing.assert_close(both.eval()(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    oracle = wrapper.merge_and_unload(adapter_names=["other"]).state_dict()
+    for name, tensor in other.items():
+        torch.testing.assert_close(tensor, oracle[name])
+
+
+@IMPORTS
+def test_an_adapter_of_rank_8_is_a_small_part_of_the_model() -> None:
+    """Of SmolLM2-135M's shape at most 3%, what is counted in `published_mib`."""
+    from workers.weights import GatheredWeights
+
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}
+    shape |= {"num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, tie_word_embeddings=True))
+        add_lora(model, LoraSettings(rank=8), seed=1)
+    whole, alone = GatheredWeights(model), GatheredWeights(model, alone="default")
+    assert whole.nbytes == 4 * 134_515_008
+    assert 0 < alone.nbytes <= 0.03 * whole.nbytes
+    assert alone.nbytes == 4 * 8 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [(["lm_head"], "head take no adapter"), (["wte", "c_attn"], "embeddings"), (["no"], "not found")],
+)
+def test_targets_that_cannot_have_an_adapter_are_refused(tmp_path: Path, targets: list[str], said: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, "gpt2"))
+    with pytest.raises(ValueError, match=rf"model\.lora\.targets: .*{said}"):
+        add_lora(model, LoraSettings(targets=targets), seed=1)

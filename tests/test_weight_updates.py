@@ -36,16 +36,17 @@ LENGTH = 256
 # Some prompts share their first 128 tokens, a block of the prefix cache, and so does each with itself in the next step.
 PROMPTS = ["a", "Who was it?", "hello " * 3, "It is " + "so " * 50, "It is " + "so " * 52, "The film " * 16]
 DEMONSTRATIONS = [Row(prompt="It is ", completion="so bad."), Row(prompt="The ", completion="film is so good!")]
-LORA = LoraSettings(rank=4, alpha=16.0)
+DORA = LoraSettings(rank=4, alpha=16.0, dora=True)
+RSLORA = LoraSettings(rank=4, alpha=16.0, rslora=True)
 
 
 class Pair:
     """An actor and an engine."""
 
-    def __init__(self, hosts: Hosts, strategy: Strategy = "ddp") -> None:
+    def __init__(self, hosts: Hosts, strategy: Strategy = "ddp", served: LoraSettings | None = None) -> None:
         self.ranks = 1 if strategy == "ddp" else 2
-        self.actor = hosts.group("faulty_policy", "actor", strategy, self.ranks)
-        self.engine = hosts.group("faulty_rollout", "rollout")
+        self.actor = hosts.group("faulty_policy", "actor", strategy, self.ranks, served=served)
+        self.engine = hosts.group("faulty_rollout", "rollout", served=served)
         self.step = 0
         self.version = 0
 
@@ -102,13 +103,13 @@ class Pair:
     ("strategy", "architecture", "tied", "grouped", "lora"),
     [
         ("ddp", "llama", True, True, None),
-        ("ddp", "gpt2", True, False, LORA),
+        ("ddp", "gpt2", True, False, RSLORA),
         ("zero1", "qwen2", False, True, None),
         ("zero2", "opt", True, False, None),
         ("zero3", "qwen3", False, True, None),
-        ("zero3", "llama", False, False, LORA),
+        ("zero3", "llama", False, False, DORA),
     ],
-    ids=lambda value: "lora" if value is LORA else None,
+    ids=lambda value: {id(DORA): "dora", id(RSLORA): "rslora"}.get(id(value)),
 )
 def test_the_engine_computes_what_the_trainer_computes(
     hosts: Hosts,
@@ -130,6 +131,52 @@ def test_the_engine_computes_what_the_trainer_computes(
         assert pair.agrees()
     pair.publish()
     assert pair.agrees(), "an update without a change changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "architecture", "tied", "grouped"), [("ddp", "llama", True, True), ("zero3", "opt", True, False)]
+)
+def test_an_adapter_alone_computes_what_the_trainer_computes(
+    hosts: Hosts, tmp_path: Path, strategy: Strategy, architecture: str, tied: bool, grouped: bool
+) -> None:
+    pair = Pair(hosts, strategy, served=RSLORA)
+    folder = make_model(tmp_path, architecture, tied, grouped)
+    pair.load(folder, lora=RSLORA)
+    pair.connect_with(4096)
+    assert pair.agrees(), "before the first update it has none, and the trainer's does nothing yet"
+    for _ in range(3):
+        pair.train()
+        assert pair.differences().mean() > DIFFERS, "the training step changed the policy"
+        pair.publish()
+        assert pair.agrees()
+    pair.publish()
+    assert pair.agrees(), "an update without a change changes nothing"
+
+
+def test_an_adapter_that_did_not_arrive_is_not_served_and_a_new_engine_gets_it_anew(
+    hosts: Hosts, tmp_path: Path
+) -> None:
+    pair = Pair(hosts, served=RSLORA)
+    folder = make_model(tmp_path, "llama", tied=False, grouped=True)
+    pair.load(folder, lora=RSLORA)
+    pair.connect_with(4096)
+    for fault, error in [
+        ("flip", "StaleWeights: .* 1 of 28 tensors"),
+        ("lose", "StaleWeights: .* 1 of 28 tensors"),
+        ("break off", "ConnectionError: the trainer broke off"),
+    ]:
+        pair.noise()
+        pair.disturb(fault)
+        with pytest.raises(WorkerError, match=error):
+            pair.publish()
+        assert_serves_nothing(pair)
+    pair.publish()
+    assert pair.agrees()
+    pair.engine.call("load", str(folder), "object_store", LENGTH).get()
+    assert pair.engine.first("generate", "prompts", np.arange(1), np.zeros(1), 1)[1].version == 0
+    pair.connect_with(4096)
+    pair.publish()
+    assert pair.agrees()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -70,10 +71,13 @@ class HeadLogProbs(torch.autograd.Function):
         log_z, log_probs, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         for rows in spans(len(hidden), LOGITS_CHUNK):
             logits = _logits(hidden[rows], weight, bias, temperature)
-            log_z[rows] = logits.logsumexp(-1)
-            log_p = logits.sub_(log_z[rows, None])
-            log_probs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
-            entropy[rows] = -log_p.exp().mul_(log_p).sum(-1)
+            most = logits.amax(-1)
+            logits.sub_(most[:, None])
+            powers = logits.exp()  # the one pass of it: sum and entropy are made of the same
+            total = powers.sum(-1)
+            log_z[rows] = most + total.log()
+            log_probs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
+            entropy[rows] = total.log() - torch.einsum("nv,nv->n", powers, logits) / total
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
         ctx.temperature = temperature
@@ -85,6 +89,10 @@ class HeadLogProbs(torch.autograd.Function):
         for_hidden = torch.empty_like(hidden)
         for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        if of_log_probs is not None:
+            of_log_probs = of_log_probs / ctx.temperature
+        if of_entropy is not None:
+            of_entropy = of_entropy / ctx.temperature
         for rows in spans(len(hidden), LOGITS_CHUNK):
             log_p = _logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_z[rows, None])
             grad = log_p.exp() if of_entropy is not None else log_p.exp_()
@@ -93,8 +101,7 @@ class HeadLogProbs(torch.autograd.Function):
                 grad.mul_(-scale)
             else:
                 grad.mul_(log_p.add_(entropy[rows, None]).mul_(of_entropy[rows, None]).add_(scale).neg_())
-            grad.scatter_add_(-1, targets[rows, None], scale)
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            grad = grad.scatter_add_(-1, targets[rows, None], scale).to(hidden.dtype)
             for_hidden[rows] = grad @ weight
             if for_weight is not None:
                 for_weight.addmm_(grad.t(), hidden[rows])
@@ -192,7 +199,9 @@ def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreT
     """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed."""
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     config = load_config(path, settings, scalar)
-    options = {"dtype": getattr(torch, settings.dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    if settings.quantize:
+        options |= _quantized(settings)
     torch.manual_seed(seed)
     if settings.init == "random":
         model = auto.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
@@ -203,22 +212,60 @@ def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreT
     return model
 
 
+def _quantized(settings: ModelSettings) -> dict[str, Any]:
+    """Options by which from_pretrained puts all matrices but the heads into fewer bits, on this process's GPU.
+
+    4 bits: normal floats with quantized scales (Dettmers et al. 2023, section 3).
+    """
+    bits = BitsAndBytesConfig(
+        load_in_4bit=settings.quantize == "4bit",
+        load_in_8bit=settings.quantize == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
+    return {"quantization_config": bits, "device_map": {"": torch.cuda.current_device()}}
+
+
 def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Module:
-    """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head has none: it stays trainable in full."""
+    """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head has none: it stays trainable in full.
+
+    Raises ValueError where `lora.targets` names something that cannot have an adapter, or nothing in the model.
+    """
     from peft import LoraConfig, get_peft_model  # two seconds and 80 MB that full training need not spend
 
     torch.manual_seed(seed)
     head = getattr(hf, "score", None)
-    wrapper = get_peft_model(
-        hf,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=settings.targets,
-            exclude_modules=None if head is None else ["score"],
-        ),
-    )
+    try:
+        wrapper = get_peft_model(
+            hf,
+            LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                lora_dropout=settings.dropout,
+                target_modules=settings.targets,
+                exclude_modules=None if head is None else ["score"],
+                use_rslora=settings.rslora,
+                use_dora=settings.dora,
+            ),
+        )
+    except ValueError as error:
+        raise ValueError(f"model.lora.targets: {error}") from error
+    for layer in (hf.get_input_embeddings(), hf.get_output_embeddings()):
+        if hasattr(layer, "lora_A"):
+            raise ValueError(
+                f"model.lora.targets: was {settings.targets}, but embeddings and the language-model head take no adapter here"
+            )
     if head is not None:
         head.requires_grad_(True)
     return wrapper
+
+
+def tell_zero3(hf: PreTrainedModel) -> None:
+    """DoRA reads a layer's frozen weight after the layer is through and ZeRO-3 has put it away: tell it who else reads it."""
+    from deepspeed import zero
+
+    for layer in hf.modules():
+        for reader in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values():
+            zero.register_external_parameter(reader, layer.get_base_layer().weight)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import ray
 import torch.distributed as dist
 from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
+from vllm.config.lora import MaxLoRARanks
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
+from configs.schema import LoraSettings
 from workers.checksums import Checksums
 from workers.data import Codec
 from workers.models import load_tokenizer
 from workers.sequences import Chunk, Ragged
+from workers.transfer import ADAPTER_ID
 from workers.work import StaleWeights, Written
 from workers.worker import Worker
 
@@ -26,14 +30,30 @@ def sample_seed(run: int, step: int, prompt: int, sample: int) -> int:
     return int.from_bytes(digest, "little") % 2**63
 
 
+def _adapter_options(lora: LoraSettings) -> dict[str, Any]:
+    """Room for one adapter, of the least rank that vLLM has kernels for."""
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(r for r in get_args(MaxLoRARanks) if r >= lora.rank),
+    }
+
+
+def _in_peft_words(lora: LoraSettings) -> dict[str, Any]:
+    return {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.targets, "use_rslora": lora.rslora}
+
+
 class RolloutWorker(Worker):
     """One engine. It serves exactly one policy version; while an update is under way, or after one failed, it serves none."""
 
     version: int | None = None
+    adapter: LoRARequest | None = None
+    """What requests ask for once an adapter was published."""
 
     def load(self, path: str, transport: str, max_length: int) -> None:
         """Start the engine on the model in a folder."""
         settings, model = self.config.rollout, self.config.model
+        sends_adapter = self.config.publish.lora == "adapter"
         self.tokenizer = load_tokenizer(path, model.trust_remote_code)
         self.codec = Codec(self.tokenizer, self.config.chat_template)
         on_gpu = self.spec.device == "cuda"
@@ -57,11 +77,14 @@ class RolloutWorker(Worker):
             # A prompt cut in two would set back its request's random generator, which a CPU's cannot do.
             enable_chunked_prefill=None if on_gpu else False,
             logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend=f"verified_{transport}"),
+            weight_transfer_config=WeightTransferConfig(
+                backend=f"verified_{'adapter' if sends_adapter else 'weights'}_{transport}"
+            ),
             worker_extension_cls="workers.transfer.Witness",
             enable_sleep_mode=self.spec.by_turns,
             disable_log_stats=True,
             **memory,
+            **(_adapter_options(model.lora) if sends_adapter and model.lora else {}),
         )
         # By itself vLLM would open a rendezvous store, which listens on every interface.
         if settings.tensor_parallel == 1 and not dist.is_initialized():
@@ -109,7 +132,9 @@ class RolloutWorker(Worker):
         for i, (prompt, sample) in enumerate(zip(prompts.tolist(), samples.tolist(), strict=True)):
             ids = self.prompts[data][prompt]
             seed = sample_seed(self.config.seed, step, prompt, sample)
-            self.engine.add_request(str(i), TokensPrompt(prompt_token_ids=ids), self._sampling(seed))
+            self.engine.add_request(
+                str(i), TokensPrompt(prompt_token_ids=ids), self._sampling(seed), lora_request=self.adapter
+            )
         answers: list[Any] = [None] * len(prompts)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
@@ -178,6 +203,10 @@ class RolloutWorker(Worker):
                     f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors "
                     f"differ, first {wrong[0]}"
                 )
+        if self.config.publish.lora == "adapter":
+            assert self.config.model.lora is not None
+            self.engine.collective_rpc("apply_adapter", kwargs={"config": _in_peft_words(self.config.model.lora)})
+            self.adapter = LoRARequest("actor", ADAPTER_ID, "in memory")
         if not self.engine.reset_prefix_cache():  # it was computed with the old weights
             raise StaleWeights(
                 f"{self!r}: version {version} came while requests were running: they hold its prefix cache"

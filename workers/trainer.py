@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -367,8 +368,10 @@ class Trainer(Worker):
             os.makedirs(folder, exist_ok=True)
             save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
             hf = self.model.hf
-            hf.config.architectures = [type(hf).__name__]
-            hf.config.save_pretrained(folder)
+            config = copy.copy(hf.config)
+            config.architectures = [type(hf).__name__]
+            vars(config).pop("quantization_config", None)  # what was written has all its bits
+            config.save_pretrained(folder)
             if hf.can_generate():
                 hf.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

@@ -7,8 +7,10 @@
     finish_weight_update(version, checksums)        ->   equal to its own: serves the new version; else an error,
                                                          and it still serves nothing
 
-Transports: `object_store` (ours: buckets in Ray's shared memory), `nccl` and `ipc` (vLLM's). vLLM imports this module in each
-of its worker processes, as the module of its `worker_extension_cls`.
+Transports: `object_store` (ours: buckets in Ray's shared memory), `nccl` and `ipc` (vLLM's). Over each come either all weights,
+which are loaded in place of the old, or those of an adapter, which are kept until the update is finished and then applied
+beside the weights that the engine started with. vLLM imports this module in each of its worker processes, as the module of its
+`worker_extension_cls`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -35,18 +39,15 @@ from workers.checksums import Checksums, checksum
 
 
 class _Verified:
-    """Mixin of a transport's engine side: checksums of what load_weights is given, and the repairs a reload needs on CPU."""
+    """Mixin of a transport's engine side: checksums of what load_weights is given."""
 
     received: Checksums
 
     def start_weight_update(self) -> None:
         self.received = {}
-        # An update that broke off leaves layers with some of its tensors: without this they would count as loaded now.
-        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[attr-defined]
-        initialize_layerwise_reload(self.model)  # type: ignore[attr-defined]
 
     def receive_weights(self, update_info: Any) -> None:
-        load = self.model.load_weights  # type: ignore[attr-defined]
+        load = self.load
 
         def checked(weights: Iterable[tuple[str, Tensor]]) -> Any:
             return load(self._witness(weights))
@@ -62,12 +63,44 @@ class _Verified:
             self.received[name] = checksum(tensor)
             yield name, tensor
 
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        raise NotImplementedError
+
+
+class _Weights(_Verified):
+    """All weights: a reload, and the repairs that it needs on CPU."""
+
+    def start_weight_update(self) -> None:
+        super().start_weight_update()
+        # An update that broke off leaves layers with some of its tensors: without this they would count as loaded now.
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[attr-defined]
+        initialize_layerwise_reload(self.model)  # type: ignore[attr-defined]
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        return type(self.model).load_weights(self.model, weights)  # type: ignore[attr-defined]
+
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[attr-defined]
         # With tied embeddings the reload leaves the head with the packed copy of its old weights: pack again.
         for module in self.model.modules():  # type: ignore[attr-defined]
             if isinstance(module, VocabParallelEmbedding):
                 module.quant_method.process_weights_after_loading(module)
+
+
+class _Adapter(_Verified):
+    """An adapter: its tensors in memory of their own, for vLLM multiplies the scale into them."""
+
+    tensors: dict[str, Tensor]
+
+    def start_weight_update(self) -> None:
+        super().start_weight_update()
+        self.tensors = {}
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        self.tensors |= {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+
+    def finish_weight_update(self) -> None:
+        """vLLM drops all adapters after this; `Witness.apply_adapter` follows."""
 
 
 @dataclass
@@ -110,20 +143,36 @@ class _ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInitInfo, ObjectStore
         pass
 
 
-class ObjectStoreEngine(_Verified, _ObjectStoreReceiver):
-    """Engine side of `object_store`."""
+class ObjectStoreEngine(_Weights, _ObjectStoreReceiver):
+    """All weights over `object_store`."""
 
 
-class NCCLEngine(_Verified, NCCLWeightTransferEngine):
-    """Engine side of `nccl`."""
+class ObjectStoreAdapter(_Adapter, _ObjectStoreReceiver):
+    """An adapter over `object_store`."""
 
 
-class IPCEngine(_Verified, IPCWeightTransferEngine):
-    """Engine side of `ipc`."""
+class NCCLEngine(_Weights, NCCLWeightTransferEngine):
+    """All weights over `nccl`."""
+
+
+class NCCLAdapter(_Adapter, NCCLWeightTransferEngine):
+    """An adapter over `nccl`."""
+
+
+class _Closing:
+    """Mixin of `ipc`: it lets go of the trainer's memory."""
 
     def finish_weight_update(self) -> None:
-        super().finish_weight_update()
-        self._packed_importer.close()
+        super().finish_weight_update()  # type: ignore[misc]
+        self._packed_importer.close()  # type: ignore[attr-defined]
+
+
+class IPCEngine(_Closing, _Weights, IPCWeightTransferEngine):
+    """All weights over `ipc`."""
+
+
+class IPCAdapter(_Closing, _Adapter, IPCWeightTransferEngine):
+    """An adapter over `ipc`."""
 
 
 class Witness:
@@ -136,11 +185,42 @@ class Witness:
     def weight_checksums(self) -> Checksums:
         return self.weight_transfer_engine.received  # type: ignore[attr-defined]
 
+    def apply_adapter(self, config: dict[str, Any]) -> None:
+        """Put the adapter that arrived in the place of the last one. config: PEFT's.
+
+        Raises ValueError where it is for layers to which this engine cannot apply it.
+        """
+        workers = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        manager = workers._adapter_manager
+        names = getattr(manager.model, "hf_to_vllm_mapper", None)
+        adapter = LoRAModel.from_lora_tensors(
+            ADAPTER_ID,
+            self.weight_transfer_engine.tensors,  # type: ignore[attr-defined]
+            PEFTHelper.from_dict(config),
+            device="cpu",  # whence activate_adapter takes them to the engine's device
+            dtype=workers.lora_config.lora_dtype,
+            weights_mapper=names and names.get_rename_mapper(),
+        )
+        manager.remove_adapter(ADAPTER_ID)
+        manager.add_adapter(adapter)
+        if strange := adapter.loras.keys() - manager.modules.keys():
+            raise ValueError(
+                f"publish.lora: was 'adapter', but vLLM applies none to {', '.join(sorted(strange)[:3])}; merged would fit"
+            )
+        manager.activate_adapter(ADAPTER_ID)
+        self.weight_transfer_engine.tensors = {}  # type: ignore[attr-defined]
+
+
+ADAPTER_ID = 1
+"""Number of the one adapter that an engine has, in vLLM's words."""
 
 ENGINES: dict[str, type[WeightTransferEngine]] = {
-    "object_store": ObjectStoreEngine,
-    "nccl": NCCLEngine,
-    "ipc": IPCEngine,
+    "weights_object_store": ObjectStoreEngine,
+    "weights_nccl": NCCLEngine,
+    "weights_ipc": IPCEngine,
+    "adapter_object_store": ObjectStoreAdapter,
+    "adapter_nccl": NCCLAdapter,
+    "adapter_ipc": IPCAdapter,
 }
 for _name, _engine in ENGINES.items():
     WeightTransferEngineFactory.register_engine(f"verified_{_name}", _engine)

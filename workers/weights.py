@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
 
+_Make = Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class _Weight:
     """One tensor of the model as others know it, and the parameters that it is made of."""
@@ -29,7 +32,7 @@ class _Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[nn.Parameter, ...]
-    make: Callable[[], Tensor]
+    make: _Make
 
     @property
     def nbytes(self) -> int:
@@ -49,16 +52,11 @@ def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     return zero.GatheredParameters(parameters, modifier_rank=None) if _sharded(parameters) else nullcontext()
 
 
-def _weights(module: nn.Module) -> dict[str, _Weight]:
-    """Name -> tensor, under the names of a plain Hugging Face model: adapters merged, tied weights once."""
+def _merged_weights(module: nn.Module) -> dict[str, _Weight]:
+    """Name -> tensor, under the names of a plain Hugging Face model: active adapters merged, tied weights once."""
     found: dict[str, _Weight] = {}
     seen: set[int] = set()
-    adapters = {n: m for n, m in module.named_modules() if hasattr(m, "get_delta_weight")}
-
-    def add(name: str, parameter: nn.Parameter, parts: tuple[nn.Parameter, ...], make: Callable[[], Tensor]) -> None:
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            found[name] = _Weight(_whole_shape(parameter), parameter.dtype, parts, make)
+    adapters = _adapted(module)
 
     for prefix, child in module.named_modules():
         if any(prefix.startswith(adapter + ".") for adapter in adapters):
@@ -66,13 +64,49 @@ def _weights(module: nn.Module) -> dict[str, _Weight]:
         layer = adapters.get(prefix)
         owner: Any = child if layer is None else layer.get_base_layer()
         for name, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
             full = f"{prefix}.{name}" if prefix else name
+            whole = _whole(module, owner, parameter)
             if layer is not None and name == "weight":
-                parts = (parameter, *(p for n, p in layer.named_parameters() if "lora_" in n))
-                add(full, parameter, parts, partial(_merged, parameter, layer))
-            else:
-                add(full, parameter, (parameter,), partial(torch.Tensor.detach, parameter))
+                active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+                parts = [part for adapter in active for part in _parts(layer, adapter).values()]
+                whole = replace(whole, parts=(parameter, *parts), make=partial(_merged, whole.make, layer, active))
+            found[full] = whole
     return found
+
+
+def _adapter_weights(module: nn.Module, adapter: str) -> dict[str, _Weight]:
+    """The adapter's own tensors, under the names of PEFT's files."""
+    return {
+        f"base_model.model.{prefix}.{name.replace(f'.{adapter}.', '.')}": _whole(module, layer, parameter)
+        for prefix, layer in _adapted(module).items()
+        for name, parameter in _parts(layer, adapter).items()
+    }
+
+
+def _adapted(module: nn.Module) -> dict[str, Any]:
+    """The layers that have adapters."""
+    return {name: child for name, child in module.named_modules() if hasattr(child, "get_delta_weight")}
+
+
+def _parts(layer: Any, adapter: str) -> dict[str, nn.Parameter]:
+    """A layer's parameters of one adapter, none where it has no such one: `lora_A.NAME.weight` and its like."""
+    return {
+        name: p for name, p in layer.named_parameters() if name.startswith("lora_") and name.split(".")[1] == adapter
+    }
+
+
+def _whole(module: nn.Module, owner: nn.Module, parameter: nn.Parameter) -> _Weight:
+    """A parameter as it is or, where bitsandbytes holds it in fewer bits, in the model's type again."""
+    if type(parameter).__name__ not in ("Params4bit", "Int8Params"):
+        return _Weight(_whole_shape(parameter), parameter.dtype, (parameter,), parameter.detach)
+    from peft.utils.integrations import dequantize_module_weight
+
+    config: Any = module.config
+    shape, dtype = getattr(parameter, "quant_state", parameter).shape, config.dtype
+    return _Weight(tuple(shape), dtype, (parameter,), lambda: dequantize_module_weight(owner).detach().to(dtype))
 
 
 def _layer(name: str) -> str:
@@ -82,22 +116,34 @@ def _layer(name: str) -> str:
     return ".".join(parts[:end])
 
 
-def _merged(base: nn.Parameter, layer: Any) -> Tensor:
-    whole = base.detach()
-    for name in set(layer.active_adapters) & set(layer.lora_A):
-        whole = whole + layer.get_delta_weight(name).to(base.dtype)
-    return whole
+def _merged(base: _Make, layer: Any, adapters: Sequence[str]) -> Tensor:
+    """The weight that computes what base and adapters compute together, one adapter after the other.
+
+    DoRA (Liu et al. 2024, equation 5) scales what LoRA gives so that each output's weights have the length that was learned.
+    PEFT takes the length for it from the base and this adapter alone, whatever other adapters made of the base before.
+    """
+    weight = merged = base()
+    for adapter in adapters:
+        delta = layer.get_delta_weight(adapter).to(weight.dtype)
+        merged = merged + delta
+        if adapter in layer.lora_magnitude_vector:
+            inputs = 0 if layer.fan_in_fan_out else 1  # GPT-2's matrices lie the other way
+            lengths = torch.linalg.vector_norm(weight + delta, dim=inputs, keepdim=True)
+            merged = merged * (layer.lora_magnitude_vector[adapter].weight.detach().view_as(lengths) / lengths)
+    return merged
 
 
 class GatheredWeights:
-    """A model's whole tensors from ZeRO 0 to 3, adapters merged, gathered one layer at a time.
+    """A model's whole tensors from ZeRO 0 to 3, gathered one layer at a time.
+
+    Active adapters are merged; or else one adapter is given alone.
 
     A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
     under ZeRO-3: every rank must do it. `checksums` holds those of the last pass, where `checked`.
     """
 
-    def __init__(self, module: nn.Module, checked: bool = False) -> None:
-        self._weights = _weights(module)
+    def __init__(self, module: nn.Module, checked: bool = False, alone: str | None = None) -> None:
+        self._weights = _adapter_weights(module, alone) if alone else _merged_weights(module)
         self._checked = checked
         self.checksums: Checksums = {}
 

@@ -1,0 +1,151 @@
+"""What it takes to compute log-probabilities in chunks of tokens: peak memory and time of a training step, against full logits.
+
+    python -m benchmarks.logits
+
+The actor's training step of PPO (clipped loss and the mean entropy that is reported, backward pass, AdamW) on one row of 2,048
+tokens: a Llama of random weights with the width, heads and vocabulary (49,152, tied) of SmolLM2-135M and 4 of its 30 layers, all
+weights trained, float32, gradient checkpointing, on CPU. One side is workers.models.LanguageModel. The other is the same
+transformer with the logits of all positions and a log_softmax over them, by which it gets the same numbers. Each side runs in
+fresh processes, the two by turns; the kernel counts the peak of resident memory (VmHWM, reset before the steps that count).
+
+"Held" is what a process has between steps: weights, AdamW's states and the runtime. "The step" is what it takes beyond that:
+gradients, activations, logits. Prints medians and their ratios; exits with 1 where the step's memory is not at least 4 times
+lower than with full logits, or its time more than 10% longer. --side chunks or full runs one side in this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import typer
+from rich.console import Console
+
+LENGTH, VOCABULARY, LAYERS = 2048, 49_152, 4
+WARM_UP, TIMED = 2, 3
+LEAST_MEMORY, MOST_TIME = 4.0, 1.1
+
+Side = Literal["chunks", "full"]
+SIDES: tuple[Side, ...] = ("chunks", "full")
+
+
+def _status(field: str) -> int:
+    """Bytes that the kernel tells of this process."""
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(side: Side) -> dict[str, float]:
+    """Run one side here: bytes held between steps, bytes that a step takes beyond them, seconds of a step, what it computed."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from workers.data import Sequence
+    from workers.losses import masked_sum, policy_losses
+    from workers.models import Batch, LanguageModel
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    hf: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, max_position_embeddings=LENGTH))
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
+    batch = Batch([Sequence(ids, 1)], torch.device("cpu"))
+    ours = LanguageModel(hf).train()
+    hf.gradient_checkpointing_enable()
+    advantages = torch.randn(1, LENGTH - 1)
+
+    def chunks() -> tuple[torch.Tensor, torch.Tensor]:
+        return ours(batch)
+
+    def full() -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = torch.log_softmax(hf(input_ids=batch.ids, use_cache=False).logits[:, :-1], -1)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(-1, batch.ids[:, 1:, None]).squeeze(-1), entropy
+
+    forward: Callable[[], tuple[torch.Tensor, torch.Tensor]] = {"chunks": chunks, "full": full}[side]
+    adam = torch.optim.AdamW(hf.parameters(), lr=1e-5, fused=True)
+
+    def step() -> tuple[float, float]:
+        log_probs, entropy = forward()
+        parts = policy_losses.get("ppo_clip")(log_probs, log_probs.detach() - 0.1, advantages, batch.mask, 0.2)
+        loss = masked_sum(parts.loss, batch.mask) / (LENGTH - 1)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        return float(loss.detach()), float(masked_sum(entropy.detach(), batch.mask)) / (LENGTH - 1)
+
+    for _ in range(WARM_UP):
+        step()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not held
+    held = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds, cpu = [], []
+    for _ in range(TIMED):
+        start, before = time.perf_counter(), time.process_time()
+        loss, entropy = step()
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - before)
+    peak = {"held": held, "step": _status("VmHWM") - held}
+    return peak | {
+        "seconds": statistics.median(seconds),
+        "cpu": statistics.median(cpu),
+        "loss": loss,
+        "entropy": entropy,
+    }
+
+
+def apart(side: Side) -> dict[str, float]:
+    """The same in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.logits", "--side", side]
+    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
+def main(repetitions: int = 5, side: str = "") -> None:
+    """Compare both sides. --side: run this one alone, here, and print what was found as JSON."""
+    if side:
+        print(json.dumps(measure(side)))  # type: ignore[arg-type]
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    for repetition in range(repetitions):
+        for name in SIDES if repetition % 2 == 0 else reversed(SIDES):
+            found[name].append(apart(name))
+    sys.exit(_report(found))
+
+
+def _report(found: dict[str, list[dict[str, float]]]) -> int:
+    console = Console()
+    middle: dict[str, dict[str, Any]] = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+    }
+    console.print(
+        f"{psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}; medians of {len(found['full'])} runs"
+    )
+    for name, values in middle.items():
+        spread = [run["seconds"] for run in found[name]]
+        console.print(
+            f"{name:>6}: held {values['held'] / 2**20:,.0f} MiB, the step {values['step'] / 2**20:,.0f} MiB more, "
+            f"{values['seconds']:.2f} s ({min(spread):.2f} to {max(spread):.2f}; {values['cpu']:.2f} s of CPU), "
+            f"loss {values['loss']:.5f}, entropy {values['entropy']:.5f}"
+        )
+    chunks, full = middle["chunks"], middle["full"]
+    whole = (full["held"] + full["step"]) / (chunks["held"] + chunks["step"])
+    memory, seconds = full["step"] / chunks["step"], chunks["seconds"] / full["seconds"]
+    console.print(f"peak of the whole process: {whole:.2f} times lower")
+    console.print(f"peak of the step: {memory:.2f} times lower (at least {LEAST_MEMORY:g})")
+    console.print(f"time of the step: {seconds:.2f} times as long (at most {MOST_TIME:g})")
+    return int(memory < LEAST_MEMORY or seconds > MOST_TIME)
+
+
+if __name__ == "__main__":
+    typer.run(main)
