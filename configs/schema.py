@@ -95,15 +95,6 @@ class ModelSettings(Settings):
             )
         if self.activation_offload and not self.gradient_checkpointing:
             raise ValueError("activation_offload: was true, which needs gradient_checkpointing: true")
-        if self.quantize and self.init == "random":
-            raise ValueError(
-                f"quantize: was {self.quantize!r}, but init is random, and such weights have all to be trained"
-            )
-        if self.quantize and not self.lora:
-            raise ValueError(
-                f"quantize: was {self.quantize!r}, but weights of so few bits cannot be trained, and there are no adapters; "
-                "set lora too (lora.rank), or leave quantize out"
-            )
         return self
 
     @model_validator(mode="after")
