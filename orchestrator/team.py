@@ -179,6 +179,7 @@ class Team:
         for role in [*lost, *anew]:
             if role in anew or self.groups[role].collective:
                 lost |= {fellow: list(range(len(self.groups[fellow]))) for fellow in self.plan.roles[role].crew}
+        lost = {role: lost[role] for role in self.groups if role in lost}  # they load in the order of a start
         gone = [(role, rank) for role, ranks in lost.items() for rank in ranks]
         known = {place: where for role in lost for place, where in self.groups[role].places().items()}
         end({rank: known[rank] for rank in gone if rank in known})
