@@ -106,6 +106,19 @@ class ModelSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _quantized(self) -> Self:
+        if self.quantize and self.init == "random":
+            raise ValueError(
+                f"quantize: was {self.quantize!r}, but init is random, and such weights have all to be trained"
+            )
+        if self.quantize and not self.lora:
+            raise ValueError(
+                f"quantize: was {self.quantize!r}, but weights of so few bits cannot be trained, and there are no adapters; "
+                "set lora too (lora.rank), or leave quantize out"
+            )
+        return self
+
 
 # ---------------------------------------------------------------- data
 
@@ -622,8 +635,14 @@ class RunConfig(Settings):
             raise ValueError(f"share: {twice[0]} stands more than once")
         if self.share and self.model.lora is None:
             raise ValueError("share: needs model.lora, which is none: only a base that no role trains serves several")
+        if "critic" in self.share and self.model.lora and self.model.lora.dora:
+            raise ValueError(
+                "share: critic is among them and model.lora.dora is true, but DoRA would measure the base's weights, not those "
+                "that the reward model's adapter makes of them; leave one of the two out"
+            )
         return self
 
+    @model_validator(mode="after")
     def _adapter_can_be_served(self) -> Self:
         if self.publish.lora == "adapter" and (reason := self._why_merged()):
             raise ValueError(f"publish.lora: was 'adapter', but {reason}; merged would fit")

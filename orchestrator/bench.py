@@ -33,7 +33,7 @@ from orchestrator.metrics import read_metrics
 from orchestrator.ppo import PPO
 from orchestrator.run import Run, RunError
 from orchestrator.team import Team
-from placement.architecture import LADDER, Architecture
+from placement.architecture import LADDER, Architecture, preset_config
 from placement.flops import SampleFlops
 
 PROMPTS = 1000
@@ -83,17 +83,20 @@ class Benchmark:
         return min(-(-self.max_timesteps // self.update_timesteps), self.steps - 1)
 
     @property
-    def own_reward(self) -> bool:
-        """Whether the reward model, and with it the critic, is drawn by itself, as a real one is another model than the policy.
-        On a shared base it is not."""
-        return not {"critic", "reward"} & set(self.share)
+    def shares_reward(self) -> bool:
+        """Whether reward model and critic are adapters on the base. Else the reward model, from which the critic starts, is one
+        of its own, as a real one is another model than the policy."""
+        shared = {"critic", "reward"} & set(self.share)
+        if len(shared) == 1:
+            raise RunError(
+                f"--share: has {shared.pop()} alone of critic and reward, and the critic starts from the reward model"
+            )
+        return bool(shared)
 
     def shape(self) -> dict[str, Any]:
         """The model's config.json. Raises RunError where there is none, or it has too few positions."""
         if self.model in LADDER:
-            hidden, layers, heads, positions = LADDER[self.model]
-            shape = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
-            found: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 50257, "initializer_range": 0.02} | shape
+            found = preset_config(self.model)
         else:
             path = Path(self.model) / "config.json" if Path(self.model).is_dir() else Path(self.model)
             if not path.is_file():
@@ -102,7 +105,8 @@ class Benchmark:
         most = found.get("n_positions") or found.get("max_position_embeddings")
         if most and self.total > most:
             raise RunError(f"--lengths: {self.total} tokens in all, and the model has {most} positions")
-        return found | {"bos_token_id": None, "eos_token_id": found["vocab_size"] - 1, "pad_token_id": None}
+        ids = {"bos_token_id": None, "eos_token_id": found["vocab_size"] - 1, "pad_token_id": None}
+        return {"initializer_range": 0.02} | found | ids
 
     def settings(self, folder: Path) -> dict[str, Any]:
         """The run's settings, as in a YAML file. One step is what the original did between two updates."""
@@ -133,7 +137,7 @@ class Benchmark:
                 "mini_batches": max(1, sequences // (self.train_batch_size * self.devices)),
                 "micro_batch_tokens": self.train_batch_size * self.total,
                 "max_prompt_tokens": self.prompt,
-                "rewards": [{"kind": "model", "path": str(folder / "reward") if self.own_reward else model}],
+                "rewards": [{"kind": "model", "path": str(folder / "reward")}],
                 "actor_optimizer": {"lr": 5e-6},
                 "critic_optimizer": {"lr": 5e-6},
             },
@@ -205,15 +209,14 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         architecture = Architecture.read(shape)
         _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
         console.print(f"drawing models of {architecture.parameters:,} parameters", style="dim")
-        models = ["model", "reward"] if asked.own_reward else ["model"]
-        _check_disk(folder, len(models) * architecture.parameters * (4 if config.model.dtype == "float32" else 2))
-        for number, each in enumerate(models):
-            draw(folder / each, shape, config.model.dtype, config.seed + number)
+        size = architecture.parameters * (4 if config.model.dtype == "float32" else 2)
+        _check_disk(folder, size * (1 if asked.shares_reward else 2))
+        _draw_models(asked, folder, shape, config)
         workers: dict[int, list[Role]] = {}
         with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
             go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
-        return _measured(asked, config, architecture, run, footprint, workers)
+        return _measured(asked, architecture, run, footprint, workers)
 
 
 def _check_disk(folder: Path, size: int) -> None:
@@ -223,11 +226,24 @@ def _check_disk(folder: Path, size: int) -> None:
         )
 
 
-def draw(folder: Path, shape: dict[str, Any], dtype: str, seed: int) -> None:
-    """A folder with a model of random weights and a tokenizer; in a process of its own, since it takes torch."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "workers.drawing", str(folder), dtype, str(seed)], check=True)
+def _draw_models(asked: Benchmark, folder: Path, shape: dict[str, Any], config: RunConfig) -> None:
+    """A folder for the policy and one for the reward model."""
+    model, reward, dtype = folder / "model", folder / "reward", config.model.dtype
+    for path in (model, reward):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    _draw("model", model, dtype, config.seed)
+    if asked.shares_reward:
+        _draw("reward", reward, model, asked.lora_rank, config.seed)
+    else:
+        _draw("model", reward, dtype, config.seed + 1)
+
+
+def _draw(*args: Any) -> None:
+    """In a process of its own, since it takes torch."""
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "workers.drawing", *map(str, args)]
+    subprocess.run(command, check=True, env=os.environ | quiet)
 
 
 def _write_prompts(path: Path, asked: Benchmark, vocabulary: int, seed: int) -> None:
@@ -241,12 +257,12 @@ def _write_prompts(path: Path, asked: Benchmark, vocabulary: int, seed: int) -> 
 
 def _measured(
     asked: Benchmark,
-    config: RunConfig,
     shape: Architecture,
     run: Run,
     footprint: Footprint,
     workers: dict[int, list[Role]],
 ) -> dict[str, Any]:
+    config = run.config  # in which `auto` has become a strategy
     assert config.ppo is not None
     lines = read_metrics(run.folder)
     counted = lines[asked.left_out :]
@@ -269,7 +285,7 @@ def _measured(
     summary = run.read("summary.json")
     names = {pid: "+".join(roles) for pid, roles in workers.items()}
     return {
-        "asked": {"model": asked.model, "strategy": config.strategy, "precision": config.model.dtype}
+        "asked": {"model": asked.model, "strategy": config.strategy_of("actor"), "precision": config.model.dtype}
         | {"lora_rank": asked.lora_rank, "share": list(asked.share), "layout": asked.layout, "devices": asked.devices}
         | {"prompt": asked.prompt, "total": asked.total, "experience_batch_size": asked.experience_batch_size}
         | {"train_batch_size": asked.train_batch_size, "epochs": config.ppo.epochs, "steps": config.ppo.steps},

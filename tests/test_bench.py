@@ -120,6 +120,13 @@ def test_refusals_name_the_flag(tmp_path: Path, changes: dict[str, Any], message
         Benchmark(**DEFAULTS | changes).settings(tmp_path)
 
 
+def test_critic_and_reward_model_share_together_or_not_at_all(tmp_path: Path) -> None:
+    assert Benchmark(**DEFAULTS | {"share": ("actor", "critic", "reference", "reward")}).shares_reward
+    assert not Benchmark(**DEFAULTS | {"share": ("actor", "reference")}).shares_reward
+    with pytest.raises(RunError, match="--share: has critic alone of critic and reward"):
+        _ = Benchmark(**DEFAULTS | {"share": ("actor", "critic")}).shares_reward
+
+
 def test_sizes_of_memory() -> None:
     assert (memory_of("16GiB"), memory_of("1.5gib"), memory_of("500MB")) == (16 * 2**30, 3 * 2**29, 500_000_000)
     with pytest.raises(RunError, match="--memory: was 'much'; must be a size such as 16GiB"):

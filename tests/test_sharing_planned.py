@@ -81,6 +81,7 @@ def test_groups_of_ones_own_that_part_them_are_refused() -> None:
         ("share=[actor,actor]", "share: actor stands more than once"),
         ("model.lora=null", "share: needs model.lora, which is none"),
         ("share=[actor,rollout]", "share.1: "),
+        ("model.lora.dora=true", "share: critic is among them and model.lora.dora is true"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, override: str, says: str) -> None:

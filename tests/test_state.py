@@ -22,7 +22,7 @@ SAVED = {
 
 DERIVABLE = {
     "StageRun": {
-        "config run plan": "what was asked for",
+        "run plan": "what was asked for",
         "console progress recorder status stop recovery": "the world outside; metrics.jsonl is cut to the checkpoint's step",
         "team loaded": "started anew",
         "first_state snapshot": "the state at another step",
@@ -49,7 +49,7 @@ DERIVABLE = {
         "lengths": "tokenised anew",
         "version": "published anew",
     },
-    "Worker": {"spec config rank": "which worker it is", "datasets": "sent anew"},
+    "Worker": {"spec config rank": "which worker it is", "datasets": "sent anew", "base": "loaded anew"},
     "Trainer": {
         "device path settings optimizer_settings tokenizer codec": "what was asked for",
         "sequences": "tokenised anew",
@@ -58,7 +58,7 @@ DERIVABLE = {
     "PolicyWorker": {"client source sender": "connected anew"},
     "ValueWorker": {},
     "RolloutWorker": {
-        "engine version": "weights are published anew; a sample's seed is a function of run, step, prompt and number",
+        "engine version adapter": "weights are published anew; a sample's seed is a function of run, step, prompt and number",
         "tokenizer codec": "of the model",
         "prompts": "tokenised anew",
     },

@@ -169,21 +169,28 @@ def test_adapters_come_merged_and_do_not_accumulate(tmp_path: Path, architecture
 @IMPORTS
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_one_adapter_of_two_is_merged_or_sent(tmp_path: Path, dora: bool) -> None:
-    """One that is not active, on some of the same layers, changes nothing; alone, an adapter is what PEFT writes of it."""
+    """The other, on some of the same layers, changes nothing; alone, an adapter is what PEFT writes of it."""
     from workers.weights import GatheredWeights
 
     model, wrapper = adapted(make_model(tmp_path, "llama"), LoraSettings(rank=4, dora=dora))
-    alone, merged = dict(GatheredWeights(model, alone=True)), dict(GatheredWeights(model))
+    alone, merged = dict(GatheredWeights(model, alone="default")), dict(GatheredWeights(model))
     wrapper.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=dora))
     move_adapter(model, seed=3, adapter="other")
-    for name, tensor in (dict(GatheredWeights(model)) | dict(GatheredWeights(model, alone=True))).items():
+    for name, tensor in (dict(GatheredWeights(model)) | dict(GatheredWeights(model, alone="default"))).items():
         assert torch.equal(tensor, (merged | alone)[name])
-    written = {n.removesuffix(".weight"): t for n, t in get_peft_model_state_dict(wrapper).items()}
-    sent = {n.removesuffix(".weight"): t for n, t in alone.items()}
-    assert sent.keys() == written.keys()
-    assert all(torch.equal(sent[name], written[name]) for name in sent)
     wrapper.set_adapter("other")
     other = dict(GatheredWeights(model))
+    written = {
+        n.removesuffix(".weight"): t for n, t in get_peft_model_state_dict(wrapper, adapter_name="other").items()
+    }
+    sent = {n.removesuffix(".weight"): t for n, t in GatheredWeights(model, alone="other")}
+    assert sent.keys() == written.keys()
+    assert all(torch.equal(sent[name], written[name]) for name in sent)
+    wrapper.base_model.set_adapter(["default", "other"])
+    both = AutoModelForCausalLM.from_pretrained(tmp_path)
+    both.load_state_dict(dict(GatheredWeights(model)), strict=False)
+    ids = torch.arange(5, 40)[None]
+    torch.testing.assert_close(both.eval()(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
     oracle = wrapper.merge_and_unload(adapter_names=["other"]).state_dict()
     for name, tensor in other.items():
         torch.testing.assert_close(tensor, oracle[name])
@@ -199,7 +206,7 @@ def test_an_adapter_of_rank_8_is_a_small_part_of_the_model() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, tie_word_embeddings=True))
         add_lora(model, LoraSettings(rank=8), seed=1)
-    whole, alone = GatheredWeights(model), GatheredWeights(model, alone=True)
+    whole, alone = GatheredWeights(model), GatheredWeights(model, alone="default")
     assert whole.nbytes == 4 * 134_515_008
     assert 0 < alone.nbytes <= 0.03 * whole.nbytes
     assert alone.nbytes == 4 * 8 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ HEAD = "base_model.model.score."
 
 
 def add_head(folder: Path, hf: PreTrainedModel) -> None:
-    """Add a scalar model's head to the PEFT folder that its adapter was just written to.
+    """Add a scalar model's head to the PEFT folder that its adapter was just written to, below that of the merged model.
 
     It is then an adapter for sequence classification, which PEFT loads with its head; config.json says of how many labels
     the head is, and the scores' mean and deviation.
@@ -31,7 +32,7 @@ def add_head(folder: Path, hf: PreTrainedModel) -> None:
     said = json.loads(config.read_text(encoding="utf-8"))
     said |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "auto_mapping": None}
     config.write_text(json.dumps(said, indent=2, sort_keys=True), encoding="utf-8")
-    hf.config.save_pretrained(folder)
+    shutil.copy(folder.parent / "config.json", folder)
 
 
 def scalar_adapter(model: str) -> Path | None:

@@ -8,13 +8,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from configs.schema import LoraSettings
+from workers.adapters import FOLDER as ADAPTER
+from workers.adapters import add_head
+from workers.models import add_lora
 
 SHARD_BYTES = 2**28
 """Of a file of weights, unless one tensor is larger: no more than that is held at a time."""
@@ -57,5 +68,24 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
+def draw_reward_model(folder: Path, base: Path, rank: int, seed: int) -> None:
+    """Write a reward model that is an adapter and a head on a base, as the rm stage trains it: for roles that share one base.
+
+    The adapter changes nothing yet, as every adapter begins.
+    """
+    hf = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto")
+    peft: Any = add_lora(hf, LoraSettings(rank=rank), seed)
+    peft.save_pretrained(folder / ADAPTER)
+    add_head(folder / ADAPTER, hf)
+    config = folder / ADAPTER / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    hf.config.save_pretrained(folder)
+    word_tokenizer(hf.config.vocab_size).save_pretrained(folder)
+
+
 if __name__ == "__main__":
-    draw_model(Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]))
+    command, folder, *rest = sys.argv[1:]
+    if command == "model":
+        draw_model(Path(folder), getattr(torch, rest[0]), int(rest[1]))
+    else:
+        draw_reward_model(Path(folder), Path(rest[0]), int(rest[1]), int(rest[2]))

@@ -245,9 +245,9 @@ def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Modul
                 lora_alpha=settings.alpha,
                 lora_dropout=settings.dropout,
                 target_modules=settings.targets,
+                exclude_modules=None if head is None else ["score"],
                 use_rslora=settings.rslora,
                 use_dora=settings.dora,
-                exclude_modules=None if head is None else ["score"],
             ),
         )
     except ValueError as error:
@@ -260,3 +260,12 @@ def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Modul
     if head is not None:
         head.requires_grad_(True)
     return wrapper
+
+
+def tell_zero3(hf: PreTrainedModel) -> None:
+    """DoRA reads a layer's frozen weight after the layer is through and ZeRO-3 has put it away: tell it who else reads it."""
+    from deepspeed import zero
+
+    for layer in hf.modules():
+        for reader in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values():
+            zero.register_external_parameter(reader, layer.get_base_layer().weight)

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from configs.schema import LoraSettings, ModelSettings
 from workers.adapters import HEAD, base_of, real, refuse_other_base, scalar_adapter
-from workers.models import add_lora, load_config, load_hf
+from workers.models import add_lora, load_config, load_hf, tell_zero3
 
 START = "start"
 """Name in PEFT of the adapter that a scalar model starts from; what learns is `default`."""
@@ -84,6 +84,8 @@ def build(
     peft = add_lora(hf, lora, seed) if lora else None
     if base is not None and scalar and (adapter := scalar_adapter(path)):
         peft = _put_below(hf, peft, adapter)
+    if peft is not None:
+        tell_zero3(hf)
     return hf, peft
 
 

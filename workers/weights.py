@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
 
-ADAPTER = "default"
-"""PEFT's name of the adapter that learns."""
-
 _Make = Callable[[], Tensor]
 
 
@@ -72,18 +69,20 @@ def _merged_weights(module: nn.Module) -> dict[str, _Weight]:
             seen.add(id(parameter))
             full = f"{prefix}.{name}" if prefix else name
             whole = _whole(module, owner, parameter)
-            if name == "weight" and (parts := _parts(layer)):
-                whole = replace(whole, parts=(parameter, *parts.values()), make=partial(_merged, whole.make, layer))
+            if layer is not None and name == "weight":
+                active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+                parts = [part for adapter in active for part in _parts(layer, adapter).values()]
+                whole = replace(whole, parts=(parameter, *parts), make=partial(_merged, whole.make, layer, active))
             found[full] = whole
     return found
 
 
-def _adapter_weights(module: nn.Module) -> dict[str, _Weight]:
-    """The own tensors of the adapter that learns, under the names of PEFT's files."""
+def _adapter_weights(module: nn.Module, adapter: str) -> dict[str, _Weight]:
+    """The adapter's own tensors, under the names of PEFT's files."""
     return {
-        f"base_model.model.{prefix}.{name.replace(f'.{ADAPTER}.', '.')}": _whole(module, layer, parameter)
+        f"base_model.model.{prefix}.{name.replace(f'.{adapter}.', '.')}": _whole(module, layer, parameter)
         for prefix, layer in _adapted(module).items()
-        for name, parameter in _parts(layer).items()
+        for name, parameter in _parts(layer, adapter).items()
     }
 
 
@@ -92,12 +91,11 @@ def _adapted(module: nn.Module) -> dict[str, Any]:
     return {name: child for name, child in module.named_modules() if hasattr(child, "get_delta_weight")}
 
 
-def _parts(layer: Any) -> dict[str, nn.Parameter]:
-    """The parameters of a layer's active adapters, none where it has none: `lora_A.NAME.weight` and its like."""
-    if layer is None:
-        return {}
-    named, active = layer.named_parameters(), layer.active_adapters
-    return {name: p for name, p in named if name.startswith("lora_") and name.split(".")[1] in active}
+def _parts(layer: Any, adapter: str) -> dict[str, nn.Parameter]:
+    """A layer's parameters of one adapter, none where it has no such one: `lora_A.NAME.weight` and its like."""
+    return {
+        name: p for name, p in layer.named_parameters() if name.startswith("lora_") and name.split(".")[1] == adapter
+    }
 
 
 def _whole(module: nn.Module, owner: nn.Module, parameter: nn.Parameter) -> _Weight:
@@ -118,33 +116,34 @@ def _layer(name: str) -> str:
     return ".".join(parts[:end])
 
 
-def _merged(base: _Make, layer: Any) -> Tensor:
-    """The weight that computes what base and active adapters compute together.
+def _merged(base: _Make, layer: Any, adapters: Sequence[str]) -> Tensor:
+    """The weight that computes what base and adapters compute together, one adapter after the other.
 
-    DoRA (Liu et al. 2024, equation 5) scales what LoRA gives so that each output's weights have the length that was learned;
-    such an adapter is the only one.
+    DoRA (Liu et al. 2024, equation 5) scales what LoRA gives so that each output's weights have the length that was learned.
+    PEFT takes the length for it from the base and this adapter alone, whatever other adapters made of the base before.
     """
-    merged = base()
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    for name in names:
-        merged = merged + layer.get_delta_weight(name).to(merged.dtype)
-    for name in names:
-        if name in layer.lora_magnitude_vector:
+    weight = merged = base()
+    for adapter in adapters:
+        delta = layer.get_delta_weight(adapter).to(weight.dtype)
+        merged = merged + delta
+        if adapter in layer.lora_magnitude_vector:
             inputs = 0 if layer.fan_in_fan_out else 1  # GPT-2's matrices lie the other way
-            lengths = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
-            merged = merged * (layer.lora_magnitude_vector[name].weight.detach().view_as(lengths) / lengths)
+            lengths = torch.linalg.vector_norm(weight + delta, dim=inputs, keepdim=True)
+            merged = merged * (layer.lora_magnitude_vector[adapter].weight.detach().view_as(lengths) / lengths)
     return merged
 
 
 class GatheredWeights:
-    """A model's whole tensors from ZeRO 0 to 3, gathered one layer at a time: adapters merged, or the adapter `alone`.
+    """A model's whole tensors from ZeRO 0 to 3, gathered one layer at a time.
+
+    Active adapters are merged; or else one adapter is given alone.
 
     A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
     under ZeRO-3: every rank must do it. `checksums` holds those of the last pass, where `checked`.
     """
 
-    def __init__(self, module: nn.Module, checked: bool = False, alone: bool = False) -> None:
-        self._weights = _adapter_weights(module) if alone else _merged_weights(module)
+    def __init__(self, module: nn.Module, checked: bool = False, alone: str | None = None) -> None:
+        self._weights = _adapter_weights(module, alone) if alone else _merged_weights(module)
         self._checked = checked
         self.checksums: Checksums = {}
 
