@@ -299,7 +299,7 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
         held = tuple((group.nodes.count(node.name), group.nodes[0] == node.name) for group in plan.groups)
         if any(count for count, _ in held):
             alike.setdefault((node.host_memory_gb, held), []).append(node.name)
-    places = []
+    found: dict[tuple[Any, ...], list[str]] = {}
     for (size, held), names in alike.items():
         counts = [
             (group, count * group.devices_per_bundle) for group, (count, _) in zip(plan.groups, held, strict=True)
@@ -310,9 +310,15 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
             + Bytes(buffers=_mapped(config, plan, names[0], shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
         }
-        name = names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ..."
-        places.append(Place(name, parts, None if size is None else int(size * GIB)))
-    return places
+        found.setdefault((size, tuple(parts.items())), []).extend(names)
+    return [
+        Place(
+            names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...",
+            dict(parts),
+            None if size is None else int(size * GIB),
+        )
+        for (size, parts), names in found.items()
+    ]
 
 
 def _group_host(

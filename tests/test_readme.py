@@ -73,7 +73,7 @@ def troupe(*args: str) -> None:
         return  # spoken of
     rest = ["configs/movies/tiny.yaml" if word == "CONFIG" else word for word in rest]
     context = command.make_context(name, list(rest))
-    if name in (*STAGES, "plan"):
+    if name in (*STAGES, "plan") and not context.params.get("model"):
         assert context.params["config"].is_file(), context.params["config"]
         load_config(context.params["config"], context.params["overrides"] or [])
 
