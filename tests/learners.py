@@ -66,7 +66,8 @@ class Open(Trainer):
         tensors = {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}
         for i, master in enumerate(self._masters()):
             tensors |= {f"master {i}": master, **{f"{name} {i}": v for name, v in adam.state.get(master, {}).items()}}
-        return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+        # A clone, since memory that numpy knows can no longer be given back.
+        return {name: tensor.detach().float().clone().numpy() for name, tensor in tensors.items()}
 
     def rest_and_wake(self) -> tuple[int, int]:
         """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
