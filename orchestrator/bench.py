@@ -190,10 +190,15 @@ class BenchPPO(PPO):
             yield
 
     def _changed(self, team: Team) -> None:
+        import ray  # not above: orchestrator.cluster sets what Ray reads when it is imported
+
         super()._changed(team)
+        here = ray.util.get_node_ip_address()
         for worker in team.workers():
-            roles = self.workers.setdefault(worker["pid"], [])
-            roles += [role for role in [worker["role"]] if role not in roles]
+            if worker["node"] == here:  # of other nodes nothing is seen from here
+                roles = self.workers.setdefault(worker["pid"], [])
+                roles += [role for role in [worker["role"]] if role not in roles]
+        self.footprint.also |= self.workers.keys()  # where the cluster was there before the run
 
     def _export(self) -> None:
         pass

@@ -6,7 +6,6 @@ its own that is watched. What passes the limit is ended whole: the process and a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -49,7 +48,7 @@ class Attempt:
 
 def memory_of(text: str) -> int:
     """Bytes that a text such as 16GiB stands for. Raises RunError."""
-    if (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", text, re.IGNORECASE)) and found[2].upper() in UNITS:
+    if (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]i?B)", text, re.IGNORECASE)) and found[2].upper() in UNITS:
         return int(float(found[1]) * UNITS[found[2].upper()])
     raise RunError(f"--memory: was {text!r}; must be a size such as 16GiB or 500MiB")
 
@@ -78,13 +77,13 @@ def ways(asked: Benchmark, overrides: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def capacity(ways: dict[str, list[str]], limit: int | None, console: Console) -> dict[str, Any]:
+def capacity(asked: dict[str, list[str]], limit: int | None, console: Console) -> dict[str, Any]:
     """The largest model of each way (name -> flags of `troupe bench`), beside that of the first."""
     limit = limit or int(AVAILABLE * psutil.virtual_memory().available)
     console.print(f"at most {limit / GIB:.2f} GiB, proportional set size of all processes together")
     found: dict[str, Any] = {"limit_bytes": limit, "ways": {}}
     first: Attempt | None = None
-    for number, (name, flags) in enumerate(ways.items()):
+    for number, (name, flags) in enumerate(asked.items()):
         tries = list(_climb(name, flags, limit, console))
         largest = max((t for t in tries if not t.failure), key=lambda t: t.parameters, default=None)
         first = largest if number == 0 else first
@@ -96,7 +95,7 @@ def capacity(ways: dict[str, list[str]], limit: int | None, console: Console) ->
             "attempts": [vars(t) for t in tries],
         }
         said = f"{largest.model}, {largest.parameters:,} parameters" if largest else "no model of the ladder runs"
-        beside = f", {ratio:.2f} times that of {next(iter(ways))}" if ratio and number else ""
+        beside = f", {ratio:.2f} times that of {next(iter(asked))}" if ratio and number else ""
         console.print(f"{name}: {said}{beside}", style="bold")
     return found
 
@@ -119,13 +118,12 @@ def _climb(name: str, flags: Sequence[str], limit: int, console: Console) -> Ite
 def _attempt(model: str, parameters: int, flags: Sequence[str], limit: int) -> Attempt:
     # Short, since Ray's sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="troupe-") as folder, open(Path(folder) / "log", "w+b") as log:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "orchestrator.cli", "bench", f"--model={model}", f"--json={result}"]
+        command = [sys.executable, "-m", "orchestrator.cli", "bench", f"--model={model}"]
         process = subprocess.Popen(
             [*command, *SHORT, *flags],
             stdout=log,
             stderr=log,
-            env=os.environ | {"TMPDIR": folder},
+            env={**os.environ, "TMPDIR": folder, "RAY_ADDRESS": ""},  # on a cluster of its own, which ends with it
             start_new_session=True,
         )
         try:
@@ -137,7 +135,7 @@ def _attempt(model: str, parameters: int, flags: Sequence[str], limit: int) -> A
             return Attempt(model, parameters, footprint.total, "passes the limit", passed=True)
         if process.returncode:
             return Attempt(model, parameters, footprint.total, f"fails: {_last_line(log)}")
-        return Attempt(model, parameters, json.loads(result.read_text())["peak_bytes"]["total"])
+        return Attempt(model, parameters, footprint.total)
 
 
 def _until(process: subprocess.Popen[bytes], passed: threading.Event) -> None:
@@ -159,6 +157,8 @@ def end_whole(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_line(log: Any) -> str:
+    """What the command said of its failure, else the end of its traceback."""
     log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.startswith("troupe: ")]
-    return lines[-1].removeprefix("troupe: ") if lines else "without a word"
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    said = [line.removeprefix("troupe: ") for line in lines if line.startswith("troupe: ")]
+    return (said or lines or ["without a word"])[-1]

@@ -74,6 +74,8 @@ class Footprint(threading.Thread):
         self._phase = "between"
         self._over = threading.Event()
         self._may_ask_at = 0.0
+        self.also: set[int] = set()
+        """Further processes of this machine, which are not below the root."""
         self.gpus = False
         """Look at GPU memory too (nvidia-smi)."""
         self.peaks: dict[str, Peak] = defaultdict(Peak)
@@ -100,7 +102,7 @@ class Footprint(threading.Thread):
     @property
     def total(self) -> int:
         """Bytes at the highest moment of all phases."""
-        return max(peak.total for peak in self.peaks.values())
+        return max((peak.total for peak in self.peaks.values()), default=0)
 
     def each(self) -> dict[int, int]:
         """Bytes of each process at its own highest moment."""
@@ -126,7 +128,7 @@ class Footprint(threading.Thread):
 
     def _look_around(self) -> None:
         with suppress(psutil.NoSuchProcess):
-            alive = {self._root.pid, *(p.pid for p in self._root.children(recursive=True))}
+            alive = {self._root.pid, *(p.pid for p in self._root.children(recursive=True)), *self.also}
             self._uses = {pid: self._uses.get(pid, Use()) for pid in alive}
 
     def _look(self) -> None:
