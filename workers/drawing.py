@@ -74,12 +74,12 @@ def draw_reward_model(folder: Path, base: Path, rank: int, seed: int) -> None:
     The adapter changes nothing yet, as every adapter begins.
     """
     hf = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto")
+    hf.config.save_pretrained(folder)
     peft: Any = add_lora(hf, LoraSettings(rank=rank), seed)
     peft.save_pretrained(folder / ADAPTER)
     add_head(folder / ADAPTER, hf)
     config = folder / ADAPTER / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
-    hf.config.save_pretrained(folder)
     word_tokenizer(hf.config.vocab_size).save_pretrained(folder)
 
 
