@@ -269,4 +269,5 @@ def tell_zero3(hf: PreTrainedModel) -> None:
     for layer in hf.modules():
         for adapter, reader in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).items():
             for owner in (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]):
-                zero.register_external_parameter(reader, owner.weight)
+                for parameter in owner.parameters(recurse=False):
+                    zero.register_external_parameter(reader, parameter)
