@@ -263,9 +263,11 @@ def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Modul
 
 
 def tell_zero3(hf: PreTrainedModel) -> None:
-    """DoRA reads a layer's frozen weight after the layer is through and ZeRO-3 has put it away: tell it who else reads it."""
+    """DoRA reads weights of other modules, which ZeRO-3 has put away when those are through: tell it who else reads them."""
     from deepspeed import zero
 
     for layer in hf.modules():
-        for reader in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values():
-            zero.register_external_parameter(reader, layer.get_base_layer().weight)
+        for adapter, reader in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).items():
+            for owner in (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]):
+                for parameter in owner.parameters(recurse=False):
+                    zero.register_external_parameter(reader, parameter)
