@@ -582,7 +582,8 @@ class RunConfig(Settings):
     """auto: cuda where the cluster has GPUs."""
     strategy: Strategy = "ddp"
     """What is sharded over a role's ranks: ddp nothing; zero1 optimizer states; zero2 gradients too; zero3 parameters too.
-    _offload: optimizer states, and under zero3 parameters, in host memory; zero3_nvme: both on disk, in `offload.nvme_path`.
+    _offload: optimizer states, and under zero3 parameters, in host memory; zero3_nvme: its optimizer states on disk, in
+    `offload.nvme_path`.
     auto: the fastest that fits, by the plan."""
     strategies: dict[Role, Strategy] = {}
     """Another strategy for single roles."""

@@ -67,6 +67,6 @@ ZERO: dict[Strategy, Zero] = {
     "zero1_offload": Zero(1, optimizer="host"),
     "zero2_offload": Zero(2, optimizer="host"),
     "zero3_offload": Zero(3, optimizer="host", parameters="host"),
-    "zero3_nvme": Zero(3, optimizer="nvme", parameters="nvme"),
+    "zero3_nvme": Zero(3, optimizer="nvme", parameters="host"),
 }
 """auto is not among them: it becomes one of these before a run starts."""

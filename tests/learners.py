@@ -72,9 +72,11 @@ class Open(Trainer):
     def rest_and_wake(self) -> tuple[int, int]:
         """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
         turns = Turns([self], "cpu")
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.tensors()}
+        # On CPU some have memory that is not theirs to give back, such as a file's.
+        tensors = [t for t in self.tensors() if t.untyped_storage().resizable()]
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
         before = sum(storage.nbytes() for storage in held.values())
-        turns.rest(self.tensors())
+        turns.rest(tensors)
         meanwhile = sum(storage.nbytes() for storage in held.values())
         turns.wake()
         return before, meanwhile

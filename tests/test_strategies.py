@@ -218,7 +218,7 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
     for name, weight in exported(group, tmp_path / "exported").items():
         assert float((weight - weights[name]).abs().mean()) < 1e-5, name
     on_disk = " ".join(path.name for path in disk.rglob("*.swp"))
-    assert all(kind in on_disk for kind in ("exp_avg-", "exp_avg_sq-", "_param."))
+    assert all(kind in on_disk for kind in ("exp_avg-", "exp_avg_sq-", "_gradient_"))
 
     anew()
     group.call("restore", str(tmp_path / "saved")).get()

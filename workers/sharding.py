@@ -12,9 +12,9 @@ from placement.memory import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENT
 
 
 def deepspeed_settings(
-    strategy: Strategy, model: ModelSettings, device: torch.device, largest: int, nvme_folder: str | None
+    strategy: Strategy, model: ModelSettings, device: torch.device, nvme_folder: str | None
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration, but for the clipping of gradients. largest: elements of a rank's largest shard."""
+    """DeepSpeed's own configuration, but for the clipping of gradients."""
     zero, narrow = ZERO[strategy], model.optimizer_dtype == "bfloat16"
     on_gpu = device.type == "cuda"
 
@@ -35,8 +35,7 @@ def deepspeed_settings(
             "offload_optimizer": home(zero.optimizer),
             # Of states on NVMe so many parameters' are in memory at a time.
             "sub_group_size": SWAPPED_ELEMENTS if zero.optimizer == "nvme" else SUBGROUP_ELEMENTS,
-            # Of parameters on NVMe none stay in memory. DeepSpeed's own buffers would take a gigabyte and more.
-            "offload_param": home(zero.parameters) | {"max_in_cpu": 0, "buffer_size": largest},
+            "offload_param": home(zero.parameters),
         },
         "bf16": {
             "enabled": model.dtype == "bfloat16",

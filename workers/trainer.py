@@ -118,8 +118,7 @@ class Trainer(Worker):
         strategy = self.config.strategy_of(self.spec.role)
         if optimizer is None and ZERO[strategy].stage < 3:
             return self.model.requires_grad_(False).eval().to(self.device)
-        largest = -(-max(p.numel() for p in self.model.parameters()) // self.spec.world_size)
-        settings = deepspeed_settings(strategy, self.settings, self.device, largest, self._nvme_folder())
+        settings = deepspeed_settings(strategy, self.settings, self.device, self._nvme_folder())
         if (
             ZERO[strategy].stage == 3
         ):  # tensor by tensor: DeepSpeed alone would first move all of the model to the device
