@@ -26,9 +26,6 @@ SWAPPED_ELEMENTS = 100_000_000
 """The same under zero3_nvme: elements whose states are in host memory at a time."""
 SWAPPED = 4
 """Buffers of a subgroup through which states come from NVMe: weights, gradients, two moments (buffer_count)."""
-PARAMETER_BUFFERS = 5
-"""Buffers of the largest shard through which parameters come from NVMe (buffer_count)."""
-
 Quantized = Literal["4bit", "8bit"]
 QUANTIZED_BYTES: dict[Quantized, float] = {"4bit": 0.5 + FLOAT32 / 64, "8bit": 1.0}
 """Bytes of a weight: NF4 has a float32 scale for every 64 (Dettmers et al. 2023), int8 one a row, which is not counted."""
@@ -117,13 +114,10 @@ class Sharding:
 
 
 def parameters(model: Model, sharding: Sharding) -> Use:
-    """Parameters between passes; with offload those that do not learn wait in host memory or on NVMe too."""
+    """Parameters between passes; with offload those that do not learn wait in host memory too."""
     if sharding.zero.stage < 3:
         return at("device", parameters=model.nbytes)
-    held = at(sharding.zero.parameters, parameters=sharding.part(model.parameters) * model.size)
-    if sharding.zero.parameters == "nvme":
-        held += at("host", buffers=PARAMETER_BUFFERS * sharding.part(model.largest))
-    return held
+    return at(sharding.zero.parameters, parameters=sharding.part(model.parameters) * model.size)
 
 
 def optimizer(model: Model, sharding: Sharding) -> Use:
