@@ -87,7 +87,7 @@ def python(*args: str) -> None:
     assert importlib.util.find_spec(module), module
     if module == "orchestrator.cli":
         troupe(*rest)
-    elif module in ("examples.movies", "benchmarks.ppo_step"):
+    elif module == "examples.movies" or (module.startswith("benchmarks.") and rest):
         done = subprocess.run([sys.executable, "-m", module, *rest, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     else:
