@@ -184,14 +184,14 @@ def _median_step(folder: Path) -> float:
 
 
 def _growth(folder: Path) -> dict[str, float]:
-    """Share by which each role's memory and the driver's is larger in the last five steps than in steps 16 to 20."""
+    """Share by which each role's memory and the driver's is larger in the last five steps than in the five after the 20th."""
 
     def level(lines: list[dict[str, Any]], name: str) -> float:
         return statistics.median(line[name] for line in lines)
 
     lines = _steps(folder)
     names = [name for name in lines[0] if name.startswith("memory_gib/")]
-    return {name.partition("/")[2]: level(lines[-5:], name) / level(lines[15:20], name) - 1 for name in names}
+    return {name.partition("/")[2]: level(lines[-5:], name) / level(lines[20:25], name) - 1 for name in names}
 
 
 def _snapshots(folder: Path) -> float:
