@@ -15,19 +15,19 @@ lower than with full logits, or its time more than 10% longer. --side chunks or 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import typer
 from rich.console import Console
+
+from benchmarks import peaks
 
 LENGTH, VOCABULARY, LAYERS = 2048, 49_152, 4
 WARM_UP, TIMED = 2, 3
@@ -35,12 +35,6 @@ LEAST_MEMORY, MOST_TIME = 4.0, 1.1
 
 Side = Literal["chunks", "full"]
 SIDES: tuple[Side, ...] = ("chunks", "full")
-
-
-def _status(field: str) -> int:
-    """Bytes that the kernel tells of this process."""
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def measure(side: Side) -> dict[str, float]:
@@ -86,16 +80,16 @@ def measure(side: Side) -> dict[str, float]:
 
     for _ in range(WARM_UP):
         step()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not held
-    held = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    peaks.trim()  # what was freed is not held
+    held = peaks.resident()
+    peaks.begin_anew()
     seconds, cpu = [], []
     for _ in range(TIMED):
         start, before = time.perf_counter(), time.process_time()
         loss, entropy = step()
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - before)
-    peak = {"held": held, "step": _status("VmHWM") - held}
+    peak = {"held": held, "step": peaks.highest() - held}
     return peak | {
         "seconds": statistics.median(seconds),
         "cpu": statistics.median(cpu),

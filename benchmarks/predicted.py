@@ -11,7 +11,6 @@ The last line is the largest error; it exits with an error where that is above 1
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import socket
@@ -24,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import peaks
 from configs.schema import Role, RunConfig, Strategy
 from placement.activations import Adapters
 from placement.architecture import Architecture
@@ -272,21 +272,15 @@ def serving(spec: WorkerSpec) -> Step:
 
 def _watch(step: Step) -> tuple[int, int]:
     """One step to settle, then two that are measured: bytes at the peak, and held."""
-    trim = ctypes.CDLL(None).malloc_trim  # as workers/host.py does after each call
     step(1)
-    trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    peaks.trim()
+    peaks.begin_anew()
     step(2)
     step(3)
-    peak = _status("VmHWM")
-    trim(0)
-    others = _status("VmRSS") - _proportional()
+    peak = peaks.highest()
+    peaks.trim()
+    others = peaks.resident() - _proportional()
     return peak - others, _proportional()
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _proportional() -> int:

@@ -220,11 +220,9 @@ def _waiting(uses: Uses, model: Model, sharding: Sharding) -> Uses:
 
 def _sent(model: Model, sharding: Sharding, config: RunConfig, plan: Plan) -> int:
     bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
-    return model.own * model.size if _adapter_alone(config) else sent_bytes(model, sharding, bucket, transport)
-
-
-def _adapter_alone(config: RunConfig) -> bool:
-    return config.model.lora is not None and config.publish.lora == "adapter"
+    return (
+        model.own * model.size if config.publish.lora == "adapter" else sent_bytes(model, sharding, bucket, transport)
+    )
 
 
 def _engine(config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> Uses:
@@ -236,7 +234,7 @@ def _engine(config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> Uses:
     gpu = _gpu_bytes(plan, plan.group(planned.group))
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
-    arriving, beside = (served, served) if _adapter_alone(config) else (received, 0)
+    arriving, beside = (served, served) if config.publish.lora == "adapter" else (received, 0)
     return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, arriving, reserved, beside, turns)
 
 
@@ -367,7 +365,7 @@ def _store(
         return 0
     if phase == "publish" and plan.group(plan.roles["actor"].group).nodes[0] == node:
         model = _model(shapes.policy, config.model, False, False)
-        if _adapter_alone(config):
+        if config.publish.lora == "adapter":
             return snapshots + _model(shapes.policy, config.model, False, True).own * model.size
         if transport_of(config, plan) == "object_store":
             return snapshots + min(config.publish.bucket_mib * MIB + model.largest, model.nbytes)

@@ -9,14 +9,12 @@ from placement.shape import GroupPlan, Plan
 def by_turns(plan: Plan, role: Role) -> bool:
     """Processes of one group on GPUs. On CPU there is no other memory to go to."""
     planned = plan.roles[role]
-    return plan.device == "cuda" and len(plan.group(planned.group).roles) > len(planned.crew)
+    return plan.device == "cuda" and _shared(plan, plan.group(planned.group))
 
 
 def in_words(plan: Plan) -> str | None:
     """What roles that share devices do; none where no role does."""
-    shared = [
-        " + ".join(group.roles) for group in plan.groups if len({plan.roles[role].crew for role in group.roles}) > 1
-    ]
+    shared = [" + ".join(group.roles) for group in plan.groups if _shared(plan, group)]
     if not shared:
         return None
     if plan.device == "cpu":
@@ -24,6 +22,6 @@ def in_words(plan: Plan) -> str | None:
     return f"{'; '.join(shared)} hold their GPUs by turns, and between them leave all they have there in host memory"
 
 
-def _crews(plan: Plan, group: GroupPlan) -> int:
-    """Processes on each of a group's devices."""
-    return len({plan.roles[role].crew for role in group.roles})
+def _shared(plan: Plan, group: GroupPlan) -> bool:
+    """Whether a group has several processes on each device."""
+    return len({plan.roles[role].crew for role in group.roles}) > 1

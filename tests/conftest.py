@@ -54,6 +54,14 @@ def ray_here() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a run so small that its stages take seconds (tests/micro.py)."""
+    from tests.micro import write_micro
+
+    return write_micro(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="module")
 def hosts(ray_here: Cluster) -> Iterator[Hosts]:
     """Groups of workers that the tests of a file share."""
     from tests.hosts import Hosts

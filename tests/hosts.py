@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import ray
 
 from configs.schema import (
@@ -130,3 +131,14 @@ def same_held(found: Held, wanted: Held) -> None:
         assert any(name.startswith("exp_avg_sq") for name in a)
         for name in b:
             np.testing.assert_array_equal(a[name], b[name], f"{name} of rank {rank}")
+
+
+def steps(group: WorkerGroup, *numbers: int) -> list[dict[str, float]]:
+    """The metrics of these steps of demonstrations."""
+    return [train(group, step) for step in numbers]
+
+
+def close(found: list[dict[str, float]], wanted: list[dict[str, float]], rel: float) -> None:
+    """The same metrics within `rel`; a tenth of it where they are near 0."""
+    for step, (a, b) in enumerate(zip(found, wanted, strict=True), start=1):
+        assert a == pytest.approx(b, rel=rel, abs=rel / 10), step

@@ -14,7 +14,6 @@ from orchestrator import Result, load_config, run_stages
 from orchestrator.metrics import repeatable as lines
 from placement.cluster import Cluster
 from placement.shape import Stage
-from tests.micro import write_micro
 from tests.runs import ROOT, assert_same_model, command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -22,11 +21,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ORDER: tuple[Stage, ...] = ("sft", "rm", "ppo")
 KILLED_IN: tuple[Stage, ...] = ("sft",) * 4 + ("rm",) * 3 + ("ppo",) * 3
 SETTINGS = ("checkpoint.every=1", "ppo.evaluation=null", "sft.epochs=10", "rm.epochs=6", "ppo.steps=16")
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_micro(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,8 @@ import pytest
 
 from examples import reinforce, run_ppo
 from placement.cluster import Cluster
-from tests.micro import write_micro
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_micro(tmp_path_factory.mktemp("examples"))
 
 
 def test_reinforce_raises_the_reward_and_leaves_a_model(

@@ -16,7 +16,6 @@ from orchestrator import Result, load_config, run_stages
 from orchestrator.metrics import repeatable as lines
 from orchestrator.run import Run
 from placement.groups import PlacementError
-from tests.micro import write_micro
 from tests.runs import assert_same_model, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -38,11 +37,6 @@ def cluster() -> Iterator[RayCluster]:
         finally:
             ray.shutdown()
             started.shutdown()
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_micro(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from orchestrator.integrity import DiskError
 from orchestrator.metrics import read_metrics
 from orchestrator.metrics import repeatable as lines
 from placement.cluster import Cluster
-from tests.micro import write_micro
 from tests.runs import ROOT, begun, command, flip_bit, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -33,11 +32,6 @@ def environment(ray_here: Cluster) -> dict[str, str]:
     import ray
 
     return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_micro(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from orchestrator.stage import RefusedError
 from placement.cluster import Cluster
 from placement.shape import Stage
 from tests.dying import fault
-from tests.micro import write_micro
 from tests.runs import assert_same_model, begun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -26,11 +25,6 @@ SETTINGS = (
     "recovery.snapshot_every=2",
     "recovery.restarts=6",
 )
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_micro(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")

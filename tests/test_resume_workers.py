@@ -8,28 +8,19 @@ from typing import Any
 import pytest
 
 from configs.schema import Strategy
-from orchestrator.calls import WorkerGroup
 from orchestrator.failures import WorkerError
-from tests.hosts import Held, Hosts, load, same_held, train
+from tests.hosts import Held, Hosts, close, load, same_held, steps
 from tests.models import make_model
 
 pytestmark = pytest.mark.slow
 
+ROUNDING = 1e-5
 LORA = {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "llama", tied=True, grouped=True)
-
-
-def steps(group: WorkerGroup, *numbers: int) -> list[dict[str, float]]:
-    return [train(group, step) for step in numbers]
-
-
-def close(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    for a, b in zip(found, wanted, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +82,9 @@ def test_another_number_of_ranks_goes_on_within_rounding(
         for ranks, other in ((1, 2), (2, 1)):
             load(groups[ranks], model, **settings)
             groups[ranks].call("restore", str(tmp_path / f"by-{other}")).get()
-            close(steps(groups[ranks], 3, 4, 5), wanted[other])
+            close(steps(groups[ranks], 3, 4, 5), wanted[other], ROUNDING)
         with pytest.raises(AssertionError):
-            close(wanted[1][1:], wanted[1][:-1])
+            close(wanted[1][1:], wanted[1][:-1], ROUNDING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["by-1", "by-2"], "nothing else is left"
 
 
@@ -121,7 +112,7 @@ def test_zero_1_and_2_take_over_from_one_another(hosts: Hosts, model: Path, tmp_
     one.call("save", str(tmp_path / "saved")).get()
     load(two, model)
     two.call("restore", str(tmp_path / "saved")).get()
-    close(steps(two, 3, 4), steps(one, 3, 4))
+    close(steps(two, 3, 4), steps(one, 3, 4), ROUNDING)
 
 
 def test_another_strategy_is_refused_by_name(hosts: Hosts, model: Path, tmp_path: Path) -> None:
@@ -148,4 +139,4 @@ def test_a_group_that_has_not_learned_yet(hosts: Hosts, model: Path, tmp_path: P
         found = steps(group, 1, 2)
         if ranks == 2:
             assert found == wanted
-        close(found, wanted)
+        close(found, wanted, ROUNDING)

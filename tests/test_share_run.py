@@ -11,7 +11,6 @@ from orchestrator import Result, load_config, run_stages
 from orchestrator.metrics import repeatable as lines
 from placement.cluster import Cluster
 from tests.dying import fault
-from tests.micro import write_micro
 from tests.runs import assert_same_model, begun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -24,11 +23,6 @@ SETTINGS = (
     "sft.epochs=1",
     "ppo.steps=4",
 )
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_micro(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")

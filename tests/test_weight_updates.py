@@ -99,6 +99,17 @@ class Pair:
         self.actor.call("disturb", fault).get()
 
 
+def assert_follows(pair: Pair) -> None:
+    """Update after update the engine computes what the trainer does."""
+    for _ in range(3):
+        pair.train()
+        assert pair.differences().mean() > DIFFERS, "the training step changed the policy"
+        pair.publish()
+        assert pair.agrees()
+    pair.publish()
+    assert pair.agrees(), "an update without a change changes nothing"
+
+
 @pytest.mark.parametrize(
     ("strategy", "architecture", "tied", "grouped", "lora"),
     [
@@ -124,13 +135,7 @@ def test_the_engine_computes_what_the_trainer_computes(
     pair.load(make_model(tmp_path, architecture, tied, grouped), lora=lora)
     pair.connect()
     assert pair.agrees()
-    for _ in range(3):
-        pair.train()
-        assert pair.differences().mean() > DIFFERS, "the training step changed the policy"
-        pair.publish()
-        assert pair.agrees()
-    pair.publish()
-    assert pair.agrees(), "an update without a change changes nothing"
+    assert_follows(pair)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +149,7 @@ def test_an_adapter_alone_computes_what_the_trainer_computes(
     pair.load(folder, lora=RSLORA)
     pair.connect_with(4096)
     assert pair.agrees(), "before the first update it has none, and the trainer's does nothing yet"
-    for _ in range(3):
-        pair.train()
-        assert pair.differences().mean() > DIFFERS, "the training step changed the policy"
-        pair.publish()
-        assert pair.agrees()
-    pair.publish()
-    assert pair.agrees(), "an update without a change changes nothing"
+    assert_follows(pair)
 
 
 def test_an_adapter_that_did_not_arrive_is_not_served_and_a_new_engine_gets_it_anew(

@@ -1,6 +1,7 @@
 """A model of a given shape with random weights, and a tokenizer to go with it: for benchmarks, which need no trained one.
 
-python -m workers.drawing FOLDER float32 1      # FOLDER/config.json says the shape
+python -m workers.drawing model FOLDER float32 1       # FOLDER/config.json says the shape
+python -m workers.drawing reward FOLDER BASE 8 1       # an adapter of rank 8 and a head on the model in BASE
 """
 
 from __future__ import annotations

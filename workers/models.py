@@ -228,6 +228,10 @@ def _quantized(settings: ModelSettings) -> dict[str, Any]:
     return {"quantization_config": bits, "device_map": {"": torch.cuda.current_device()}}
 
 
+LEARNS = "default"
+"""PEFT's own name for the adapter that `add_lora` puts in."""
+
+
 def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Module:
     """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head has none: it stays trainable in full.
 

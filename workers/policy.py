@@ -12,7 +12,7 @@ from torch import Tensor
 from workers import experience
 from workers.batching import Rows
 from workers.losses import masked_sum, next_token, policy_losses
-from workers.models import Batch
+from workers.models import LEARNS, Batch
 from workers.refusal import Arrays, numbered, token_rows
 from workers.sending import make_sender
 from workers.sequences import Placed, Ragged
@@ -154,7 +154,7 @@ class PolicyWorker(Trainer):
 
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
         """Meet the engines over a transport: object_store, nccl or ipc."""
-        alone = "default" if self.config.publish.lora == "adapter" else None
+        alone = LEARNS if self.config.publish.lora == "adapter" else None
         self.source = GatheredWeights(self.model.hf, checked=self.rank == 0, alone=alone)
         rollout, bucket_bytes = self.config.rollout, self.config.publish.bucket_mib * 2**20
         self.client = EngineClient(engines, self.source, rollout.tensor_parallel)

@@ -22,10 +22,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from configs.schema import LoraSettings, ModelSettings
 from workers.adapters import HEAD, base_of, real, refuse_other_base, scalar_adapter
-from workers.models import add_lora, load_config, load_hf, tell_zero3
+from workers.models import LEARNS, add_lora, load_config, load_hf, tell_zero3
 
 START = "start"
-"""Name in PEFT of the adapter that a scalar model starts from; what learns is `default`."""
+"""Name in PEFT of the adapter that a scalar model starts from; what learns is `LEARNS`."""
 
 
 class SharedBase:
@@ -106,7 +106,7 @@ def _put_below(hf: PreTrainedModel, peft: Any, folder: Path) -> Any:
         peft = PeftModel(hf, config, adapter_name=START, autocast_adapter_dtype=False)
     else:
         peft.add_adapter(START, config, autocast_adapter_dtype=False)
-        peft.base_model.set_adapter([START, "default"])
+        peft.base_model.set_adapter([START, LEARNS])
     set_peft_model_state_dict(peft, _read(folder)[0], adapter_name=START)
     for name, parameter in hf.named_parameters():
         if f".{START}" in name:

@@ -29,7 +29,7 @@ from workers.adapters import FOLDER as ADAPTER
 from workers.adapters import add_head
 from workers.data import Codec, RowKind, Sequence
 from workers.files import Files, read_files, write_files
-from workers.models import LanguageModel, ScalarModel, load_tokenizer
+from workers.models import LEARNS, LanguageModel, ScalarModel, load_tokenizer
 from workers.nvme import own_folder, read_states, write_states
 from workers.refusal import Arrays
 from workers.sharding import deepspeed_settings, takes_over
@@ -377,10 +377,10 @@ class Trainer(Worker):
         if self.peft is not None:
             adapter = Path(folder) / ADAPTER
             if os.path.isdir(self.path):
-                self.peft.peft_config["default"].base_model_name_or_path = os.path.relpath(self.path, adapter)
+                self.peft.peft_config[LEARNS].base_model_name_or_path = os.path.relpath(self.path, adapter)
             with gathered([p for p in self.peft.parameters() if p.requires_grad]):
                 if self.rank == 0:
-                    self.peft.save_pretrained(adapter, selected_adapters=["default"])
+                    self.peft.save_pretrained(adapter, selected_adapters=[LEARNS])
                     if self.scalar:
                         add_head(adapter, self.model.hf)
         if self.rank == 0:
