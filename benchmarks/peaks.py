@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 
@@ -18,11 +17,6 @@ def highest() -> int:
 
 def begin_anew() -> None:
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def trim() -> None:
-    """Give back what was freed, as workers/host.py does after each call."""
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(field: str) -> int:

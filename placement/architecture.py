@@ -183,10 +183,16 @@ LADDER: dict[str, tuple[int, int, int, int]] = {
         f"{b}b": (4096, layers, 16, 1024)
         for b, layers in zip((6, 8, 10, 12, 15, 18), (30, 40, 50, 60, 78, 90), strict=True)
     },
-    **{f"{b}b": (8192, layers, 16, 1024) for b, layers in zip((20, 24, 28, 32, 36, 40), range(25, 51, 5), strict=True)},
+    **{
+        f"{b}b": (8192, layers, 16, 1024)
+        for b, layers in zip((20, 24, 28, 30, 32, 36, 40), (25, 30, 35, 37, 40, 45, 50), strict=True)
+    },
     "175b": (12288, 96, 96, 2048),
 }
-"""GPT-2 shapes of Colossal-AI's `benchmark_gpt_dummy.py`: name -> embedding, layers, heads, positions."""
+"""GPT-2 shapes of Colossal-AI's `benchmark_gpt_dummy.py`: name -> embedding, layers, heads, positions.
+
+The original lists 30b without a shape; 37 layers are the nearest.
+"""
 
 
 def _square(hidden: int, inner: int, names: tuple[str, str, str, str]) -> tuple[Matrix, ...]:

@@ -173,10 +173,9 @@ def _train(model: Model, sharding: Sharding, work: Work, still: Use) -> list[Use
     """The moments that may be the tightest: a later micro-batch's head, the end of its backward pass, the optimizer's step."""
     bucket = sharding.bucket(model)
     backward = still + at("device", gradients=_backward(model, sharding), buffers=sharding.gathered(model) + bucket)
-    # Tied: the head's part of the gradient waits for the embeddings'. Untied, each comes when it does.
+    # One at a time: tied, the embeddings' gradient is added to the head's (`workers.models.TiedEmbedding`).
     head = model.shape.word_embeddings * model.size if model.adapters is None and not model.scalar else 0
     embeddings = model.shape.word_embeddings * model.size if model.adapters is None else 0
-    waiting = head + embeddings if model.shape.tied else max(head, embeddings)
     full = (
         backward
         + _saved(model, sharding, work)
@@ -184,7 +183,7 @@ def _train(model: Model, sharding: Sharding, work: Work, still: Use) -> list[Use
     )
     return [
         full,
-        backward + at("device", gradients=waiting),
+        backward + at("device", gradients=embeddings),
         still + at("device", gradients=_stepping(model, sharding), buffers=bucket),
     ]
 

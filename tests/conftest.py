@@ -12,6 +12,7 @@ import pytest
 from placement.cluster import Cluster
 
 if TYPE_CHECKING:
+    from orchestrator import Result
     from tests.hosts import Hosts
     from tests.services import Service
 
@@ -53,12 +54,21 @@ def ray_here() -> Iterator[Cluster]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a run so small that its stages take seconds (tests/micro.py)."""
+    """The config of a run so small that its stages take seconds (tests/micro.py), and that may have faults (tests/dying.py)."""
     from tests.micro import write_micro
 
-    return write_micro(tmp_path_factory.mktemp("micro"))
+    return write_micro(tmp_path_factory.mktemp("micro"), plugins=["tests.dying"])
+
+
+@pytest.fixture(scope="session")
+def whole(micro: Path, ray_here: Cluster) -> Result:
+    """All its stages, never interrupted, with two engines."""
+    from orchestrator import load_config, run_stages
+    from tests.runs import TWO_ENGINES
+
+    return run_stages(load_config(micro, [TWO_ENGINES]))
 
 
 @pytest.fixture(scope="module")

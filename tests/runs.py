@@ -15,6 +15,7 @@ from orchestrator import Result
 from orchestrator.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
+TWO_ENGINES = "placement.devices.rollout=2"
 
 
 def assert_same_model(a: Path, b: Path) -> None:

@@ -109,6 +109,42 @@ def same_gradients(a: nn.Module, b: nn.Module) -> None:
             assert parameter.grad is None
 
 
+class TablesMade(TorchDispatchMode):
+    """Operations that allocated a tensor of the word embeddings' shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == (VOCABULARY, WIDTH):
+            given = [each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)]
+            if result.untyped_storage().data_ptr() not in given:
+                self.by.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize(("architecture", "padding"), [("gpt2", None), ("opt", 7)])  # no other matrix has this shape
+def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: int | None, tmp_path: Path) -> None:
+    """Also where two passes are made before the first one's backward pass; of a padding token the head alone learns."""
+    folder = make_model(tmp_path, architecture, seed=1, pad_token_id=padding)
+    plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), language_model(folder)
+    assert ours.hf.get_input_embeddings().padding_idx == padding
+    batches = [Batch(ROWS, CPU), Batch(sequences([(4, 9), (60, 60)], seed=2), CPU)]
+    assert any((batch.ids == 7).any() for batch in batches)
+    losses = [ours(batch)[0].sum() for batch in batches]
+    with TablesMade() as made:
+        losses[0].backward()
+    assert made.by == ["aten.zeros_like.default"]
+    losses[1].backward()
+    for batch in batches:
+        for ids, length, prompt in zip(batch.ids, batch.lengths, batch.prompt_lengths, strict=True):
+            row = Sequence(ids[:length].numpy().astype(np.int32), int(prompt))
+            plain_log_probs(plain, row, 1.0)[0].sum().backward()
+    same_gradients(ours.hf, plain)
+
+
 class LogitsSeen(TorchDispatchMode):
     """The most rows of logits that any operation gave."""
 

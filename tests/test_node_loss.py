@@ -20,7 +20,7 @@ from tests.runs import assert_same_model, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SETTINGS = ("recovery.snapshot_every=1", "ppo.evaluation=null", "ppo.steps=20")
+SETTINGS = ("recovery.snapshot_every=1", "ppo.evaluation=null", "ppo.steps=10")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def quiet(cluster: RayCluster, micro: Path) -> Result:
     """A run in which nothing is lost."""
     node = cluster.add_node(num_cpus=3, object_store_memory=150 * 2**20)
     try:
-        return run_stages(load_config(micro, [*SETTINGS, "name=quiet"]))
+        return run_stages(load_config(micro, [*SETTINGS, "name=still"]))
     finally:
         cluster.remove_node(node)
 

@@ -19,11 +19,9 @@ from orchestrator.integrity import DiskError
 from orchestrator.metrics import read_metrics
 from orchestrator.metrics import repeatable as lines
 from placement.cluster import Cluster
-from tests.runs import ROOT, begun, command, flip_bit, wait_for
+from tests.runs import ROOT, TWO_ENGINES, begun, command, flip_bit, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-TWO_ENGINES = "placement.devices.rollout=2"
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +30,6 @@ def environment(ray_here: Cluster) -> dict[str, str]:
     import ray
 
     return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-
-
-@pytest.fixture(scope="module")
-def whole(micro: Path, ray_here: Cluster) -> Result:
-    """All stages, never interrupted."""
-    return run_stages(load_config(micro, [TWO_ENGINES]))
 
 
 # ---------------------------------------------------------------- what a run leaves

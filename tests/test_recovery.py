@@ -12,30 +12,22 @@ from orchestrator import Result, WorkerError, load_config, run_stages
 from orchestrator.metrics import repeatable as lines
 from orchestrator.run import STAGES
 from orchestrator.stage import RefusedError
-from placement.cluster import Cluster
 from placement.shape import Stage
 from tests.dying import fault
-from tests.runs import assert_same_model, begun
+from tests.runs import TWO_ENGINES, assert_same_model, begun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS = (
-    "placement.devices.rollout=2",
-    "plugins=[tests.dying]",
+    TWO_ENGINES,
     "recovery.snapshot_every=2",
     "recovery.restarts=6",
 )
 
 
-@pytest.fixture(scope="module")
-def quiet(micro: Path, ray_here: Cluster) -> Result:
-    """All stages without a fault."""
-    return run_stages(load_config(micro, list(SETTINGS)))
-
-
-def run(micro: Path, quiet: Result, folder: Path, stage: Stage, *overrides: str) -> Path:
-    """A stage from the models of the quiet run, with faults; its folder."""
-    copy = begun(quiet, folder, STAGES[STAGES.index(stage) :])
+def run(micro: Path, whole: Result, folder: Path, stage: Stage, *overrides: str) -> Path:
+    """A stage from the models of the whole run, with faults; its folder."""
+    copy = begun(whole, folder, STAGES[STAGES.index(stage) :])
     run_stages(load_config(micro, [*SETTINGS, f"runs={folder}", *overrides]), [stage])
     return copy
 
@@ -64,60 +56,60 @@ PPO_FAULTS = {
 
 
 @pytest.mark.parametrize("name", PPO_FAULTS)
-def test_ppo_is_as_without_the_faults(name: str, micro: Path, quiet: Result, tmp_path: Path) -> None:
+def test_ppo_is_as_without_the_faults(name: str, micro: Path, whole: Result, tmp_path: Path) -> None:
     for who, point, count in PPO_FAULTS[name]:
         fault(tmp_path, who, point, count)
-    folder = run(micro, quiet, tmp_path, "ppo")
+    folder = run(micro, whole, tmp_path, "ppo")
     assert not list((tmp_path / "faults").iterdir()), "every fault has happened"
-    assert lines(folder, "ppo") == lines(quiet.folder, "ppo")
-    assert_same_model(folder / "models" / "ppo", quiet.models["ppo"])
+    assert lines(folder, "ppo") == lines(whole.folder, "ppo")
+    assert_same_model(folder / "models" / "ppo", whole.models["ppo"])
     assert len(records(folder)) == len(PPO_FAULTS[name])
 
 
-def test_stopped_processes_are_found_by_their_deadline(micro: Path, quiet: Result, tmp_path: Path) -> None:
+def test_stopped_processes_are_found_by_their_deadline(micro: Path, whole: Result, tmp_path: Path) -> None:
     fault(tmp_path, "rollout-0", "generate", 12, signal.SIGSTOP)
     fault(tmp_path, "actor-0", "backward", 6, signal.SIGSTOP)
-    folder = run(micro, quiet, tmp_path, "ppo", "deadlines.generate=20", "deadlines.train=20")
-    assert lines(folder, "ppo") == lines(quiet.folder, "ppo")
+    folder = run(micro, whole, tmp_path, "ppo", "deadlines.generate=20", "deadlines.train=20")
+    assert lines(folder, "ppo") == lines(whole.folder, "ppo")
     engine, actor = records(folder)
     assert "rollout rank 0: no answer to generate in 20 s (deadlines.generate)" in engine
     assert "process stopped" in engine
     assert "_Dying.reach (dying_workers.py" in actor, "its stack"
 
 
-def test_supervised_stages_are_as_without_the_faults(micro: Path, quiet: Result, tmp_path: Path) -> None:
+def test_supervised_stages_are_as_without_the_faults(micro: Path, whole: Result, tmp_path: Path) -> None:
     fault(tmp_path, "actor-0", "backward", 8)
     fault(tmp_path, "actor-0", "save", 1)
-    folder = run(micro, quiet, tmp_path, "sft")
-    assert lines(folder, "sft") == lines(quiet.folder, "sft")
-    assert_same_model(folder / "models" / "sft", quiet.models["sft"])
+    folder = run(micro, whole, tmp_path, "sft")
+    assert lines(folder, "sft") == lines(whole.folder, "sft")
+    assert_same_model(folder / "models" / "sft", whole.models["sft"])
 
 
-def test_a_fault_that_comes_again_ends_the_run(micro: Path, quiet: Result, tmp_path: Path) -> None:
+def test_a_fault_that_comes_again_ends_the_run(micro: Path, whole: Result, tmp_path: Path) -> None:
     fault(tmp_path, "reward-0", "score", 1)
     with pytest.raises(WorkerError, match=r"not replaced again: 0 restarts in 3600 s are allowed \(recovery\.restarts"):
-        run(micro, quiet, tmp_path, "ppo", "recovery.restarts=0")
+        run(micro, whole, tmp_path, "ppo", "recovery.restarts=0")
 
 
-def test_a_step_that_is_not_finite_is_not_applied(micro: Path, quiet: Result, tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_is_not_applied(micro: Path, whole: Result, tmp_path: Path) -> None:
     for count in (3, 4):  # both mini-batches of the second step
         fault(tmp_path, "actor-0", "loss", count, 0)
-    folder = run(micro, quiet, tmp_path, "ppo")
+    folder = run(micro, whole, tmp_path, "ppo")
     found = lines(folder, "ppo")
     assert [line["refused/actor"] for line in found[1:]] == [0, 2, 0, 0, 0, 0]
     assert [line["policy_version"] for line in found[1:]] == [0, 1, 1, 2, 3, 4], "what was refused is not published"
-    assert found[1] == lines(quiet.folder, "ppo")[1]
+    assert found[1] == lines(whole.folder, "ppo")[1]
     [batch] = (folder / "failures").glob("*.npz")
     assert batch.name == "ppo-2-refused-actor-0.npz"
     assert {"ids", "offsets", "prompt_lengths"} <= set(np.load(batch).files)
 
 
-def test_too_many_refused_steps_end_the_run(micro: Path, quiet: Result, tmp_path: Path) -> None:
+def test_too_many_refused_steps_end_the_run(micro: Path, whole: Result, tmp_path: Path) -> None:
     for count in range(3, 7):
         fault(tmp_path, "actor-0", "loss", count, 0)
     with pytest.raises(
         RefusedError, match=r"^ppo, step 3: a training step was refused in 2 steps in a row \(recovery\."
     ):
-        run(micro, quiet, tmp_path, "ppo", "recovery.refused_steps=2")
+        run(micro, whole, tmp_path, "ppo", "recovery.refused_steps=2")
     assert len(list((tmp_path / "micro" / "failures").glob("*.npz"))) == 2
     assert not (tmp_path / "micro" / "models" / "ppo").exists()

@@ -16,9 +16,9 @@ from tests.runs import assert_same_model, begun
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS = (
+    "name=shared",
     "model.lora.rank=4",
     "share=[actor,critic,reference,reward]",
-    "plugins=[tests.dying]",
     "recovery.snapshot_every=2",
     "sft.epochs=1",
     "ppo.steps=4",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from workers import heap
 
 if TYPE_CHECKING:
     from configs.schema import Role
@@ -29,6 +30,7 @@ class Host:
 
     def __init__(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
         """hosted: of each role its kind of worker (a key of KINDS) and which worker it is."""
+        heap.keep_tensors_apart()
         first = hosted[0][1]
         if first.device == "cpu":
             # A compiler for GPUs, which torch would load where it is installed: 70 MB for nothing.
@@ -53,17 +55,10 @@ class Host:
             with self.turns.turn(method) if self.turns else nullcontext():
                 return getattr(self.workers[role], method)(*args)
         finally:
-            _give_memory_back()
+            heap.give_back()  # for the roles whose turn comes
 
 
 def _worker(kind: str, spec: WorkerSpec) -> Worker:
     module, _, name = KINDS[kind].partition(":")
     worker: Worker = getattr(import_module(module), name)(spec)
     return worker
-
-
-def _give_memory_back() -> None:
-    """What was freed goes back to the system, for the roles whose turn comes: by itself the C library keeps it."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)

@@ -56,6 +56,37 @@ class Batch:
         return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(self.mask, flat)
 
 
+class TableGradient:
+    """Of a table that is head and word embeddings at once, the gradient of one pass: what the head's backward pass leaves, to
+    which that of the embeddings, which comes after it, adds. Left to autograd there are two tensors of the table's size."""
+
+    from_head: Tensor | None = None
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """Rows of a table, whose gradient is added to the head's."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, padding: int | None, gradient: TableGradient) -> Tensor:
+        """table [V, H], ids [...], padding: the token that does not learn here, if any -> [..., H]."""
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.padding, ctx.gradient = table.shape, padding, gradient
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        whole, ctx.gradient.from_head = ctx.gradient.from_head, None
+        if whole is None:
+            whole = of_rows.new_zeros(ctx.shape)
+        # The few tokens that occur, each once: their sum is then taken in one order, on a GPU too.
+        tokens, places = ids.unique(return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(of_rows, places, len(tokens), -1, False)
+        if ctx.padding is not None:
+            sums[tokens == ctx.padding] = 0
+        return whole.index_add_(0, tokens, sums), None, None, None
+
+
 class HeadLogProbs(torch.autograd.Function):
     """Log-probabilities of given tokens, and entropies, from hidden states: the head and the softmax in one, in chunks.
 
@@ -65,22 +96,33 @@ class HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        tied: TableGradient | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N, H], weight [V, H], bias [V], targets [N] -> log-probabilities [N] and entropies [N], float32."""
+        """hidden [N, H], weight [V, H], bias [V], targets [N] -> log-probabilities [N] and entropies [N], float32.
+
+        tied: where the gradient of the weight is left for the embeddings' backward pass, which returns it.
+        """
         log_z, log_probs, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        room, more_room = _room(hidden, weight), _room(hidden, weight)
         for rows in spans(len(hidden), LOGITS_CHUNK):
-            logits = _logits(hidden[rows], weight, bias, temperature)
+            logits = _logits(hidden[rows], weight, bias, temperature, room)
             most = logits.amax(-1)
             logits.sub_(most[:, None])
-            powers = logits.exp()  # the one pass of it: sum and entropy are made of the same
+            # The one pass of it: sum and entropy are made of the same.
+            powers = torch.exp(logits, out=more_room[: len(logits)])
             total = powers.sum(-1)
             log_z[rows] = most + total.log()
             log_probs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
             entropy[rows] = total.log() - torch.einsum("nv,nv->n", powers, logits) / total
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.tied = temperature, tied
         return log_probs, entropy
 
     @staticmethod
@@ -93,8 +135,9 @@ class HeadLogProbs(torch.autograd.Function):
             of_log_probs = of_log_probs / ctx.temperature
         if of_entropy is not None:
             of_entropy = of_entropy / ctx.temperature
+        room = _room(hidden, weight)
         for rows in spans(len(hidden), LOGITS_CHUNK):
-            log_p = _logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_z[rows, None])
+            log_p = _logits(hidden[rows], weight, bias, ctx.temperature, room).sub_(log_z[rows, None])
             grad = log_p.exp() if of_entropy is not None else log_p.exp_()
             scale = torch.zeros(len(grad), 1, device=grad.device) if of_log_probs is None else of_log_probs[rows, None]
             if of_entropy is None:
@@ -107,11 +150,25 @@ class HeadLogProbs(torch.autograd.Function):
                 for_weight.addmm_(grad.t(), hidden[rows])
             if for_bias is not None:
                 for_bias.add_(grad.sum(0))
-        return for_hidden, for_weight, for_bias, None, None
+        if ctx.tied is not None:
+            ctx.tied.from_head, for_weight = for_weight, None
+        return for_hidden, for_weight, for_bias, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = F.linear(hidden, weight, bias).float()
+def _room(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Where the logits of one chunk after the other lie: fresh memory for each costs more than what is done with it."""
+    return torch.empty(min(len(hidden), LOGITS_CHUNK), len(weight), device=hidden.device)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, room: Tensor) -> Tensor:
+    """In float32, in the first rows of `room`."""
+    logits = room[: len(hidden)]
+    if weight.dtype == logits.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        logits.copy_(hidden @ weight.t())
+    if bias is not None:
+        logits.add_(bias)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -132,14 +189,26 @@ class LanguageModel(nn.Module):
         super().__init__()
         _check_head(hf)
         self.hf = hf
+        self.tied: TableGradient | None = None
+        embeddings = hf.get_input_embeddings()
+        if type(embeddings) is nn.Embedding and embeddings.weight is hf.get_output_embeddings().weight:
+            embeddings.register_forward_hook(self._embed)
+
+    def _embed(self, embeddings: nn.Embedding, args: tuple[Tensor, ...], found: Tensor) -> Tensor:
+        """What the embeddings give, with a gradient that joins the head's."""
+        if not (torch.is_grad_enabled() and embeddings.weight.requires_grad):
+            return found
+        self.tied = TableGradient()
+        return TiedEmbedding.apply(embeddings.weight, *args, embeddings.padding_idx, self.tied)
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of each answer token and entropy of its distribution, [B, R] each, zeros outside the mask."""
+        self.tied = None
         hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
         hidden = hidden[batch.rows, batch.before]
         targets = batch.ids[batch.rows, batch.before + 1]
         head = self.hf.get_output_embeddings()
-        log_probs, entropy = HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature)
+        log_probs, entropy = HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, self.tied)
         return batch.padded(log_probs), batch.padded(entropy)
 
 

@@ -1,0 +1,32 @@
+"""How the C library keeps a process's memory, so that what was freed is not held. Does something with glibc alone."""
+
+from __future__ import annotations
+
+import ctypes
+
+MAPPED_FROM = 2**20
+"""Bytes from which a block has pages of its own, and gives them back when it is freed.
+
+In the heap, freed tensors leave holes among what stays: a quarter to a half of a training step's peak. By itself glibc raises
+this to the largest block that was freed, up to 32 MiB.
+"""
+TOP = 64 * 2**20
+"""Bytes that may lie free at the heap's end. Set beside the other, which else leaves 128 KiB: each step then moves the end back
+and forth, at a fifth to a third more CPU time."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_tensors_apart() -> None:
+    """Give each large block pages of its own from here on."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
+        libc.mallopt(M_TRIM_THRESHOLD, TOP)
+
+
+def give_back() -> None:
+    """What lies free in the heap goes back to the system."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
