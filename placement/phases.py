@@ -93,10 +93,11 @@ def engine(
 ) -> Uses:
     """One device of a vLLM engine.
 
-    On CPU vLLM packs a tied head anew, beside the embeddings, and has a third table that nobody reads (measured). `kv_cache`: on CPU; on a GPU vLLM fills what `reserved` bytes
-    leave. sequences: answered at a time; of each there are logits and log-probabilities. received: bytes of the buckets
-    that are there before the weights are replaced. adapters: bytes of an adapter that it serves beside the base. turns:
-    it sleeps while other roles have its device: the weights in host memory, and the cache of keys and values given back.
+    On CPU vLLM packs a tied head anew, beside the embeddings, and has a third table that nobody reads (measured). `kv_cache`:
+    on CPU; on a GPU vLLM fills what `reserved` bytes leave. sequences: answered at a time; of each there are logits and
+    log-probabilities. received: bytes of the buckets that are there before the weights are replaced. adapters: bytes of an
+    adapter that it serves beside the base. turns: it sleeps while other roles have its device: the weights in host memory,
+    and the cache of keys and values given back.
     """
     weights = -(-model.nbytes // devices) + adapters
     if device == "cpu" and model.shape.tied:
