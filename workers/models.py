@@ -102,11 +102,11 @@ class HeadLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        tied: TableGradient | None = None,
+        tied: TableGradient | None,
     ) -> tuple[Tensor, Tensor]:
         """hidden [N, H], weight [V, H], bias [V], targets [N] -> log-probabilities [N] and entropies [N], float32.
 
-        tied: where the gradient of the weight is left for the embeddings' backward pass, which returns it.
+        tied: where the weight's gradient is left for the embeddings' backward pass, which returns it; none: it is returned here.
         """
         log_z, log_probs, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         room, more_room = _room(hidden, weight), _room(hidden, weight)
