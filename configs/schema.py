@@ -197,7 +197,7 @@ class FixedKL(Settings):
 
     kind: Literal["fixed"] = "fixed"
     coefficient: NonNegativeFloat = 0.1
-    """Weight of the per-token KL penalty in the reward."""
+    """Weight of the per-token KL penalty."""
 
 
 class AdaptiveKL(Settings):
@@ -213,10 +213,23 @@ class AdaptiveKL(Settings):
 
 
 class KLSettings(Settings):
+    place: Literal["reward", "loss"] = "reward"
+    """Taken from each token's reward, where it also counts for the tokens before; or added to the policy's loss, where each
+    token answers for itself alone, so that no answer gains by being short. In the loss its weight is against advantages
+    as they are trained on: whitened, unless told otherwise."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator of KL(actor | reference) (Schulman 2020)."""
+    """Per-token estimator of KL(actor | reference) (Schulman 2020). In the loss k2's gradient is that of
+    KL(actor | reference), k3's that of KL(reference | actor), and k1's is 0 in the mean: refused."""
     control: Annotated[FixedKL | AdaptiveKL, Field(discriminator="kind")] = FixedKL()
     """How the coefficient is chosen."""
+
+    @model_validator(mode="after")
+    def _pulls(self) -> Self:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "k1 in the loss has a gradient whose mean is 0: it holds nothing back. Take estimator=k2 or k3."
+            )
+        return self
 
 
 class ModelReward(Settings):
@@ -330,7 +343,7 @@ class EvaluationSettings(Settings):
 
 
 class PPOSettings(Settings):
-    """Proximal policy optimization (Schulman et al. 2017) on the reward less a KL penalty."""
+    """Proximal policy optimization (Schulman et al. 2017) on the reward, with a KL penalty."""
 
     prompts: DatasetSettings
     """Prompts to answer."""

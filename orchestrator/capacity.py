@@ -15,8 +15,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from rich.console import Console
@@ -134,7 +135,7 @@ def _attempt(model: str, parameters: int, flags: Sequence[str], limit: int) -> A
         if footprint.passed.is_set():
             return Attempt(model, parameters, footprint.total, "passes the limit", passed=True)
         if process.returncode:
-            return Attempt(model, parameters, footprint.total, f"fails: {_last_line(log)}")
+            return Attempt(model, parameters, footprint.total, f"fails: {failure_of(log)}")
         return Attempt(model, parameters, footprint.total)
 
 
@@ -156,9 +157,13 @@ def end_whole(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _last_line(log: Any) -> str:
-    """What the command said of its failure, else the end of its traceback."""
+def failure_of(log: IO[bytes]) -> str:
+    """What the command said of its failure, in one line, else the end of its traceback."""
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    said = [line.removeprefix("troupe: ") for line in lines if line.startswith("troupe: ")]
-    return (said or lines or ["without a word"])[-1]
+    said = [k for k, line in enumerate(lines) if line.startswith("troupe: ")]
+    if not said:
+        return lines[-1] if lines else "without a word"
+    first, *others = lines[said[-1] :]
+    details = "; ".join(line.strip() for line in takewhile(lambda line: line.startswith("  "), others))
+    return f"{first.removeprefix('troupe: ')} {details}".strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from orchestrator.bench import PROMPTS, Benchmark
-from orchestrator.capacity import memory_of, ways
+from orchestrator.capacity import failure_of, memory_of, ways
 from orchestrator.footprint import Footprint
 from orchestrator.run import RunError
 from placement.architecture import Architecture
@@ -196,6 +197,19 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("noise\ntroupe: stage ppo cannot be placed:\n  a: one\n  b: two\nnoise\n", "stage ppo cannot be placed: a: one; b: two"),
+        ("troupe: no room\n", "no room"),
+        ("Traceback\n  File\nMemoryError: 3\n\n", "MemoryError: 3"),
+        ("", "without a word"),
+    ],
+)  # fmt: skip
+def test_a_failed_attempt_says_why_in_one_line(log: str, said: str) -> None:
+    assert failure_of(io.BytesIO(log.encode())) == said
+
+
 def test_capacity_under_a_limit_that_nothing_passes() -> None:
     """The smallest model's weights fit into the limit, and its run does not: it is ended whole."""
     with tempfile.TemporaryDirectory(prefix="t-") as name:  # short: Ray's sockets may lie below it

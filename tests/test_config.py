@@ -179,6 +179,10 @@ BAD: list[tuple[str, str]] = [
     ("ppo.max_unscored=2", "ppo.max_unscored: was 2; must be number >= 0 and <= 1"),
     ("ppo.kl.control={coefficient: 1}", "ppo.kl.control.kind: missing; must be fixed | adaptive"),
     ("ppo.kl.control={kind: fixed, coefficient: -1}", "ppo.kl.control.coefficient: was -1; must be number >= 0"),
+    (
+        "ppo.kl.place=loss",
+        "ppo.kl: k1 in the loss has a gradient whose mean is 0: it holds nothing back. Take estimator=k2 or k3.",
+    ),
     ("placement.devices={critic: 0}", "placement.devices.critic: was 0; must be integer > 0"),
     (
         "placement.groups=[{roles: [actor, judge]}]",

@@ -39,6 +39,28 @@ def test_k1_and_k3_are_unbiased(kind: KLEstimator, seed: int) -> None:
     assert mean == pytest.approx(exact, rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@quick
+@given(seed=seeds)
+def test_what_the_estimates_pull_towards_as_losses(kind: KLEstimator, seed: int) -> None:
+    """Their gradients on samples of the actor, in the mean: none, that of KL(actor | reference), of KL(reference | actor)."""
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(11, dtype=torch.float64, generator=random, requires_grad=True)
+    actor = logits.log_softmax(-1)
+    reference = torch.randn(11, dtype=torch.float64, generator=random).log_softmax(-1)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    mean = gradient((actor.detach().exp() * kl_estimate(actor - reference, kind)).sum())
+    wanted = {
+        "k1": torch.zeros(11, dtype=torch.float64),
+        "k2": gradient((actor.exp() * (actor - reference)).sum()),
+        "k3": gradient((reference.exp() * (reference - actor)).sum()),
+    }
+    torch.testing.assert_close(mean, wanted[kind])
+
+
 def test_k2_is_close_where_the_policies_are() -> None:
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(11, dtype=torch.float64, generator=random)

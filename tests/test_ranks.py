@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.schema import OptimizerSettings, Role, RunConfig
+from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
 from orchestrator.rollouts import Column, Experience, Rollouts
 from orchestrator.team import Team
 from placement import Cluster, make_plan
@@ -130,6 +130,7 @@ def run_config(folder: Path, strategy: str, ranks: int, micro_batch_tokens: int)
         "mini_batches": 2,
         "micro_batch_tokens": micro_batch_tokens,
         "entropy_coefficient": 0.01,
+        "kl": {"place": "loss", "estimator": "k3"},
         "ptx": {"coefficient": 0.5, "batch_size": 4},
         "actor_optimizer": ADAM,
         "critic_optimizer": ADAM,
@@ -313,3 +314,40 @@ def test_a_step_repeated_is_the_same_step_with_the_same_dropout(learned: Learn) 
     assert first.steps == second.steps
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
     assert first.steps[0]["loss"] != found.jobs["pairs"].steps[0]["loss"], "there was dropout"
+
+
+def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, folder: Path) -> None:
+    """With nothing to be gained, the actor comes nearer to log-probabilities that it did not have."""
+    config = run_config(folder, *WHOLE)
+    assert config.ppo is not None
+    changes = {"entropy_coefficient": 0.0, "ptx": None, "kl": KLSettings(place="loss", estimator="k2")}
+    config = config.model_copy(update={"ppo": config.ppo.model_copy(update=changes)})
+    answers = fake_experience(folder, config)
+    samples = answers.rollouts.placed.fetch()
+
+    def column(rows: list[np.ndarray]) -> Column:
+        return Column(
+            Placed.of([ray.put(Ragged.of(rows, np.float32))], [np.arange(SAMPLES)], SAMPLES), np.zeros(SAMPLES)
+        )
+
+    reference = [sample.log_probs + 0.3 for sample in samples]
+    values, scores = column([0 * row for row in reference]), np.zeros(SAMPLES)
+    experience = replace(answers, reference=column(reference), values=values, scores=scores, kl_coefficient=1.0, ptx=[])
+
+    with learners(config, ray_here) as team:
+        actor = team.groups["actor"]
+
+        def distance() -> float:
+            placed = experience.rollouts.placed
+            results: list[tuple[Ragged, Any]] = actor.scatter("log_probs", [(placed, [np.arange(SAMPLES)])]).get()
+            found, _ = results[0]
+            return float(
+                np.mean(
+                    [np.square(a - b).mean() for a, b in zip(map(found.row, range(SAMPLES)), reference, strict=True)]
+                )
+            )
+
+        actor.call("load", str(folder), config.model, ADAM).get()
+        before = distance()
+        team.train_actor(experience, 0.0, 1).get()
+        assert distance() < 0.9 * before

@@ -25,15 +25,19 @@ class Answers:
     mask: Tensor
     log_probs: Tensor
     """Of the engine, when it sampled."""
+    reference: Tensor
+    """The reference's log-probabilities."""
     values: Tensor | None
     advantages: Tensor
     returns: Tensor
+    kl_coefficient: float
     metrics: dict[str, float]
 
     def arrays(self, micro_batches: list[Rows]) -> Arrays:
         """Some of the samples as arrays; what there is per answer token stands end to end, [answer tokens]."""
         rows = np.concatenate(micro_batches)
-        columns = {"log_probs": self.log_probs, "advantages": self.advantages, "returns": self.returns}
+        names = ("log_probs", "reference", "advantages", "returns")
+        columns = {name: getattr(self, name) for name in names}
         if self.values is not None:
             columns["values"] = self.values
         flat = {name: column[rows][self.mask[rows]].cpu().numpy() for name, column in columns.items()}
@@ -52,7 +56,8 @@ def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) ->
     values = padded(work.values.fetch()) if work.values is not None else None
     mask = padded([np.ones(len(s.log_probs), np.float32) for s in samples]).bool()
     kl = kl_estimate(log_probs - reference, ppo.kl.estimator)
-    rewards = token_rewards(torch.from_numpy(work.scores).to(device), kl, mask, work.kl_coefficient)
+    coefficient = work.kl_coefficient if ppo.kl.place == "reward" else 0.0
+    rewards = token_rewards(torch.from_numpy(work.scores).to(device), kl, mask, coefficient)
     groups = torch.from_numpy(work.groups).to(device)
     estimate = advantage_estimators.get(ppo.advantage)
     advantages, returns = estimate(rewards, values, mask, ppo.gamma, ppo.gae_lambda, groups, total)
@@ -60,4 +65,4 @@ def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) ->
     metrics = {"advantage/mean": float(mean), "advantage/std": float(variance.sqrt())}
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask, mean.float(), variance.float())
-    return Answers(samples, mask, log_probs, values, advantages, returns, metrics)
+    return Answers(samples, mask, log_probs, reference, values, advantages, returns, work.kl_coefficient, metrics)

@@ -10,7 +10,9 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from workers import experience
+from workers.advantages import inside
 from workers.batching import Rows
+from workers.kl import kl_estimate
 from workers.losses import masked_sum, next_token, policy_losses
 from workers.models import LEARNS, Batch
 from workers.refusal import Arrays, numbered, token_rows
@@ -131,9 +133,14 @@ class PolicyWorker(Trainer):
         batch = Batch([answers.samples[i] for i in indices], self.device)
         log_probs, entropy = self.module(batch, self.config.rollout.temperature)
         width = log_probs.shape[1]
-        old, advantages = (x[indices, :width] for x in (answers.log_probs, answers.advantages))
+        old, reference, advantages = (
+            x[indices, :width] for x in (answers.log_probs, answers.reference, answers.advantages)
+        )
         parts = policy_losses.get(ppo.policy_loss)(log_probs, old, advantages, batch.mask, ppo.clip_range)
         loss = masked_sum(parts.loss, batch.mask)
+        if ppo.kl.place == "loss":
+            kl = kl_estimate(inside(log_probs - reference, batch.mask), ppo.kl.estimator)
+            loss = loss + answers.kl_coefficient * masked_sum(kl, batch.mask)
         if ppo.entropy_coefficient:
             loss = loss - ppo.entropy_coefficient * masked_sum(entropy, batch.mask)
         sums.add("loss", masked_sum(parts.loss, batch.mask))
