@@ -214,9 +214,9 @@ class AdaptiveKL(Settings):
 
 class KLSettings(Settings):
     place: Literal["reward", "loss"] = "reward"
-    """Taken from each token's reward, where it also counts for the tokens before; or added to the policy's loss, where each
-    token answers for itself alone, so that no answer gains by being short. In the loss its weight is against advantages
-    as they are trained on: whitened, unless told otherwise."""
+    """reward: taken from each token's reward, which weighs on the tokens before it too. loss: added to the policy's loss token
+    by token, so that no answer gains by being short; its weight is then against advantages as they are trained on: whitened,
+    unless told otherwise."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token estimator of KL(actor | reference) (Schulman 2020). In the loss k2's gradient is that of
     KL(actor | reference), k3's that of KL(reference | actor), and k1's is 0 in the mean: refused."""
