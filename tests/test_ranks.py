@@ -330,7 +330,7 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
             Placed.of([ray.put(Ragged.of(rows, np.float32))], [np.arange(SAMPLES)], SAMPLES), np.zeros(SAMPLES)
         )
 
-    reference = [sample.log_probs + 0.3 for sample in samples]
+    reference = [sample.log_probs + 2 for sample in samples]
     values, scores = column([0 * row for row in reference]), np.zeros(SAMPLES)
     experience = replace(answers, reference=column(reference), values=values, scores=scores, kl_coefficient=1.0, ptx=[])
 
