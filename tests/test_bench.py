@@ -196,7 +196,6 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
     assert PROMPTS == 1000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("log", "said"),
     [
@@ -210,6 +209,7 @@ def test_a_failed_attempt_says_why_in_one_line(log: str, said: str) -> None:
     assert failure_of(io.BytesIO(log.encode())) == said
 
 
+@pytest.mark.slow
 def test_capacity_under_a_limit_that_nothing_passes() -> None:
     """The smallest model's weights fit into the limit, and its run does not: it is ended whole."""
     with tempfile.TemporaryDirectory(prefix="t-") as name:  # short: Ray's sockets may lie below it

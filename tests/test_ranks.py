@@ -341,11 +341,7 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
             placed = experience.rollouts.placed
             results: list[tuple[Ragged, Any]] = actor.scatter("log_probs", [(placed, [np.arange(SAMPLES)])]).get()
             found, _ = results[0]
-            return float(
-                np.mean(
-                    [np.square(a - b).mean() for a, b in zip(map(found.row, range(SAMPLES)), reference, strict=True)]
-                )
-            )
+            return float(np.square(found.values - np.concatenate(reference)).mean())
 
         actor.call("load", str(folder), config.model, ADAM).get()
         before = distance()

@@ -36,8 +36,12 @@ class Answers:
     def arrays(self, micro_batches: list[Rows]) -> Arrays:
         """Some of the samples as arrays; what there is per answer token stands end to end, [answer tokens]."""
         rows = np.concatenate(micro_batches)
-        names = ("log_probs", "reference", "advantages", "returns")
-        columns = {name: getattr(self, name) for name in names}
+        columns = {
+            "log_probs": self.log_probs,
+            "reference": self.reference,
+            "advantages": self.advantages,
+            "returns": self.returns,
+        }
         if self.values is not None:
             columns["values"] = self.values
         flat = {name: column[rows][self.mask[rows]].cpu().numpy() for name, column in columns.items()}
