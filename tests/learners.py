@@ -1,5 +1,5 @@
-"""Trainers that tests can look into and whose steps they can spoil. The plugin `tests.learners` adds them to the kinds of
-worker that a Host knows; it does without vLLM, which takes long to import.
+"""Trainers that tests can look into and whose steps they can spoil. With the plugin `tests.learners` they are a team's actor
+and critic, and kinds of worker by names of their own; it does without vLLM, which takes long to import.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from workers.trainer import Trainer
 from workers.turns import Turns
 from workers.value import ValueWorker
 
-KINDS |= {"open_policy": "tests.learners:OpenPolicy", "open_value": "tests.learners:OpenValue"}
+POLICY, VALUE = "tests.learners:OpenPolicy", "tests.learners:OpenValue"
+KINDS |= {"policy": POLICY, "open_policy": POLICY, "value": VALUE, "open_value": VALUE}
 
 
 def _nan_gradients(loss: Tensor) -> Tensor:

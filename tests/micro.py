@@ -8,14 +8,14 @@ from typing import Any
 
 import yaml
 
-from tests.models import make_model
-
 SUBJECTS = ("film", "plot", "cast", "score", "end")
 VERDICTS = ("dull", "fine", "great")
 
 
 def write_micro(folder: Path, **settings: Any) -> Path:
     """Write model, data and config.yaml of all three stages; returns the config. settings: in place of its sections."""
+    from tests.models import make_model  # imports torch, which the process of `short` can do without
+
     folder.mkdir(exist_ok=True)
     make_model(folder / "model")
     sentences = [

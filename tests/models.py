@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt", "bloom")
@@ -91,3 +91,14 @@ def make_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+
+def make_reward_model(policy: Path, folder: Path) -> Path:
+    """Write a random scalar model of a policy's architecture, with scores that are to be normalised; returns the folder."""
+    torch.manual_seed(2)
+    model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+    torch.nn.init.normal_(model.score.weight, std=0.2)
+    model.config.score_mean, model.config.score_std = 0.1, 2.0
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -22,6 +22,11 @@ def vowels(prompts: list[str], answers: list[str], **columns: list[Any]) -> np.n
     return np.array([sum(c in "aeiou" for c in prompt) for prompt in prompts])
 
 
+def letters(prompts: list[str], answers: list[str], wanted: list[str]) -> list[float]:
+    """Share of the wanted letter."""
+    return [answer.count(letter) / max(len(answer), 1) for answer, letter in zip(answers, wanted, strict=True)]
+
+
 def by_label(prompts: list[str], answers: list[str], label: list[float], note: list[str | None]) -> list[float]:
     """Takes its columns by name, and needs a row of every column for each answer."""
     assert len(label) == len(note) == len(answers)

@@ -16,12 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from configs.schema import RunConfig
 from orchestrator.api import run_stages
 from placement import Cluster
-from tests.models import make_model, make_tokenizer
+from tests.models import make_model, make_reward_model
 
 pytestmark = pytest.mark.slow
 
@@ -36,22 +36,6 @@ KINDS = {
 PROMPTS = ["a", "bc", "the film", "what a plot", "why", "it was 1999", "no", "cast: "]
 
 
-def letters(prompts: list[str], answers: list[str], wanted: list[str]) -> list[float]:
-    """Share of the wanted letter."""
-    return [answer.count(letter) / max(len(answer), 1) for answer, letter in zip(answers, wanted, strict=True)]
-
-
-def reward_model(policy: Path, folder: Path) -> Path:
-    """A random scalar model of the policy's architecture."""
-    torch.manual_seed(2)
-    model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
-    torch.nn.init.normal_(model.score.weight, std=0.2)
-    model.config.score_mean, model.config.score_std = 0.1, 2.0
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def run_config(folder: Path, model: Path, reward: Path) -> RunConfig:
     rows = [{"prompt": prompt, "wanted": prompt[0]} for prompt in PROMPTS]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -63,7 +47,7 @@ def run_config(folder: Path, model: Path, reward: Path) -> RunConfig:
         "max_prompt_tokens": 16,
         "rewards": [
             {"kind": "model", "path": str(reward)},
-            {"kind": "function", "name": "letters", "function": "tests.test_architectures:letters", "weight": 0.5},
+            {"kind": "function", "name": "letters", "function": "tests.reward_functions:letters", "weight": 0.5},
         ],
         "max_log_prob_gap": 1e-3,
         "actor_optimizer": {"lr": 0.003},
@@ -84,7 +68,7 @@ def run_config(folder: Path, model: Path, reward: Path) -> RunConfig:
 def test_ppo_runs_on(ray_here: Cluster, tmp_path: Path, kind: str) -> None:
     architecture, tied, grouped = KINDS[kind]
     start = make_model(tmp_path / "model", architecture, tied, grouped, seed=1)
-    config = run_config(tmp_path, start, reward_model(start, tmp_path / "reward"))
+    config = run_config(tmp_path, start, make_reward_model(start, tmp_path / "reward"))
     result = run_stages(config, ["ppo"], Console(file=io.StringIO()))
 
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

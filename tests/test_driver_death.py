@@ -19,7 +19,7 @@ from tests.runs import ROOT, assert_same_model, command
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ORDER: tuple[Stage, ...] = ("sft", "rm", "ppo")
-KILLED_IN: tuple[Stage, ...] = ("sft",) * 4 + ("rm",) * 3 + ("ppo",) * 3
+KILLED_IN: tuple[Stage, ...] = ("sft",) * 5 + ("rm",) * 3 + ("ppo",) * 2
 SETTINGS = ("checkpoint.every=1", "ppo.evaluation=null", "sft.epochs=10", "rm.epochs=6", "ppo.steps=16")
 
 

@@ -36,6 +36,9 @@ def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished
     """`troupe sft` in a process of its own; watched once its first step is done, and stopped there if asked."""
     command = [sys.executable, "-m", "orchestrator.cli", "sft", str(config), *overrides]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env["RAY_gcs_rpc_server_reconnect_timeout_s"] = (
+        "10"  # a minute by default, for which two processes outlive the others
+    )
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -59,6 +62,15 @@ def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     return write_micro(tmp_path, placement={})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, set[str]]:
+    """A run whose driver was killed, and what lay in shared memory before it. Begun before the other tests of the file, since
+    two of Ray's processes look for the cluster for a minute."""
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    config = write_micro(tmp_path_factory.mktemp("killed"), placement={})
+    return run(config, "sft.epochs=3000", "checkpoint.every=1", stop_with=signal.SIGKILL), before
 
 
 def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
@@ -107,11 +119,10 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(config: Path) -> N
     assert alive == []
 
 
-def test_a_killed_driver_leaves_no_process_and_no_memory(config: Path) -> None:
+def test_a_killed_driver_leaves_no_process_and_no_memory(killed: tuple[Finished, set[str]]) -> None:
     """Ray's processes watch the driver; the next start needs nothing that it held."""
-    before = {path.name for path in Path("/dev/shm").iterdir()}
-    done = run(config, "sft.epochs=3000", "checkpoint.every=1", stop_with=signal.SIGKILL)
+    done, before = killed
     assert done.code == -signal.SIGKILL
-    _, alive = psutil.wait_procs(done.processes, timeout=150)  # two look for the cluster for a minute
+    _, alive = psutil.wait_procs(done.processes, timeout=100)
     assert [process.cmdline() for process in alive] == []
     assert {path.name for path in Path("/dev/shm").iterdir()} <= before

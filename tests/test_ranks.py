@@ -7,7 +7,7 @@ same answers. One rank with everything whole is what the others must agree with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -136,8 +136,9 @@ def run_config(folder: Path, strategy: str, ranks: int, micro_batch_tokens: int)
         "critic_optimizer": ADAM,
     }
     return RunConfig.model_validate({
-        "name": "ranks",
+        "name": f"{ranks}-ranks",
         "seed": 7,
+        "plugins": ["tests.learners"],
         "strategies": {"actor": strategy, "critic": strategy},
         "model": {"path": str(folder)},
         "rm": {"train": data, "optimizer": ADAM, "margin": 0.3, "center": 0.01},
@@ -248,13 +249,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Learn:
-    """What a set-up gives; each is run once."""
+def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
+    """What a set-up gives; each is run once. A team takes up one set-up of its number of ranks after another."""
     experience = fake_experience(folder, run_config(folder, *WHOLE))
+    with ExitStack() as stack:
 
-    @cache
-    def get(setup: Setup) -> Found:
-        with learners(run_config(folder, *setup), ray_here) as team:
+        @cache
+        def team_of(ranks: int) -> Team:
+            return stack.enter_context(learners(run_config(folder, "ddp", ranks, 160), ray_here))
+
+        @cache
+        def get(setup: Setup) -> Found:
+            strategy, ranks, _ = setup
+            team = team_of(ranks)
+            team.config = run_config(folder, *setup)
+            for group in team.groups.values():
+                group.call("become", strategy, {}).get()
 
             def run(job: str, dropout: float = 0.0) -> Trained:
                 return train(team, job, experience, tmp_path_factory.mktemp("exported"), dropout)
@@ -265,7 +275,7 @@ def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFa
                 repeated=[run("pairs", dropout=0.3) for _ in range(2)] if setup == SETUPS["ddp"] else [],
             )
 
-    return get
+        yield get
 
 
 def same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
@@ -321,7 +331,7 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
     config = run_config(folder, *WHOLE)
     assert config.ppo is not None
     changes = {"entropy_coefficient": 0.0, "ptx": None, "kl": KLSettings(place="loss", estimator="k2")}
-    config = config.model_copy(update={"ppo": config.ppo.model_copy(update=changes)})
+    config = config.model_copy(update={"name": "penalty", "ppo": config.ppo.model_copy(update=changes)})
     answers = fake_experience(folder, config)
     samples = answers.rollouts.placed.fetch()
 
