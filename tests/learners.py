@@ -57,8 +57,17 @@ class Open(Trainer):
 
     def become(self, strategy: Strategy, offload: dict[str, str]) -> None:
         """Train under another strategy from the next `load` on."""
-        settings = {"strategy": strategy, "offload": OffloadSettings.model_validate(offload)}
+        settings: dict[str, Any] = {
+            "strategy": strategy,
+            "strategies": {},
+            "offload": OffloadSettings.model_validate(offload),
+        }
         self.config = self.config.model_copy(update=settings)
+
+    def stage(self) -> int:
+        """Stage of ZeRO that DeepSpeed is at."""
+        assert self.engine is not None
+        return int(self.engine.zero_optimization_stage())
 
     def held(self) -> dict[str, np.ndarray]:
         """Everything that learning changes, as this rank holds it: weights, and AdamW's own copies and states."""

@@ -21,16 +21,17 @@ from tests.runs import assert_same_model, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+STORE = {"object_store_memory": 150 * 2**20}
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     """The head has room for two of the five workers; each node added to it for three."""
-    node: dict[str, Any] = {"object_store_memory": 150 * 2**20}
-    quick = {"enable_worker_prestart": False, "health_check_period_ms": 500}  # a lost node is known after 5 of them
-    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
+    quick = {"enable_worker_prestart": False, "health_check_period_ms": 500}  # a lost node is known sooner
+    head: dict[str, Any] = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        started = RayCluster(initialize_head=True, head_node_args=node | head)
+        started = RayCluster(initialize_head=True, head_node_args=STORE | head)
         try:
             ray.init(started.address, log_to_driver=False, namespace="troupe")
             yield started
@@ -43,13 +44,13 @@ def cluster() -> Iterator[RayCluster]:
 def settings(micro: Path, tmp_path: Path) -> list[str]:
     """PPO alone, of five workers."""
     reward = make_reward_model(micro.parent / "model", tmp_path / "reward")
-    ppo = ["ppo.steps=15", "ppo.evaluation=null", f"ppo.rewards=[{{kind: model, path: {reward}}}]"]
-    return ["sft=null", "rm=null", *ppo, "recovery.snapshot_every=1", "recovery.node_timeout=15"]
+    ppo = ["ppo.steps=20", "ppo.evaluation=null", f"ppo.rewards=[{{kind: model, path: {reward}}}]"]
+    return ["sft=null", "rm=null", *ppo, "recovery.snapshot_every=5", "recovery.node_timeout=15"]
 
 
 def room(cluster: RayCluster) -> Any:
     """Another node for three workers."""
-    return cluster.add_node(num_cpus=3, object_store_memory=150 * 2**20)
+    return cluster.add_node(num_cpus=3, **STORE)
 
 
 def test_nodes_are_lost(cluster: RayCluster, micro: Path, settings: list[str]) -> None:
@@ -65,10 +66,11 @@ def test_nodes_are_lost(cluster: RayCluster, micro: Path, settings: list[str]) -
     folder = Path(config.runs) / "moved"
 
     def lose_both() -> None:
-        wait_for(lambda: len(lines(folder, "ppo")) >= 2)
+        """Each a step after a snapshot, so that its copy has reached the other node."""
+        wait_for(lambda: len(lines(folder, "ppo")) >= 6)
         remove_placement_group(spare)
         cluster.remove_node(node, allow_graceful=False)
-        wait_for(lambda: len(lines(folder, "ppo")) >= 8)
+        wait_for(lambda: len(lines(folder, "ppo")) >= 11)
         cluster.remove_node(other, allow_graceful=False)
 
     losing = threading.Thread(target=lose_both)
@@ -79,7 +81,7 @@ def test_nodes_are_lost(cluster: RayCluster, micro: Path, settings: list[str]) -
     assert "free on the nodes" in str(error.value)
     assert "process node lost" in min((folder / "failures").glob("*.txt")).read_text(), "of the first failure"
     [step] = Run.open(folder).checkpoints("ppo")
-    assert step >= 7, "the run went on elsewhere"
+    assert step >= 10, "the run went on elsewhere"
 
     room(cluster)
     result = run_stages(config)

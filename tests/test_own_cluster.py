@@ -36,9 +36,6 @@ def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished
     """`troupe sft` in a process of its own; watched once its first step is done, and stopped there if asked."""
     command = [sys.executable, "-m", "orchestrator.cli", "sft", str(config), *overrides]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env["RAY_gcs_rpc_server_reconnect_timeout_s"] = (
-        "10"  # a minute by default, for which two processes outlive the others
-    )
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

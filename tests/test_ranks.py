@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
+from configs.strategies import ZERO, Strategy
 from orchestrator.rollouts import Column, Experience, Rollouts
 from orchestrator.team import Team
 from placement import Cluster, make_plan
@@ -31,14 +32,16 @@ from workers.sequences import Chunk, Placed, Ragged, Sample
 
 pytestmark = pytest.mark.slow
 
-SETUPS = {
+Setup = tuple[Strategy, int, int]
+"""What is sharded, the ranks, and the tokens of a micro-batch."""
+SETUPS: dict[str, Setup] = {
     "ddp, one rank, small micro-batches": ("ddp", 1, 48),
     "ddp": ("ddp", 2, 160),
     "zero1": ("zero1", 2, 160),
     "zero2": ("zero2", 2, 160),
     "zero3": ("zero3", 2, 160),
 }
-WHOLE = ("ddp", 1, 100_000)
+WHOLE: Setup = ("ddp", 1, 100_000)
 JOBS = ("demonstrations", "pairs", "policy", "critic")
 ADAM = OptimizerSettings(lr=1e-3, warmup=0.0, weight_decay=0.01, max_grad_norm=2.0)
 SAMPLES = 12
@@ -120,7 +123,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
 # ---------------------------------------------------------------- training
 
 
-def run_config(folder: Path, strategy: str, ranks: int, micro_batch_tokens: int) -> RunConfig:
+def run_config(folder: Path, strategy: Strategy, ranks: int, micro_batch_tokens: int) -> RunConfig:
     data = {"path": "rows.jsonl"}
     ppo = {
         "prompts": data,
@@ -239,7 +242,6 @@ class Found:
     """Pairs with dropout, twice from the same start."""
 
 
-Setup = tuple[str, int, int]
 Learn = Callable[[Setup], Found]
 
 
@@ -269,8 +271,11 @@ def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFa
             def run(job: str, dropout: float = 0.0) -> Trained:
                 return train(team, job, experience, tmp_path_factory.mktemp("exported"), dropout)
 
+            jobs = {job: run(job) for job in JOBS}
+            for group in team.groups.values():
+                assert group.call("stage").get() == [ZERO[strategy].stage] * ranks
             return Found(
-                jobs={job: run(job) for job in JOBS},
+                jobs=jobs,
                 evaluation=evaluate(team, experience),
                 repeated=[run("pairs", dropout=0.3) for _ in range(2)] if setup == SETUPS["ddp"] else [],
             )

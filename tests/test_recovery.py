@@ -27,8 +27,8 @@ SETTINGS = (
 
 def run(micro: Path, whole: Result, folder: Path, stage: Stage, *overrides: str) -> Path:
     """A stage from the models of the whole run, with faults; its folder."""
-    if before := STAGES[: STAGES.index(stage)]:
-        begun(whole, folder, tuple(other for other in STAGES if other not in before))
+    if at := STAGES.index(stage):
+        begun(whole, folder, STAGES[at:])
     return run_stages(load_config(micro, [*SETTINGS, f"runs={folder}", *overrides]), [stage]).folder
 
 
@@ -84,9 +84,9 @@ def test_supervised_stages_are_as_without_the_faults(micro: Path, whole: Result,
 
 
 def test_a_fault_that_comes_again_ends_the_run(micro: Path, whole: Result, tmp_path: Path) -> None:
-    fault(tmp_path, "actor-0", "backward", 1)
+    fault(tmp_path, "reward-0", "score", 1)
     with pytest.raises(WorkerError, match=r"not replaced again: 0 restarts in 3600 s are allowed \(recovery\.restarts"):
-        run(micro, whole, tmp_path, "sft", "recovery.restarts=0")
+        run(micro, whole, tmp_path, "ppo", "recovery.restarts=0")
 
 
 def test_a_step_that_is_not_finite_is_not_applied_and_two_in_a_row_end_the_run(
