@@ -198,7 +198,8 @@ def measure(case: Case) -> tuple[int, int]:
 
 def run(kind: str, spec: WorkerSpec, port: int, end: Any) -> None:
     """One rank, in a process of its own."""
-    heap.keep_tensors_apart()
+    if kind != "engine":
+        heap.keep_tensors_apart()
     import torch
 
     torch.set_num_threads(spec.threads)

@@ -134,18 +134,24 @@ def optimizer(model: Model, sharding: Sharding) -> Use:
 def gradients(model: Model, sharding: Sharding) -> Use:
     """Gradients that stay allocated between steps.
 
-    ZeRO-3: a flat buffer, beside the optimizer. With offload also the optimizer's own, in float32. ZeRO 1 and 2 with offload
-    keep there the sums over micro-batches, and copy weights and the largest gradient through buffers.
+    ddp in float32 on CPU: all (`Trainer._initialize`). ZeRO-3: a flat buffer, beside the optimizer. With offload also the
+    optimizer's own, in float32. ZeRO 1 and 2 with offload keep there the sums over micro-batches, and copy weights and the
+    largest gradient through buffers.
     """
     zero, share = sharding.zero, sharding.share(model)
     if zero.optimizer == "device":
-        return at("device", gradients=share * model.size if zero.stage == 3 else 0)
+        return at("device", gradients=share * model.size if zero.stage == 3 or keeps_gradients(model, sharding) else 0)
     flat = at("host", gradients=share * model.size)
     if zero.stage == 3:
         return flat + at(zero.optimizer, gradients=share * FLOAT32)
     largest = min(model.largest, model.trained * model.size)
     copies = Use(host=Bytes(buffers=share * model.size + largest), device=Bytes(buffers=largest))
     return flat + at("host", gradients=share * FLOAT32) + copies
+
+
+def keeps_gradients(model: Model, sharding: Sharding) -> bool:
+    """Whether unsharded gradients stay where they are between steps."""
+    return sharding.device == "cpu" and sharding.zero.stage == 0 and model.size == FLOAT32
 
 
 def idle(model: Model, sharding: Sharding) -> Use:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from placement.activations import FLOAT32, layer_saved, logits, passing, saved
-from placement.memory import Model, Sharding, idle, parameters
+from placement.memory import Model, Sharding, idle, keeps_gradients, parameters
 from placement.places import GIB, Bytes, Use, at, largest
 from placement.shape import Device
 
@@ -201,6 +201,8 @@ def _saved(model: Model, sharding: Sharding, work: Work) -> Use:
 def _backward(model: Model, sharding: Sharding) -> int:
     """Bytes of gradients that a backward pass adds: ZeRO-2 keeps those of earlier micro-batches beside this one's; ZeRO-3 has
     a place for them, and so has ZeRO-2 with offload."""
+    if keeps_gradients(model, sharding):
+        return 0
     if sharding.zero.stage < 2:
         return model.trained * model.size
     return 2 * sharding.share(model) * model.size if sharding.strategy == "zero2" else 0
@@ -209,6 +211,8 @@ def _backward(model: Model, sharding: Sharding) -> int:
 def _stepping(model: Model, sharding: Sharding) -> int:
     """Bytes of gradients that the optimizer's step adds: flattened, and in the optimizer's type (two copies, of ddp in
     bfloat16)."""
+    if keeps_gradients(model, sharding):
+        return 0
     zero, wide = sharding.zero, sharding.optimizer_size if model.size != sharding.optimizer_size else 0
     if zero.stage == 0:
         return model.trained * (model.size + 2 * wide)

@@ -178,11 +178,23 @@ def test_chunks_of_tokens_change_nothing(tmp_path: Path, chunk: int, monkeypatch
     assert seen.most == chunk
 
 
+def test_a_graph_may_be_gone_through_twice(folder: Path) -> None:
+    """The first backward pass writes over the logits that the forward pass left it."""
+    once, twice = language_model(folder), language_model(folder)
+    log_probs, entropy = once(Batch(ROWS, CPU))
+    (2 * (log_probs.sum() + entropy.sum())).backward()
+    log_probs, entropy = twice(Batch(ROWS, CPU))
+    loss = log_probs.sum() + entropy.sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    same_gradients(once.hf, twice.hf)
+
+
 def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The peak of the critic and the reward model does not grow with the vocabulary; that of the reference by a chunk; and the
-    actor keeps none of it for its backward pass, except the head."""
+    actor keeps none of it for its backward pass, except the head and the room of one chunk."""
     folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # of its widths only the vocabulary is 128
     monkeypatch.setattr(models, "LOGITS_CHUNK", 2)
     values, policy = scalar_model(folder), language_model(folder)

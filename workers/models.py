@@ -90,8 +90,9 @@ class TiedEmbedding(torch.autograd.Function):
 class HeadLogProbs(torch.autograd.Function):
     """Log-probabilities of given tokens, and entropies, from hidden states: the head and the softmax in one, in chunks.
 
-    Neither pass holds more logits than those of one chunk of tokens; the backward pass computes them once more, and writes
-    their gradient over them. With p the softmax, H its entropy and l = log p: d l_t = 1_t - p, d H = -p (l + H).
+    Neither pass holds more logits than those of one chunk of tokens; the backward pass begins with the last chunk's, which were
+    kept, computes the others' once more, and writes their gradient over them.
+    With p the softmax, H its entropy and l = log p: d l_t = 1_t - p, d H = -p (l + H).
     """
 
     @staticmethod
@@ -120,6 +121,10 @@ class HeadLogProbs(torch.autograd.Function):
             log_z[rows] = most + total.log()
             log_probs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
             entropy[rows] = total.log() - torch.einsum("nv,nv->n", powers, logits) / total
+        ctx.room = None
+        if len(hidden) and any(ctx.needs_input_grad):
+            logits.sub_(total.log()[:, None])
+            ctx.room = room
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
         ctx.temperature, ctx.tied = temperature, tied
@@ -135,9 +140,13 @@ class HeadLogProbs(torch.autograd.Function):
             of_log_probs = of_log_probs / ctx.temperature
         if of_entropy is not None:
             of_entropy = of_entropy / ctx.temperature
-        room = _room(hidden, weight)
-        for rows in spans(len(hidden), LOGITS_CHUNK):
-            log_p = _logits(hidden[rows], weight, bias, ctx.temperature, room).sub_(log_z[rows, None])
+        kept, ctx.room = ctx.room, None  # it is written over
+        room = _room(hidden, weight) if kept is None else kept
+        for rows in reversed(spans(len(hidden), LOGITS_CHUNK)):
+            if kept is None:
+                log_p = _logits(hidden[rows], weight, bias, ctx.temperature, room).sub_(log_z[rows, None])
+            else:
+                log_p, kept = kept[: len(hidden[rows])], None
             grad = log_p.exp() if of_entropy is not None else log_p.exp_()
             scale = torch.zeros(len(grad), 1, device=grad.device) if of_log_probs is None else of_log_probs[rows, None]
             if of_entropy is None:

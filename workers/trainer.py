@@ -144,6 +144,9 @@ class Trainer(Worker):
             # Unsharded gradients are reduced through a flat copy: by default one of all of them.
             self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET_ELEMENTS)
             adam.register_step_pre_hook(self._before_adam)
+            if self.device.type == "cpu" and not ZERO[strategy].stage and self.settings.dtype == "float32":
+                # DeepSpeed would free them after each step, for the next to fetch as many pages from the system anew.
+                self.engine.zero_grad = partial(self.model.zero_grad, set_to_none=False)
         return self.engine
 
     def _nvme_folder(self) -> str | None:
