@@ -79,6 +79,10 @@ class Open(Trainer):
         # A clone, since memory that numpy knows can no longer be given back.
         return {name: tensor.detach().float().clone().numpy() for name, tensor in tensors.items()}
 
+    def gradients(self) -> list[int]:
+        """Where those lie that have memory now."""
+        return [p.grad.data_ptr() for p in self.model.parameters() if p.grad is not None]
+
     def rest_and_wake(self) -> tuple[int, int]:
         """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
         turns = Turns([self], "cpu")

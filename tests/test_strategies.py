@@ -145,6 +145,17 @@ def test_other_ranks_go_on_from_what_was_offloaded(
         close(steps(one, 3, 4), steps(group, 3, 4), 1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "stay"), [("float32", True), ("bfloat16", False)])
+def test_gradients_of_ddp_stay_where_they_are(group: WorkerGroup, model: Path, dtype: str, stay: bool) -> None:
+    """Between steps, as the plan says (`placement.memory.keeps_gradients`)."""
+    begin(group, "ddp", model, dtype=dtype)
+    train(group, 1)
+    places: list[list[int]] = group.call("gradients").get()
+    train(group, 2)
+    assert all(map(bool, places)) == stay
+    assert group.call("gradients").get() == places
+
+
 def test_bfloat16_has_float32_weights_beside_it(group: WorkerGroup, model: Path) -> None:
     begin(group, "ddp", model, dtype="bfloat16")
     wanted = steps(group, 1, 2, 3)
