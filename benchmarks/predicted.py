@@ -198,8 +198,7 @@ def measure(case: Case) -> tuple[int, int]:
 
 def run(kind: str, spec: WorkerSpec, port: int, end: Any) -> None:
     """One rank, in a process of its own."""
-    if kind != "engine":
-        heap.keep_tensors_apart()
+    heap.suit(spec.role)
     import torch
 
     torch.set_num_threads(spec.threads)

@@ -149,9 +149,14 @@ def gradients(model: Model, sharding: Sharding) -> Use:
     return flat + at("host", gradients=share * FLOAT32) + copies
 
 
+def plain(model: Model, sharding: Sharding) -> bool:
+    """Whether PyTorch's AdamW works on the model's own parameters and gradients: ddp in float32."""
+    return sharding.zero.stage == 0 and model.size == FLOAT32
+
+
 def keeps_gradients(model: Model, sharding: Sharding) -> bool:
     """Whether unsharded gradients stay where they are between steps."""
-    return sharding.device == "cpu" and sharding.zero.stage == 0 and model.size == FLOAT32
+    return sharding.device == "cpu" and plain(model, sharding)
 
 
 def idle(model: Model, sharding: Sharding) -> Use:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from placement.activations import FLOAT32, layer_saved, logits, passing, saved
-from placement.memory import Model, Sharding, idle, keeps_gradients, parameters
+from placement.memory import Model, Sharding, idle, keeps_gradients, parameters, plain
 from placement.places import GIB, Bytes, Use, at, largest
 from placement.shape import Device
 
@@ -158,14 +158,13 @@ def _load(model: Model, sharding: Sharding, still: Use) -> list[Use]:
     and leaves its shard. Then, but for plain Adam, a step of zeros. On a GPU machine the model comes out of mapped files, which
     are the node's (`Model.nbytes`, once for all processes)."""
     zero = sharding.zero
-    plain = zero.stage == 0 and model.size == FLOAT32
-    flat = 0 if plain or zero.stage == 3 else model.trained * model.size
+    flat = 0 if plain(model, sharding) or zero.stage == 3 else model.trained * model.size
     built = at("device", parameters=model.nbytes, buffers=flat)
     if zero.stage == 3:
         shards = parameters(model, sharding)
         whole = model.nbytes if sharding.device == "cpu" else model.largest
         built = shards + shards + at("device", buffers=whole)  # DeepSpeed copies the shards into one buffer
-    if plain or zero.optimizer != "device":
+    if plain(model, sharding) or zero.optimizer != "device":
         return [built, still]
     return [built, still + at("device", gradients=FLOAT32 * sharding.share(model))]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from configs.schema import Role
 
 MAPPED_FROM = 2**20
 """Bytes from which a block has pages of its own, and gives them back when it is freed.
@@ -15,6 +19,12 @@ TOP = 64 * 2**20
 and forth, at a fifth to a third more CPU time."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def suit(role: Role) -> None:
+    """Of a role's process. An engine has few holes, and to fetch pages anew costs it more."""
+    if role != "rollout":
+        keep_tensors_apart()
 
 
 def keep_tensors_apart() -> None:

@@ -31,8 +31,7 @@ class Host:
     def __init__(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
         """hosted: of each role its kind of worker (a key of KINDS) and which worker it is."""
         first = hosted[0][1]
-        if first.role != "rollout":  # an engine has few holes, and fetching pages anew costs it more
-            heap.keep_tensors_apart()
+        heap.suit(first.role)
         if first.device == "cpu":
             # A compiler for GPUs, which torch would load where it is installed: 70 MB for nothing.
             sys.modules["triton"] = None  # type: ignore[assignment]

@@ -130,9 +130,10 @@ class Trainer(Worker):
             adam = torch.optim.AdamW(
                 trained, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
             )
-            if ZERO[strategy].stage or self.settings.dtype == "bfloat16":
+            plain = not ZERO[strategy].stage and self.settings.dtype == "float32"
+            if not plain:
                 settings["gradient_clipping"] = optimizer.max_grad_norm
-            else:  # plain float32 Adam: there DeepSpeed would clip without telling the norm, at 1 unless told not to
+            else:  # there DeepSpeed would clip without telling the norm, at 1 unless told not to
                 settings["gradient_clipping"] = 0.0
                 clip = torch.nn.utils.clip_grad_norm_
                 adam.register_step_pre_hook(
@@ -144,7 +145,7 @@ class Trainer(Worker):
             # Unsharded gradients are reduced through a flat copy: by default one of all of them.
             self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET_ELEMENTS)
             adam.register_step_pre_hook(self._before_adam)
-            if self.device.type == "cpu" and not ZERO[strategy].stage and self.settings.dtype == "float32":
+            if plain and self.device.type == "cpu":
                 # DeepSpeed would free them after each step, for the next to fetch as many pages from the system anew.
                 self.engine.zero_grad = partial(self.model.zero_grad, set_to_none=False)
         return self.engine
