@@ -28,17 +28,39 @@ class Snapshot:
             for rank in ranks:
                 write_files(folder / role, ray.get(rank.copy_on(alive)))
 
+    def safe(self) -> bool:
+        """Whether a node may be lost: all is where it was taken, and the copies on other nodes have arrived."""
+        alive = alive_nodes()
+        return all(rank.node in alive and len(rank.arrived()) == len(rank.copies) for rank in self._ranks())
+
+    def whole(self) -> bool:
+        """Whether each rank's files are on some node that lives."""
+        alive = alive_nodes()
+        return all(alive & rank.arrived() for rank in self._ranks())
+
+    def _ranks(self) -> list[RankFiles]:
+        return [rank for ranks in self.files.values() for rank in ranks]
+
 
 @dataclass(frozen=True)
 class RankFiles:
     """What one rank has learned: name -> bytes."""
 
     names: list[str]
+    node: str
+    """Where it was taken."""
     copies: dict[str, ray.ObjectRef]
-    """Node -> the files there."""
+    """Node -> the files there, or on their way there."""
+
+    def arrived(self) -> set[str]:
+        """The nodes that have the files, or had them."""
+        refs = list(self.copies.values())
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+        return {node for node, ref in self.copies.items() if ref in ready}
 
     def copy_on(self, nodes: set[str]) -> ray.ObjectRef:
-        """A copy on one of these nodes; any, where there is none: reading it will say that it is lost."""
+        """A copy on one of these nodes, the first one made if it can be; any, where there is none: reading it will say that it
+        is lost."""
         there = [ref for node, ref in self.copies.items() if node in nodes]
         return (there or list(self.copies.values()))[0]
 

@@ -48,7 +48,8 @@ class StageRun:
         self.team: Team = None  # type: ignore[assignment]  # until it is started
         self.loaded = False
         """Whether the team has all that it needs to begin."""
-        self.snapshot: Snapshot | None = None
+        self.snapshots: list[Snapshot] = []
+        """The newest first; after it those that are needed until its copies on other nodes have arrived."""
         self.refused = 0
         """Steps in a row, up to now, in which a training step was refused."""
         self.first_state: dict[str, Any] = {}
@@ -164,17 +165,17 @@ class StageRun:
 
     def _go_back(self, error: WorkerError) -> None:
         """Replace what failed, and go on from the latest snapshot or checkpoint, or from the stage's start."""
-        snapshot = self.snapshot
+        snapshot = self._latest_snapshot()
         saved = None if snapshot else self.run.sound_checkpoint(self.name, self.warn)
         self.progress.phase("replacing workers")
         self.team.replace(error, anew=[] if snapshot or saved else self.trained())
         self.seconds = {}
         if snapshot:
-            self.snapshot = None  # it may turn out to be lost
+            del self.snapshots[0]  # it may turn out to be lost
             self.done = snapshot.step
             self.team.restore(snapshot)
             self.set_state(snapshot.state)
-            self.snapshot = snapshot
+            self.snapshots.insert(0, snapshot)
         elif saved:
             self.done = saved
             self._restore()
@@ -240,7 +241,9 @@ class StageRun:
                 self.save()
         if (often := self.config.recovery.snapshot_every) and step % often == 0:
             with self.phase("snapshot"):
-                self.snapshot = self.team.snapshot(step, self.state(), self.trained())
+                self.snapshots.insert(0, self.team.snapshot(step, self.state(), self.trained()))
+        safe = next((k for k, snapshot in enumerate(self.snapshots) if snapshot.safe()), len(self.snapshots))
+        del self.snapshots[safe + 1 :]
         self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
 
     def _count_refusals(self, metrics: dict[str, float]) -> None:
@@ -271,9 +274,15 @@ class StageRun:
             self._write_state(folder, self.done, self.state())
         self.run.prune(self.name, self.config.checkpoint.keep)
 
+    def _latest_snapshot(self) -> Snapshot | None:
+        """The newest that is whole; newer ones are given up."""
+        while self.snapshots and not self.snapshots[0].whole():
+            del self.snapshots[0]
+        return self.snapshots[0] if self.snapshots else None
+
     def _keep_snapshot(self) -> None:
         """Where the run ends before its time: what is in memory becomes a checkpoint."""
-        snapshot, saved = self.snapshot, self.run.checkpoints(self.name)
+        snapshot, saved = self._latest_snapshot(), self.run.checkpoints(self.name)
         if snapshot and snapshot.step > max(saved, default=0):
             with self.run.saving(self.name, snapshot.step) as folder:
                 snapshot.write(folder)

@@ -223,7 +223,7 @@ class Team:
                 if others:
                     other = others[rank % len(others)]
                     copies[other] = on_node(other, copy_files).remote(ref)
-                files[group.role].append(RankFiles(names, copies))
+                files[group.role].append(RankFiles(names, node, copies))
         return Snapshot(step, state, files)
 
     def restore(self, snapshot: Snapshot) -> None:

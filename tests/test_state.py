@@ -25,7 +25,7 @@ DERIVABLE = {
         "run plan": "what was asked for",
         "console progress recorder status stop recovery": "the world outside; metrics.jsonl is cut to the checkpoint's step",
         "team loaded": "started anew",
-        "first_state snapshot": "the state at another step",
+        "first_state snapshots": "the state at another step",
         "seconds": "of the present step",
     },
     "Supervised": {
