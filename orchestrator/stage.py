@@ -242,8 +242,10 @@ class StageRun:
         if (often := self.config.recovery.snapshot_every) and step % often == 0:
             with self.phase("snapshot"):
                 self.snapshots.insert(0, self.team.snapshot(step, self.state(), self.trained()))
-        safe = next((k for k, snapshot in enumerate(self.snapshots) if snapshot.safe()), len(self.snapshots))
-        del self.snapshots[safe + 1 :]
+        for k, snapshot in enumerate(self.snapshots[:-1], start=1):
+            if snapshot.safe():
+                del self.snapshots[k:]
+                break
         self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
 
     def _count_refusals(self, metrics: dict[str, float]) -> None:
@@ -282,11 +284,16 @@ class StageRun:
 
     def _keep_snapshot(self) -> None:
         """Where the run ends before its time: what is in memory becomes a checkpoint."""
-        snapshot, saved = self._latest_snapshot(), self.run.checkpoints(self.name)
-        if snapshot and snapshot.step > max(saved, default=0):
-            with self.run.saving(self.name, snapshot.step) as folder:
-                snapshot.write(folder)
-                self._write_state(folder, snapshot.step, snapshot.state)
+        saved = max(self.run.checkpoints(self.name), default=0)
+        while (snapshot := self._latest_snapshot()) and snapshot.step > saved:
+            try:
+                with self.run.saving(self.name, snapshot.step) as folder:
+                    snapshot.write(folder)
+                    self._write_state(folder, snapshot.step, snapshot.state)
+                return
+            except RayError as error:
+                self.warn(f"the snapshot after step {snapshot.step} was not kept: {error}")
+                del self.snapshots[0]
 
     def _write_state(self, folder: Path, step: int, state: dict[str, Any]) -> None:
         (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")

@@ -66,11 +66,11 @@ def test_nodes_are_lost(cluster: RayCluster, micro: Path, settings: list[str]) -
     folder = Path(config.runs) / "moved"
 
     def lose_both() -> None:
-        """The second one while a snapshot is being taken, or its copies are on their way."""
+        """Each a step after a snapshot, so that its copy has reached the other node."""
         wait_for(lambda: len(lines(folder, "ppo")) >= 6)
         remove_placement_group(spare)
         cluster.remove_node(node, allow_graceful=False)
-        wait_for(lambda: len(lines(folder, "ppo")) >= 10)
+        wait_for(lambda: len(lines(folder, "ppo")) >= 11)
         cluster.remove_node(other, allow_graceful=False)
 
     losing = threading.Thread(target=lose_both)
@@ -81,7 +81,7 @@ def test_nodes_are_lost(cluster: RayCluster, micro: Path, settings: list[str]) -
     assert "free on the nodes" in str(error.value)
     assert "process node lost" in min((folder / "failures").glob("*.txt")).read_text(), "of the first failure"
     [step] = Run.open(folder).checkpoints("ppo")
-    assert step in (5, 10), "the newest snapshot, or the one before where the newest was lost with the node"
+    assert step >= 10, "the run went on elsewhere"
 
     room(cluster)
     result = run_stages(config)

@@ -87,8 +87,8 @@ def environment(config: RunConfig, role: Role, device: str, threads: int) -> dic
     """Environment of a worker's process; must be there before torch is imported."""
     common = {
         "OMP_NUM_THREADS": str(threads),
-        # An idle thread looks for work for some microseconds, then sleeps. Spinning for longer, as by default, it slows the other
-        # workers tenfold; to sleep at once costs its own, between small operations, a fifth.
+        # An idle thread looks for work for a moment, then sleeps. Spinning as long as by default, it slows the other workers
+        # tenfold; to sleep at once costs its own worker a fifth, between small operations.
         "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
