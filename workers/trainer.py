@@ -29,6 +29,7 @@ from workers.adapters import FOLDER as ADAPTER
 from workers.adapters import add_head
 from workers.data import Codec, RowKind, Sequence
 from workers.files import Files, read_files, write_files
+from workers.linear import add_in_place
 from workers.models import LEARNS, LanguageModel, ScalarModel, load_tokenizer
 from workers.nvme import own_folder, read_states, write_states
 from workers.refusal import Arrays
@@ -148,6 +149,8 @@ class Trainer(Worker):
             if plain and self.device.type == "cpu":
                 # DeepSpeed would free them after each step, for the next to fetch as many pages from the system anew.
                 self.engine.zero_grad = partial(self.model.zero_grad, set_to_none=False)
+                if self.peft is None:  # adapters have small matrices, for which it costs more than it saves
+                    add_in_place(self.model)
         return self.engine
 
     def _nvme_folder(self) -> str | None:
