@@ -247,13 +247,14 @@ class Team:
     # ------------------------------------------------------------ models and data
 
     def load(self, model: str, reward_models: Mapping[str, str]) -> None:
-        """Load every role of the PPO stage at the same time, and let the actor meet the engines.
+        """Load every role of the PPO stage at the same time, and let the actor meet the engines. May be done again.
 
         model: folder that the actor, the reference and the engines start from. reward_models: name in `ppo.rewards` ->
         folder; the critic starts from the first, or from `model` where there is none.
         """
         groups, ppo = self.groups, self.config.ppo
         assert ppo is not None
+        self.version = 0
         model, paths = local(model), {name: local(path) for name, path in reward_models.items()}
         actor = pretrained(self.config.model)
         if actor.lora:  # the policy that learns must be the policy that sampled

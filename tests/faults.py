@@ -13,7 +13,6 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 from vllm import TokensPrompt
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -64,14 +63,6 @@ class FaultyEngine(ObjectStoreEngine):
 
 class FaultyRollout(RolloutWorker):
     """A rollout worker that can change its model and, loaded with the transport "faulty", leave out a care."""
-
-    def load(self, path: str, transport: str, max_length: int) -> None:
-        if hasattr(self, "engine"):
-            self.engine.engine_core.shutdown()
-            del self.engine
-            cleanup_dist_env_and_memory()
-        self.adapter = None
-        super().load(path, transport, max_length)
 
     def leave_out(self, care: str) -> None:
         """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache; "" for none."""

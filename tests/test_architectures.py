@@ -1,27 +1,28 @@
-"""PPO, whole and small, on each architecture: two steps with a reward model and a function, on random models.
+"""PPO on each architecture: two steps with a critic, a reward model and a function, on random models.
 
-The second step's answers come from the weights that the first one published: its log-probability gap, and its
-policy version, say that they arrived.
+One team of workers loads them in turn. The second step's answers come from the weights that the first one published: its
+log-probability gap, and its policy version, say that they arrived.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from configs.schema import RunConfig
-from orchestrator.api import run_stages
+from orchestrator import Experience, start_team, together
+from orchestrator.evaluation import weighted_sum
+from orchestrator.team import Team
 from placement import Cluster
 from tests.models import make_model, make_reward_model
+from workers.data import Row
 
 pytestmark = pytest.mark.slow
 
@@ -34,61 +35,70 @@ KINDS = {
     "qwen3, untied": ("qwen3", False, False),
 }
 PROMPTS = ["a", "bc", "the film", "what a plot", "why", "it was 1999", "no", "cast: "]
-
-
-def run_config(folder: Path, model: Path, reward: Path) -> RunConfig:
-    rows = [{"prompt": prompt, "wanted": prompt[0]} for prompt in PROMPTS]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ppo: dict[str, Any] = {
-        "prompts": {"path": str(folder / "prompts.jsonl")},
+CONFIG = RunConfig.model_validate({
+    "name": "architecture",
+    "model": {"path": "loaded in turn"},
+    "ppo": {
+        "prompts": {"path": "prompts.jsonl"},
         "steps": 2,
         "prompts_per_step": 8,
         "mini_batches": 2,
         "max_prompt_tokens": 16,
         "rewards": [
-            {"kind": "model", "path": str(reward)},
+            {"kind": "model"},
             {"kind": "function", "name": "letters", "function": "tests.reward_functions:letters", "weight": 0.5},
         ],
-        "max_log_prob_gap": 1e-3,
         "actor_optimizer": {"lr": 0.003},
         "critic_optimizer": {"lr": 0.003},
-    }
-    return RunConfig.model_validate({
-        "name": "architecture",
-        "runs": str(folder / "runs"),
-        "model": {"path": str(model)},
-        "ppo": ppo,
-        "rollout": {"max_new_tokens": 8, "kv_cache_gib": 0.03125, "max_sequences": 8},
-        "placement": {"cpus_per_device": 1},
-        "deadlines": {"first": 240},
-    })  # fmt: skip
+    },
+    "rollout": {"max_new_tokens": 8, "kv_cache_gib": 0.03125, "max_sequences": 8},
+    "placement": {"cpus_per_device": 1},
+    "deadlines": {"first": 240},
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def team(ray_here: Cluster) -> Iterator[Team]:
+    with start_team(CONFIG) as started:
+        yield started
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ppo_runs_on(ray_here: Cluster, tmp_path: Path, kind: str) -> None:
+def test_ppo_runs_on(team: Team, tmp_path: Path, kind: str) -> None:
     architecture, tied, grouped = KINDS[kind]
     start = make_model(tmp_path / "model", architecture, tied, grouped, seed=1)
-    config = run_config(tmp_path, start, make_reward_model(start, tmp_path / "reward"))
-    result = run_stages(config, ["ppo"], Console(file=io.StringIO()))
+    team.load(str(start), {"model": str(make_reward_model(start, tmp_path / "reward"))})
+    team.add_prompts("prompts", [Row(prompt, columns={"wanted": prompt[0]}) for prompt in PROMPTS])
+    kl = [ppo_step(team, step) for step in (1, 2)]
+    assert abs(kl[0]) < 1e-3, "the actor is the reference at first"
+    assert kl[1] > 0.01, "and then no longer"
 
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    for step, metrics in enumerate(lines, start=1):
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        assert all(math.isfinite(value) for value in numbers.values()), metrics
-        assert metrics["log_prob_gap"] <= 1e-3
-        assert metrics["policy_version"] == step - 1
-        assert metrics["grad_norm/actor"] > 0
-        assert metrics["grad_norm/critic"] > 0
-        total = metrics["reward/model"] + 0.5 * metrics["reward/letters"]
-        assert metrics["reward/mean"] == pytest.approx(total, abs=1e-5)
-    assert abs(lines[0]["kl"]) < 1e-3, "the actor is the reference at first"
-    assert lines[1]["kl"] > 0.01, "and then no longer"
-
-    exported = AutoModelForCausalLM.from_pretrained(result.models["ppo"])
+    team.export("actor", trained := tmp_path / "trained")
+    exported = AutoModelForCausalLM.from_pretrained(trained)
     assert type(exported).__name__ == type(AutoModelForCausalLM.from_pretrained(start)).__name__
     assert exported.config.tie_word_embeddings is tied
-    before, after = load_file(start / "model.safetensors"), load_file(result.models["ppo"] / "model.safetensors")
+    before, after = load_file(start / "model.safetensors"), load_file(trained / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == set(before), "every weight has learnt"
+
+
+def ppo_step(team: Team, step: int) -> float:
+    """One step, whose weights are published; the KL to the reference before it, nats per token."""
+    assert CONFIG.ppo is not None
+    rollouts = team.generate("prompts", np.arange(len(PROMPTS)), step).get()
+    assert rollouts.versions == {step - 1}
+    reference, values, scores = together(
+        team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model", "letters"])
+    )
+    reward = weighted_sum(scores, CONFIG.ppo)
+    np.testing.assert_allclose(reward, scores["model"].values + 0.5 * scores["letters"].values, atol=1e-5)
+    experience = Experience(rollouts, reference, values, reward, kl_coefficient=0.05)
+    actor, critic = together(team.train_actor(experience, 0.0, step), team.train_critic(experience, 0.0, step))
+    numbers = {name: value for name, value in (actor | critic).items() if isinstance(value, int | float)}
+    assert all(math.isfinite(value) for value in numbers.values()), numbers
+    assert actor["log_prob_gap"] <= 1e-3
+    assert actor["grad_norm/actor"] > 0
+    assert critic["grad_norm/critic"] > 0
+    team.publish(step)
+    return float(reference.per_answer.sum() / rollouts.answer_lengths.sum())

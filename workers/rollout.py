@@ -11,6 +11,7 @@ import torch.distributed as dist
 from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.config.lora import MaxLoRARanks
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
@@ -51,7 +52,12 @@ class RolloutWorker(Worker):
     """What requests ask for once an adapter was published."""
 
     def load(self, path: str, transport: str, max_length: int) -> None:
-        """Start the engine on the model in a folder."""
+        """Start the engine on the model in a folder; one that was there before ends."""
+        if hasattr(self, "engine"):
+            self.engine.engine_core.shutdown()
+            del self.engine
+            self.adapter = None
+            cleanup_dist_env_and_memory()
         settings, model = self.config.rollout, self.config.model
         sends_adapter = self.config.publish.lora == "adapter"
         self.tokenizer = load_tokenizer(path, model.trust_remote_code)
