@@ -47,6 +47,7 @@ def _in_peft_words(lora: LoraSettings) -> dict[str, Any]:
 class RolloutWorker(Worker):
     """One engine. It serves exactly one policy version; while an update is under way, or after one failed, it serves none."""
 
+    engine: LLMEngine
     version: int | None = None
     adapter: LoRARequest | None = None
     """What requests ask for once an adapter was published."""
