@@ -92,7 +92,9 @@ def ppo_step(team: Team, step: int) -> float:
         team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model", "letters"])
     )
     reward = weighted_sum(scores, CONFIG.ppo)
+    assert np.isfinite(reward).all()
     np.testing.assert_allclose(reward, scores["model"].values + 0.5 * scores["letters"].values, atol=1e-5)
+    assert values is not None and np.isfinite(values.per_answer).all()
     experience = Experience(rollouts, reference, values, reward, kl_coefficient=0.05)
     actor, critic = together(team.train_actor(experience, 0.0, step), team.train_critic(experience, 0.0, step))
     numbers = {name: value for name, value in (actor | critic).items() if isinstance(value, int | float)}

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 class Linear(torch.autograd.Function):
     """`x @ weight.T + bias`, whose backward pass adds the weight's gradient to the one that is there.
 
-    Left to autograd, each micro-batch makes a tensor of the weight's size, which is then read and added: for a few hundred
-    tokens as much work for the memory as the products are for the processor.
+    Left to autograd, each micro-batch makes a tensor of the weight's size, which is then read once more and added.
     """
 
     @staticmethod
