@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(whole: Result) -> None:
 def test_numbers_of_the_whole_run(whole: Result) -> None:
     sft, rm, ppo = (lines(whole.folder, stage) for stage in ("sft", "rm", "ppo"))
     assert [line["step"] for line in sft] == list(range(1, 13))
-    assert [line["step"] for line in rm] == [1, 2, 3]
+    assert [line["step"] for line in rm] == list(range(1, 10))
     assert [line["step"] for line in ppo] == list(range(7))  # 0: the evaluation before
     assert sft[-1]["loss"] < sft[0]["loss"]
     assert all(line["log_prob_gap"] < 1e-3 for line in ppo[1:])
