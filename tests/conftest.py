@@ -22,8 +22,11 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # a process keeps the mode of its firs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the shared cluster run last: a process has one Ray at a time, and other tests start their own."""
-    items.sort(key=lambda item: "ray_here" in getattr(item, "fixturenames", ()))
+    """Tests on the shared cluster run last: a process has one Ray at a time, and other tests start their own. Late ones come
+    just before them."""
+    items.sort(
+        key=lambda item: ("ray_here" in getattr(item, "fixturenames", ()), item.get_closest_marker("late") is not None)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def config(tmp_path: Path) -> Path:
     return write_micro(tmp_path, placement={})
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, set[str]]:
     """A run whose driver was killed, and what lay in shared memory before it. Begun before the other tests of the file, since
     two of Ray's processes look for the cluster for a minute."""
@@ -116,6 +116,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(config: Path) -> N
     assert alive == []
 
 
+@pytest.mark.late
 def test_a_killed_driver_leaves_no_process_and_no_memory(killed: tuple[Finished, set[str]]) -> None:
     """Ray's processes watch the driver; the next start needs nothing that it held."""
     done, before = killed
