@@ -12,8 +12,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,12 @@ class Run:
         self.config = config
         self.folder = folder
         _refuse_links(folder)
-        self.stages: list[Stage] = list(self.read("run.json").get("stages", []))
+        known = self.read("run.json")
+        self.stages: list[Stage] = list(known.get("stages", []))
         """What the run was asked for, in order."""
+        started = known.get("started")
+        self.started = datetime.fromisoformat(started) if started else datetime.now().replace(microsecond=0)
+        """When it first began: the date that chat templates write, also after midnight."""
 
     @classmethod
     def begin(cls, config: RunConfig, stages: Sequence[Stage], accept_changes: bool = False) -> Run:
@@ -83,11 +88,13 @@ class Run:
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
 
-    def keep(self) -> None:
-        """Make the folder, and note the settings and the stages in it."""
+    def keep(self, forms: Mapping[Stage, str] | None = None) -> None:
+        """Make the folder, and note in it the settings and the stages; of those about to run also the form of their rows."""
         with writing(self.folder):
             save_config(self.config, self.folder / "config.yaml")
-        self.write("run.json", {"stages": self.stages})
+        known = self.read("run.json")
+        noted = {"stages": self.stages, "started": self.started.isoformat()}
+        self.write("run.json", known | noted | {"forms": known.get("forms", {}) | dict(forms or {})})
 
     def chosen(self, config: RunConfig) -> str | None:
         """Go on with settings in which each strategy is named, and note them in the folder. What `auto` became, in words."""
@@ -152,6 +159,15 @@ class Run:
         if stage == "rm" and self.config.rm and self.config.rm.model:
             return local(self.config.rm.model.path)
         return str(self.model("sft")) if stage != "sft" and self.finished("sft") else local(self.config.model.path)
+
+    def text_model(self, stage: Stage) -> str:
+        """The model whose tokenizer reads a stage's data: what it starts from, or will, once the SFT stage is finished."""
+        return self.starting_model(stage) if self.finished("sft") else local(self.config.model.path)
+
+    def form(self, stage: Stage) -> str:
+        """text, chat or mixed: what a stage's rows were, plain text or conversations in the chat template."""
+        known: str | None = self.read("run.json").get("forms", {}).get(stage)
+        return known or ("chat" if self.config.chat_template else "text")
 
     # ------------------------------------------------------------ small files
 
