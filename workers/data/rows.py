@@ -100,7 +100,7 @@ def _row(record: Any, columns: Mapping[str, str], kind: RowKind, place: str) -> 
     found = {ours: record[theirs] for ours, theirs in sources.items() if record.get(theirs) is not None}
     rest = {name: value for name, value in record.items() if name not in sources.values()}
     if not found.keys() & {"prompt", "messages", "chosen"}:
-        found, rest = _of_known_form(found, rest)
+        found, rest = _of_known_form(found, rest, kind)
     prompt = _prompt(found["prompt"]) if "prompt" in found else None
     if found.get("input"):
         prompt = _with_input(prompt, found["input"])
@@ -120,7 +120,9 @@ def _row(record: Any, columns: Mapping[str, str], kind: RowKind, place: str) -> 
     return Row(prompt, **known)
 
 
-def _of_known_form(found: dict[str, Any], rest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_known_form(
+    found: dict[str, Any], rest: dict[str, Any], kind: RowKind
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A record of ShareGPT's or Alpaca's form in our columns, and its others."""
     rest = dict(rest)
     if isinstance(rest.get("conversations"), list | str):
@@ -131,7 +133,7 @@ def _of_known_form(found: dict[str, Any], rest: dict[str, Any]) -> tuple[dict[st
         return found | {"messages": messages}, rest
     if "instruction" in rest:
         found = found | {"prompt": rest.pop("instruction")}
-        if rest.get("output") is not None and "completion" not in found:
+        if kind == "demonstration" and rest.get("output") is not None and "completion" not in found:
             found["completion"] = rest.pop("output")
     return found, rest
 
