@@ -120,9 +120,7 @@ def _row(record: Any, columns: Mapping[str, str], kind: RowKind, place: str) -> 
     return Row(prompt, **known)
 
 
-def _of_known_form(
-    found: dict[str, Any], rest: dict[str, Any], kind: RowKind
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_known_form(found: dict[str, Any], rest: dict[str, Any], kind: RowKind) -> tuple[dict[str, Any], dict[str, Any]]:
     """A record of ShareGPT's or Alpaca's form in our columns, and its others."""
     rest = dict(rest)
     if isinstance(rest.get("conversations"), list | str):
