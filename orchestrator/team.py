@@ -227,6 +227,8 @@ class Team:
             together(*calls)
         if "rollout" in self.groups and lost.keys() & {"actor", "rollout"}:
             self._connect()
+            if not self.version:
+                self.publish(0)
 
     def _due(self, error: WorkerError) -> list[Rank]:
         """The casualties that were not replaced since, because of another error that named them too."""
@@ -304,6 +306,10 @@ class Team:
             groups["rollout"].prepare("load", model, self.transport, self._longest),
         )
         self._connect()
+        if not self.config.model.quantize:  # then the actor has other weights than the folder
+            self._prove(0, groups["actor"].call("probe", 0).get()[0])
+        # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
+        self.publish(0)
 
     @property
     def _longest(self) -> int:
@@ -511,11 +517,6 @@ class Team:
         actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
         address = actor.call("address").get()[0]
         actor.call("connect", engines, self.transport, address).get()
-        if not self.version:
-            if not self.config.model.quantize:  # of which the actor holds others than the folder's
-                self._prove(0, self.groups["actor"].call("probe", 0).get()[0])
-            # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
-            self.publish(0)
 
     def _prove(self, version: int, probe: Probe) -> float:
         """Let every engine show that it computes what the actor does; the largest gap. Raises WorkerError."""
