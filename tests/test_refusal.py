@@ -13,6 +13,7 @@ from orchestrator.calls import WorkerGroup
 from tests.hosts import Held, Hosts, load, same_held, train
 from tests.learners import SPOILED
 from tests.models import VOCABULARY, make_model
+from workers.schedule import StageStep
 from workers.sequences import Chunk, Placed, Ragged
 from workers.work import MiniBatch, Work
 
@@ -130,7 +131,7 @@ def test_a_spoiled_mini_batch_is_counted_and_the_others_are_learned(
     group = hosts.group(kind, "actor" if role == "actor" else "reward", "ddp", 2)
     load(group, model, "demonstration" if role == "actor" else "preference")
     works = [work(rank) for rank in range(2)]
-    calls = [(one, 0.0, (1, 1)) for one in works]
+    calls = [(one, StageStep(1, 1), (1, 1)) for one in works]
     loss = {"actor": "loss/policy", "critic": "loss/value"}[role]
 
     group.scatter("spoil", [("",), ("nan loss",)]).get()

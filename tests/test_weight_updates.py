@@ -24,6 +24,7 @@ from orchestrator.failures import WorkerError
 from tests.hosts import Hosts, generate, log_probs
 from tests.models import make_model
 from workers.data import Row
+from workers.schedule import StageStep
 from workers.work import Part
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ class Pair:
         """One optimizer step; two ranks take a demonstration each."""
         count = int(self.completions.sum())
         parts = [Part("sft", [rows], count) for rows in np.array_split(np.arange(len(DEMONSTRATIONS)), self.ranks)]
-        self.actor.scatter("train_demonstrations", [(part, 0.0, (1, self.step)) for part in parts]).get()
+        self.actor.scatter("train_demonstrations", [(part, StageStep(1, 1), (1, self.step)) for part in parts]).get()
 
     def noise(self) -> None:
         self.step += 1
