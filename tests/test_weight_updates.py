@@ -259,6 +259,12 @@ def assert_serves_nothing(pair: Pair) -> None:
         generate(pair.engine, len(PROMPTS), 0)
 
 
+def test_an_engine_may_have_nothing_to_answer(pair: Pair) -> None:
+    """Where an evaluation has fewer prompts than there are engines."""
+    placed, chunk, version = generate(pair.engine, 0, 1)
+    assert (len(placed), len(chunk.tokens), len(chunk.log_probs), version) == (0, 0, 0, pair.version)
+
+
 def test_the_size_of_the_buckets_changes_nothing(pair: Pair) -> None:
     pair.noise()
     answers, buckets = [], []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import Tensor
 
 from configs.schema import RewardModelSettings, Role, RunConfig
 from orchestrator.calls import WorkerGroup
@@ -16,9 +19,13 @@ from orchestrator.rollouts import Column, Experience, Rollouts
 from orchestrator.supervised import RewardModel
 from orchestrator.team import Team
 from placement import Cluster, make_plan
+from workers.batching import NO_ROWS
+from workers.experience import prepare
+from workers.models import Batch
 from workers.sequences import Placed
 from workers.work import Work
 
+CPU = torch.device("cpu")
 quick = settings(deadline=None, max_examples=100, derandomize=True)
 
 
@@ -120,6 +127,30 @@ def test_fewer_samples_than_mini_batches_are_fewer_mini_batches() -> None:
     ptx = [[part.micro_batches for part in (mini.ptx for mini in work.mini_batches) if part] for work in works]
     assert [sorted(int(row) for work in ptx for rows in work[k] for row in rows) for k in (0, 1)] == [[0, 1], [2]]
     assert [mini.ptx.count for mini in works[3].mini_batches if mini.ptx] == [3, 3]
+
+
+def test_a_rank_without_samples_takes_part_in_sums_and_brings_nothing() -> None:
+    team, summed = team_of(ranks=3, samples=2), 0
+    assert team.config.ppo is not None
+
+    def total(x: Tensor) -> Tensor:
+        nonlocal summed
+        summed += 1
+        assert not x.any()
+        return x + 1.0  # of the other ranks
+
+    works = team._works("actor", experience([0.5, 1.0]), 1, True)
+    assert [len(work.rollouts) for work in works] == [1, 1, 0]
+    nothing = Placed((), np.empty((0, 2), np.int32))
+    answers = prepare(
+        replace(works[2], rollouts=nothing, reference=nothing, values=nothing), team.config.ppo, total, CPU
+    )
+    assert summed == 1
+    assert len(answers.samples) == 0
+    assert answers.mask.shape == answers.advantages.shape == answers.returns.shape == (0, 1)
+    batch = Batch([answers.samples[row] for row in NO_ROWS], CPU)
+    assert batch.mask.shape == answers.advantages[NO_ROWS, : batch.mask.shape[1]].shape
+    assert all(len(column) == 0 for name, column in answers.arrays([NO_ROWS]).items() if name != "offsets")
 
 
 def test_a_step_without_any_score_is_refused() -> None:

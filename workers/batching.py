@@ -37,9 +37,8 @@ def balance(lengths: npt.ArrayLike, parts: int) -> list[Rows]:
     parts are empty, never the first.
     """
     count = len(lengths := np.asarray(lengths))
-    lengths = np.pad(
-        lengths, (0, -count % parts)
-    )  # rows without tokens fill the last round, and are dropped at the end
+    # Rows without tokens fill the last round; they are not among the rows that are returned.
+    lengths = np.pad(lengths, (0, -count % parts))
     # Rows of like length are dealt out in rounds, the longest of a round to the part with the fewest tokens.
     # The old and the new difference of two parts then have opposite signs: none outgrows those within a round.
     rounds = np.argsort(-lengths, kind="stable").reshape(-1, parts)

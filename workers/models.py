@@ -53,9 +53,10 @@ class Batch:
         answer_lengths = self.lengths - self.prompt_lengths
         columns = torch.arange(int(answer_lengths.max()))
         # After an empty prompt nothing stands before the first token: nothing predicts it.
-        self.mask = (columns < answer_lengths[:, None]) & (columns + self.prompt_lengths[:, None] > 0)
+        mask = (columns < answer_lengths[:, None]) & (columns + self.prompt_lengths[:, None] > 0)
+        self.mask = mask[:real]
         """[B, R] True on the answers' tokens that have a token before them."""
-        self.mask, self.lengths, self.prompt_lengths = self.mask[:real], self.lengths[:real], self.prompt_lengths[:real]
+        self.lengths, self.prompt_lengths = self.lengths[:real], self.prompt_lengths[:real]
         self.rows, columns = self.mask.nonzero(as_tuple=True)
         self.before = columns + self.prompt_lengths[self.rows] - 1
         """Position whose hidden state predicts each answer token (flat, like rows)."""
