@@ -190,8 +190,9 @@ BAD: list[tuple[str, str]] = [
     ),
     # several settings at once
     (
-        "ppo.mini_batches=7",
-        "ppo.mini_batches: 64 sequences (prompts_per_step 64 x samples_per_prompt 1) do not divide by 7",
+        "ppo.mini_batches=65",
+        "ppo.mini_batches: was 65, but a step has 64 sequences (prompts_per_step 64 x samples_per_prompt 1); up to so many would "
+        "fit",
     ),
     (
         "placement.groups=[{roles: [actor]}, {roles: [actor]}]",
