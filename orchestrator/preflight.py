@@ -81,9 +81,9 @@ class Report:
     seconds: float = 0.0
 
     def refuse(self, setting: str, text: str) -> None:
-        problem = Problem(setting, text)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        """Note a problem; one that another setting leads to as well is noted once."""
+        if text not in (problem.text for problem in self.problems):
+            self.problems.append(Problem(setting, text))
 
     @contextmanager
     def collecting(self, setting: str = "") -> Iterator[None]:

@@ -79,7 +79,7 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
         (["ppo.step=3"], "troupe: ppo.step: no such setting; did you mean steps?\n"),
         (["ppo.steps=many"], 'troupe: ppo.steps: was "many"; must be integer > 0\n'),
         (["steps"], "troupe: override steps: must have the form a.b=value\n"),
-        (["sft.train.path=no.jsonl"], "troupe: no.jsonl: no such file or folder\n"),
+        (["sft.train.path=no.jsonl"], "troupe: sft.train: no.jsonl: no such file or folder\n"),
         (["ppo.advantage=gea"], "troupe: ppo.advantage: 'gea' is not registered; it may be gae, reinforce; did you mean 'gae'?"),
         (["ppo.policy_loss=none"], "troupe: ppo.policy_loss: 'none' is not registered; it may be "),
         (["model.path=./nowhere"], "troupe: model.path: was './nowhere', which is no folder with a model (config.json)\n"),
@@ -123,7 +123,7 @@ def test_malformed_rows_are_refused_with_their_place(micro: Path) -> None:
     good = data.read_text().splitlines()
     data.write_text("\n".join([*good[:2], "{oops", '{"prompt": "no answer"}', *good[2:]]))
     first, second, total = refused("pipeline", micro).splitlines()
-    assert first.startswith(f"troupe: {data}:3: not JSON")
+    assert first.startswith(f"troupe: sft.train: {data}:3: not JSON")
     assert second.startswith(f"{data}:4: ")
     assert total == f"{data}: 2 of 62 rows cannot be read as a demonstration"
 

@@ -117,7 +117,7 @@ BAD: list[tuple[str, str]] = [
     ("temperature=1", "temperature: no such setting; did you mean rollout.temperature?"),
     ("publish.zzz=1", "publish.zzz: no such setting; there are transport, bucket_mib, lora"),
     ("ppo.rewards.0.wight=1", "ppo.rewards.0.wight: no such setting; did you mean weight?"),
-    ("ppo.rewards.0.model=1", "ppo.rewards.0.model: no such setting; there are kind, name, path, weight"),
+    ("ppo.rewards.0.model=1", "ppo.rewards.0.model: no such setting; there are kind, name, path, tokenizer, weight"),
     ("ppo.kl.control={kind: adaptive, horizn: 1}", "ppo.kl.control.horizn: no such setting; did you mean horizon?"),
     ("placement.devices.actr=1", "placement.devices.actr: no such key; did you mean actor?"),
     ("strategies={acto: ddp}", "strategies.acto: no such key; did you mean actor?"),
@@ -139,7 +139,11 @@ BAD: list[tuple[str, str]] = [
     ("seed=true", "seed: was true; must be integer >= 0 and < 2147483648"),
     ("chat_template=1", "chat_template: was 1; must be true | false"),
     ("runs=7", "runs: was 7; must be text"),
-    ("ppo.prompts=file.jsonl", 'ppo.prompts: was "file.jsonl"; must be settings (path, split, columns, limit)'),
+    (
+        "ppo.prompts=file.jsonl",
+        'ppo.prompts: was "file.jsonl"; '
+        "must be settings (path, split, configuration, revision, columns, limit)",
+    ),
     ("model.lora=16", "model.lora: was 16; must be settings (rank, alpha, rslora, dora, dropout, targets) or none"),
     (
         "ppo.rewards=model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
-from configs.schema import RewardModelSettings, Role, RunConfig
+from configs.schema import Role, RunConfig
 from orchestrator.calls import WorkerGroup
 from orchestrator.rollouts import Column, Experience, Rollouts
+from orchestrator.run import Run
 from orchestrator.supervised import RewardModel
 from orchestrator.team import Team
 from placement import Cluster, make_plan
@@ -180,10 +182,9 @@ def test_every_row_is_scored_and_validated_once(ranks: int, rows: int) -> None:
 def test_both_sides_of_a_pair_count_in_a_micro_batch(limit: int) -> None:
     """A pass takes both sides of its pairs, padded to the longest of all."""
     lengths, ranks = np.array([10, 10, 10, 30, 20, 10, 5, 25]), 2
-    job = RewardModel(None, Console())  # type: ignore[arg-type]
-    job.settings = RewardModelSettings.model_validate(
-        {"train": {"path": "pairs.jsonl"}, "optimizer": {"lr": 1e-4}, "micro_batch_tokens": limit}
-    )
+    pairs = {"train": {"path": "pairs.jsonl"}, "optimizer": {"lr": 1e-4}, "micro_batch_tokens": limit}
+    config = RunConfig.model_validate({"name": "pairs", "model": {"path": "model"}, "rm": pairs})
+    job = RewardModel(Run(config, Path("nowhere")), Console())
     job.team = team_of(ranks)
     job.team.lengths["train"] = (lengths, np.ones_like(lengths))
     call = job.call("train_pairs", "train", np.arange(len(lengths)))
