@@ -15,6 +15,13 @@ _WORDS: Mapping[Any, str] = {bool: "true | false", int: "integer", float: "numbe
 
 
 @dataclass(frozen=True)
+class Called:
+    """In an annotation: what its values are called, in place of `text`."""
+
+    words: str
+
+
+@dataclass(frozen=True)
 class Kind:
     """One annotation, without `Annotated` and `None`."""
 
@@ -108,7 +115,8 @@ def _core_in_words(kind: Kind) -> str:
     if kind.model:
         text = "settings"
     elif kind.core in _WORDS:
-        text = _WORDS[kind.core]
+        called = [note.words for note in kind.constraints if isinstance(note, Called)]
+        text = called[0] if called else _WORDS[kind.core]
     elif get_origin(kind.core) is list:
         least = "".join(f"at least {note.min_length} " for note in kind.constraints if isinstance(note, MinLen))
         text = f"list of {least}{in_words(kind_of(arguments[0]))}"
@@ -129,7 +137,7 @@ def _constraint_in_words(constraint: Any) -> str:
         case Ge(ge):
             return f">= {ge:g}"
         case Lt(lt):
-            return f"< {lt}"
+            return f"< {lt:g}" if isinstance(lt, float) else f"< {lt}"
         case Le(le):
             return f"<= {le:g}"
     pattern = getattr(constraint, "pattern", None)

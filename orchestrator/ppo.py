@@ -14,7 +14,7 @@ from orchestrator.evaluation import DATA, evaluate, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.outcome import outcome
 from orchestrator.rollouts import Experience, Rollouts
-from orchestrator.run import RunError, local
+from orchestrator.run import local
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
 from workers.data import batches, epoch_order
@@ -52,7 +52,7 @@ class PPO(StageRun):
         reward = weighted_sum(scores, ppo)
         kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
         sane = kl <= ppo.refuse_kl  # nan is not
-        learns = step > ppo.critic_warmup and sane
+        learns = step > ppo.warmup_steps and sane
         kept = self._whole(np.flatnonzero(~np.isnan(reward)))
         shaped = np.full(len(reward), np.nan, np.float32)
         shaped[kept] = shape_scores(reward[kept], rollouts.ended[kept], ppo)
@@ -136,8 +136,7 @@ class PPO(StageRun):
         self.ptx_rows = []
         if self.ppo.ptx:
             data = self.ppo.ptx.data or (self.config.sft.train if self.config.sft else None)
-            if data is None:
-                raise RunError("ppo.ptx.data: none is named and there is no sft stage to take demonstrations from")
+            assert data is not None  # RunConfig refuses it
             self.ptx_rows = self.rows(data, "demonstration")
         self.sources = [source.name for source in self.ppo.rewards]
         self.reward_models = {
