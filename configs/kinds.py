@@ -16,7 +16,7 @@ _WORDS: Mapping[Any, str] = {bool: "true | false", int: "integer", float: "numbe
 
 @dataclass(frozen=True)
 class Called:
-    """In an annotation: what its values are called, in place of `text`."""
+    """In an annotation: what its values are called, in place of `text` and of the pattern that it matches."""
 
     words: str
 
@@ -116,7 +116,9 @@ def _core_in_words(kind: Kind) -> str:
         text = "settings"
     elif kind.core in _WORDS:
         called = [note.words for note in kind.constraints if isinstance(note, Called)]
-        text = called[0] if called else _WORDS[kind.core]
+        if called:
+            return called[0]
+        text = _WORDS[kind.core]
     elif get_origin(kind.core) is list:
         least = "".join(f"at least {note.min_length} " for note in kind.constraints if isinstance(note, MinLen))
         text = f"list of {least}{in_words(kind_of(arguments[0]))}"

@@ -39,7 +39,7 @@ Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
 MAX_SERVED_RANK = 512
 """Highest rank of an adapter that vLLM serves."""
 
-FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"), Called("module:function")]
 
 
 def with_home(path: str) -> str:
@@ -184,7 +184,7 @@ class BatchSettings(Settings):
     max_length: PositiveInt = 512
     """Longest sequence in tokens; a longer prompt is cut on the left, a longer completion on the right."""
     validate_every: PositiveInt | None = None
-    """Steps between validations; none: only at the end."""
+    """Steps between validations, with `validation`; none: only at the end."""
     optimizer: OptimizerSettings
     """AdamW."""
 
@@ -307,9 +307,13 @@ class HttpReward(Settings):
     kind: Literal["http"] = "http"
     name: str
     """Name in metrics."""
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")]
+    url: Annotated[
+        str,
+        Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$"),
+        Called("http:// or https:// address without user, password, query and spaces"),
+    ]
     """Where requests are posted, without user, password and query."""
-    token_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    token_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$"), Called("name of an environment variable")] | None = None
     """Environment variable, of the driver and of the nodes, with the token that is sent as `Authorization: Bearer`."""
     timeout: Seconds = 300.0
     """Seconds for all answers of a reward worker, retries included; what has no score by then has timed out."""
@@ -366,7 +370,7 @@ class EvaluationSettings(Settings):
     every: PositiveInt | None = None
     """Steps between evaluations; none: only before the first step and after the last."""
     samples: PositiveInt = 16
-    """Answers that are kept for the report."""
+    """Prompts that the report shows with their answers."""
     judges: list[Judge] = []
     """Independent judges."""
 
@@ -403,21 +407,21 @@ class PPOSettings(Settings):
     kl: KLSettings = KLSettings()
     """Penalty for leaving the reference."""
     policy_loss: str = "ppo_clip"
-    """Name in the registry of policy losses."""
+    """Name in the registry of policy losses: ppo_clip, or reinforce for one update in a step."""
     value_loss: str = "clipped"
-    """Name in the registry of value losses."""
+    """Name in the registry of value losses: clipped, mse."""
     critic: bool = True
     """Train a critic beside the actor. Without one the settings of its training are not looked at: critic_optimizer,
     critic_warmup, value_loss, value_clip_range."""
     advantage: str = "gae"
-    """Name in the registry of advantage estimators. gae needs the critic; where critic is false and no estimator is named, it is
-    reinforce."""
+    """Name in the registry of advantage estimators: gae, which needs the critic, or reinforce. Where critic is false and none is
+    named, it is reinforce."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
-    """Lambda of generalised advantage estimation (Schulman et al. 2016)."""
+    """Lambda of generalised advantage estimation (Schulman et al. 2016), the estimator gae."""
     clip_range: PositiveFloat = 0.2
-    """Half-width of the clip on the probability ratio."""
+    """Half-width of the clip on the probability ratio, of policy losses that clip: ppo_clip."""
     value_clip_range: PositiveFloat = 0.2
     """Half-width of the clip on the change of a value."""
     entropy_coefficient: NonNegativeFloat = 0.0
@@ -427,11 +431,12 @@ class PPOSettings(Settings):
     whiten_rewards: bool = False
     """Scores of a step get mean 0 and deviation 1."""
     reward_clip: PositiveFloat | None = None
-    """Scores are cut to [-clip, clip]."""
+    """Scores are cut to [-clip, clip]; none: they are not cut."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Taken from the score of an answer without an end-of-sequence token."""
     target_kl: PositiveFloat | None = None
-    """A step's remaining mini-batches are dropped once the mean KL between the old and new policy passes this."""
+    """A step's remaining updates are dropped once the mean KL between the policy that sampled and the present one passes this;
+    none: never."""
     refuse_kl: PositiveFloat = 10.0
     """Nats per token; a step whose mean KL to the reference is larger, or not a number, does not change the actor."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
@@ -675,13 +680,18 @@ class CheckpointSettings(Settings):
 class RunConfig(Settings):
     """All settings of a run."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,62}$")]
+    name: Annotated[
+        str,
+        Field(pattern=r"^\w[\w.-]{0,62}$"),
+        Called("1 to 63 letters, digits, _ . and -, the first no . and no -"),
+    ]
     """Name of the run and of its folder."""
     runs: FilePath = "runs"
     """Folder that holds the runs' folders."""
     start_from: FilePath | None = None
-    """Folder of another run. Stages that this run does not run take their models from there: rm and ppo the SFT model, ppo the
-    reward model too. `model` stays as it is there; a run started from that one may be named too."""
+    """Folder of another run, whose finished models serve where this run does not train its own: the SFT model for rm and ppo, the
+    reward model for ppo. What that run took from a third one serves too. `model.path` and `chat_template` must be as in that
+    run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

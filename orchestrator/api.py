@@ -65,12 +65,12 @@ def go_on(
     jobs = [classes[stage](run, console) for stage in left]
     for job in jobs:
         job.read()
-    run.keep()
     if jobs:
+        run.keep()  # what is finished is noted as it was run
         console.print("data read and checked; connecting to Ray", style="dim")
         # In this order: Ray sets signal handlers too.
         with run.locked(), connected(run.config) as cluster, StopSignal(run, console) as stop:
-            if words := run.chosen(resolve(run.config, left, cluster)):
+            if words := run.chosen(resolve(run.config, left, cluster, run.taken(left))):
                 console.print(words)
                 check_offload(run.config)
             plans = [make_plan(run.config, stage, cluster) for stage in left]

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ModelReward, Role
+from configs.schema import Role
 from orchestrator.calls import together
 from orchestrator.evaluation import DATA, evaluate, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.outcome import outcome
 from orchestrator.rollouts import Experience, Rollouts
-from orchestrator.run import local
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
 from workers.data import batches, epoch_order
@@ -139,11 +138,7 @@ class PPO(StageRun):
             assert data is not None  # RunConfig refuses it
             self.ptx_rows = self.rows(data, "demonstration")
         self.sources = [source.name for source in self.ppo.rewards]
-        self.reward_models = {
-            s.name: local(s.path) if s.path else str(self.run.model("rm"))
-            for s in self.ppo.rewards
-            if isinstance(s, ModelReward)
-        }
+        self.reward_models = self.run.reward_models()
         self.kl = make_controller(self.ppo.kl.control)
         self.version = 0
 

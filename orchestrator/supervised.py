@@ -9,6 +9,7 @@ import numpy as np
 
 from configs.schema import BatchSettings, DatasetSettings, ModelSettings, OptimizerSettings, Role
 from orchestrator.calls import Call
+from orchestrator.run import RunError
 from orchestrator.stage import StageRun
 from orchestrator.team import pretrained
 from workers.batching import Rows
@@ -41,7 +42,7 @@ class Supervised(StageRun):
     def load(self) -> None:
         optimizer: OptimizerSettings = self.settings.optimizer
         path = self.run.starting_model(self.name)
-        settings = pretrained(self.model_settings) if path == str(self.run.model("sft")) else self.model_settings
+        settings = pretrained(self.model_settings) if path == str(self.run.trained("sft")) else self.model_settings
         group = self.team.groups[self.role]
         self.parameters = group.prepare("load", path, settings, optimizer, self.dropout).get()[0]
         for name, rows in self.data.items():
@@ -120,6 +121,11 @@ class RewardModel(Supervised):
         self.settings, self.model_settings = settings, settings.model or self.config.model
         self.dropout = settings.dropout
         super().read()
+        if settings.margin and not any(row.margin for row in self.data["train"]):
+            raise RunError(
+                f"rm.margin: was {settings.margin:g}, but no row of {settings.train.path} has a margin (column `margin`, or the one "
+                "that rm.train.columns names for it); 0 would fit"
+            )
         normalize_on: DatasetSettings | None = settings.normalize_on or (
             self.config.sft.train if self.config.sft else None
         )

@@ -227,6 +227,7 @@ def test_every_setting_that_names_a_path_knows_the_tilde() -> None:
 # ---------------------------------------------------------------- refused
 
 
+NAME = "1 to 63 letters, digits, _ . and -, the first no . and no -"
 BAD: list[tuple[str, str]] = [
     # what a strategy needs or does not offer
     ("strategy=zero3_nvme", "offload.nvme_path: was none; zero3_nvme needs a folder on a fast disk of every node"),
@@ -316,14 +317,11 @@ BAD: list[tuple[str, str]] = [
     ("ppo.clip_range=.inf", "ppo.clip_range: was .inf; must be number > 0"),
     ("device=tpu", 'device: was "tpu"; must be auto | cpu | cuda'),
     *(
-        (f"name={name}", rf'name: was "{name}"; must be text matching ^\w[\w.-]{{0,62}}$')
+        (f"name={name}", f'name: was "{name}"; must be {NAME}')
         for name in ("..", ".", ".hidden", "-flag", "/root", "../a", "a" * 57 + "/")
     ),
-    ("name=a/b", r'name: was "a/b"; must be text matching ^\w[\w.-]{0,62}$'),
-    (
-        "ppo.rewards.1.function=short",
-        r'ppo.rewards.1.function: was "short"; must be text matching ^[A-Za-z_][\w.]*:[A-Za-z_]\w*$',
-    ),
+    ("name=a/b", f'name: was "a/b"; must be {NAME}'),
+    ("ppo.rewards.1.function=short", 'ppo.rewards.1.function: was "short"; must be module:function'),
     ("ppo.rewards=[]", "ppo.rewards: was []; must be list of at least 1 settings with kind: model | function | http"),
     ("ppo.critic_optimizer.betas=[0.9]", "ppo.critic_optimizer.betas.1: missing; must be number >= 0 and < 1"),
     (
@@ -335,7 +333,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.rewards.0.kind=modl", 'ppo.rewards.0.kind: was "modl"; must be model | function | http'),
     (
         "ppo.rewards.1={kind: http, name: h, url: 'ftp://host'}",
-        r'ppo.rewards.1.url: was "ftp://host"; must be text matching ^https?://[^\s/@?#]+(/[^\s?#]*)?$',
+        'ppo.rewards.1.url: was "ftp://host"; must be http:// or https:// address without user, password, query and spaces',
     ),
     ("ppo.rewards.1.timeout=0", "ppo.rewards.1.timeout: was 0; must be number > 0 and <= 86400"),
     ("ppo.max_unscored=2", "ppo.max_unscored: was 2; must be number >= 0 and <= 1"),
@@ -521,7 +519,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     text = GOOD.replace("steps: 3", "steps: 0\n  clip_rnge: 1").replace("name: run\n", "")
     assert problems(write(tmp_path, text), "nonsense", "device=tpu") == [
         "override nonsense: must have the form a.b=value",
-        "name: missing; must be text matching ^\\w[\\w.-]{0,62}$",
+        f"name: missing; must be {NAME}",
         'device: was "tpu"; must be auto | cpu | cuda',
         "ppo.steps: was 0; must be integer > 0",
         "ppo.clip_rnge: no such setting; did you mean clip_range?",
@@ -667,7 +665,7 @@ def test_reference_lists_every_setting() -> None:
     assert all(setting.meaning and setting.type and setting.default for setting in settings)
     assert by_path["ppo.clip_range"].type == "number > 0"
     assert by_path["ppo.clip_range"].default == "0.2"
-    assert by_path["ppo.clip_range"].meaning == "Half-width of the clip on the probability ratio."
+    assert by_path["ppo.value_clip_range"].meaning == "Half-width of the clip on the change of a value."
     assert by_path["ppo.rewards[].weight"].when == ""
     assert by_path["ppo.rewards[].kind"].type == "model | function | http"
     assert by_path["ppo.rewards[].function"].when == "kind: function"
