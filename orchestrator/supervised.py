@@ -123,8 +123,8 @@ class RewardModel(Supervised):
         super().read()
         if settings.margin and not any(row.margin for row in self.data["train"]):
             raise RunError(
-                f"rm.margin: was {settings.margin:g}, but no row of {settings.train.path} has a margin (column `margin`, or the one "
-                "that rm.train.columns names for it); 0 would fit"
+                f"rm.margin: was {settings.margin:g}, but no row of {settings.train.path} has a margin (column `margin`, or "
+                "the one that rm.train.columns names for it); 0 would fit"
             )
         normalize_on: DatasetSettings | None = settings.normalize_on or (
             self.config.sft.train if self.config.sft else None
