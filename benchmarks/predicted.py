@@ -220,7 +220,7 @@ def _rows(vocabulary: int) -> list[Any]:
     from workers.data import Sequence
 
     drawn = np.random.default_rng(1).integers(2, vocabulary, (2 * ROWS, LENGTH), np.int32)
-    return [Sequence(ids, LENGTH // 2) for ids in drawn]
+    return [Sequence.of(ids[: LENGTH // 2], ids[LENGTH // 2 :]) for ids in drawn]
 
 
 def policy(spec: WorkerSpec) -> Step:
@@ -233,7 +233,7 @@ def policy(spec: WorkerSpec) -> Step:
     worker = PolicyWorker(spec)
     assert spec.config.sft
     worker.load(spec.config.model.path, spec.config.model, spec.config.sft.optimizer)
-    worker.sequences["rows"] = _rows(worker.model.hf.config.vocab_size)
+    worker.datasets["rows"] = _rows(worker.model.hf.config.vocab_size)
     tokens = ROWS * LENGTH * spec.world_size
     part = Part("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], tokens)
     return lambda step: worker.train_demonstrations(part, 0.5, (1, step))
@@ -243,7 +243,7 @@ def value(spec: WorkerSpec) -> Step:
     """Learns from pairs."""
     import numpy as np
 
-    from workers.trainer import Preference
+    from workers.data import Preference
     from workers.value import ValueWorker
     from workers.work import Part
 
@@ -251,7 +251,7 @@ def value(spec: WorkerSpec) -> Step:
     assert spec.config.rm
     worker.load(spec.config.model.path, spec.config.model, spec.config.rm.optimizer)
     rows = _rows(worker.model.hf.config.vocab_size)
-    worker.sequences["rows"] = [Preference(a, b, 0.0) for a, b in zip(rows, rows[::-1], strict=True)]
+    worker.datasets["rows"] = [Preference(a, b, 0.0) for a, b in zip(rows, rows[::-1], strict=True)]
     part = Part("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], 2 * ROWS * spec.world_size)
     return lambda step: worker.train_pairs(part, 0.5, (1, step))
 
@@ -263,12 +263,13 @@ def serving(spec: WorkerSpec) -> Step:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from workers.rollout import RolloutWorker
+    from workers.sequences import Ragged
 
     path, dtype = spec.config.model.path, getattr(torch, spec.config.model.dtype)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype).save_pretrained(path)
     worker = RolloutWorker(spec)
     worker.load(path, "object_store", LENGTH)
-    worker.prompts = {"rows": [row.ids[: LENGTH - NEW_TOKENS].tolist() for row in _rows(1024)] * 2}
+    worker.datasets["rows"] = Ragged.of([row.ids[: LENGTH - NEW_TOKENS] for row in _rows(1024)] * 2, np.int32)
     prompts = np.arange(ANSWERS)
     return lambda step: worker.generate("rows", prompts, np.zeros_like(prompts), step)
 

@@ -39,6 +39,9 @@ Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
 MAX_SERVED_RANK = 512
 """Highest rank of an adapter that vLLM serves."""
 
+Overlong = Literal["refuse", "cut", "drop"]
+"""What happens to rows that are too long."""
+
 FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"), Called("module:function")]
 
 
@@ -103,6 +106,9 @@ class ModelSettings(Settings):
     """Train adapters in place of all weights, in every trained role."""
     quantize: Literal["4bit", "8bit"] | None = None
     """Keep the frozen weights below the adapters in 4 or 8 bits (Dettmers et al. 2023): on GPU, with the package bitsandbytes."""
+    end_tokens: Annotated[list[str], Field(min_length=1)] | None = None
+    """Tokens of which each ends an answer, in training, sampling, scoring and the exported model. none: the tokenizer's eos
+    token and those of generation_config.json. Name them where the chat template ends a turn with another one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you trust its author."""
 
@@ -134,16 +140,31 @@ class ModelSettings(Settings):
 
 
 class DatasetSettings(Settings):
-    """One dataset: a .jsonl or .parquet file, a folder written by datasets.save_to_disk, or a hub name."""
+    """One dataset: files (.jsonl, .json, .csv, each also with .gz, .parquet), a folder of such files, a pattern such as
+    `data/*.parquet`, a folder written by datasets.save_to_disk, or a hub name."""
 
-    path: FilePath
-    """File, folder or hub name."""
+    path: FilePath | Annotated[list[FilePath], Field(min_length=1)]
+    """File, folder, pattern or hub name; a list of them is read one after the other."""
     split: str | None = None
     """Split, where the dataset has several."""
+    configuration: str | None = None
+    """Configuration of a hub dataset, where it has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
     columns: dict[str, str] = {}
-    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin."""
+    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin, input, tools."""
     limit: PositiveInt | None = None
     """Use the first so many rows only."""
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def name(self) -> str:
+        """For errors and reports: the path, and how many more there are."""
+        first, *others = self.paths
+        return f"{first} and {len(others)} more" if others else first
 
 
 # ---------------------------------------------------------------- training
@@ -182,7 +203,11 @@ class BatchSettings(Settings):
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, in one forward pass of one rank."""
     max_length: PositiveInt = 512
-    """Longest sequence in tokens; a longer prompt is cut on the left, a longer completion on the right."""
+    """Longest sequence in tokens."""
+    overlong: Overlong = "cut"
+    """Rows longer than max_length. cut: the prompt's text is cut on the left (of a conversation the oldest turns go first; the
+    template's headers stay), down to half of max_length, then the answer on the right. drop: they are left out. refuse: the run
+    does not start."""
     validate_every: PositiveInt | None = None
     """Steps between validations, with `validation`; none: only at the end."""
     optimizer: OptimizerSettings
@@ -199,7 +224,10 @@ class BatchSettings(Settings):
 
 
 class SFTSettings(BatchSettings):
-    """Supervised fine-tuning: loss on the completions only."""
+    """Supervised fine-tuning: loss on the assistant's tokens only."""
+
+    turns: Literal["all", "last"] = "all"
+    """Which turns of the assistant are learnt from `messages`: all of them, or the last one alone."""
 
 
 class RewardModelSettings(BatchSettings):
@@ -269,6 +297,9 @@ class ModelReward(Settings):
     """Name in metrics."""
     path: ModelPath | None = None
     """Folder of the model; none: what the rm stage of this run trained, or of the run that `start_from` names."""
+    tokenizer: Literal["policy", "own"] = "policy"
+    """policy: it scores the policy's tokens, so its tokenizer, chat template and end tokens must be the policy's (checked before
+    the start). own: answers are decoded, and prompt and answer tokenised by its own tokenizer and chat template."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -399,7 +430,10 @@ class PPOSettings(Settings):
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, in one forward pass of one rank."""
     max_prompt_tokens: PositiveInt = 256
-    """Longest prompt in tokens; a longer one is refused before the first step."""
+    """Longest prompt in tokens."""
+    overlong: Overlong = "refuse"
+    """Prompts longer than max_prompt_tokens. refuse: the run does not start. drop: they are left out. cut: their text is cut on
+    the left; of a conversation the oldest turns go first, and the template's headers stay."""
     rewards: Annotated[list[Reward], Field(min_length=1)] = [ModelReward()]
     """Sources of the reward; their weighted sum is trained on."""
     max_unscored: Fraction = 0.1
@@ -711,7 +745,11 @@ class RunConfig(Settings):
     plugins: list[str] = []
     """Modules to import in every process: what they register (estimators, losses) can be named in the settings."""
     chat_template: bool = False
-    """Wrap prompts in the tokenizer's chat template. Rows with `messages` always are."""
+    """Wrap prompts of text in the tokenizer's chat template. Prompts of messages always are."""
+    chat_template_args: dict[str, bool | int | str] = {}
+    """Further variables for the chat template, such as `enable_thinking: false`."""
+    system_prompt: str | None = None
+    """System message of conversations that have none."""
     sft: SFTSettings | None = None
     """Stage 1."""
     rm: RewardModelSettings | None = None

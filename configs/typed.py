@@ -198,14 +198,8 @@ def _fitted_scalar(typed: Typed, kind: Kind | None) -> int | float | bool | str 
     if any(str(typed) in choices(kind_of(member)) for member in kind.members):
         return str(typed)
     value = typed.value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-        value is None
-        or (takes(kind, bool) and isinstance(value, bool))
-        or (takes(kind, int, float) and number and not typed.misread)
-    ):
-        return value
-    return str(typed)
+    fits = {bool: takes(kind, bool), int: takes(kind, int, float), float: takes(kind, float)}
+    return value if value is None or (fits[type(value)] and not typed.misread) else str(typed)
 
 
 def _with_keys(kind: Kind | None, value: dict[str, Any]) -> Kind | None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 
-from configs.schema import DatasetSettings
+from configs import ConfigError
+from configs.schema import DatasetSettings, RolloutSettings
 from orchestrator.run import STAGES, Run, RunError
 from placement import Cluster
 from placement.shape import Stage
-from workers.data import DataError, Prompt, Row, read_rows
+from workers.data import Codec, Message, Prompt, Row, encode_prompts, read_rows
 from workers.worker import WorkerSpec, environment
 
 
@@ -30,41 +33,58 @@ def last_stage(run: Run, stage: str | None) -> Stage:
     return next(s for s in finished if s == (stage or finished[-1]))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled; none: as in training."""
+
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+
+    def applied(self, rollout: RolloutSettings) -> RolloutSettings:
+        """The engine's settings with these. Raises ConfigError where they are none that an engine takes."""
+        asked = {name: value for name, value in vars(self).items() if value is not None}
+        try:
+            return RolloutSettings.model_validate(rollout.model_dump() | asked)
+        except ValidationError as error:
+            raise ConfigError([f"--{e['loc'][0]}: was {e['input']}: {e['msg']}" for e in error.errors()]) from None
+
+
 class Answerer:
     """The model of a run's stage, in an engine."""
 
-    def __init__(self, run: Run, stage: Stage) -> None:
+    def __init__(self, run: Run, stage: Stage, sampling: Sampling) -> None:
         machine = Cluster.this_machine()
         device = "cuda" if machine.gpus and run.config.device != "cpu" else "cpu"
         threads = int(machine.cpus)
         os.environ |= environment(run.config, "rollout", device, threads)
-        self.run, self.log, self.asked = run, run.folder / "answer.log", 0
+        rollout = sampling.applied(run.config.rollout).model_copy(update={"tensor_parallel": 1})
+        self.log, self.asked = run.folder / "answer.log", 0
+        self.form = run.form(stage)
+        """Whether the model was trained on conversations (chat) or on plain text."""
         with quiet(self.log):
             from workers.rollout import RolloutWorker  # imports torch and vLLM, which read the environment
 
-            one = run.config.rollout.model_copy(update={"tensor_parallel": 1})
-            spec = WorkerSpec(run.config.model_copy(update={"rollout": one}), "rollout", 0, 1, device, threads)
+            spec = WorkerSpec(run.config.model_copy(update={"rollout": rollout}), "rollout", 0, 1, device, threads)
             self.worker = RolloutWorker(spec)
             self.longest = run.config.ppo.max_prompt_tokens if run.config.ppo else 512
-            length = self.longest + run.config.rollout.max_new_tokens
-            self.worker.load(str(run.model(stage)), "object_store", length)
-
-    @property
-    def converses(self) -> bool:
-        return self.run.config.chat_template
+            path = str(run.model(stage))
+            self.worker.load(path, "object_store", self.longest + rollout.max_new_tokens)
+            self.codec = Codec.load(path, run.config, run.config.model, run.started)
+        self.codec.chat_template = self.form == "chat"
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether a prompt leaves room for an answer."""
-        return len(self.worker.codec.prompt_ids(prompt)) <= self.longest
+        return len(self.codec.prompt_ids(prompt)) <= self.longest
 
-    def answer(self, prompts: list[Prompt]) -> list[str]:
-        """One sampled answer each; the prompts fit."""
+    def answer(self, rows: Sequence[Row]) -> list[str]:
+        """One sampled answer to each prompt. Raises DataError where one is too long."""
         self.asked += 1  # another seed each time
+        encoded, _ = encode_prompts(self.codec, rows, self.longest, "refuse")
         with quiet(self.log):
-            self.worker.add_rows("asked", [Row(prompt) for prompt in prompts])
-            self.worker.tokenize("asked", self.longest)
-            chunk, _ = self.worker.generate("asked", np.arange(len(prompts)), np.zeros(len(prompts), int), self.asked)
-        return [self.worker.codec.decode(s.ids[s.prompt_length :]) for s in (chunk.row(i) for i in range(len(prompts)))]
+            self.worker.add_rows("asked", encoded.ids)
+            chunk, _ = self.worker.generate("asked", np.arange(len(rows)), np.zeros(len(rows), int), self.asked)
+        samples = (chunk.row(i) for i in range(len(rows)))
+        return [self.codec.answer_text(sample.ids[sample.prompt_length :]) for sample in samples]
 
 
 @contextmanager
@@ -83,7 +103,7 @@ def quiet(log: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def answer_file(folder: Path, stage: str | None, prompts: Path, output: Path) -> int:
+def answer_file(folder: Path, stage: str | None, prompts: Path, output: Path, sampling: Sampling) -> int:
     """Write {"prompt", "answer"} lines, and the rows' other columns, for the prompts of a file. Returns their number.
 
     Raises DataError or RunError before the model is loaded where the file or the folder of the output is wrong.
@@ -92,13 +112,7 @@ def answer_file(folder: Path, stage: str | None, prompts: Path, output: Path) ->
     if not output.absolute().parent.is_dir():
         raise RunError(f"{output}: there is no folder {output.parent}")
     run = Run.open(folder)
-    answerer = Answerer(run, last_stage(run, stage))
-    if long := [number for number, row in enumerate(rows, start=1) if not answerer.fits(row.prompt)]:
-        raise DataError(
-            f"{prompts}: {len(long)} of {len(rows)} prompts are longer than {answerer.longest} tokens "
-            f"(ppo.max_prompt_tokens), first row {long[0]}"
-        )
-    answers = answerer.answer([row.prompt for row in rows])
+    answers = Answerer(run, last_stage(run, stage), sampling).answer(rows)
     with open(output, "w", encoding="utf-8") as file:
         for row, answer in zip(rows, answers, strict=True):
             line = {"prompt": row.prompt, "answer": answer, **row.columns}
@@ -106,27 +120,28 @@ def answer_file(folder: Path, stage: str | None, prompts: Path, output: Path) ->
     return len(rows)
 
 
-def converse(folder: Path, stage: str | None, console: Console) -> None:
+def converse(folder: Path, stage: str | None, console: Console, sampling: Sampling) -> None:
     """Lines in, answers out. A chat model sees the conversation, as much of it as fits; a plain one goes on with the line."""
     run = Run.open(folder)
     chosen = last_stage(run, stage)
     console.print(f"loading the {chosen} model of {folder}; some 20 seconds", style="dim", soft_wrap=True)
-    answerer = Answerer(run, chosen)
-    way = "ask, and it answers" if answerer.converses else "begin, and it goes on"
+    answerer = Answerer(run, chosen, sampling)
+    chats = answerer.form == "chat"
+    way = "it was trained on conversations: ask, and it answers" if chats else "begin a text, and it goes on"
     console.print(f"{way}; an empty line ends")
-    messages: list[dict[str, str]] = []
+    messages: list[Message] = []
     while line := _line(console):
         messages.append({"role": "user", "content": line})
-        while answerer.converses and len(messages) > 1 and not answerer.fits(messages):
+        while chats and len(messages) > 1 and not answerer.fits(messages):
             del messages[:2]
-        asked: Prompt = list(messages) if answerer.converses else line
+        asked: Prompt = list(messages) if chats else line
         if not answerer.fits(asked):
             console.print(f"that is longer than {answerer.longest} tokens (ppo.max_prompt_tokens)", style="red")
             messages.pop()
             continue
-        [answer] = answerer.answer([asked])
+        [answer] = answerer.answer([Row(asked)])
         messages.append({"role": "assistant", "content": answer})
-        console.print(answer if answerer.converses else line + answer, markup=False, highlight=False)
+        console.print(answer if chats else line + answer, markup=False, highlight=False)
 
 
 def _line(console: Console) -> str:

@@ -14,10 +14,11 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from orchestrator.checks import check, check_offload
+from orchestrator.checks import check, check_offload, check_start
 from orchestrator.cluster import connected, session_logs
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
+from orchestrator.preflight import Report, preflight
 from orchestrator.report import write_report
 from orchestrator.run import Run, described
 from orchestrator.stage import StageRun
@@ -61,15 +62,16 @@ def go_on(
     """Run what is left of a run. classes: what runs each stage. Errors: see run_stages."""
     console = console or Console()
     left = [stage for stage in run.stages if not run.finished(stage)]
-    check(run, left)
-    jobs = [classes[stage](run, console) for stage in left]
-    for job in jobs:
-        job.read()
+    jobs: list[StageRun] = []
+    if left:
+        jobs, report = checked(run, console, classes)
+        for line in report.lines():
+            console.print(line, style="dim", soft_wrap=True)
+        report.raise_if_refused()
     if jobs:
-        run.keep()  # what is finished is noted as it was run
-        console.print("data read and checked; connecting to Ray", style="dim")
+        console.print(f"checked in {report.seconds:.1f} s; connecting to Ray", style="dim")
         # In this order: Ray sets signal handlers too.
-        with run.locked(), connected(run.config) as cluster, StopSignal(run, console) as stop:
+        with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
             if words := run.chosen(resolve(run.config, left, cluster, run.taken(left))):
                 console.print(words)
                 check_offload(run.config)
@@ -90,6 +92,25 @@ def go_on(
         run.read("summary.json").get("stages", {}),
         run.folder.absolute() / "report.html",
     )
+
+
+@contextmanager
+def _at_work(run: Run, jobs: Sequence[StageRun]) -> Iterator[None]:
+    """The run's folder locked, and what is about to be run noted in it: not before, or the notes of a process that is at work
+    there would be overwritten. What is finished stays noted as it was run."""
+    with run.locked():
+        run.keep({job.name: job.counts[job.learns_from].form for job in jobs})
+        yield
+
+
+def checked(
+    run: Run, console: Console, classes: Mapping[Stage, Callable[[Run, Console], StageRun]] = CLASSES
+) -> tuple[list[StageRun], Report]:
+    """What is left of a run, with its data, and what the preflight found of it. Starts nothing."""
+    left = [stage for stage in run.stages if not run.finished(stage)]
+    check_start(run, left)  # the models that the others look at
+    jobs = [classes[stage](run, console) for stage in left if getattr(run.config, stage) is not None]
+    return jobs, preflight(run, jobs, lambda: check(run, left))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 
 from configs import RunConfig
@@ -29,8 +30,6 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
     for stage in stages:
         if getattr(config, stage) is None:
             raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
-    if stages:
-        _check_start(run, stages)
     _check_folder(config)
     check_offload(config)
     for i, plugin in enumerate(config.plugins):
@@ -58,14 +57,17 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
         _check_sharing(config, config.ppo, run)
 
 
-SAME = ("chat_template",)
+SAME = ("chat_template", "chat_template_args", "system_prompt", "model.end_tokens")
 """Settings that a stage shares with the stages whose models it takes from other runs: how prompts become tokens."""
 
 
-def _check_start(run: Run, stages: Sequence[Stage]) -> None:
-    """Whether the run that `start_from` names has what these stages take from it, and trained it on the same model and form."""
+def check_start(run: Run, stages: Sequence[Stage]) -> None:
+    """Whether the run that `start_from` names has what these stages take from it, and trained it on the same model and form.
+
+    Raises RunError.
+    """
     config, named = run.config, run.config.start_from
-    if named is None:
+    if named is None or not stages:
         return
     taken = run.taken(stages)
     if not taken:
@@ -79,11 +81,11 @@ def _check_start(run: Run, stages: Sequence[Stage]) -> None:
         owner = run.owner(stage)
         assert owner is not None
         for name in SAME:
-            asked, there_asked = getattr(config, name), getattr(owner.config, name)
-            if asked != there_asked:
+            asked, trained = attrgetter(name)(config), attrgetter(name)(owner.config)
+            if asked != trained:
                 raise RunError(
                     f"{name}: was {asked!r}, but {owner.folder}, from where start_from takes the {stage} model, was trained with "
-                    f"{there_asked!r}; must be the same"
+                    f"{trained!r}; must be the same"
                 )
         if stage == "sft" and not _same_model(config.model.path, (owner.config.model.path, str(owner.model("sft")))):
             raise RunError(

@@ -32,6 +32,9 @@ Accept = Annotated[
         help="Go on with a stage that began with other settings, on which its results depend; finished stages keep theirs.",
     ),
 ]
+StageOption = Annotated[str | None, typer.Option("--stage", help="Which stage's model; none: the last finished.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; none: rollout.temperature.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer in tokens; none: rollout.max_new_tokens.")]
 RunFolder = Annotated[Path, typer.Argument(parser=path, help="The run's folder, runs/<name>.")]
 
 
@@ -86,6 +89,22 @@ def status(run: RunFolder) -> None:
         from orchestrator.status import print_status
 
         print_status(Run.open(run), Console())
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Check a run without starting it: settings, data, tokenizers, models, rewards. Prints what is wrong, all at once."""
+    with _errors():
+        from configs import load_config
+        from orchestrator.api import checked
+        from orchestrator.run import Run, described
+
+        settings, console = load_config(config, overrides or []), Console()
+        _, report = checked(Run.begin(settings, described(settings)), console)
+        for line in report.lines():
+            console.print(line, soft_wrap=True)
+        report.raise_if_refused()
+        console.print(f"nothing is wrong; checked in {report.seconds:.1f} s")
 
 
 @app.command()
@@ -169,26 +188,30 @@ def generate(
         typer.Option(parser=path, help="JSONL or Parquet file with a `prompt` or `messages` column."),
     ],
     output: Annotated[Path, typer.Option(parser=path, help="JSONL file to write.")] = Path("answers.jsonl"),
-    stage: Annotated[str | None, typer.Option(help="Which stage's model; none: the last finished.")] = None,
+    stage: StageOption = None,
+    temperature: Temperature = None,
+    max_new_tokens: MaxNewTokens = None,
 ) -> None:
     """Answer the prompts of a file with the trained model."""
     with _errors():
-        from orchestrator.answer import answer_file
+        from orchestrator.answer import Sampling, answer_file
 
-        count = answer_file(run, stage, prompts, output)
+        count = answer_file(run, stage, prompts, output, Sampling(temperature, max_new_tokens))
         print(f"{count} answers in {output}")
 
 
 @app.command()
 def chat(
     run: RunFolder,
-    stage: Annotated[str | None, typer.Option(help="Which stage's model; none: the last finished.")] = None,
+    stage: StageOption = None,
+    temperature: Temperature = None,
+    max_new_tokens: MaxNewTokens = None,
 ) -> None:
     """Talk to the trained model. An empty line or Ctrl-D ends."""
     with _errors():
-        from orchestrator.answer import converse
+        from orchestrator.answer import Sampling, converse
 
-        converse(run, stage, Console())
+        converse(run, stage, Console(), Sampling(temperature, max_new_tokens))
 
 
 @app.command()
@@ -313,7 +336,16 @@ def _errors() -> Iterator[None]:
         sys.exit(EXIT_CODES[name])
 
 
-REFUSED = ("ConfigError", "DataError", "MetricsError", "PlanError", "RewardError", "RunError", "UnknownNameError")
+REFUSED = (
+    "ConfigError",
+    "DataError",
+    "MetricsError",
+    "PlanError",
+    "PreflightError",
+    "RewardError",
+    "RunError",
+    "UnknownNameError",
+)
 FAILED = ("DiskError", "LogProbGapError", "PlacementError", "RefusedError", "WorkerError")
 EXIT_CODES = dict.fromkeys(REFUSED, 2) | dict.fromkeys(FAILED, 1)
 """By name: the modules of these errors are imported only by the commands that need them."""

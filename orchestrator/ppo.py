@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from configs.schema import Role
 from orchestrator.calls import together
 from orchestrator.evaluation import DATA, evaluate, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.outcome import outcome
+from orchestrator.preflight import Input
 from orchestrator.rollouts import Experience, Rollouts
+from orchestrator.run import Run
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
-from workers.data import batches, epoch_order
+from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
 from workers.scored import Scored
 
 
@@ -28,6 +32,7 @@ class PPO(StageRun):
     """Reinforcement learning against the reward, held near the reference by a KL penalty."""
 
     name = "ppo"
+    learns_from = "prompts"
 
     @property
     def steps(self) -> int:
@@ -80,7 +85,7 @@ class PPO(StageRun):
 
     def _prompts(self, step: int) -> np.ndarray:
         """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
-        first, count, n = (step - 1) * self.ppo.prompts_per_step, self.ppo.prompts_per_step, len(self.prompts)
+        first, count, n = (step - 1) * self.ppo.prompts_per_step, self.ppo.prompts_per_step, self.counts["prompts"].kept
         epochs = range(first // n, (first + count - 1) // n + 1)
         stream = np.concatenate([epoch_order(n, self.config.seed, epoch) for epoch in epochs])
         return stream[first - epochs[0] * n :][:count]
@@ -126,37 +131,43 @@ class PPO(StageRun):
 
     # ------------------------------------------------------------ before and after
 
-    def read(self) -> None:
+    def __init__(self, run: Run, console: Console) -> None:
+        super().__init__(run, console)
         assert self.config.ppo is not None
         self.ppo = self.config.ppo
-        self.prompts = self.rows(self.ppo.prompts, "prompt")
-        held_out = self.ppo.evaluation
-        self.evaluation_prompts = self.rows(held_out.prompts, "prompt") if held_out else []
-        self.ptx_rows = []
-        if self.ppo.ptx:
-            data = self.ppo.ptx.data or (self.config.sft.train if self.config.sft else None)
-            assert data is not None  # RunConfig refuses it
-            self.ptx_rows = self.rows(data, "demonstration")
         self.sources = [source.name for source in self.ppo.rewards]
-        self.reward_models = self.run.reward_models()
         self.kl = make_controller(self.ppo.kl.control)
         self.version = 0
 
+    def inputs(self) -> list[Input]:
+        ppo, sft = self.ppo, self.config.sft
+        prompts = partial(encode_prompts, max_tokens=ppo.max_prompt_tokens, overlong=ppo.overlong)
+        wanted = [Input("prompts", "ppo.prompts", ppo.prompts, "prompt", prompts)]
+        if ppo.evaluation:
+            wanted.append(Input(DATA, "ppo.evaluation.prompts", ppo.evaluation.prompts, "prompt", prompts))
+        if ppo.ptx:
+            data = ppo.ptx.data or (sft.train if sft else None)
+            assert data is not None  # RunConfig refuses it
+            longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
+            encode = partial(
+                encode_demonstrations, max_length=longest, overlong="cut", turns=sft.turns if sft else "all"
+            )
+            wanted.append(Input("sft", "ppo.ptx.data", data, "demonstration", encode))
+        return wanted
+
     def load(self) -> None:
-        """Load models and data; answer the held-out prompts before anything is learnt."""
+        """Load models and data."""
         team, ppo = self.team, self.ppo
-        team.load(self.run.starting_model("ppo"), self.reward_models)
-        for name, rows in (("prompts", self.prompts), (DATA, self.evaluation_prompts)):
-            if rows:
-                team.add_prompts(name, rows)
-        if self.ptx_rows:
-            assert ppo.ptx is not None
-            team.add_data("sft", self.ptx_rows, ["actor"])
-            team.tokenize("actor", "sft", "demonstration", ppo.max_prompt_tokens + self.config.rollout.max_new_tokens)
+        team.load(self.run.starting_model("ppo"), self.run.reward_models())
+        for name in ("prompts", DATA):
+            if name in self.data:
+                team.add_encoded_prompts(name, self.data[name])
+        if ppo.ptx:
+            team.add_data("sft", self.data["sft"], "actor")
             self.ptx_batches = batches(team.lengths["sft"][0], ppo.ptx.batch_size, 1.0, self.config.seed)
 
     def begin(self) -> None:
-        if self.evaluation_prompts:
+        if DATA in self.data:
             self.progress.phase("answering the held-out prompts")
             self._evaluate("before")
 
@@ -176,10 +187,10 @@ class PPO(StageRun):
         return self._evaluate(f"step-{step}") if every and step % every == 0 else {}
 
     def _evaluate(self, when: str) -> dict[str, float]:
-        if not self.evaluation_prompts:
+        if DATA not in self.data:
             return {}
         with self.phase("evaluate"):
-            found = evaluate(self.team, len(self.evaluation_prompts))
+            found = evaluate(self.team, self.counts[DATA].kept)
         found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
         metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
         if when == "before":

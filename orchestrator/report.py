@@ -164,7 +164,7 @@ def _datasets(config: RunConfig) -> list[str]:
     used: list[DatasetSettings] = [stage.train for stage in (config.sft, config.rm) if stage]
     if config.ppo:
         used.append(config.ppo.prompts)
-    return list(dict.fromkeys(data.path + (f" [{data.split}]" if data.split else "") for data in used))
+    return list(dict.fromkeys(data.name + (f" [{data.split}]" if data.split else "") for data in used))
 
 
 def _placement(config: RunConfig) -> str:

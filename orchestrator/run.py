@@ -12,8 +12,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -50,11 +51,14 @@ class Run:
         self.config = config
         self.folder = folder
         _refuse_links(folder)
-        noted = self.read("run.json")
-        self.stages: list[Stage] = list(noted.get("stages", []))
+        known = self.read("run.json")
+        self.stages: list[Stage] = list(known.get("stages", []))
         """What the run was asked for, in order."""
-        self.changes: list[dict[str, Any]] = list(noted.get("changes", []))
+        self.changes: list[dict[str, Any]] = list(known.get("changes", []))
         """Settings with which stages went on that had begun with others: stage, step after which, path -> [old, new]."""
+        started = known.get("started")
+        self.started = datetime.fromisoformat(started) if started else datetime.now().replace(microsecond=0)
+        """When it first began: the date that chat templates write, also after midnight."""
 
     @classmethod
     def begin(cls, config: RunConfig, stages: Sequence[Stage], accept_changes: bool = False) -> Run:
@@ -72,14 +76,20 @@ class Run:
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
 
-    def keep(self) -> None:
-        """Make the folder, and note in it the settings, the stages, what each starts from, and the changes on the way."""
+    def keep(self, forms: Mapping[Stage, str] | None = None) -> None:
+        """Make the folder, and note in it the settings, the stages, what each starts from, and the changes on the way; of stages
+        about to run also the form of their rows."""
         with writing(self.folder):
             save_config(self.config, self.folder / "config.yaml")
-        noted = self.read("run.json")
+        known = self.read("run.json")
         starts = {stage: self._start(stage) for stage in self.stages if not self.finished(stage)}
-        noted |= {"stages": self.stages, "from": noted.get("from", {}) | starts}
-        self.write("run.json", noted | ({"changes": self.changes} if self.changes else {}))
+        noted = {
+            "stages": self.stages,
+            "started": self.started.isoformat(),
+            "forms": known.get("forms", {}) | dict(forms or {}),
+            "from": known.get("from", {}) | starts,
+        }
+        self.write("run.json", known | noted | ({"changes": self.changes} if self.changes else {}))
 
     def chosen(self, config: RunConfig) -> str | None:
         """Go on with settings in which each strategy is named, and note them in the folder. What `auto` became, in words."""
@@ -144,6 +154,8 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the folder, and tidy up after one that was killed. Raises RunError where one is at work."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -227,6 +239,16 @@ class Run:
         rewards = self.reward_models() if stage == "ppo" else {}
         found: dict[str, Any] = {"model": own.get(model, model)}
         return found | ({"rewards": {name: own.get(path, path) for name, path in rewards.items()}} if rewards else {})
+
+    def text_model(self, stage: Stage) -> str:
+        """The model whose tokenizer reads a stage's data: what it starts from, or will, once the SFT stage is finished."""
+        sft = self.owner("sft")
+        return self.starting_model(stage) if sft and sft.finished("sft") else local(self.config.model.path)
+
+    def form(self, stage: Stage) -> str:
+        """text, chat or mixed: what a stage's rows were, plain text or conversations in the chat template."""
+        known: str | None = self.read("run.json").get("forms", {}).get(stage)
+        return known or ("chat" if self.config.chat_template else "text")
 
     # ------------------------------------------------------------ small files
 

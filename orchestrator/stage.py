@@ -14,11 +14,12 @@ import numpy as np
 from ray.exceptions import RayError
 from rich.console import Console
 
-from configs.schema import DatasetSettings, Role, RunConfig
+from configs.schema import ModelSettings, Role, RunConfig
 from orchestrator.calls import together
 from orchestrator.failures import WorkerError
 from orchestrator.integrity import DiskError, whole_folder
 from orchestrator.metrics import Recorder
+from orchestrator.preflight import Input
 from orchestrator.progress import Progress
 from orchestrator.recovery import Recovery
 from orchestrator.run import Run, RunError
@@ -28,7 +29,7 @@ from orchestrator.stopping import StopSignal
 from orchestrator.team import Team
 from placement.plan import Plan
 from placement.shape import Stage as StageName
-from workers.data import Row, RowKind, read_rows
+from workers.data import Counts
 from workers.examine import proportional_memory
 
 
@@ -40,11 +41,17 @@ class StageRun:
     """One stage of a run. Subclasses say what is read, loaded and done."""
 
     name: StageName
+    learns_from: str
+    """Name of the dataset that the stage learns from."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
         self.plan: Plan
         self.seconds: dict[str, float] = {}
+        self.data: dict[str, Any] = {}
+        """Tokenised datasets by name."""
+        self.counts: dict[str, Counts] = {}
+        """What became of their rows."""
         self.team: Team = None  # type: ignore[assignment]  # until it is started
         self.loaded = False
         """Whether the team has all that it needs to begin."""
@@ -71,9 +78,17 @@ class StageRun:
     def steps(self) -> int:
         raise NotImplementedError
 
-    def read(self) -> None:
-        """Read and check all data, before anything starts."""
+    def inputs(self) -> list[Input]:
+        """The datasets that the stage needs; the preflight reads and tokenises them."""
         raise NotImplementedError
+
+    def text_model(self) -> tuple[str, str, ModelSettings]:
+        """Setting, path and settings of the model whose tokenizer reads the data."""
+        return "model", self.run.text_model(self.name), self.config.model
+
+    def take(self, name: str, encoded: Any, counts: Counts) -> None:
+        """Keep a dataset's token ids until they are loaded."""
+        self.data[name], self.counts[name] = encoded, counts
 
     def load(self) -> None:
         """Load models and data into the workers."""
@@ -150,7 +165,7 @@ class StageRun:
     def _start(self) -> None:
         """Workers, models and data; the latest checkpoint, where there is one."""
         self.progress.phase("starting workers")
-        self.team = Team.start(self.config, self.plan, self.recovery, self._changed)
+        self.team = Team.start(self.config, self.plan, self.recovery, self._changed, self.run.started)
         self.progress.phase("loading")
         self.load()
         self.loaded = True
@@ -203,9 +218,6 @@ class StageRun:
 
     def warn(self, text: str) -> None:
         self.progress.note(f"warning: {text}")
-
-    def rows(self, data: DatasetSettings, kind: RowKind) -> list[Row]:
-        return read_rows(data, kind)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
-from configs.schema import BatchSettings, DatasetSettings, ModelSettings, OptimizerSettings, Role
+from configs.schema import BatchSettings, ModelSettings, OptimizerSettings, Role
 from orchestrator.calls import Call
-from orchestrator.run import RunError
+from orchestrator.preflight import Input
+from orchestrator.run import Run, local
 from orchestrator.stage import StageRun
 from orchestrator.team import pretrained
 from workers.batching import Rows
-from workers.data import Row, RowKind, batches
+from workers.data import Counts, DataError, RowKind, batches, encode_demonstrations, encode_preferences
 
 
 class Supervised(StageRun):
@@ -21,6 +25,7 @@ class Supervised(StageRun):
 
     role: Role
     kind: RowKind
+    learns_from = "train"
     train_method: str
     validate_method: str
     settings: BatchSettings
@@ -30,14 +35,20 @@ class Supervised(StageRun):
     def trained(self) -> list[Role]:
         return [self.role]
 
-    def read(self) -> None:
-        self.data: dict[str, list[Row]] = {"train": self.rows(self.settings.train, self.kind)}
-        if self.settings.validation:
-            self.data["validation"] = self.rows(self.settings.validation, self.kind)
+    def encode(self) -> Callable[..., Any]:
+        """What makes token ids of the stage's rows."""
+        raise NotImplementedError
+
+    def inputs(self) -> list[Input]:
+        named = {"train": self.settings.train, "validation": self.settings.validation}
+        return [
+            Input(name, f"{self.name}.{name}", data, self.kind, self.encode()) for name, data in named.items() if data
+        ]
 
     @property
     def steps(self) -> int:
-        return max(1, math.ceil(self.settings.epochs * len(self.data["train"]) / self.settings.batch_size - 1e-9))
+        rows = self.counts["train"].kept
+        return max(1, math.ceil(self.settings.epochs * rows / self.settings.batch_size - 1e-9))
 
     def load(self) -> None:
         optimizer: OptimizerSettings = self.settings.optimizer
@@ -45,14 +56,11 @@ class Supervised(StageRun):
         settings = pretrained(self.model_settings) if path == str(self.run.trained("sft")) else self.model_settings
         group = self.team.groups[self.role]
         self.parameters = group.prepare("load", path, settings, optimizer, self.dropout).get()[0]
-        for name, rows in self.data.items():
-            self.add(name, rows, self.kind)
+        for name in ("train", "validation"):
+            if name in self.data:
+                self.team.add_data(name, self.data[name], self.role)
         lengths, _ = self.team.lengths["train"]
         self.order = batches(lengths, self.settings.batch_size, self.settings.epochs, self.config.seed)
-
-    def add(self, name: str, rows: list[Row], kind: RowKind) -> None:
-        self.team.add_data(name, rows, [self.role])
-        self.team.tokenize(self.role, name, kind, self.settings.max_length)
 
     def step(self, step: int) -> dict[str, float]:
         rows, every = self.order[step - 1], self.settings.validate_every
@@ -96,10 +104,14 @@ class SFT(Supervised):
     kind = "demonstration"
     train_method, validate_method = "train_demonstrations", "demonstration_loss"
 
-    def read(self) -> None:
+    def __init__(self, run: Run, console: Console) -> None:
+        super().__init__(run, console)
         assert self.config.sft is not None
-        self.settings, self.model_settings = self.config.sft, self.config.model
-        super().read()
+        self.settings, self.model_settings, self.turns = self.config.sft, self.config.model, self.config.sft.turns
+
+    def encode(self) -> Callable[..., Any]:
+        most, overlong = self.settings.max_length, self.settings.overlong
+        return partial(encode_demonstrations, max_length=most, overlong=overlong, turns=self.turns)
 
     def shown(self, metrics: dict[str, float]) -> dict[str, float]:
         return metrics | {
@@ -115,28 +127,47 @@ class RewardModel(Supervised):
     kind = "preference"
     train_method, validate_method = "train_pairs", "pair_accuracy"
 
-    def read(self) -> None:
+    def __init__(self, run: Run, console: Console) -> None:
+        super().__init__(run, console)
         settings = self.config.rm
         assert settings is not None
         self.settings, self.model_settings = settings, settings.model or self.config.model
-        self.dropout = settings.dropout
-        super().read()
-        if settings.margin and not any(row.margin for row in self.data["train"]):
-            raise RunError(
-                f"rm.margin: was {settings.margin:g}, but no row of {settings.train.path} has a margin (column `margin`, or "
-                "the one that rm.train.columns names for it); 0 would fit"
+        self.dropout, self.margin = settings.dropout, settings.margin
+        self.normalize_on = settings.normalize_on
+
+    def text_model(self) -> tuple[str, str, ModelSettings]:
+        assert self.config.rm is not None
+        own = self.config.rm.model
+        return ("rm.model", local(own.path), own) if own else super().text_model()
+
+    def take(self, name: str, encoded: Any, counts: Counts) -> None:
+        super().take(name, encoded, counts)
+        if name == "train" and self.margin and not any(pair.margin for pair in encoded):
+            raise DataError(
+                f"no row of {self.settings.train.name} has a margin (column `margin`, or the one that rm.train.columns names for "
+                f"it), but rm.margin was {self.margin:g}; 0 would fit"
             )
-        normalize_on: DatasetSettings | None = settings.normalize_on or (
-            self.config.sft.train if self.config.sft else None
+
+    def encode(self) -> Callable[..., Any]:
+        return partial(encode_preferences, max_length=self.settings.max_length, overlong=self.settings.overlong)
+
+    def inputs(self) -> list[Input]:
+        sft = self.config.sft
+        setting, data = (
+            ("rm.normalize_on", self.normalize_on) if self.normalize_on or not sft else ("sft.train", sft.train)
         )
-        self.demonstrations = self.rows(normalize_on, "demonstration") if normalize_on else []
+        if data is None:
+            return super().inputs()
+        most = self.settings.max_length
+        encode = partial(encode_demonstrations, max_length=most, overlong="cut", turns="last")
+        return [*super().inputs(), Input("demonstrations", setting, data, "demonstration", encode)]
 
     def result(self) -> dict[str, float]:
         numbers = super().result()
-        if not self.demonstrations:
+        if "demonstrations" not in self.data:
             return numbers
-        self.add("demonstrations", self.demonstrations, "demonstration")
-        count = len(self.demonstrations)
+        self.team.add_data("demonstrations", self.data["demonstrations"], "reward")
+        count = len(self.data["demonstrations"])
         rows = np.arange(count - count % len(self.team.groups["reward"]))
         parts = self.team.parts("reward", "demonstrations", rows, self.settings.micro_batch_tokens)
         args = [(part.data, part.micro_batches) for part in parts]

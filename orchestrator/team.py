@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from placement.shape import transport_of
 from placement.site import floor_to
 from placement.turns import by_turns
 from workers.batching import Rows, aligned_micro_batches, balance
-from workers.data import Row
+from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
 from workers.files import copy_files
 from workers.host import Host
 from workers.scored import Scored
@@ -63,8 +64,19 @@ KINDS: dict[Role, str] = {
 class Team:
     """The worker groups of one stage."""
 
-    def __init__(self, config: RunConfig, plan: Plan, recovery: Recovery | None, changed: Changed | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        recovery: Recovery | None,
+        changed: Changed | None,
+        started: datetime | None = None,
+    ) -> None:
         self.config = config
+        self.started = started or datetime.now()
+        """The time that chat templates may write."""
+        self.model = config.model.path
+        """What the actor starts from."""
         self.plan = plan
         self._changed = changed or (lambda team: None)
         self.recovery = recovery or Recovery(config.recovery)
@@ -81,14 +93,19 @@ class Team:
 
     @classmethod
     def start(
-        cls, config: RunConfig, plan: Plan, recovery: Recovery | None = None, changed: Changed | None = None
+        cls,
+        config: RunConfig,
+        plan: Plan,
+        recovery: Recovery | None = None,
+        changed: Changed | None = None,
+        started: datetime | None = None,
     ) -> Team:
         """Reserve the placement groups and start every worker; nothing is loaded yet.
 
         recovery: which failures are survived, and where they are written; none: as the config says, and nowhere.
-        changed: called with the team when there are new workers.
+        changed: called with the team when there are new workers. started: when the run began; none: now.
         """
-        team = cls(config, plan, recovery, changed)
+        team = cls(config, plan, recovery, changed, started)
         try:
             team._places = create_groups(plan, config.name, config.placement.timeout)
             fellows: list[WorkerGroup] = []
@@ -134,7 +151,9 @@ class Team:
         hosted = [
             (
                 "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role],
-                WorkerSpec(self.config, role, rank, first.ranks, device, first.threads, by_turns(self.plan, role)),
+                WorkerSpec(
+                    self.config, role, rank, first.ranks, device, first.threads, by_turns(self.plan, role), self.started
+                ),
             )
             for role in crew
         ]
@@ -255,6 +274,7 @@ class Team:
         groups, ppo = self.groups, self.config.ppo
         assert ppo is not None
         self.version = 0
+        self.model = model
         model, paths = local(model), {name: local(path) for name, path in reward_models.items()}
         actor = pretrained(self.config.model)
         if actor.lora:  # the policy that learns must be the policy that sampled
@@ -275,19 +295,29 @@ class Team:
         self.groups[role].call("export", str(Path(folder).absolute())).get()
 
     def add_prompts(self, name: str, rows: Sequence[Row]) -> None:
-        """Give prompts to the engines, and to the reward role, whose functions get the rows' other columns.
+        """Tokenise prompts and give them to the engines, and to the reward role, whose functions get the rows' other columns.
 
-        Raises WorkerError where a prompt is longer than `ppo.max_prompt_tokens`.
+        Raises DataError where a prompt is longer than `ppo.max_prompt_tokens` and `ppo.overlong` refuses it.
         """
         assert self.config.ppo is not None
-        self.add_data(name, rows, ["rollout", "reward"])
-        lengths = self.groups["rollout"].prepare("tokenize", name, self.config.ppo.max_prompt_tokens).get()[0]
-        self.lengths[name] = (lengths, np.zeros_like(lengths))
+        codec = Codec.load(self.model, self.config, self.config.model, self.started)
+        prompts, _ = encode_prompts(codec, rows, self.config.ppo.max_prompt_tokens, self.config.ppo.overlong)
+        self.add_encoded_prompts(name, prompts)
 
-    def add_data(self, name: str, rows: Sequence[Row], roles: Sequence[Role]) -> None:
-        """Give a dataset to the workers of some roles, through the object store."""
-        ref = ray.put(list(rows))
-        together(*(self.groups[role].prepare("add_rows", name, ref) for role in roles))
+    def add_encoded_prompts(self, name: str, prompts: Prompts) -> None:
+        """The same for prompts that are tokenised already."""
+        self._give(name, prompts.ids, "rollout")
+        self._give(name, prompts.rows, "reward")
+        self.lengths[name] = (prompts.lengths, np.zeros_like(prompts.lengths))
+
+    def add_data(self, name: str, rows: Sequences | Preferences, role: Role) -> None:
+        """Give tokenised demonstrations or preferences to a role's workers, which `parts` then refers to."""
+        self._give(name, rows, role)
+        self.lengths[name] = (rows.lengths, rows.learnt)
+
+    def _give(self, name: str, data: Any, role: Role) -> None:
+        """Through the object store, and to those that replace its workers too."""
+        self.groups[role].prepare("add_rows", name, ray.put(data)).get()
 
     def memory(self) -> dict[Role, int]:
         """Bytes of each role's workers, proportional set size; of a process that serves several roles, each has an equal part."""
@@ -444,10 +474,6 @@ class Team:
             mini_batches=mini_batches,
             update=update,
         )
-
-    def tokenize(self, role: Role, name: str, kind: str, max_length: int) -> None:
-        """Let a role's ranks tokenise a dataset's rows."""
-        self.lengths[name] = self.groups[role].prepare("tokenize", name, kind, max_length).get()[0]
 
     def parts(self, role: Role, name: str, rows: np.ndarray, max_tokens: int) -> list[Part]:
         """Each rank's part of a batch of dataset rows, balanced by tokens."""

@@ -20,7 +20,8 @@ from configs.schema import (
 )
 from orchestrator.calls import Call, WorkerGroup
 from orchestrator.deadlines import Deadlines
-from workers.data import Row
+from tests.models import encoded
+from workers.data import Row, RowKind
 from workers.host import Host
 from workers.sequences import Chunk, Placed
 from workers.work import Part
@@ -100,12 +101,11 @@ DEMONSTRATIONS = [Row(f"{i} and {i} is ", completion=str(2 * i)) for i in range(
 PAIRS = [Row(f"{i} and {i} is ", chosen=str(2 * i), rejected=str(i)) for i in range(16)]
 
 
-def load(group: WorkerGroup, model: Path, kind: str = "demonstration", **settings: Any) -> None:
+def load(group: WorkerGroup, model: Path, kind: RowKind = "demonstration", **settings: Any) -> None:
     """Let a group begin with a model, and give it what `train` trains on. settings: of the model."""
     chosen = ModelSettings.model_validate({"path": str(model)} | settings)
     group.call("load", str(model), chosen, OptimizerSettings(lr=1e-2, weight_decay=0.1)).get()
-    group.call("add_rows", "rows", DEMONSTRATIONS if kind == "demonstration" else PAIRS).get()
-    group.call("tokenize", "rows", kind, 64).get()
+    group.call("add_rows", "rows", encoded(DEMONSTRATIONS if kind == "demonstration" else PAIRS, kind)).get()
 
 
 def train(group: WorkerGroup, step: int, method: str = "train_demonstrations", spoil: str = "") -> dict[str, float]:

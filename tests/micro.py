@@ -45,7 +45,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         "runs": str(folder / "runs"),
         "model": {"path": str(folder / "model")},
         "sft": {"train": rows("sft.jsonl"), "validation": rows("sft.jsonl", 10), "epochs": 4, **supervised},
-        "rm": {"train": rows("pairs.jsonl"), "validation": rows("pairs.jsonl", 10), "epochs": 3, **supervised},
+        "rm": {"train": rows("pairs.jsonl"), "validation": rows("pairs.jsonl", 10), "epochs": 4.5, **supervised},
         "ppo": {
             "prompts": rows("prompts.jsonl"),
             "steps": 6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from workers.data import Codec, Row, RowKind, encode_demonstrations, encode_preferences, encode_prompts
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt", "bloom")
 GROUPED = ("llama", "qwen2", "qwen3")
@@ -39,6 +42,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def encoded(rows: Sequence[Row], kind: RowKind, max_length: int = 64) -> Any:
+    """Rows tokenised as `make_tokenizer` does: Sequences, Preferences, or of prompts their ids."""
+    codec = Codec(make_tokenizer())
+    if kind == "demonstration":
+        return encode_demonstrations(codec, rows, max_length, "cut", "last")[0]
+    if kind == "preference":
+        return encode_preferences(codec, rows, max_length, "cut")[0]
+    return encode_prompts(codec, rows, max_length, "refuse")[0].ids
 
 
 def _settings(architecture: str, grouped: bool) -> dict[str, Any]:

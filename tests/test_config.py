@@ -167,6 +167,22 @@ def test_truth_values(tmp_path: Path, typed: str) -> None:
     assert load_config(write(tmp_path, GOOD), [f"chat_template={typed}"]).chat_template is True
 
 
+def test_a_setting_that_may_be_several_kinds_takes_the_one_that_was_typed(tmp_path: Path) -> None:
+    typed = "{thinking: no, depth: 3, effort: high, version: 010, share: 0.5, quoted: '3'}"
+    config = load_config(write(tmp_path, GOOD), [f"chat_template_args={typed}", "ppo.prompts.path=[2024, ~/b.jsonl]"])
+    assert config.chat_template_args == {
+        "thinking": False,
+        "depth": 3,
+        "effort": "high",
+        "version": "010",
+        "share": "0.5",
+        "quoted": "3",
+    }
+    assert config.ppo is not None and config.ppo.prompts.paths == ["2024", os.path.expanduser("~/b.jsonl")]
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
 @pytest.mark.parametrize("text", ["a: b", "a #b", "- a", "*a", "&a b", "!a", "%a", "@a", "> a", "x, y"])
 def test_signs_of_yaml_mean_nothing_on_the_command_line(tmp_path: Path, text: str) -> None:
     assert load_config(write(tmp_path, GOOD), [f"model.path={text}"]).model.path == text
@@ -250,7 +266,7 @@ BAD: list[tuple[str, str]] = [
     ("temperature=1", "temperature: no such setting; did you mean rollout.temperature?"),
     ("publish.zzz=1", "publish.zzz: no such setting; there are transport, bucket_mib, lora"),
     ("ppo.rewards.0.wight=1", "ppo.rewards.0.wight: no such setting; did you mean weight?"),
-    ("ppo.rewards.0.model=1", "ppo.rewards.0.model: no such setting; there are kind, name, path, weight"),
+    ("ppo.rewards.0.model=1", "ppo.rewards.0.model: no such setting; there are kind, name, path, tokenizer, weight"),
     ("ppo.kl.control={kind: adaptive, horizn: 1}", "ppo.kl.control.horizn: no such setting; did you mean horizon?"),
     ("placement.devices.actr=1", "placement.devices.actr: no such key; did you mean actor?"),
     ("strategies={acto: ddp}", "strategies.acto: no such key; did you mean actor?"),
@@ -293,7 +309,10 @@ BAD: list[tuple[str, str]] = [
         "placement.timeout=1:30.5",
         "placement.timeout: was 1:30.5; must be number > 0, in plain decimal digits (YAML reads 1:30.5 as 90.5)",
     ),
-    ("ppo.prompts=file.jsonl", 'ppo.prompts: was "file.jsonl"; must be settings (path, split, columns, limit)'),
+    (
+        "ppo.prompts=file.jsonl",
+        'ppo.prompts: was "file.jsonl"; must be settings (path, split, configuration, revision, columns, limit)',
+    ),
     ("model.lora=16", "model.lora: was 16; must be settings (rank, alpha, rslora, dora, dropout, targets) or none"),
     (
         "ppo.rewards=model",

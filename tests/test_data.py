@@ -16,7 +16,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from configs.schema import DatasetSettings
-from workers.data import Codec, DataError, Row, RowKind, batches, epoch_order, read_rows
+from workers.data import (
+    Codec,
+    DataError,
+    Row,
+    RowKind,
+    Sequence,
+    batches,
+    encode_demonstrations,
+    epoch_order,
+    read_rows,
+)
 
 USER = {"role": "user", "content": "How was it?"}
 ANSWER = {"role": "assistant", "content": "Good."}
@@ -44,13 +54,17 @@ def refused(path: Path | str, kind: RowKind, **settings: Any) -> list[str]:
 FORMS: list[tuple[RowKind, dict[str, Any], Row]] = [
     ("demonstration", {"prompt": "a", "completion": "b"}, Row("a", completion="b")),
     ("demonstration", {"prompt": "", "completion": "b"}, Row("", completion="b")),
-    ("demonstration", {"prompt": "a", "completion": [ANSWER]}, Row([{"role": "user", "content": "a"}], "Good.")),
-    ("demonstration", {"prompt": [USER], "completion": [ANSWER]}, Row([USER], completion="Good.")),
+    (
+        "demonstration",
+        {"prompt": "a", "completion": [ANSWER]},
+        Row([{"role": "user", "content": "a"}], "Good.", given=1),
+    ),
+    ("demonstration", {"prompt": [USER], "completion": [ANSWER]}, Row([USER], completion="Good.", given=1)),
     ("demonstration", {"messages": [USER, ANSWER, USER, WORSE]}, Row([USER, ANSWER, USER], completion="Bad.")),
     (
         "demonstration",
         {"prompt": "a", "messages": [{**USER, "name": "x"}, ANSWER], "id": 7},
-        Row([USER], completion="Good.", columns={"id": 7}),
+        Row([{**USER, "name": "x"}], completion="Good.", columns={"id": 7}),
     ),
     (
         "preference",
@@ -120,6 +134,11 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
     assert [row.prompt for row in read(path, "prompt")] == ["a\u2028b\x85", "é"]
 
 
+KEYS = (
+    "prompt.0.weight: no such key of a message; there are role, content, name, tool_calls, tool_call_id, "
+    "reasoning_content, reasoning, thinking"
+)
+PART = 'prompt.0.content.0: must be a part of text ({type: text, text: ...}), was {"type": "image_url"}'
 MALFORMED: list[tuple[RowKind, Any, str]] = [
     ("prompt", '{"prompt": "a"', "not JSON: Expecting ',' delimiter at column 15"),
     ("prompt", [1], "must be a mapping of columns, was [1]"),
@@ -141,7 +160,13 @@ MALFORMED: list[tuple[RowKind, Any, str]] = [
         {"prompt": [USER, {"role": "human", "content": "x"}]},
         'prompt.1.role: must be system, developer, user, assistant, tool, was "human"',
     ),
-    ("prompt", {"prompt": [{"role": "user", "content": None}]}, "prompt.0.content: must be text, was null"),
+    (
+        "prompt",
+        {"prompt": [{"role": "user", "content": None}]},
+        'prompt.0: must have role and content, was {"role": "user", "content": null}',
+    ),
+    ("prompt", {"prompt": [{**USER, "weight": 0}]}, KEYS),
+    ("prompt", {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, PART),
     (
         "demonstration",
         {"prompt": "a"},
@@ -184,8 +209,8 @@ MALFORMED: list[tuple[RowKind, Any, str]] = [
     ),
     (
         "preference",
-        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"},
-        'margin: must be a finite number, was "1"',
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"},
+        'margin: must be a finite number, was "much"',
     ),
     (
         "preference",
@@ -243,19 +268,21 @@ def test_splits(tmp_path: Path) -> None:
 
 
 def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rows.csv").write_text("prompt\na\n")
+    (tmp_path / "rows.txt").write_text("prompt\na\n")
     (tmp_path / "rows.parquet").write_text("prompt\na\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()
-    assert refused(tmp_path / "rows.csv", "prompt")[0].startswith("FILE: must be a .jsonl or .parquet file, a folder")
+    assert refused(tmp_path / "rows.txt", "prompt")[0].startswith(
+        "FILE: must be a file that ends in .jsonl, .json, .csv"
+    )
     assert refused(tmp_path / "rows.parquet", "prompt")[0].startswith("FILE: cannot be read as Parquet: ")
     assert refused(tmp_path / "empty.jsonl", "prompt") == ["FILE: has no rows"]
-    assert refused(tmp_path / "folder", "prompt") == ["FILE: a folder that datasets.save_to_disk did not write"]
+    assert refused(tmp_path / "folder", "prompt")[0].startswith("FILE: a folder without data files")
     for missing in ("rows.jsonl", "./nothing", "a/b/c", "/a"):
         assert refused(missing, "prompt") == ["FILE: no such file or folder"]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert refused("nobody/nothing", "prompt")[0].startswith(
-        "FILE: no file or folder here, and not to be had from the hub"
+        "FILE: no file or folder here, and it cannot be loaded from the hub"
     )
 
 
@@ -303,7 +330,7 @@ def test_plain_text(pad_is_eos: bool, adds_bos: bool) -> None:
     plain = tokenizer("the film", add_special_tokens=False)["input_ids"]
     assert codec.prompt_ids("the film") == bos + plain
     assert codec.prompt_ids("") == bos
-    made = codec.sequence("the film", " is good", 100)
+    made = codec.sequence("the film", " is good")
     answer = tokenizer(" is good", add_special_tokens=False)["input_ids"]
     assert made.ids.dtype == np.int32
     assert made.ids.tolist() == bos + plain + answer + [tokenizer.eos_token_id]
@@ -314,13 +341,13 @@ def test_plain_text(pad_is_eos: bool, adds_bos: bool) -> None:
 
 def test_an_empty_answer_is_eos_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     for codec in (Codec(tokenizer, True), Codec(tokenizer, False)):
-        made = codec.sequence("the film", "", 100)
+        made = codec.sequence("the film", "")
         assert made.ids[made.prompt_length :].tolist() == [tokenizer.eos_token_id]
 
 
 def test_eos_within_a_text_ends_it(tokenizer: PreTrainedTokenizerFast) -> None:
     for codec in (Codec(tokenizer, True), Codec(tokenizer, False)):
-        assert codec.sequence("a", "good</s> bad", 100).ids.tolist() == codec.sequence("a", "good", 100).ids.tolist()
+        assert codec.sequence("a", "good</s> bad").ids.tolist() == codec.sequence("a", "good").ids.tolist()
 
 
 def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -328,23 +355,23 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     codec = Codec(tokenizer, chat_template=False)
     expected = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert codec.prompt_ids(conversation) == expected
-    made = codec.sequence(conversation, "Bad.", 200)
+    made = codec.sequence(conversation, "Bad.")
     assert made.ids[: made.prompt_length].tolist() == expected
     assert codec.decode(made.ids[made.prompt_length :], skip_special_tokens=False) == "Bad.</s>"
     wrapped = Codec(tokenizer, chat_template=True)
     assert wrapped.prompt_ids("How was it?") == codec.prompt_ids([USER]) != codec.prompt_ids("How was it?")
-    assert wrapped.sequence("How was it?", "Bad.", 99).ids.tolist() == codec.sequence([USER], "Bad.", 99).ids.tolist()
+    assert wrapped.sequence("How was it?", "Bad.").ids.tolist() == codec.sequence([USER], "Bad.").ids.tolist()
 
 
 def test_chat_templates_that_cannot_be_used() -> None:
     tokenizer = make_tokenizer()
     codec = Codec(tokenizer, chat_template=True)
     tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "<end>")
-    with pytest.raises(DataError, match=r"does not end an answer with the eos token '</s>', but with '.*<end>"):
-        codec.sequence("a", "b", 99)
+    with pytest.raises(DataError, match=r"does not end an answer with an end token \('</s>'\), but with '.*<end>"):
+        codec.sequence("a", "b")
     tokenizer.chat_template = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>")
-    with pytest.raises(DataError, match="otherwise than after its own generation prompt"):
-        codec.sequence("a", "b", 99)
+    with pytest.raises(DataError, match=r"begins every answer with '<think>', and the answer 'b' does not begin so"):
+        codec.sequence("a", "b")
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="refuses messages: roles must alternate"):
         codec.prompt_ids("a")
@@ -361,25 +388,30 @@ def test_tokenizer_without_eos() -> None:
 
 
 PLAIN = Codec(make_tokenizer(), chat_template=False)
-CHAT = Codec(make_tokenizer(), chat_template=True)
 
 
-@given(prompt=st.text(max_size=30), completion=st.text(max_size=30), max_length=st.integers(2, 60), chat=st.booleans())
-def test_cutting(prompt: str, completion: str, max_length: int, chat: bool) -> None:
-    codec = CHAT if chat else PLAIN
-    whole = codec.sequence(prompt, completion, 10**6)
+@given(prompt=st.text(max_size=30), completion=st.text(max_size=30), max_length=st.integers(4, 60))
+def test_cutting_plain_text(prompt: str, completion: str, max_length: int) -> None:
+    whole = PLAIN.sequence(prompt, completion)
     start, end = whole.ids[: whole.prompt_length].tolist(), whole.ids[whole.prompt_length :].tolist()
-    assert start == codec.prompt_ids(prompt), "the engine's prompt"
-    assert end.index(codec.eos) == len(end) - 1, "one eos, at the end"
-    made = codec.sequence(prompt, completion, max_length)
+    assert start == PLAIN.prompt_ids(prompt), "the engine's prompt"
+    assert end.index(PLAIN.end) == len(end) - 1, "one end token, at the end"
+    made = cut(PLAIN, Row(prompt, completion=completion), max_length)
     kept_start, kept_end = made.ids[: made.prompt_length].tolist(), made.ids[made.prompt_length :].tolist()
     assert len(made.ids) == min(max_length, len(whole.ids))
-    assert start[len(start) - len(kept_start) :] == kept_start
+    assert kept_start[:1] == start[:1], "the bos token stays"
+    assert start[len(start) - len(kept_start) + 1 :] == kept_start[1:]
     assert end[: len(kept_end)] == kept_end
     assert kept_end
     assert len(kept_start) >= min(len(start), max_length // 2)
     if kept_end != end:
         assert len(kept_start) == min(len(start), max_length // 2), "the completion is cut last"
+
+
+def cut(codec: Codec, row: Row, max_length: int) -> Sequence:
+    made, counts = encode_demonstrations(codec, [row], max_length, "cut", "all")
+    assert counts.kept == 1
+    return made[0]
 
 
 # ---------------------------------------------------------------- order

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
 from orchestrator.calls import WorkerGroup
 from tests.hosts import Hosts
-from tests.models import make_model
+from tests.models import encoded, make_model
 from workers.data import Row
 
 pytestmark = pytest.mark.slow
@@ -78,8 +78,7 @@ def test_a_scalar_model_is_read_back(hosts: Hosts, tmp_path: Path, lora: LoraSet
     start = make_model(tmp_path / "start", "llama")
     group = group_with(hosts, "open_value", start, lora=lora)
     rows = [Row(prompt="It is ", completion=completion) for completion in ("so bad.", "good", "a film of films")]
-    group.call("add_rows", "sft", rows).get()
-    group.call("tokenize", "sft", "demonstration", 64).get()
+    group.call("add_rows", "sft", encoded(rows, "demonstration")).get()
     moments = group.first("normalize", "sft", [np.arange(3)])
     expected = export(group, tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

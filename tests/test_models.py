@@ -16,8 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from configs.schema import ModelSettings
 from tests.models import ARCHITECTURES, GROUPED, VOCABULARY, WIDTH, make_model
 from workers import models
-from workers.data import Codec, Sequence
-from workers.models import Batch, LanguageModel, ScalarModel, load_hf, load_tokenizer
+from workers.data import Codec, Sequence, load_tokenizer
+from workers.models import Batch, LanguageModel, ScalarModel, load_hf
 
 CPU = torch.device("cpu")
 KINDS = [
@@ -40,7 +40,7 @@ def llama(tmp_path: Path) -> Path:
 def sequences(lengths: list[tuple[int, int]], seed: int = 0, low: int = 0) -> list[Sequence]:
     """Random rows of (prompt, answer) tokens."""
     draw = np.random.default_rng(seed)
-    return [Sequence(draw.integers(low, VOCABULARY, p + a).astype(np.int32), p) for p, a in lengths]
+    return [Sequence.of(draw.integers(low, VOCABULARY, p), draw.integers(low, VOCABULARY, a)) for p, a in lengths]
 
 
 ROWS = sequences([(5, 7), (1, 1), (9, 2), (3, 12), (2, 4)])
@@ -140,7 +140,7 @@ def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: i
     losses[1].backward()
     for batch in batches:
         for ids, length, prompt in zip(batch.ids, batch.lengths, batch.prompt_lengths, strict=True):
-            row = Sequence(ids[:length].numpy().astype(np.int32), int(prompt))
+            row = Sequence.of(ids[:prompt].numpy(), ids[prompt:length].numpy())
             plain_log_probs(plain, row, 1.0)[0].sum().backward()
     same_gradients(ours.hf, plain)
 
@@ -232,7 +232,7 @@ def test_rows_of_one_token_alone_have_no_log_probs(llama: Path) -> None:
 
 
 def test_an_empty_prompt_gives_rows_of_this_kind(llama: Path) -> None:
-    row = Codec(load_tokenizer(str(llama)), chat_template=False).sequence("", "ab", 20)
+    row = Codec(load_tokenizer(str(llama)), chat_template=False).sequence("", "ab")
     assert row.prompt_length == 0
     assert int(Batch([row], CPU).mask.sum()) == 2  # b and eos
 
@@ -312,7 +312,7 @@ def test_the_score_stands_at_the_last_token_whatever_it_is(llama: Path) -> None:
     model = scalar_model(llama)
     model.hf.config.pad_token_id = model.hf.config.eos_token_id = 0
     rows = [
-        Sequence(np.array(ids, np.int32), 2)
+        Sequence.of(ids[:2], ids[2:])
         for ids in ([5, 6, 7, 0], [5, 6, 0, 7, 0], [5, 0, 7, 8, 9, 10], [5, 6, 0, 0, 0], [0, 0, 0])
     ]
     scores = model(Batch(rows, CPU), per_token=False)

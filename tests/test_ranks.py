@@ -25,8 +25,8 @@ from configs.strategies import ZERO, Strategy
 from orchestrator.rollouts import Column, Experience, Rollouts
 from orchestrator.team import Team
 from placement import Cluster, make_plan
-from tests.models import VOCABULARY, make_model
-from workers.data import Row
+from tests.models import VOCABULARY, encoded, make_model
+from workers.data import Row, RowKind
 from workers.models import Batch, LanguageModel, load_hf
 from workers.sequences import Chunk, Placed, Ragged, Sample
 
@@ -172,9 +172,8 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
     tokens = settings.ppo.micro_batch_tokens
     found: dict[str, float] = {}
 
-    def measure(role: Role, name: str, rows: list[Row], kind: str, method: str) -> list[Any]:
-        team.add_data(name, rows, [role])
-        team.tokenize(role, name, kind, 40)
+    def measure(role: Role, name: str, rows: list[Row], kind: RowKind, method: str) -> list[Any]:
+        team.add_data(name, encoded(rows, kind, 40), role)
         parts = team.parts(role, name, np.arange(len(rows)), tokens)
         args = [(part.data, part.micro_batches) if method == "normalize" else (part,) for part in parts]
         results: list[Any] = team.groups[role].scatter(method, args).get()
@@ -207,11 +206,11 @@ def train(team: Team, job: str, experience: Experience, exported: Path, dropout:
     assert settings.ppo is not None
     tokens = settings.ppo.micro_batch_tokens
     group.call("load", settings.model.path, settings.model, ADAM, dropout).get()
+    kind: RowKind
     rows, kind = (pairs(8), "preference") if job == "pairs" else (demonstrations(12), "demonstration")
     name = "sft" if role == "actor" else "pairs"
     if job != "critic":
-        team.add_data(name, rows, [role])
-        team.tokenize(role, name, kind, 40)
+        team.add_data(name, encoded(rows, kind, 40), role)
     steps: list[dict[str, float]] = []
     if job in ("policy", "critic"):
         for step in (1, 2):

@@ -19,11 +19,10 @@ from placement import Cluster
 from tests.hosts import DEADLINES
 from tests.models import VOCABULARY, make_model, make_tokenizer
 from tests.services import Service, says
-from workers.data import Row
+from workers.data import Row, load_tokenizer
 from workers.function_process import FunctionProcess
 from workers.functions import RewardError, find_function
 from workers.host import Host
-from workers.models import load_tokenizer
 from workers.rewards import RewardWorker
 from workers.scored import Scored
 from workers.sequences import Chunk, Placed, Ragged

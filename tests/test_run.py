@@ -223,9 +223,9 @@ def test_resume_goes_on_in_the_folder_that_is_named(tmp_path: Path, override: st
 def test_notes_of_others_in_run_json_are_kept(tmp_path: Path) -> None:
     run = Run.begin(staged(tmp_path), ["sft"])
     run.keep()
-    run.write("run.json", run.read("run.json") | {"started": "now"})
+    run.write("run.json", run.read("run.json") | {"elsewhere": "noted"})
     run.keep()
-    assert run.read("run.json")["started"] == "now"
+    assert run.read("run.json")["elsewhere"] == "noted"
 
 
 # ---------------------------------------------------------------- strategy: auto

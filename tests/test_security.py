@@ -34,7 +34,8 @@ class Model(LlamaForCausalLM):
 def test_code_that_comes_with_a_model_runs_only_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: bool
 ) -> None:
-    from workers.models import load_hf, load_tokenizer
+    from workers.data import load_tokenizer
+    from workers.models import load_hf
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     folder, marker = tmp_path / "model", tmp_path / "it-ran"

@@ -20,7 +20,7 @@ from configs.schema import Role, RunConfig
 from orchestrator.calls import together
 from orchestrator.team import Team
 from placement import Cluster, make_plan
-from tests.models import WIDTH, make_model
+from tests.models import WIDTH, encoded, make_model
 from tests.test_ranks import ADAM, SAMPLES, demonstrations, fake_experience
 from workers.adapters import base_of
 
@@ -80,8 +80,7 @@ def reward_model(team: Team, folder: Path, tmp_path_factory: pytest.TempPathFact
     critic.call("leave", True).get()
     critic.call("load", str(folder), team.config.model, ADAM).get()
     critic.call("add_noise", 0.05, 1).get()
-    team.add_data("rows", demonstrations(12), ["critic"])
-    team.tokenize("critic", "rows", "demonstration", 40)
+    team.add_data("rows", encoded(demonstrations(12), "demonstration", 40), "critic")
     critic.call("normalize", "rows", [np.arange(6)]).get()
     critic.call("export", str(out)).get()
     return out

@@ -9,7 +9,7 @@ import pytest
 
 from configs import RunConfig, load_config
 from configs.schema import ModelSettings
-from orchestrator.checks import check
+from orchestrator.checks import check, check_start
 from orchestrator.history import history
 from orchestrator.planning import planned
 from orchestrator.run import STAGES, Run, RunError
@@ -41,7 +41,9 @@ def settings(name: str, *overrides: str) -> RunConfig:
 
 def begin(name: str, stages: list[Stage], *overrides: str) -> Run:
     run = Run.begin(settings(name, *overrides), stages)
-    check(run, [stage for stage in run.stages if not run.finished(stage)])
+    left = [stage for stage in run.stages if not run.finished(stage)]
+    check_start(run, left)
+    check(run, left)
     return run
 
 
@@ -67,10 +69,8 @@ def test_ppo_takes_both_models(runs: Path) -> None:
     assert run.reward_models() == {"model": str(runs / "a" / "models" / "rm")}
     run.keep()
     models = runs / "a" / "models"
-    assert json.loads((runs / "b" / "run.json").read_text()) == {
-        "stages": ["ppo"],
-        "from": {"ppo": {"model": str(models / "sft"), "rewards": {"model": str(models / "rm")}}},
-    }
+    noted = json.loads((runs / "b" / "run.json").read_text())
+    assert noted["from"] == {"ppo": {"model": str(models / "sft"), "rewards": {"model": str(models / "rm")}}}
     assert history(run.folder) == {"Starts from": "ppo: a/models/sft, a/models/rm"}
 
 
@@ -148,6 +148,8 @@ def test_other_models_and_forms_are_refused(runs: Path) -> None:
     assert refusal("b", ["ppo"], "start_from=runs/a", "chat_template=true") == (
         "chat_template: was True, but runs/a, from where start_from takes the sft model, was trained with False; must be the same"
     )
+    for other in ("system_prompt=Be brief.", "chat_template_args={thinking: false}", "model.end_tokens=[<end>]"):
+        assert refusal("b", ["ppo"], "start_from=runs/a", other).startswith(f"{other.partition('=')[0]}: was ")
 
 
 def test_the_plan_reads_the_shapes_of_the_models_that_are_taken(runs: Path) -> None:

@@ -22,7 +22,7 @@ from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strat
 from orchestrator.calls import WorkerGroup, together
 from orchestrator.failures import WorkerError
 from tests.hosts import Hosts, generate, log_probs
-from tests.models import make_model
+from tests.models import encoded, make_model
 from workers.data import Row
 from workers.work import Part
 
@@ -56,10 +56,10 @@ class Pair:
             self.actor.call("load", str(folder), settings, OptimizerSettings(lr=0.03)),
             self.engine.call("load", str(folder), transport, LENGTH),
         )
-        self.engine.call("add_rows", "prompts", [Row(prompt=text) for text in PROMPTS]).get()
-        self.engine.call("tokenize", "prompts", LENGTH).get()
-        self.actor.call("add_rows", "sft", DEMONSTRATIONS).get()
-        self.completions = self.actor.call("tokenize", "sft", "demonstration", LENGTH).get()[0][1]
+        self.engine.call("add_rows", "prompts", encoded([Row(prompt=text) for text in PROMPTS], "prompt")).get()
+        demonstrations = encoded(DEMONSTRATIONS, "demonstration", LENGTH)
+        self.actor.call("add_rows", "sft", demonstrations).get()
+        self.completions = demonstrations.learnt
 
     def connect(self) -> None:
         self.actor.call("connect", list(self.engine.handles), "object_store", ("", 0)).get()

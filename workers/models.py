@@ -15,11 +15,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from configs.schema import LoraSettings, ModelSettings
@@ -30,6 +28,7 @@ from workers.batching import spans
 class Batch:
     """Sequences of a micro-batch, padded on the right, and where their answers lie.
 
+    rows: have `ids`, `prompt_length` and, of the tokens from there on, `loss_mask`.
     ids: [B, T] int64; lengths, prompt_lengths: [B]; answers have R = max(lengths - prompt_lengths) columns when padded.
     """
 
@@ -42,9 +41,12 @@ class Batch:
         self.attention_mask = (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
         answer_lengths = self.lengths - self.prompt_lengths
         columns = torch.arange(int(answer_lengths.max()))
+        self.mask = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+        for i, r in enumerate(rows):
+            self.mask[i, : len(r.loss_mask)] = torch.as_tensor(r.loss_mask.copy())
         # After an empty prompt nothing stands before the first token: nothing predicts it.
-        self.mask = (columns < answer_lengths[:, None]) & (columns + self.prompt_lengths[:, None] > 0)
-        """[B, R] True on the answers' tokens that have a token before them."""
+        self.mask &= columns + self.prompt_lengths[:, None] > 0
+        """[B, R] True on the tokens that are learnt and have a token before them."""
         self.rows, columns = self.mask.nonzero(as_tuple=True)
         self.before = columns + self.prompt_lengths[self.rows] - 1
         """Position whose hidden state predicts each answer token (flat, like rows)."""
@@ -254,12 +256,13 @@ class ScalarModel(nn.Module):
         return self._at(batch, torch.arange(len(batch.lengths), device=batch.ids.device), batch.lengths - 1)
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Raises ValueError where there is none, for which transformers may give one without tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise ValueError(f"{path}: no tokenizer is here, or one that finds no token in a text")
-    return tokenizer
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence that a model was made for; None where it sets no limit (ALiBi)."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        if isinstance(length := getattr(text, name, None), int):
+            return length
+    return None
 
 
 def load_config(path: str, settings: ModelSettings, scalar: bool) -> PreTrainedConfig:

@@ -56,13 +56,13 @@ class PolicyWorker(Trainer):
 
     def _demonstration_loss(self, part: Part, indices: Rows) -> Tensor:
         """A micro-batch's share of the mean over the batch's completion tokens."""
-        rows = self.sequences[part.data]
+        rows = self.datasets[part.data]
         batch = Batch([rows[i] for i in indices], self.device)
         log_probs, _ = self.module(batch)
         return next_token(log_probs, batch.mask).sum() / part.count
 
     def _seen(self, part: Part, prefix: str = "") -> Arrays:
-        rows = [self.sequences[part.data][i] for indices in part.micro_batches for i in indices]
+        rows = [self.datasets[part.data][i] for indices in part.micro_batches for i in indices]
         return token_rows(rows, prefix) | {f"{prefix}micro_batch": numbered(part.micro_batches)}
 
     # ------------------------------------------------------------ PPO

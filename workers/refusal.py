@@ -14,10 +14,16 @@ Arrays = dict[str, np.ndarray]
 
 
 def token_rows(rows: Sequence[Any], prefix: str = "") -> Arrays:
-    """Rows with `ids` and `prompt_length`: row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its prompt."""
+    """Rows with `ids`, `prompt_length` and `loss_mask`: row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its
+    prompt. `loss_masks` [all ids] is True where a token is learnt."""
     ids = Ragged.of([row.ids for row in rows], np.int32)
-    lengths = np.array([row.prompt_length for row in rows], np.int32)
-    return {f"{prefix}ids": ids.values, f"{prefix}offsets": ids.offsets, f"{prefix}prompt_lengths": lengths}
+    masks = [np.concatenate([np.zeros(row.prompt_length, np.bool_), row.loss_mask]) for row in rows]
+    return {
+        f"{prefix}ids": ids.values,
+        f"{prefix}offsets": ids.offsets,
+        f"{prefix}prompt_lengths": np.array([row.prompt_length for row in rows], np.int32),
+        f"{prefix}loss_masks": Ragged.of(masks, np.bool_).values,
+    }
 
 
 def numbered(micro_batches: list[Rows]) -> np.ndarray:

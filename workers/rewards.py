@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import FunctionSettings, HttpReward, ModelSettings
-from workers.batching import Rows
-from workers.data import Codec
+from configs.schema import FunctionSettings, HttpReward, ModelReward, ModelSettings
+from workers.batching import Rows, micro_batches
+from workers.data import Codec, DataError, Row, Sequence, load_tokenizer
 from workers.endpoint import Endpoint
 from workers.function_process import FunctionProcess
 from workers.functions import RewardError
-from workers.models import ScalarModel, load_tokenizer
+from workers.models import ScalarModel, context_length
 from workers.scored import Scored
 from workers.sequences import Placed, Sample
 from workers.shared import build
@@ -29,6 +29,8 @@ class RewardWorker(Worker):
         super().__init__(spec)
         self.device = torch.device(spec.device)
         self.models: dict[str, ScalarModel] = {}
+        self.codecs: dict[str, Codec] = {}
+        """Of the reward models that read answers with a tokenizer of their own."""
         self.sources: dict[str, FunctionProcess | Endpoint] = {}
 
     def tensors(self) -> Iterator[Tensor]:
@@ -36,10 +38,13 @@ class RewardWorker(Worker):
             yield from model.parameters()
             yield from model.buffers()
 
-    def load(self, tokenizer_path: str, model_paths: dict[str, str]) -> int:
-        """Load the reward models (name -> folder); start the functions and judges. Returns the parameter count."""
+    def load(self, policy: str, model_paths: dict[str, str]) -> int:
+        """Load the reward models (name -> folder); start the functions and judges. Returns the parameter count.
+
+        policy: folder of the model whose answers are scored.
+        """
         self._start_sources()  # functions are imported while the models load
-        self._load_models(tokenizer_path, model_paths)
+        self._load_models(policy, model_paths)
         for source in self.sources.values():
             if isinstance(source, FunctionProcess):
                 source.wait_ready()
@@ -57,34 +62,72 @@ class RewardWorker(Worker):
             elif isinstance(settings, HttpReward):
                 self.sources[settings.name] = Endpoint(settings, place)
 
-    def _load_models(self, tokenizer_path: str, model_paths: dict[str, str]) -> None:
-        trust = self.config.model.trust_remote_code
-        self.codec = Codec(load_tokenizer(tokenizer_path, trust), self.config.chat_template)
+    def _load_models(self, policy: str, model_paths: dict[str, str]) -> None:
+        assert self.config.ppo is not None
+        trust, started = self.config.model.trust_remote_code, self.spec.started
+        self.codec = Codec.load(policy, self.config, self.config.model, started)
+        own = {s.name for s in self.config.ppo.rewards if isinstance(s, ModelReward) and s.tokenizer == "own"}
         for name, path in model_paths.items():
-            if load_tokenizer(path, trust).get_vocab() != self.codec.tokenizer.get_vocab():
-                raise RewardError(
-                    f"reward {name}: {path} has another tokenizer than the policy ({tokenizer_path}), whose tokens it is to score"
-                )
             settings = ModelSettings(path=path, dtype=self.config.model.dtype, trust_remote_code=trust)
+            if name in own:
+                self.codecs[name] = Codec.load(path, self.config, settings, started)
+            elif load_tokenizer(path, trust).get_vocab() != self.codec.tokenizer.get_vocab():
+                raise RewardError(
+                    f"reward {name}: {path} has another tokenizer than the policy ({policy}), whose tokens it is to score; "
+                    "tokenizer: own would fit"
+                )
             hf, _ = build(self.base, path, settings, True, self.config.seed, None)
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
 
     def scores(
-        self, data: str, prompts: np.ndarray, rollouts: Placed, micro_batches: list[Rows], names: list[str]
+        self, data: str, prompts: np.ndarray, rollouts: Placed, batches: list[Rows], names: list[str]
     ) -> dict[str, Scored]:
         """What each of the named sources says of the samples; `prompts` are their rows in the dataset."""
         samples: list[Sample] = rollouts.fetch()
         found = {}
         for name in names:
-            if name in self.models:
-                found[name] = Scored.of(score(self.models[name], samples, micro_batches, self.device).tolist())
+            if name in self.codecs:
+                found[name] = self._score_texts(name, data, prompts, samples)
+            elif name in self.models:
+                found[name] = Scored.of(score(self.models[name], samples, batches, self.device).tolist())
             else:
                 found[name] = self._ask(self.sources[name], data, prompts, samples)
         return found
 
+    def _score_texts(self, name: str, data: str, prompts: np.ndarray, samples: list[Sample]) -> Scored:
+        """Scores of a model that reads answers with its own tokenizer and chat template: decoded, and tokenised again."""
+        assert self.config.ppo is not None
+        model, longest = self.models[name], context_length(self.models[name].hf.config)
+        values, why = np.full(len(samples), np.nan, np.float32), ""
+        sequences: list[Sequence] = []
+        read: list[int] = []
+        for i, (row, sample) in enumerate(zip(prompts, samples, strict=True)):
+            try:
+                sequence = self._read(self.codecs[name], self.datasets[data][row], sample)
+            except DataError as error:
+                why = why or str(error)
+                continue
+            if longest is not None and len(sequence.ids) > longest:
+                why = why or f"an answer has {len(sequence.ids)} tokens with its prompt; the model takes {longest}"
+                continue
+            sequences.append(sequence)
+            read.append(i)
+        if sequences:
+            batches = micro_batches([len(s.ids) for s in sequences], self.config.ppo.micro_batch_tokens)
+            values[read] = score(model, sequences, batches, self.device)
+        return Scored(values, np.zeros(len(samples), bool), why)
+
+    def _read(self, codec: Codec, row: Row, sample: Sample) -> Sequence:
+        """A sample in another codec's tokens; without an end where the answer was cut off."""
+        answer = sample.ids[sample.prompt_length :]
+        sequence = codec.sequence(row.prompt, self.codec.answer_text(answer), row.tools)
+        if answer[-1] in self.codec.ends:
+            return sequence
+        return Sequence(sequence.ids[:-1], sequence.prompt_length, sequence.loss_mask[:-1])
+
     def _ask(self, source: FunctionProcess | Endpoint, data: str, prompts: np.ndarray, samples: list[Sample]) -> Scored:
         rows = [self.datasets[data][i] for i in prompts]
-        answers = [self.codec.decode(s.ids[s.prompt_length :]) for s in samples]
+        answers = [self.codec.answer_text(s.ids[s.prompt_length :]) for s in samples]
         names = dict.fromkeys(key for row in self.datasets[data] for key in row.columns)  # some rows may lack some
         columns = {key: [row.columns.get(key) for row in rows] for key in names}
         return source.score([row.prompt for row in rows], answers, columns)

@@ -17,8 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from configs.schema import LoraSettings
 from workers.checksums import Checksums
-from workers.data import Codec
-from workers.models import load_tokenizer
+from workers.data import end_tokens, load_tokenizer
 from workers.sequences import Chunk, Ragged
 from workers.transfer import ADAPTER_ID
 from workers.work import StaleWeights, Written
@@ -61,8 +60,7 @@ class RolloutWorker(Worker):
             cleanup_dist_env_and_memory()
         settings, model = self.config.rollout, self.config.model
         sends_adapter = self.config.publish.lora == "adapter"
-        self.tokenizer = load_tokenizer(path, model.trust_remote_code)
-        self.codec = Codec(self.tokenizer, self.config.chat_template)
+        self.ends = end_tokens(path, load_tokenizer(path, model.trust_remote_code), model)
         on_gpu = self.spec.device == "cuda"
         memory: dict[str, Any] = (
             {"gpu_memory_utilization": settings.gpu_memory_share}
@@ -72,6 +70,7 @@ class RolloutWorker(Worker):
         args = EngineArgs(
             model=path,
             skip_tokenizer_init=True,
+            generation_config="vllm",  # no end tokens and no sampling settings but those of each request
             trust_remote_code=model.trust_remote_code,
             dtype=model.dtype,
             seed=self.config.seed,
@@ -111,19 +110,6 @@ class RolloutWorker(Worker):
         if self.spec.by_turns and self.engine.is_sleeping():
             self.engine.wake_up(list(parts) or None)
 
-    def tokenize(self, data: str, max_tokens: int) -> np.ndarray:
-        """Token counts of a dataset's prompts, which are kept. Raises ValueError where one is longer than max_tokens."""
-        self.prompts = getattr(self, "prompts", {})
-        self.prompts[data] = [self.codec.prompt_ids(row.prompt) for row in self.datasets[data]]
-        lengths = np.array([len(ids) for ids in self.prompts[data]], np.int32)
-        if lengths.max() > max_tokens:
-            row = int(lengths.argmax())
-            raise ValueError(
-                f"ppo.max_prompt_tokens: prompt {row} of {data} has {lengths[row]} tokens, {max_tokens} are allowed "
-                f"({int((lengths > max_tokens).sum())} of {len(lengths)} prompts are longer)"
-            )
-        return lengths
-
     def generate(
         self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int, version: int | None = None
     ) -> tuple[Chunk, Written]:
@@ -137,7 +123,7 @@ class RolloutWorker(Worker):
             raise StaleWeights(f"{self!r} holds version {self.version}, and was asked to serve {version}")
         self._wake()
         for i, (prompt, sample) in enumerate(zip(prompts.tolist(), samples.tolist(), strict=True)):
-            ids = self.prompts[data][prompt]
+            ids = self.datasets[data].row(prompt).tolist()
             seed = sample_seed(self.config.seed, step, prompt, sample)
             self.engine.add_request(
                 str(i), TokensPrompt(prompt_token_ids=ids), self._sampling(seed), lora_request=self.adapter
@@ -159,7 +145,7 @@ class RolloutWorker(Worker):
             logprobs=0,
             detokenize=False,
             ignore_eos=settings.ignore_eos,
-            stop_token_ids=[] if settings.ignore_eos else [self.tokenizer.eos_token_id],
+            stop_token_ids=[] if settings.ignore_eos else self.ends,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -63,6 +63,11 @@ class Sample:
     log_probs: np.ndarray
     """[answer] float32"""
 
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """[answer] which of the answer's tokens are trained on: all of them."""
+        return np.ones(len(self.ids) - self.prompt_length, np.bool_)
+
 
 @dataclass(frozen=True)
 class Placed:

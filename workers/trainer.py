@@ -10,7 +10,6 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ from configs.strategies import ZERO
 from placement.memory import BUCKET_ELEMENTS
 from workers.adapters import FOLDER as ADAPTER
 from workers.adapters import add_head
-from workers.data import Codec, RowKind, Sequence
+from workers.data import end_tokens, load_tokenizer
 from workers.files import Files, read_files, write_files
 from workers.linear import add_in_place
-from workers.models import LEARNS, LanguageModel, ScalarModel, load_tokenizer
+from workers.models import LEARNS, LanguageModel, ScalarModel
 from workers.nvme import own_folder, read_states, write_states
 from workers.refusal import Arrays
 from workers.sharding import deepspeed_settings, takes_over
@@ -57,15 +56,6 @@ def learning_rate(settings: OptimizerSettings, progress: float) -> float:
     return settings.lr * factor
 
 
-@dataclass(frozen=True)
-class Preference:
-    """A tokenised pair."""
-
-    chosen: Sequence
-    rejected: Sequence
-    margin: float
-
-
 class Trainer(Worker):
     """Builds, trains, saves and exports one model."""
 
@@ -80,7 +70,6 @@ class Trainer(Worker):
         self.model: LanguageModel | ScalarModel
         self.engine: deepspeed.DeepSpeedEngine | None = None
         self.peft: Any = None
-        self.sequences: dict[str, list[Any]] = {}
         self.loss = 0.0
         self.refused: Arrays | None = None
 
@@ -95,7 +84,7 @@ class Trainer(Worker):
     ) -> int:
         """Build the model from a folder; with an optimizer it learns, without it is frozen. Returns its parameter count."""
         self.tokenizer = load_tokenizer(path, settings.trust_remote_code)
-        self.codec = Codec(self.tokenizer, self.config.chat_template)
+        self.ends = end_tokens(path, self.tokenizer, settings)
         self.path, self.settings, self.optimizer_settings = path, settings, optimizer
         self._meet("gloo" if self.device.type == "cpu" else "nccl")
         lora = settings.lora if optimizer else None
@@ -191,33 +180,6 @@ class Trainer(Worker):
             zero3: dict[str, Any] = vars(self.engine.optimizer)
             yield from zero3.get("fp32_partitioned_groups_flat", ())
             yield from filter(torch.is_tensor, (zero3.get("lp_param_buffer"), zero3.get("grad_partitions_flat_buffer")))
-
-    # ------------------------------------------------------------ data
-
-    def tokenize(self, name: str, kind: RowKind, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a dataset's rows, which are kept. Returns two [rows]: tokens that a row brings to a forward pass (the
-        longer sequence, for a preference) and completion tokens (1 for a preference)."""
-        rows = self.datasets[name]
-        made: list[Any]
-        if kind == "preference":
-            made = [
-                Preference(
-                    self.codec.sequence(row.prompt, row.chosen, max_length),
-                    self.codec.sequence(
-                        row.prompt if row.rejected_prompt is None else row.rejected_prompt, row.rejected, max_length
-                    ),
-                    row.margin,
-                )
-                for row in rows
-            ]
-            lengths = [max(len(p.chosen.ids), len(p.rejected.ids)) for p in made]
-            completions = [1] * len(made)
-        else:
-            made = [self.codec.sequence(row.prompt, row.completion, max_length) for row in rows]
-            lengths = [len(s.ids) for s in made]
-            completions = [len(s.ids) - max(s.prompt_length, 1) for s in made]  # nothing predicts a first token
-        self.sequences[name] = made
-        return np.array(lengths), np.array(completions)
 
     # ------------------------------------------------------------ training
 

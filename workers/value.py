@@ -104,7 +104,7 @@ class ValueWorker(Trainer):
         """A micro-batch's share of the mean loss over the batch's pairs; its share of the accuracy goes to `right`."""
         settings = self.config.rm
         assert settings is not None
-        pairs = [self.sequences[part.data][i] for i in indices]
+        pairs = [self.datasets[part.data][i] for i in indices]
         batch = Batch([p.chosen for p in pairs] + [p.rejected for p in pairs], self.device)
         chosen, rejected = self.module(batch, per_token=False).chunk(2)
         margin = settings.margin * torch.tensor([p.margin for p in pairs], device=self.device)
@@ -112,13 +112,13 @@ class ValueWorker(Trainer):
         return pairwise(chosen, rejected, margin, settings.center).sum() / part.count
 
     def _seen(self, part: Part) -> Arrays:
-        pairs = [self.sequences[part.data][i] for indices in part.micro_batches for i in indices]
+        pairs = [self.datasets[part.data][i] for indices in part.micro_batches for i in indices]
         sides = token_rows([p.chosen for p in pairs], "chosen_") | token_rows([p.rejected for p in pairs], "rejected_")
         return sides | {"margins": np.array([p.margin for p in pairs]), "micro_batch": numbered(part.micro_batches)}
 
     def normalize(self, data: str, micro_batches: list[Rows]) -> tuple[float, float]:
         """Give the scores mean 0 and deviation 1 on these sequences. Returns the raw mean and deviation."""
-        rows = self.sequences[data]
+        rows = self.datasets[data]
         mine = np.concatenate(micro_batches)
         scores = score(self.module, rows, micro_batches, self.device)[mine].astype(float)
         moments = {"n": float(len(mine)), "sum": float(scores.sum()), "squares": float((scores**2).sum())}

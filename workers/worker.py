@@ -6,7 +6,8 @@ import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -32,6 +33,8 @@ class WorkerSpec:
     threads: int
     by_turns: bool = False
     """Whether it shares its device with other processes, which hold it by turns."""
+    started: datetime | None = None
+    """When the run began, for chat templates that write the date; none: now."""
 
 
 class Worker:
@@ -41,7 +44,7 @@ class Worker:
         self.spec = spec
         self.config = spec.config
         self.rank = spec.rank
-        self.datasets: dict[str, list] = {}
+        self.datasets: dict[str, Any] = {}
         self.base: SharedBase | None = None
         """The frozen base that the roles of this process share; none: the role is alone in it."""
 
@@ -70,8 +73,9 @@ class Worker:
         if address[0].startswith("127."):
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
 
-    def add_rows(self, name: str, rows: list) -> None:
-        """Keep a dataset's rows (workers.data.Row) under a name."""
+    def add_rows(self, name: str, rows: Any) -> None:
+        """Keep a dataset under a name: tokenised (workers.data.Sequences, Preferences, or the ids of prompts) or, for reward
+        functions, as rows."""
         self.datasets[name] = rows
 
     def tensors(self) -> Iterable[Tensor]:

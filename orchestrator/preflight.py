@@ -1,0 +1,167 @@
+"""The preflight: all that can be known before anything starts, checked in one place, for all stages of a run.
+
+    report = preflight(run, jobs)      reads, tokenises and counts the data of all stages, and looks at every model
+    report.raise_if_refused()          all refusals at once
+
+`troupe check CONFIG` prints the report and starts nothing; every run makes it before its first stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from configs.schema import DatasetSettings, ModelSettings
+from orchestrator.run import Run, RunError
+from placement.shape import Stage
+from workers.data import Codec, Counts, DataError, Row, RowKind, read_rows
+
+
+class Problem(NamedTuple):
+    """Why a run cannot start: the setting's dotted path ("" where the text names it), and what is wrong and what would fit."""
+
+    setting: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.text}" if self.setting else self.text
+
+
+class PreflightError(RunError):
+    """A run that cannot start as asked. `problems` lists everything that is wrong."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, problems)))
+
+
+@dataclass(frozen=True)
+class Input:
+    """A dataset that a stage needs."""
+
+    name: str
+    """What the stage knows it by."""
+    setting: str
+    """Dotted path of its settings."""
+    data: DatasetSettings
+    kind: RowKind
+    encode: Callable[[Codec, list[Row]], tuple[Any, Counts]]
+    """Makes token ids of its rows."""
+
+
+class Job(Protocol):
+    """What the preflight asks of a stage."""
+
+    @property
+    def name(self) -> Stage: ...
+
+    def inputs(self) -> list[Input]: ...
+
+    def text_model(self) -> tuple[str, str, ModelSettings]:
+        """Setting, path and settings of the model whose tokenizer reads the stage's data."""
+
+    def take(self, name: str, encoded: Any, counts: Counts) -> None:
+        """Keep a dataset's token ids."""
+
+
+@dataclass
+class Report:
+    """What a preflight found."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a user should know, though it refuses nothing."""
+    counts: dict[str, Counts] = field(default_factory=dict)
+    """Setting of a dataset -> what became of its rows."""
+    nouns: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def refuse(self, setting: str, text: str) -> None:
+        problem = Problem(setting, text)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    @contextmanager
+    def collecting(self, setting: str = "") -> Iterator[None]:
+        """An error in the block that says what is wrong with the settings becomes a problem of the report."""
+        try:
+            yield
+        except (RunError, ValueError, LookupError, OSError) as error:
+            self.refuse(setting, str(error).strip() or type(error).__name__)
+
+    def raise_if_refused(self) -> None:
+        """Raises PreflightError with all problems."""
+        if self.problems:
+            raise PreflightError(self.problems)
+
+    def lines(self) -> list[str]:
+        """The datasets and the notes, a line each."""
+        width = max(map(len, self.counts), default=0)
+        rows = [f"{setting.ljust(width)}  {c.describe(self.nouns[setting])}" for setting, c in self.counts.items()]
+        return [*rows, *(f"note: {note}" for note in self.notes)]
+
+
+def preflight(run: Run, jobs: Sequence[Job], checks: Callable[[], None]) -> Report:
+    """Check everything, and give the jobs their data. checks: of the settings, raising an error of the first that is wrong."""
+    started, report = time.monotonic(), Report()
+    with report.collecting():
+        checks()
+    readers = _Readers(run)
+    for job in jobs:
+        setting, path, settings = job.text_model()
+        codec: Codec | None = None
+        with report.collecting(setting):
+            codec = readers.codec(path, settings)
+        inputs: list[Input] = []
+        with report.collecting():
+            inputs = job.inputs()
+        for wanted in inputs:
+            with report.collecting(wanted.setting):
+                rows = readers.rows(wanted)
+                if codec is not None:
+                    _encode(report, readers, job, wanted, codec, rows)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _encode(report: Report, readers: _Readers, job: Job, wanted: Input, codec: Codec, rows: list[Row]) -> None:
+    encoded, counts = readers.encoded(wanted, codec, rows)
+    if not counts.kept:
+        raise DataError(f"{wanted.data.name}: no row is left: {counts.describe()}")
+    job.take(wanted.name, encoded, counts)
+    report.counts[wanted.setting] = counts
+    report.nouns[wanted.setting] = {"preference": "pairs", "prompt": "prompts"}.get(wanted.kind, "rows")
+
+
+class _Readers:
+    """Codecs, rows and token ids, each made once."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._codecs: dict[tuple[str, str], Codec] = {}
+        self._rows: dict[tuple[str, str], list[Row]] = {}
+        self._encoded: dict[tuple[Any, ...], tuple[Any, Counts]] = {}
+
+    def codec(self, path: str, settings: ModelSettings) -> Codec:
+        key = path, settings.model_dump_json()
+        if key not in self._codecs:
+            self._codecs[key] = Codec.load(path, self._run.config, settings, self._run.started)
+        return self._codecs[key]
+
+    def rows(self, wanted: Input) -> list[Row]:
+        key = wanted.data.model_dump_json(), wanted.kind
+        if key not in self._rows:
+            self._rows[key] = read_rows(wanted.data, wanted.kind)
+        return self._rows[key]
+
+    def encoded(self, wanted: Input, codec: Codec, rows: list[Row]) -> tuple[Any, Counts]:
+        encode = wanted.encode
+        how = (encode.func, tuple(sorted(encode.keywords.items()))) if isinstance(encode, partial) else (encode,)
+        key = id(codec), id(rows), *how
+        if key not in self._encoded:
+            self._encoded[key] = encode(codec, rows)
+        return self._encoded[key]

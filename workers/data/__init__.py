@@ -1,0 +1,36 @@
+"""Data: rows read and checked, text to token ids, and the order in which rows are trained on. Nothing here needs torch itself."""
+
+from workers.data.encoding import Prompts, Turns, encode_demonstrations, encode_preferences, encode_prompts
+from workers.data.messages import Message, Prompt
+from workers.data.order import batches, epoch_order
+from workers.data.rows import Answer, Row, RowKind, read_rows
+from workers.data.sources import DataError
+from workers.data.templates import ChatTemplate
+from workers.data.tokenization import Codec, end_tokens, load_tokenizer
+from workers.data.tokens import Counts, Preference, Preferences, Sequence, Sequences
+
+__all__ = [
+    "Answer",
+    "ChatTemplate",
+    "Codec",
+    "Counts",
+    "DataError",
+    "Message",
+    "Preference",
+    "Preferences",
+    "Prompt",
+    "Prompts",
+    "Row",
+    "RowKind",
+    "Sequence",
+    "Sequences",
+    "Turns",
+    "batches",
+    "encode_demonstrations",
+    "encode_preferences",
+    "encode_prompts",
+    "end_tokens",
+    "epoch_order",
+    "load_tokenizer",
+    "read_rows",
+]

@@ -1,0 +1,290 @@
+"""Datasets to token ids: rows cut, left out or refused where they are too long, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from configs.schema import Overlong
+from workers.data.messages import Message, Prompt, as_messages
+from workers.data.rows import Answer, Row
+from workers.data.sources import DataError
+from workers.data.templates import Tools
+from workers.data.tokenization import Codec, Exchange, Tokens
+from workers.data.tokens import Counts, Preferences, Sequence, Sequences
+from workers.sequences import Ragged
+
+Turns = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts, and the rows that they were made of."""
+
+    ids: Ragged
+    """int32"""
+    rows: list[Row]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] tokens of each prompt."""
+        return np.diff(self.ids.offsets)
+
+
+def encode_prompts(codec: Codec, rows: Items[Row], max_tokens: int, overlong: Overlong) -> tuple[Prompts, Counts]:
+    """Prompts of at most max_tokens. Raises DataError where one has no tokens, or is too long and `overlong` is refuse."""
+    limit = _Limit(max_tokens, "max_prompt_tokens", overlong, len(rows))
+    with _placed(rows) as placed:
+        texts = [codec.prompt_text(row.prompt, row.tools) for row in placed]
+    tokens = codec.tokens_of(texts)
+    kept: list[Row] = []
+    made: list[np.ndarray] = []
+    counts = Counts(rows=len(rows))
+    with _placed(rows) as placed:
+        for row, text in zip(placed, texts, strict=True):
+            ids = codec.encode_prompt(text, codec.is_chat(row.prompt), tokens)
+            if not ids:
+                raise DataError("prompt: has no tokens, so there is nothing that an engine could answer")
+            counts.longest = max(counts.longest, len(ids))
+            if len(ids) > max_tokens:
+                shorter = limit.allows_cut(row, len(ids)) and _shortened(codec, row.prompt, row.tools, max_tokens)
+                if not shorter:
+                    continue
+                ids = shorter[1]
+                counts.cut += 1
+            kept.append(row)
+            made.append(np.array(ids, np.int32))
+    limit.raise_if_refused()
+    prompts = Prompts(Ragged.of(made, np.int32), kept)
+    return prompts, _counted(counts, codec, kept, prompts.ids.values, learnt=0)
+
+
+def encode_demonstrations(
+    codec: Codec, rows: Items[Row], max_length: int, overlong: Overlong, turns: Turns
+) -> tuple[Sequences, Counts]:
+    """Demonstrations of at most max_length tokens. turns: which turns of the assistant are learnt.
+
+    Raises DataError, with the row's place, where one cannot be tokenised as it will be used, or is too long and refused.
+    """
+    limit = _Limit(max_length, "max_length", overlong, len(rows))
+    with _placed(rows) as placed:
+        exchanges = [_exchange(codec, row, turns) for row in placed]
+    tokens = codec.tokens_of(_texts([exchange for exchange in exchanges if exchange]))
+    kept: list[Row] = []
+    made: list[Sequence] = []
+    counts = Counts(rows=len(rows))
+    with _placed(rows) as placed:
+        for row, exchange in zip(placed, exchanges, strict=True):
+            sequence = (
+                Sequence.of(*codec.encode(exchange, tokens)) if exchange else _all_turns(codec, row, row.prompt, tokens)
+            )
+            counts.longest = max(counts.longest, len(sequence.ids))
+            if len(sequence.ids) > max_length:
+                shorter = limit.allows_cut(row, len(sequence.ids)) and _cut(codec, row, max_length, turns)
+                if not shorter:
+                    continue
+                sequence = shorter
+                counts.cut += 1
+            kept.append(row)
+            made.append(sequence)
+    limit.raise_if_refused()
+    sequences = Sequences.of(made)
+    return sequences, _counted(counts, codec, kept, sequences.ids.values, int(sequences.learnt.sum()))
+
+
+def encode_preferences(
+    codec: Codec, rows: Items[Row], max_length: int, overlong: Overlong
+) -> tuple[Preferences, Counts]:
+    """Pairs, each side at most max_length tokens. What is cut of a prompt is cut for both sides; pairs whose sides have the same
+    tokens are left out. Raises DataError as `encode_demonstrations` does."""
+    limit = _Limit(max_length, "max_length", overlong, len(rows))
+    with _placed(rows) as placed:
+        pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in placed]
+    tokens = codec.tokens_of(_texts([exchange for pair in pairs for exchange in pair]))
+    kept: list[Row] = []
+    made: list[tuple[Sequence, Sequence]] = []
+    counts = Counts(rows=len(rows))
+    with _placed(rows) as placed:
+        for row, pair in zip(placed, pairs, strict=True):
+            sides = [codec.encode(exchange, tokens) for exchange in pair]
+            longest = max(len(prompt) + len(answer) for prompt, answer in sides)
+            counts.longest = max(counts.longest, longest)
+            if longest > max_length:
+                shorter = limit.allows_cut(row, longest) and _cut_pair(codec, row, sides, max_length)
+                if not shorter:
+                    continue
+                sides = shorter
+            chosen, rejected = (Sequence.of(*side) for side in sides)
+            if np.array_equal(chosen.ids, rejected.ids):
+                counts.equal += 1
+                continue
+            counts.cut += longest > max_length
+            kept.append(row)
+            made.append((chosen, rejected))
+    limit.raise_if_refused()
+    chosen_rows, rejected_rows = (Sequences.of([pair[side] for pair in made]) for side in (0, 1))
+    preferences = Preferences(chosen_rows, rejected_rows, np.array([row.margin for row in kept], np.float32))
+    ids = np.concatenate([chosen_rows.ids.values, rejected_rows.ids.values])
+    return preferences, _counted(counts, codec, kept, ids, learnt=len(made))
+
+
+# ---------------------------------------------------------------- parts of it
+
+
+def _exchange(codec: Codec, row: Row, turns: Turns) -> Exchange | None:
+    """A row's texts, or None where earlier turns of its conversation are learnt too."""
+    assert row.completion is not None
+    learnt = row.prompt[row.given :] if turns == "all" and isinstance(row.prompt, list) else []
+    if any(message["role"] == "assistant" for message in learnt):
+        return None
+    return codec.exchange(row.prompt, row.completion, row.tools)
+
+
+def _all_turns(codec: Codec, row: Row, prompt: Prompt, tokens: Tokens) -> Sequence:
+    """A conversation, perhaps without its oldest messages (`prompt`), of which all turns are learnt."""
+    assert row.completion is not None and isinstance(prompt, list)
+    given = max(0, row.given - (len(row.prompt) - len(prompt)))
+    return codec.conversation(prompt, given, row.completion, row.tools, tokens)
+
+
+def _sides(row: Row) -> tuple[tuple[Prompt, Answer], tuple[Prompt, Answer]]:
+    assert row.chosen is not None and row.rejected is not None
+    rejected_prompt = row.prompt if row.rejected_prompt is None else row.rejected_prompt
+    return (row.prompt, row.chosen), (rejected_prompt, row.rejected)
+
+
+def _texts(exchanges: Items[Exchange]) -> Iterator[str]:
+    """The texts whose tokens exchanges need, as a rule."""
+    for exchange in exchanges:
+        yield exchange.before
+        yield exchange.before + exchange.answer
+
+
+def _counted(counts: Counts, codec: Codec, kept: Items[Row], ids: np.ndarray, learnt: int) -> Counts:
+    counts.kept, counts.tokens, counts.learnt = len(kept), len(ids), learnt
+    counts.dropped = counts.rows - counts.kept - counts.equal
+    counts.largest_id = int(ids.max()) if len(ids) else 0
+    counts.conversations = sum(codec.is_chat(row.prompt) for row in kept)
+    return counts
+
+
+@contextmanager
+def _placed(rows: Items[Row]) -> Iterator[Iterator[Row]]:
+    """Rows to be gone through in the block; a DataError there gets the place of the row that it was at."""
+    at = ""
+
+    def each() -> Iterator[Row]:
+        nonlocal at
+        for row in rows:
+            at = row.place
+            yield row
+
+    try:
+        yield each()
+    except DataError as error:
+        raise DataError(f"{at}: {error}" if at else str(error)) from error
+
+
+# ---------------------------------------------------------------- too long
+
+
+class _Limit:
+    """What is done with rows that are longer than a limit."""
+
+    def __init__(self, most: int, setting: str, overlong: Overlong, rows: int) -> None:
+        self.most, self.setting, self.overlong, self.rows = most, setting, overlong, rows
+        self.refused: list[tuple[int, str]] = []
+
+    def allows_cut(self, row: Row, length: int) -> bool:
+        """Whether a longer row is to be cut, not left out. Notes it where it is to be refused."""
+        if self.overlong == "refuse":
+            self.refused.append((length, row.place or "a row"))
+        return self.overlong == "cut"
+
+    def raise_if_refused(self) -> None:
+        if self.refused:
+            length, place = max(self.refused)
+            raise DataError(
+                f"{len(self.refused)} of {self.rows} rows are longer than {self.most} tokens ({self.setting}), the longest has "
+                f"{length} ({place}); `overlong: cut` or `drop` would fit"
+            )
+
+
+def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sequence | None:
+    """A demonstration that is too long: without its oldest turns, then with a shorter prompt, then with a shorter answer."""
+    assert row.completion is not None
+    prompt = row.prompt
+    if isinstance(prompt, list) and turns == "all":
+        while shorter := _without_oldest(prompt):
+            prompt = shorter
+            sequence = _all_turns(codec, row, prompt, codec.tokens_of([]))
+            if len(sequence.ids) <= max_length:
+                return sequence
+    _, answer = codec.encode(codec.exchange(prompt, row.completion, row.tools), codec.tokens_of([]))
+    found = _shortened(codec, prompt, row.tools, max(max_length - len(answer), max_length // 2))
+    return Sequence.of(found[1], answer[: max_length - len(found[1])]) if found else None
+
+
+def _cut_pair(
+    codec: Codec, row: Row, sides: list[tuple[list[int], list[int]]], max_length: int
+) -> list[tuple[list[int], list[int]]] | None:
+    """Both sides within max_length. Equal prompts are cut equally: no length shows which side is better."""
+    room = max(max_length - max(len(answer) for _, answer in sides), max_length // 2)
+    found = [_shortened(codec, prompt, row.tools, room) for prompt, _ in _sides(row)]
+    if None in found:
+        return None
+    return [
+        (prompt, answer[: max_length - len(prompt)])
+        for (_, prompt), (_, answer) in zip(filter(None, found), sides, strict=True)
+    ]
+
+
+def _shortened(codec: Codec, prompt: Prompt, tools: Tools, most: int) -> tuple[Prompt, list[int]] | None:
+    """A prompt of at most so many tokens, and its ids: of text the end; of a conversation the latest turns, then the end of its
+    longest message. None where the template alone is longer."""
+    ids = codec.prompt_ids(prompt, tools)
+    if not codec.is_chat(prompt):
+        kept = min(len(ids), most) - len(codec.bos)
+        return prompt, codec.bos + ids[len(ids) - kept :] if kept > 0 else codec.bos[:most]
+    messages = as_messages(prompt)
+    while len(ids) > most:
+        shorter = _without_oldest(messages)
+        if shorter is None:
+            return _with_less_text(codec, messages, tools, most)
+        messages, ids = shorter, codec.prompt_ids(shorter, tools)
+    return messages, ids
+
+
+def _without_oldest(messages: list[Message]) -> list[Message] | None:
+    """A conversation without its oldest exchange, system messages apart; None where there is one only."""
+    start = next((k for k, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
+    later = [k for k, message in enumerate(messages) if message["role"] == "user" and k > start]
+    return messages[:start] + messages[later[0] :] if later else None
+
+
+def _with_less_text(
+    codec: Codec, messages: list[Message], tools: Tools, most: int
+) -> tuple[list[Message], list[int]] | None:
+    """The messages, the longest of them, system messages apart, cut on the left as far as needed."""
+    at = max(
+        (k for k, message in enumerate(messages) if message["role"] not in ("system", "developer")),
+        key=lambda k: len(messages[k]["content"]),
+        default=0,
+    )
+    text = messages[at]["content"]
+
+    def ending(characters: int) -> list[Message]:
+        return [*messages[:at], {**messages[at], "content": text[len(text) - characters :]}, *messages[at + 1 :]]
+
+    fits, longer = 0, len(text)
+    if len(codec.prompt_ids(ending(fits), tools)) > most:
+        return None
+    while longer - fits > 1:
+        middle = (fits + longer) // 2
+        fits, longer = (middle, longer) if len(codec.prompt_ids(ending(middle), tools)) <= most else (fits, middle)
+    return ending(fits), codec.prompt_ids(ending(fits), tools)

@@ -1,0 +1,148 @@
+"""Tokenised rows: what workers are given to train on, and what was done to the rows on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.sequences import Ragged
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sequence:
+    """A prompt with its answer, or a conversation with several answers."""
+
+    ids: npt.NDArray[np.int32]
+    """[length] end tokens included, unless they were cut off."""
+    prompt_length: int
+    """Tokens before the first that is learnt or scored."""
+    loss_mask: npt.NDArray[np.bool_]
+    """[length - prompt_length] which of the tokens from there on are learnt: those of the assistant."""
+
+    @classmethod
+    def of(cls, prompt: npt.ArrayLike, answer: npt.ArrayLike) -> Sequence:
+        """A prompt's ids and those of an answer of which every token is learnt."""
+        start, end = np.asarray(prompt, np.int32), np.asarray(answer, np.int32)
+        return cls(np.concatenate([start, end]), len(start), np.ones(len(end), np.bool_))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A tokenised pair."""
+
+    chosen: Sequence
+    rejected: Sequence
+    margin: float
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokenised sequences, end to end in a few arrays, so that they travel and are shared cheaply."""
+
+    ids: Ragged
+    """int32"""
+    prompt_lengths: np.ndarray
+    """[rows] int32"""
+    loss_masks: Ragged
+    """bool, of each row's tokens from the prompt's end on"""
+
+    @classmethod
+    def of(cls, rows: Items[Sequence]) -> Sequences:
+        return cls(
+            Ragged.of([row.ids for row in rows], np.int32),
+            np.array([row.prompt_length for row in rows], np.int32),
+            Ragged.of([row.loss_mask for row in rows], np.bool_),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Sequence:
+        return Sequence(self.ids.row(index), int(self.prompt_lengths[index]), self.loss_masks.row(index))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] tokens of each row."""
+        return np.diff(self.ids.offsets)
+
+    @property
+    def learnt(self) -> np.ndarray:
+        """[rows] tokens of each row whose log-probability is learnt; nothing predicts a row's first token."""
+        masks = self.loss_masks
+        sums = np.concatenate([[0], np.cumsum(masks.values)])
+        learnt = sums[masks.offsets[1:]] - sums[masks.offsets[:-1]]
+        first = np.flatnonzero((self.prompt_lengths == 0) & (np.diff(masks.offsets) > 0))
+        learnt[first] -= masks.values[masks.offsets[first]]
+        return learnt
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Tokenised pairs."""
+
+    chosen: Sequences
+    rejected: Sequences
+    margins: np.ndarray
+    """[pairs] float32"""
+
+    def __len__(self) -> int:
+        return len(self.margins)
+
+    def __getitem__(self, index: int) -> Preference:
+        return Preference(self.chosen[index], self.rejected[index], float(self.margins[index]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[pairs] tokens of each pair's longer side."""
+        return np.maximum(self.chosen.lengths, self.rejected.lengths)
+
+    @property
+    def learnt(self) -> np.ndarray:
+        """[pairs] ones: a batch's loss is divided by its pairs."""
+        return np.ones(len(self), np.int64)
+
+
+@dataclass
+class Counts:
+    """What became of a dataset's rows."""
+
+    rows: int = 0
+    """Rows that were read."""
+    kept: int = 0
+    """Rows that are used."""
+    cut: int = 0
+    """Of these, rows that were too long and were shortened."""
+    dropped: int = 0
+    """Rows left out because they are too long."""
+    equal: int = 0
+    """Pairs left out because both answers have the same tokens."""
+    longest: int = 0
+    """Tokens of the longest row, before anything was cut."""
+    largest_id: int = 0
+    """Largest token id."""
+    tokens: int = 0
+    """Tokens of all rows that are used."""
+    learnt: int = 0
+    """Of these, tokens that are learnt (of pairs: their number)."""
+    conversations: int = 0
+    """Rows that went through the chat template."""
+
+    @property
+    def form(self) -> str:
+        """text, chat or mixed: whether rows went through the chat template."""
+        return "text" if not self.conversations else "chat" if self.conversations == self.kept else "mixed"
+
+    def describe(self, noun: str = "rows") -> str:
+        """`8,320 rows, 12 cut, 3 left out as too long, 0.2M tokens, longest 81`."""
+        parts = [f"{self.kept:,} {noun}"]
+        for count, text in (
+            (self.cut, "cut to length"),
+            (self.dropped, "left out as too long"),
+            (self.equal, "left out with two equal answers"),
+        ):
+            if count:
+                parts.append(f"{count:,} {text}")
+        return ", ".join([*parts, f"{self.tokens:,} tokens, longest {self.longest:,}"])
