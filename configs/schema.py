@@ -477,8 +477,9 @@ class PPOSettings(Settings):
     """First steps in which only the critic learns; fewer than `steps`."""
     ptx: PretrainingMix | None = None
     """Pretraining-loss mix."""
-    max_log_prob_gap: PositiveFloat = 0.05
-    """Largest mean |difference| between the engine's and the trainer's log-probabilities; beyond it the run stops."""
+    max_log_prob_gap: PositiveFloat | None = None
+    """Largest mean |difference| between the engine's and the trainer's log-probabilities of a step's answers; beyond it the run
+    stops. none: as `verify` says for the model's dtype."""
     actor_optimizer: OptimizerSettings
     """AdamW of the actor."""
     critic_optimizer: OptimizerSettings | None = None
@@ -592,6 +593,16 @@ class RolloutSettings(Settings):
     """Share of a GPU's memory that an engine may use."""
     compile: bool = False
     """torch.compile and CUDA graphs: slower start, faster generation."""
+
+
+class VerifySettings(Settings):
+    """How near engines and exported folders must come to what the trainer computes. Log-probabilities of a few random tokens are
+    compared: of an engine after loading and after every update, of an exported folder read back from disk."""
+
+    float32: PositiveFloat = 1e-4
+    """Largest mean |difference| in nats per token for models in float32."""
+    bfloat16: PositiveFloat = 0.05
+    """The same for models in bfloat16, whose products are rounded to 8 bits."""
 
 
 class PublishSettings(Settings):
@@ -760,6 +771,8 @@ class RunConfig(Settings):
     """The engines."""
     publish: PublishSettings = PublishSettings()
     """Weights to the engines."""
+    verify: VerifySettings = VerifySettings()
+    """Proof that engines and exported models compute what was trained."""
     offload: OffloadSettings = OffloadSettings()
     """Offload to disk."""
     placement: PlacementSettings = PlacementSettings()
@@ -812,6 +825,10 @@ class RunConfig(Settings):
         if self.model.quantize:
             return f"the engines' own weights are not those that model.quantize={self.model.quantize} makes"
         return None
+
+    def gap_bound(self, model: ModelSettings) -> float:
+        """Largest mean |difference| between log-probabilities of the trainer's model and of an engine or an exported folder."""
+        return self.verify.bfloat16 if model.dtype == "bfloat16" else self.verify.float32
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)

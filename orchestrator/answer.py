@@ -20,6 +20,7 @@ from orchestrator.run import STAGES, Run, RunError
 from placement import Cluster
 from placement.shape import Stage
 from workers.data import Codec, Message, Prompt, Row, encode_prompts, read_rows
+from workers.probe import Probe
 from workers.worker import WorkerSpec, environment
 
 
@@ -69,6 +70,8 @@ class Answerer:
             self.longest = run.config.ppo.max_prompt_tokens if run.config.ppo else 512
             path = str(run.model(stage))
             self.worker.load(path, "object_store", self.longest + rollout.max_new_tokens)
+            if probe := Probe.load(run.model(stage)):
+                self.worker.prove(0, probe)
             self.codec = Codec.load(path, run.config, run.config.model, run.started)
         self.codec.chat_template = self.form == "chat"
 

@@ -346,7 +346,7 @@ REFUSED = (
     "RunError",
     "UnknownNameError",
 )
-FAILED = ("DiskError", "LogProbGapError", "PlacementError", "RefusedError", "WorkerError")
+FAILED = ("DifferentModel", "DiskError", "LogProbGapError", "PlacementError", "RefusedError", "WorkerError")
 EXIT_CODES = dict.fromkeys(REFUSED, 2) | dict.fromkeys(FAILED, 1)
 """By name: the modules of these errors are imported only by the commands that need them."""
 

@@ -13,7 +13,7 @@ PHASES: dict[str, Phase] = {
     **dict.fromkeys(("whereabouts", "address", "join", "load", "connect", "add_rows"), "start"),
     "generate": "generate",
     **dict.fromkeys(("log_probs", "values", "scores", "texts", "memory"), "score"),
-    "publish": "publish",
+    **dict.fromkeys(("publish", "probe", "prove"), "publish"),
     **dict.fromkeys(("save", "restore", "snapshot", "restore_snapshot", "export"), "save"),
 }
 """Method of a worker -> phase; every other method trains."""

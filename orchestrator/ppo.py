@@ -74,7 +74,10 @@ class PPO(StageRun):
         if actor["updates"]:
             with self.phase("publish"):
                 self.version += 1
-                actor["published_mib"] = team.publish(self.version) / 2**20
+                published = team.publish(self.version)
+            actor |= {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
+            self.seconds["prove"] = published.proof_seconds
+            self.seconds["publish"] -= published.proof_seconds
         metrics = self._measure(rollouts, kl, scores, reward) | {"left_out": float(len(reward) - len(kept))}
         metrics |= actor | (critic or {})
         metrics["seconds/step"] = time.monotonic() - started
@@ -103,10 +106,11 @@ class PPO(StageRun):
         return samples[: len(samples) // (unit := self.ppo.mini_batches * math.lcm(*ranks)) * unit]
 
     def _check_gap(self, step: int, gap: float) -> None:
-        if not gap <= self.ppo.max_log_prob_gap:
+        bound = self.ppo.max_log_prob_gap or self.config.gap_bound(self.config.model)
+        if not gap <= bound:
             raise LogProbGapError(
                 f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same "
-                f"tokens (ppo.max_log_prob_gap: {self.ppo.max_log_prob_gap}). The engine does not serve the actor's weights, or "
+                f"tokens (ppo.max_log_prob_gap: {bound:g}). The engine does not serve the actor's weights, or "
                 f"computes in another precision (model.dtype {self.config.model.dtype})."
             )
 

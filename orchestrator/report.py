@@ -434,7 +434,7 @@ def _policy_charts(run: _Run, settings: PPOSettings, show: Callable[..., Chart |
     target = (control.target, "target") if isinstance(control, AdaptiveKL) else None
     sources = run.below("ppo", "reward")
     by_source = {f"reward/{name}": name for name in sources if name not in ("mean", "std")}
-    bound = (settings.max_log_prob_gap, "bound")
+    bound = (settings.max_log_prob_gap or run.config.gap_bound(run.config.model), "bound")
     kl = {"kl": "training", "evaluation/kl": "held out"}
     norms = {"grad_norm/actor": "actor", "grad_norm/critic": "critic"}
     explained = "Share of the returns' variance that the critic predicts; 1 is all."

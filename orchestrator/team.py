@@ -14,8 +14,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -45,10 +47,24 @@ from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
 from workers.files import copy_files
 from workers.host import Host
+from workers.probe import Probe
 from workers.scored import Scored
 from workers.sequences import Placed
-from workers.work import MiniBatch, Part, StaleWeights, Work, Written
+from workers.work import DifferentModel, MiniBatch, Part, StaleWeights, Work, Written
 from workers.worker import WorkerSpec, environment
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What came of an update of the engines."""
+
+    nbytes: int
+    """Bytes of one copy of the weights."""
+    gap: float
+    """Mean |difference| of the probe's log-probabilities between the actor and the engine that is furthest from it."""
+    proof_seconds: float
+    """Seconds that the comparison took."""
+
 
 Changed = Callable[["Team"], None]
 
@@ -280,15 +296,20 @@ class Team:
         if actor.lora:  # the policy that learns must be the policy that sampled
             actor = actor.model_copy(update={"lora": actor.lora.model_copy(update={"dropout": 0.0})})
         critic = next(iter(paths.values()), model)
-        longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
         together(
             groups["actor"].prepare("load", model, actor, ppo.actor_optimizer),
             groups["critic"].prepare("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
             groups["reference"].prepare("load", model, actor, None),
             groups["reward"].prepare("load", model, paths),
-            groups["rollout"].prepare("load", model, self.transport, longest),
+            groups["rollout"].prepare("load", model, self.transport, self._longest),
         )
         self._connect()
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest sequence that an engine takes."""
+        assert self.config.ppo is not None
+        return self.config.ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
 
     def export(self, role: Role, folder: str | Path) -> None:
         """Write a role's model as a plain Hugging Face folder: adapters merged, and the adapter beside it."""
@@ -490,20 +511,30 @@ class Team:
         actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
         address = actor.call("address").get()[0]
         actor.call("connect", engines, self.transport, address).get()
-        if self.config.model.quantize and not self.version:
-            self.publish(0)  # engines start from the folder's weights, of which the actor holds others
+        if not self.version:
+            if not self.config.model.quantize:  # of which the actor holds others than the folder's
+                self._prove(0, self.groups["actor"].call("probe", 0).get()[0])
+            # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
+            self.publish(0)
 
-    def publish(self, version: int) -> int:
-        """Give the actor's weights to every engine under a version. Returns the bytes of one copy.
+    def _prove(self, version: int, probe: Probe) -> float:
+        """Let every engine show that it computes what the actor does; the largest gap. Raises WorkerError."""
+        return max(self.groups["rollout"].call("prove", version, probe).get())
 
-        Engines that die meanwhile are replaced; weights that do not arrive as they were sent are sent once more.
+    def publish(self, version: int) -> Publication:
+        """Give the actor's weights to every engine under a version, and let them show that they compute with them.
+
+        Engines that die meanwhile are replaced; weights that do not arrive as they were sent, or do not compute as the actor's
+        do, are sent once more.
         """
         damaged = 0
         while True:
             try:
-                size = self.groups["actor"].call("publish", version).get()[0]
+                size, probe = self.groups["actor"].call("publish", version).get()[0]
+                started = time.monotonic()
+                gap = self._prove(version, probe)
             except WorkerError as error:
-                if isinstance(error.failure.cause, StaleWeights) and not damaged:
+                if isinstance(error.failure.cause, StaleWeights | DifferentModel) and not damaged:
                     damaged += 1
                     self.recovery.record(error.failure, "sent once more")
                 elif self._only_engines(error):
@@ -512,7 +543,7 @@ class Team:
                     raise
             else:
                 self.version = version
-                return size
+                return Publication(size, gap, probe.seconds + time.monotonic() - started)
 
     def _only_engines(self, error: WorkerError) -> bool:
         """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from workers.policy import PolicyWorker
+from workers.probe import Probe
 from workers.rewards import RewardWorker
 from workers.rollout import RolloutWorker
 from workers.trainer import Trainer
@@ -64,7 +65,7 @@ class DyingPolicy(_DyingTrainer, PolicyWorker):
         self.reach("score")
         return super().log_probs(*args)
 
-    def publish(self, version: int) -> int:
+    def publish(self, version: int) -> tuple[int, Probe]:
         self.reach("publish")
         return super().publish(version)
 
@@ -87,10 +88,18 @@ class DyingRollout(_Dying, RolloutWorker):
         step = self.engine.step
 
         def dying() -> Any:
-            self.reach("generate")
+            if self.generating:
+                self.reach("generate")
             return step()
 
-        self.engine.step = dying
+        self.engine.step, self.generating = dying, False
+
+    def generate(self, *args: Any) -> Any:
+        self.generating = True
+        try:
+            return super().generate(*args)
+        finally:
+            self.generating = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.reach("publish")

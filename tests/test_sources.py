@@ -76,10 +76,11 @@ def test_shards_of_several_splits(tmp_path: Path) -> None:
     for k, split in enumerate(("train", "test")):
         write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", RECORDS[k : k + 1])
     assert read(tmp_path / "data", split="test") == ROWS[1:]
-    for settings, said in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({}, "split: missing; by their names the files are of test, train"),
         ({"split": "validation"}, "split validation: no file's name has it; there are test, train"),
-    ):
+    )
+    for settings, said in wrong:
         with pytest.raises(DataError, match=said):
             read(tmp_path / "data", **settings)
     write(tmp_path / "held-out" / "test" / "0.jsonl")
@@ -124,9 +125,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_settings_of_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("configuration", "revision"):
+    only_hub: tuple[dict[str, Any], ...] = ({"configuration": "main"}, {"revision": "main"})
+    for setting in only_hub:
+        name = next(iter(setting))
         with pytest.raises(DataError, match=f"{name} main: for hub datasets only"):
-            read(write(tmp_path / "a.jsonl"), **{name: "main"})
+            read(write(tmp_path / "a.jsonl"), **setting)
 
     def load(path: str, name: str | None, split: str | None, revision: str | None) -> datasets.Dataset:
         assert (path, name, split, revision) == ("someone/data", "main", "test", "v1")

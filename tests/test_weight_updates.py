@@ -79,7 +79,8 @@ class Pair:
 
     def publish(self) -> int:
         self.version += 1
-        return self.actor.call("publish", self.version).get()[0]
+        size, _ = self.actor.call("publish", self.version).get()[0]
+        return size
 
     def differences(self) -> np.ndarray:
         """|engine - trainer| of the log-probabilities of newly sampled tokens, which bear the published version."""

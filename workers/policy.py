@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from workers import experience
 from workers.advantages import inside
@@ -15,6 +16,7 @@ from workers.batching import Rows
 from workers.kl import kl_estimate
 from workers.losses import masked_sum, next_token, policy_losses
 from workers.models import LEARNS, Batch
+from workers.probe import Probe, sequences
 from workers.refusal import Arrays, numbered, token_rows
 from workers.sending import make_sender
 from workers.sequences import Placed, Ragged
@@ -40,6 +42,23 @@ class PolicyWorker(Trainer):
                     rows[i] = row[mask].numpy()
         kl = [float((sample.log_probs - row).sum()) for sample, row in zip(samples, rows, strict=True)]
         return Ragged.of(rows, np.float32), np.array(kl)
+
+    def says(self, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities [rows, length - 1] of the tokens after the first."""
+        with self.evaluating():
+            log_probs, _ = self.module(Batch(sequences(ids), self.device))
+        said: np.ndarray = log_probs.cpu().numpy()
+        return said
+
+    @torch.no_grad()
+    def read_back(self, folder: str, ids: np.ndarray) -> np.ndarray:
+        """The same of an exported folder, by plain transformers on the host."""
+        dtype, trust = getattr(torch, self.settings.dtype), self.settings.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust).eval()
+        rows = torch.from_numpy(ids).long()
+        log_probs = model(rows).logits[:, :-1].float().log_softmax(-1)
+        said: np.ndarray = log_probs.gather(-1, rows[:, 1:, None]).squeeze(-1).numpy()
+        return said
 
     # ------------------------------------------------------------ demonstrations
 
@@ -168,12 +187,13 @@ class PolicyWorker(Trainer):
         engine_ranks = len(engines) * rollout.tensor_parallel
         self.sender = make_sender(transport, self.client, self.source, self.rank, bucket_bytes, engine_ranks, address)
 
-    def publish(self, version: int) -> int:
-        """Send the weights to every engine under this version. Collective. Returns the bytes of one copy."""
+    def publish(self, version: int) -> tuple[int, Probe]:
+        """Send the weights to every engine under this version. Collective. Returns the bytes of one copy, and what the engines
+        must compute now."""
         self.client.version = version
         with torch.no_grad():
             self.sender.send_weights()
-        return self.source.nbytes
+        return self.source.nbytes, self.probe(version)
 
 
 class _Sums(dict[str, float]):

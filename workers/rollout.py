@@ -18,6 +18,7 @@ from vllm.sampling_params import RequestOutputKind
 from configs.schema import LoraSettings
 from workers.checksums import Checksums
 from workers.data import end_tokens, load_tokenizer
+from workers.probe import Probe
 from workers.sequences import Chunk, Ragged
 from workers.transfer import ADAPTER_ID
 from workers.work import StaleWeights, Written
@@ -58,6 +59,7 @@ class RolloutWorker(Worker):
             del self.engine
             self.adapter = None
             cleanup_dist_env_and_memory()
+        self.longest = max_length
         settings, model = self.config.rollout, self.config.model
         sends_adapter = self.config.publish.lora == "adapter"
         self.ends = end_tokens(path, load_tokenizer(path, model.trust_remote_code), model)
@@ -135,6 +137,30 @@ class RolloutWorker(Worker):
                     answers[int(output.request_id)] = output
         self._sleep()
         return self._chunk(answers)
+
+    def prove(self, version: int, probe: Probe) -> float:
+        """Show that the engine computes what the trainer does: log-probabilities of the same tokens. Returns their gap.
+
+        Raises DifferentModel where it is beyond the bound; the engine then serves nothing until another update succeeds.
+        """
+        probe = probe.within(self.longest - 1)  # beside the one token that an engine cannot but write
+        self._wake()
+        asked = SamplingParams(
+            prompt_logprobs=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        for i, ids in enumerate(probe.ids.tolist()):
+            self.engine.add_request(str(i), TokensPrompt(prompt_token_ids=ids), asked, lora_request=self.adapter)
+        found = np.empty_like(probe.values)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+                    found[int(output.request_id)] = [at[token].logprob for at, token in pairs]
+        self._sleep()
+        served, self.version = self.version, None
+        gap = probe.require(found, self.config.gap_bound(self.config.model), f"{self!r}, version {version},")
+        self.version = served
+        return gap
 
     def _sampling(self, seed: int) -> SamplingParams:
         settings = self.config.rollout

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -29,8 +30,9 @@ from workers.adapters import add_head
 from workers.data import end_tokens, load_tokenizer
 from workers.files import Files, read_files, write_files
 from workers.linear import add_in_place
-from workers.models import LEARNS, LanguageModel, ScalarModel
+from workers.models import LEARNS, LanguageModel, ScalarModel, context_length
 from workers.nvme import own_folder, read_states, write_states
+from workers.probe import LENGTH, Probe, draw
 from workers.refusal import Arrays
 from workers.sharding import deepspeed_settings, takes_over
 from workers.shared import build
@@ -260,6 +262,24 @@ class Trainer(Worker):
         values = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.device)
         return dict(zip(keys, self.total(values).tolist(), strict=True))
 
+    # ------------------------------------------------------------ proof
+
+    def probe(self, version: int) -> Probe:
+        """What the model makes of random tokens, other ones for each version. Collective."""
+        vocabulary = min(len(self.tokenizer), self.model.hf.get_input_embeddings().num_embeddings)
+        longest = context_length(self.model.hf.config)
+        ids = draw(vocabulary, LENGTH if longest is None else min(LENGTH, longest), self.config.seed, version)
+        started = time.monotonic()
+        return Probe(ids, self.says(ids), time.monotonic() - started)
+
+    def says(self, ids: np.ndarray) -> np.ndarray:
+        """What the model says of rows of tokens [rows, length], as a Probe has it. Collective."""
+        raise NotImplementedError
+
+    def read_back(self, folder: str, ids: np.ndarray) -> np.ndarray:
+        """The same, of an exported folder read from disk."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------ saving
 
     def save(self, folder: str) -> None:
@@ -330,7 +350,10 @@ class Trainer(Worker):
             self.restore(folder)
 
     def export(self, folder: str) -> None:
-        """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective."""
+        """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective.
+
+        Raises DifferentModel where what was written, read back, does not compute what this model does.
+        """
         state = {name: tensor.cpu().contiguous() for name, tensor in GatheredWeights(self.model.hf) if self.rank == 0}
         if self.rank == 0:
             os.makedirs(folder, exist_ok=True)
@@ -338,10 +361,13 @@ class Trainer(Worker):
             hf = self.model.hf
             config = copy.copy(hf.config)
             config.architectures = [type(hf).__name__]
+            config.eos_token_id = ends = self.ends[0] if len(self.ends) == 1 else self.ends
             vars(config).pop("quantization_config", None)  # what was written has all its bits
             config.save_pretrained(folder)
             if hf.can_generate():
-                hf.generation_config.save_pretrained(folder)
+                generation = copy.deepcopy(hf.generation_config)
+                generation.eos_token_id = ends  # so that the model stops by itself, in transformers and in vLLM
+                generation.to_json_file(Path(folder) / "generation_config.json")
             self.tokenizer.save_pretrained(folder)
         if self.peft is not None:
             adapter = Path(folder) / ADAPTER
@@ -355,5 +381,10 @@ class Trainer(Worker):
         if self.rank == 0:
             for file in Path(folder).rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors lets its owner alone read it
+        probe = self.probe(0)
+        if self.rank == 0:
+            bound = self.config.gap_bound(self.settings)
+            probe.require(self.read_back(folder, probe.ids), bound, f"the exported model in {folder}")
+            probe.save(Path(folder))
         if self.spec.world_size > 1:
             dist.barrier()

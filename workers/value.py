@@ -14,7 +14,8 @@ from workers import experience
 from workers.advantages import moments
 from workers.batching import Rows
 from workers.losses import explained_variance, masked_sum, pairwise, value_losses
-from workers.models import Batch, ScalarModel
+from workers.models import Batch, ScalarModel, load_hf
+from workers.probe import sequences
 from workers.refusal import Arrays, numbered, token_rows
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
@@ -35,6 +36,15 @@ class ValueWorker(Trainer):
     """One rank of a scalar model."""
 
     scalar = True
+
+    def says(self, ids: np.ndarray) -> np.ndarray:
+        """Scores [rows] at the last tokens."""
+        return score(self.module, sequences(ids), [np.arange(len(ids))], self.device)
+
+    def read_back(self, folder: str, ids: np.ndarray) -> np.ndarray:
+        settings = self.settings.model_copy(update={"init": "pretrained", "quantize": None, "lora": None})
+        model = ScalarModel(load_hf(settings, folder, scalar=True, seed=0))
+        return score(model, sequences(ids), [np.arange(len(ids))], torch.device("cpu"))
 
     # ------------------------------------------------------------ critic
 

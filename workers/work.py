@@ -65,5 +65,9 @@ class Written:
     """Policy version of every token."""
 
 
+class DifferentModel(RuntimeError):
+    """A model that should be the trainer's computes something else."""
+
+
 class StaleWeights(RuntimeError):
     """An engine's weights are not those that the trainer published."""
