@@ -32,9 +32,11 @@ from placement.memory import Model, Sharding
 from placement.phases import ENGINE_RUNTIME, TRAINER_RUNTIME, Work, engine, trainer
 from placement.places import GIB, MIB
 from workers import heap
+from workers.schedule import StageStep
 from workers.worker import WorkerSpec, environment
 
 ROWS, LENGTH, ANSWERS, NEW_TOKENS, KV_CACHE = 4, 256, 16, 64, 0.25
+STEPS = 3
 BOUND = 0.12
 ROLES: dict[str, Role] = {"policy": "actor", "value": "reward", "engine": "rollout"}
 Step = Callable[[int], object]
@@ -236,7 +238,7 @@ def policy(spec: WorkerSpec) -> Step:
     worker.datasets["rows"] = _rows(worker.model.hf.config.vocab_size)
     tokens = ROWS * LENGTH * spec.world_size
     part = Part("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], tokens)
-    return lambda step: worker.train_demonstrations(part, 0.5, (1, step))
+    return lambda step: worker.train_demonstrations(part, StageStep(step, STEPS), (1, step))
 
 
 def value(spec: WorkerSpec) -> Step:
@@ -253,7 +255,7 @@ def value(spec: WorkerSpec) -> Step:
     rows = _rows(worker.model.hf.config.vocab_size)
     worker.datasets["rows"] = [Preference(a, b, 0.0) for a, b in zip(rows, rows[::-1], strict=True)]
     part = Part("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], 2 * ROWS * spec.world_size)
-    return lambda step: worker.train_pairs(part, 0.5, (1, step))
+    return lambda step: worker.train_pairs(part, StageStep(step, STEPS), (1, step))
 
 
 def serving(spec: WorkerSpec) -> Step:
@@ -275,12 +277,12 @@ def serving(spec: WorkerSpec) -> Step:
 
 
 def _watch(step: Step) -> tuple[int, int]:
-    """One step to settle, then two that are measured: bytes at the peak, and held."""
+    """One step to settle, then those that are measured: bytes at the peak, and held."""
     step(1)
     heap.give_back()
     peaks.begin_anew()
-    step(2)
-    step(3)
+    for k in range(2, STEPS + 1):
+        step(k)
     peak = peaks.highest()
     heap.give_back()
     others = peaks.resident() - _proportional()

@@ -179,10 +179,10 @@ class OptimizerSettings(Settings):
     """Decay of the first and the second moment."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    warmup: BelowOne = 0.0
-    """Share of the steps in which the rate rises from 0."""
+    warmup: Fraction = 0.0
+    """Share of the steps in which the rate rises to `lr`, rounded up: of W such steps the first has 1 / W of it, the last all."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate goes on after the warm-up; linear and cosine end at 0."""
+    """How the rate goes on after the warm-up; linear and cosine fall towards 0, which would come one step after the last."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
     refuse_grad_norm: PositiveFloat = 1e5
@@ -201,7 +201,7 @@ class BatchSettings(Settings):
     batch_size: PositiveInt = 32
     """Rows (pairs, for the reward model) in one optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt = 4096
-    """Tokens, padding included, in one forward pass of one rank."""
+    """Tokens, padding included, in one forward pass of one rank; of a pair (for the reward model) both sides count."""
     max_length: PositiveInt = 512
     """Longest sequence in tokens."""
     overlong: Overlong = "cut"
@@ -426,7 +426,7 @@ class PPOSettings(Settings):
     epochs: PositiveInt = 1
     """Passes over a step's samples, in the same mini-batches."""
     mini_batches: PositiveInt = 1
-    """Optimizer steps in one pass."""
+    """Optimizer steps in one pass. Their samples differ by one at most; where too few samples have a score there are fewer."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, in one forward pass of one rank."""
     max_prompt_tokens: PositiveInt = 256
@@ -437,7 +437,7 @@ class PPOSettings(Settings):
     rewards: Annotated[list[Reward], Field(min_length=1)] = [ModelReward()]
     """Sources of the reward; their weighted sum is trained on."""
     max_unscored: Fraction = 0.1
-    """Share of a step's samples that may lack a score; above it the run stops."""
+    """Share of a step's samples that may lack a score; above it the run stops. The others are trained on without them."""
     kl: KLSettings = KLSettings()
     """Penalty for leaving the reference."""
     policy_loss: str = "ppo_clip"
@@ -504,10 +504,10 @@ class PPOSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.sequences_per_step % self.mini_batches:
+        if self.mini_batches > self.sequences_per_step:
             raise ValueError(
-                f"mini_batches: {self.sequences_per_step} sequences (prompts_per_step {self.prompts_per_step} x "
-                f"samples_per_prompt {self.samples_per_prompt}) do not divide by {self.mini_batches}"
+                f"mini_batches: was {self.mini_batches}, but a step has {self.sequences_per_step} sequences (prompts_per_step "
+                f"{self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt}); up to so many would fit"
             )
         return self
 

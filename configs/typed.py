@@ -6,6 +6,7 @@ steps gets the number. Only what is quoted is text for every setting.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Self, get_origin
 
@@ -21,7 +22,6 @@ MOST = 10_000
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT, _NONE, _INTEGER, _FLOAT, _MERGE = (_TAG + name for name in ("str", "null", "int", "float", "merge"))
-_DIGITS = re.compile(r"[-+]?[0-9][0-9_]*")
 
 
 class TooMuch(Exception):
@@ -48,7 +48,8 @@ class Typed(str):
         """Whether people read these digits otherwise than YAML 1.1, in which 010 is octal, and 1:30 is 90."""
         if isinstance(self.value, bool) or self.value is None:
             return False
-        return ":" in self or (bool(_DIGITS.fullmatch(self)) and int(self.replace("_", "")) != self.value)
+        digits = self.lstrip("+-").replace("_", "")
+        return ":" in self or (digits.isdecimal() and digits[0] == "0" and len(digits.lstrip("0")) > 1)
 
 
 def is_none(value: Any) -> bool:
@@ -149,9 +150,11 @@ class _Builder:
                 raise ConstructorError(None, None, f"unknown tag {node.tag.replace(_TAG, '!!')}", node.start_mark)
             return str(node.value)
         try:
-            return Typed(node.value, make(node))
-        except (ValueError, LookupError):  # a tag that the text does not fit, or a number that is too long
+            value = make(node)
+            json.dumps(value)  # a number may be too long for that
+        except (ValueError, LookupError):  # the text does not fit the tag
             return str(node.value)
+        return Typed(node.value, value)
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
         merged: dict[str, Any] = {}

@@ -38,7 +38,7 @@ def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> list[float]
             reference, scores = together(team.log_probs(rollouts), team.scores(rollouts, ["model"]))
             reward = scores["model"].values
             experience = Experience(rollouts, reference, None, reward.clip(-3, 3), KL_COEFFICIENT)
-            metrics = team.train_actor(experience, progress=(step - 1) / ppo.steps, step=step).get()
+            metrics = team.train_actor(experience, step, ppo.steps).get()
             team.publish(version=step)
             rewards.append(float(reward.mean()))
             kl = reference.per_answer.sum() / rollouts.answer_lengths.sum()

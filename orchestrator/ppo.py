@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,6 @@ class PPO(StageRun):
     def step(self, step: int) -> dict[str, float]:
         team, ppo = self.team, self.ppo
         started = time.monotonic()
-        progress = (step - 1) / ppo.steps
         with self.phase("generate"):
             rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
         with self.phase("score"):
@@ -57,34 +56,41 @@ class PPO(StageRun):
         kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
         sane = kl <= ppo.refuse_kl  # nan is not
         learns = step > ppo.warmup_steps and sane
-        kept = self._whole(np.flatnonzero(~np.isnan(reward)))
+        scored = ~np.isnan(reward)
         shaped = np.full(len(reward), np.nan, np.float32)
-        shaped[kept] = shape_scores(reward[kept], rollouts.ended[kept], ppo)
-        experience = Experience(
-            rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step), kept
-        )
+        shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
+        experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
         with self.phase("train"):
-            actor, critic = together(
-                team.train_actor(experience, progress, step, update=learns),
-                team.train_critic(experience, progress, step),
-            )
-        if not actor["refused/actor"]:
-            self._check_gap(step, actor["log_prob_gap"])
-        actor["refused/actor"] += not sane
-        if actor["updates"]:
+            learnt = self._train(step, experience, update=learns)
+        learnt["refused/actor"] += not sane
+        if learnt["updates"]:
             with self.phase("publish"):
                 self.version += 1
                 published = team.publish(self.version)
-            actor |= {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
+            learnt |= {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
             self.seconds["prove"] = published.proof_seconds
             self.seconds["publish"] -= published.proof_seconds
-        metrics = self._measure(rollouts, kl, scores, reward) | {"left_out": float(len(reward) - len(kept))}
-        metrics |= actor | (critic or {})
+        metrics = self._measure(rollouts, kl, scores, reward) | learnt
         metrics["seconds/step"] = time.monotonic() - started
         metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
-        if actor["updates"]:
+        if learnt["updates"]:
             self.kl.update(kl, len(rollouts))
         return metrics | self._evaluation(step)
+
+    def _train(self, step: int, experience: Experience, update: bool) -> dict[str, float]:
+        """What actor and critic report of their updates. Where no answer has a score there is none, and the step says so."""
+        if not len(experience.scored):
+            self.warn(
+                f"step {step}: none of its {len(experience.rollouts)} answers has a score: nothing is learnt from it"
+            )
+            return {"updates": 0.0, "refused/actor": 0.0}
+        actor, critic = together(
+            self.team.train_actor(experience, step, self.steps, update),
+            self.team.train_critic(experience, step, self.steps),
+        )
+        if not actor["refused/actor"]:
+            self._check_gap(step, actor["log_prob_gap"])
+        return actor | (critic or {})
 
     def _prompts(self, step: int) -> np.ndarray:
         """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
@@ -100,11 +106,6 @@ class PPO(StageRun):
         first = (step - 1) * self.ppo.mini_batches
         return [self.ptx_batches[k % len(self.ptx_batches)] for k in range(first, first + self.ppo.mini_batches)]
 
-    def _whole(self, samples: np.ndarray) -> np.ndarray:
-        """As many of the samples as divide among the mini-batches and the ranks."""
-        ranks = [len(self.team.groups[role]) for role in self.trained()]
-        return samples[: len(samples) // (unit := self.ppo.mini_batches * math.lcm(*ranks)) * unit]
-
     def _check_gap(self, step: int, gap: float) -> None:
         bound = self.ppo.max_log_prob_gap or self.config.gap_bound(self.config.model)
         if not gap <= bound:
@@ -118,10 +119,8 @@ class PPO(StageRun):
         self, rollouts: Rollouts, kl: float, scores: dict[str, Scored], reward: np.ndarray
     ) -> dict[str, float]:
         return {
-            "reward/mean": float(np.nanmean(reward)),
-            "reward/std": float(np.nanstd(reward)),
-            **{f"reward/{name}": float(np.nanmean(scored.values)) for name, scored in scores.items()},
-            **{f"reward/{name}_std": float(np.nanstd(scored.values)) for name, scored in scores.items()},
+            **reward_metrics(reward, scores),
+            "left_out": float(np.isnan(reward).sum()),
             **{f"timeouts/{name}": float(scored.timeouts) for name, scored in scores.items()},
             **{f"errors/{name}": float(scored.errors) for name, scored in scores.items()},
             "kl": kl,
@@ -203,3 +202,15 @@ class PPO(StageRun):
 
     def result(self) -> dict[str, float]:
         return {"steps": float(self.steps), **outcome(self.run.folder)}
+
+
+def reward_metrics(reward: np.ndarray, scores: Mapping[str, Scored]) -> dict[str, float]:
+    """Mean and deviation of the reward and of each source over the answers [samples] that it has a number for (nan: it has
+    none); nothing of one that has no number at all."""
+    columns = [("mean", "std", reward), *((name, f"{name}_std", scored.values) for name, scored in scores.items())]
+    metrics: dict[str, float] = {}
+    for mean, deviation, values in columns:
+        known = values[~np.isnan(values)]
+        if len(known):
+            metrics |= {f"reward/{mean}": float(known.mean()), f"reward/{deviation}": float(known.std())}
+    return metrics

@@ -48,9 +48,12 @@ class Experience:
     reference: Column
     values: Column | None
     scores: np.ndarray
-    """[samples] as they are trained on."""
+    """[samples] as they are trained on; nan: no score, so that nothing is learnt from the sample."""
     kl_coefficient: float
     ptx: list[np.ndarray] = field(default_factory=list)
     """Rows of demonstrations beside each mini-batch."""
-    kept: np.ndarray | None = None
-    """Samples that are trained on; none: all."""
+
+    @property
+    def scored(self) -> np.ndarray:
+        """The samples that are trained on: those with a score."""
+        return np.flatnonzero(~np.isnan(self.scores))

@@ -18,6 +18,7 @@ from orchestrator.stage import StageRun
 from orchestrator.team import pretrained
 from workers.batching import Rows
 from workers.data import Counts, DataError, RowKind, batches, encode_demonstrations, encode_preferences
+from workers.schedule import StageStep
 
 
 class Supervised(StageRun):
@@ -30,6 +31,8 @@ class Supervised(StageRun):
     validate_method: str
     settings: BatchSettings
     model_settings: ModelSettings
+    sequences_per_row = 1
+    """Sequences of a row's length that go through the model together."""
     dropout = 0.0
 
     def trained(self) -> list[Role]:
@@ -65,8 +68,8 @@ class Supervised(StageRun):
     def step(self, step: int) -> dict[str, float]:
         rows, every = self.order[step - 1], self.settings.validate_every
         with self.phase("train"):
-            progress, seed = (step - 1) / self.steps, (self.config.seed, step)
-            metrics = self.call(self.train_method, "train", rows, progress, seed).get()
+            at, seed = StageStep(step, self.steps), (self.config.seed, step)
+            metrics = self.call(self.train_method, "train", rows, at, seed).get()
         tokens = float(self.team.lengths["train"][0][rows].sum())
         metrics["tokens_per_second"] = tokens / self.seconds["train"]
         if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
@@ -75,15 +78,13 @@ class Supervised(StageRun):
         return self.shown(metrics) | self.spent()
 
     def validate(self) -> dict[str, float]:
-        """Metrics of all validation rows (of as many as divide among the ranks)."""
-        count = len(self.data["validation"])
-        rows = np.arange(count - count % len(self.team.groups[self.role]))
-        found = self.call(self.validate_method, "validation", rows).get()
+        """Metrics of all validation rows."""
+        found = self.call(self.validate_method, "validation", np.arange(len(self.data["validation"]))).get()
         self.validated = {f"validation/{name}": value for name, value in self.shown(found).items()}
         return self.validated
 
     def call(self, method: str, data: str, rows: Rows, *args: Any) -> Call[dict[str, float]]:
-        parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens)
+        parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens // self.sequences_per_row)
         work = float(self.team.lengths[data][0][rows].sum())
         return self.team.groups[self.role].scatter(
             method, [(part, *args) for part in parts], work=work, then=lambda results: results[0]
@@ -126,6 +127,8 @@ class RewardModel(Supervised):
     role = "reward"
     kind = "preference"
     train_method, validate_method = "train_pairs", "pair_accuracy"
+    sequences_per_row = 2
+    """Both sides of a pair, padded to the longer one."""
 
     def __init__(self, run: Run, console: Console) -> None:
         super().__init__(run, console)
@@ -167,8 +170,7 @@ class RewardModel(Supervised):
         if "demonstrations" not in self.data:
             return numbers
         self.team.add_data("demonstrations", self.data["demonstrations"], "reward")
-        count = len(self.data["demonstrations"])
-        rows = np.arange(count - count % len(self.team.groups["reward"]))
+        rows = np.arange(len(self.data["demonstrations"]))
         parts = self.team.parts("reward", "demonstrations", rows, self.settings.micro_batch_tokens)
         args = [(part.data, part.micro_batches) for part in parts]
         call: Call[list[tuple[float, float]]] = self.team.groups["reward"].scatter("normalize", args)

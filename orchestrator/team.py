@@ -43,11 +43,12 @@ from placement.plan import Plan
 from placement.shape import transport_of
 from placement.site import floor_to
 from placement.turns import by_turns
-from workers.batching import Rows, aligned_micro_batches, balance
+from workers.batching import Rows, aligned_micro_batches, balance, mini_batches
 from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
 from workers.files import copy_files
 from workers.host import Host
 from workers.probe import Probe
+from workers.schedule import StageStep
 from workers.scored import Scored
 from workers.sequences import Placed
 from workers.work import DifferentModel, MiniBatch, Part, StaleWeights, Work, Written
@@ -227,6 +228,8 @@ class Team:
             together(*calls)
         if "rollout" in self.groups and lost.keys() & {"actor", "rollout"}:
             self._connect()
+            if not self.version:
+                self.publish(0)
 
     def _due(self, error: WorkerError) -> list[Rank]:
         """The casualties that were not replaced since, because of another error that named them too."""
@@ -304,6 +307,10 @@ class Team:
             groups["rollout"].prepare("load", model, self.transport, self._longest),
         )
         self._connect()
+        if not self.config.model.quantize:  # then the actor has other weights than the folder
+            self._prove(0, groups["actor"].call("probe", 0).get()[0])
+        # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
+        self.publish(0)
 
     @property
     def _longest(self) -> int:
@@ -426,36 +433,33 @@ class Team:
         return self.groups["reward"].first("texts", rollouts.placed)
 
     def _shards(self, role: Role, lengths: np.ndarray) -> tuple[list[Rows], list[list[Rows]]]:
-        """Samples of each rank and its micro-batches of them, balanced by tokens.
-
-        Ranks work in lockstep on equally many samples: where they do not divide, the first samples are scored twice.
-        """
+        """Samples of each rank and its micro-batches of them, balanced by tokens."""
         assert self.config.ppo is not None
-        ranks = len(self.groups[role])
-        rows = np.resize(np.arange(len(lengths)), -(-len(lengths) // ranks) * ranks)
-        shards = [rows[part] for part in balance(lengths[rows], ranks)]
+        shards = balance(lengths, len(self.groups[role]))
         return shards, aligned_micro_batches([lengths[s] for s in shards], self.config.ppo.micro_batch_tokens)
 
     # ------------------------------------------------------------ training
 
-    def train_actor(
-        self, experience: Experience, progress: float, step: int, update: bool = True
-    ) -> Call[dict[str, float]]:
-        """The policy's updates of a step. Without `update` the weights stay and only the log-prob gap is measured."""
-        return self._train("actor", "train_answers", experience, progress, step, update)
+    def train_actor(self, experience: Experience, step: int, steps: int, update: bool = True) -> Call[dict[str, float]]:
+        """The policy's updates of a step, counted from 1, of as many as the learning rate's schedule is to have.
 
-    def train_critic(self, experience: Experience, progress: float, step: int) -> Call[dict[str, float]] | None:
-        """The critic's updates of a step, where there is a critic."""
+        Each sample that has a score is trained on once per epoch. Without `update` the weights stay and only the log-prob gap
+        is measured. Raises ValueError where no sample has a score.
+        """
+        return self._train("actor", "train_answers", experience, StageStep(step, steps), update)
+
+    def train_critic(self, experience: Experience, step: int, steps: int) -> Call[dict[str, float]] | None:
+        """The critic's updates of a step, where there is a critic. See `train_actor`."""
         if "critic" not in self.groups:
             return None
-        return self._train("critic", "train_values", experience, progress, step, True)
+        return self._train("critic", "train_values", experience, StageStep(step, steps), True)
 
     def _train(
-        self, role: Role, method: str, experience: Experience, progress: float, step: int, update: bool
+        self, role: Role, method: str, experience: Experience, at: StageStep, update: bool
     ) -> Call[dict[str, float]]:
-        works = self._works(role, experience, step, update)
-        seed = (self.config.seed, step)
-        args = [(work, progress, seed) for work in works]
+        works = self._works(role, experience, at.step, update)
+        seed = (self.config.seed, at.step)
+        args = [(work, at, seed) for work in works]
         tokens = float(experience.rollouts.lengths.sum())
         return self.groups[role].scatter(method, args, work=tokens, then=lambda results: results[0])
 
@@ -463,11 +467,14 @@ class Team:
         """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
         ppo, rollouts, ranks = self.config.ppo, experience.rollouts, len(self.groups[role])
         assert ppo is not None
-        kept = np.arange(len(rollouts)) if experience.kept is None else experience.kept
-        order = np.random.default_rng((self.config.seed, step)).permutation(kept)
+        if not len(experience.scored):
+            raise ValueError(
+                f"step {step}: none of the {len(rollouts)} samples has a score: there is nothing to train on"
+            )
+        order = np.random.default_rng((self.config.seed, step)).permutation(experience.scored)
         mine: list[list[Rows]] = [[] for _ in range(ranks)]
         minis: list[list[MiniBatch]] = [[] for _ in range(ranks)]
-        for k, samples in enumerate(np.split(order, ppo.mini_batches)):
+        for k, samples in enumerate(mini_batches(order, ppo.mini_batches)):
             shards = [samples[part] for part in balance(rollouts.lengths[samples], ranks)]
             micro_batches = aligned_micro_batches([rollouts.lengths[s] for s in shards], ppo.micro_batch_tokens)
             ptx = (
@@ -484,7 +491,7 @@ class Team:
             self._work(experience, np.concatenate(rows), mini, update) for rows, mini in zip(mine, minis, strict=True)
         ]
 
-    def _work(self, experience: Experience, rows: Rows, mini_batches: list[MiniBatch], update: bool) -> Work:
+    def _work(self, experience: Experience, rows: Rows, minis: list[MiniBatch], update: bool) -> Work:
         return Work(
             rollouts=experience.rollouts.placed.take(rows),
             reference=experience.reference.placed.take(rows),
@@ -492,7 +499,7 @@ class Team:
             scores=experience.scores[rows].astype(np.float32),
             groups=experience.rollouts.prompts[rows],
             kl_coefficient=experience.kl_coefficient,
-            mini_batches=mini_batches,
+            mini_batches=minis,
             update=update,
         )
 
@@ -511,11 +518,6 @@ class Team:
         actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
         address = actor.call("address").get()[0]
         actor.call("connect", engines, self.transport, address).get()
-        if not self.version:
-            if not self.config.model.quantize:  # of which the actor holds others than the folder's
-                self._prove(0, self.groups["actor"].call("probe", 0).get()[0])
-            # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
-            self.publish(0)
 
     def _prove(self, version: int, probe: Probe) -> float:
         """Let every engine show that it computes what the actor does; the largest gap. Raises WorkerError."""

@@ -271,30 +271,30 @@ def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory]
 
 
 def _work(role: Role, config: RunConfig, plan: Plan) -> Work:
-    """The largest pass: a micro-batch, or one row where that is longer. Of a pair both answers are in one pass."""
+    """The largest pass: a micro-batch, or one row where that is longer."""
     if plan.stage == "ppo":
         assert config.ppo is not None
         length = config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
         if role == "actor" and config.ppo.ptx and config.sft:
             length = max(length, config.sft.max_length)
-        rows, limit, sides = plan.batch.sequences, config.ppo.micro_batch_tokens, 1
+        row, rows, limit = length, plan.batch.sequences, config.ppo.micro_batch_tokens
     else:
         batches = config.sft if plan.stage == "sft" else config.rm
         assert batches is not None
         length, rows, limit = batches.max_length, plan.batch.prompts, batches.micro_batch_tokens
-        sides = 2 if plan.stage == "rm" else 1
-    tokens = max(length, min(limit, -(-rows // plan.roles[role].ranks) * length))
+        row = longest_row(config, plan.stage)
+    tokens = max(row, min(limit, -(-rows // plan.roles[role].ranks) * row))
     settings = model_settings(config, plan.stage)
-    return Work(sides * tokens, length, settings.gradient_checkpointing, settings.activation_offload)
+    return Work(tokens, length, settings.gradient_checkpointing, settings.activation_offload)
 
 
 def longest_row(config: RunConfig, stage: Stage) -> int:
-    """Tokens of the longest row: a smaller micro-batch changes nothing."""
+    """Tokens of the longest row, of a pair those of both sides: a smaller micro-batch changes nothing."""
     if stage == "ppo":
         assert config.ppo is not None
         return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
     length: int = getattr(config, stage).max_length
-    return length
+    return 2 * length if stage == "rm" else length
 
 
 # ---------------------------------------------------------------- sums

@@ -88,7 +88,7 @@ class BatchPlan:
     mini_batches: int
     epochs: float
     per_rank: dict[Role, int]
-    """Trained role -> rows of one optimizer step on each of its ranks."""
+    """Trained role -> rows of one optimizer step on one of its ranks, at most."""
     words: tuple[str, ...] = field(repr=False)
     """The same in sentences."""
 

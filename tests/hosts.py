@@ -23,6 +23,7 @@ from orchestrator.deadlines import Deadlines
 from tests.models import encoded
 from workers.data import Row, RowKind
 from workers.host import Host
+from workers.schedule import StageStep
 from workers.sequences import Chunk, Placed
 from workers.work import Part
 from workers.worker import WorkerSpec, environment
@@ -114,7 +115,9 @@ def train(group: WorkerGroup, step: int, method: str = "train_demonstrations", s
         group.scatter("spoil", [("",)] * (len(group) - 1) + [(spoil,)]).get()
     rows = np.random.default_rng(step).permutation(16)[:8].reshape(len(group), 2, -1)
     parts = [Part("rows", list(mine), 30) for mine in rows]
-    results: list[dict[str, float]] = group.scatter(method, [(part, 0.5, (1, step)) for part in parts]).get()
+    results: list[dict[str, float]] = group.scatter(
+        method, [(part, StageStep(1, 1), (1, step)) for part in parts]
+    ).get()
     for other in results[1:]:
         assert str(other) == str(results[0]), "every rank reports the whole"  # as text, in which NaN is like NaN
     return results[0]

@@ -69,6 +69,17 @@ def broken(prompts: list[str], answers: list[str], **columns: list[Any]) -> list
     raise ZeroDivisionError("of the reward's own")
 
 
+_calls = 0
+
+
+def fewer_and_fewer(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float | None]:
+    """Has a score for every answer in its first call, for all but the first in its second, for none in its third; and again."""
+    global _calls
+    _calls += 1
+    missing = {1: 0, 2: 1, 0: len(answers)}[_calls % 3]
+    return [None] * missing + [1.0] * (len(answers) - missing)
+
+
 # ---------------------------------------------------------------- what a process may do to its owner
 
 

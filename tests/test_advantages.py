@@ -1,6 +1,9 @@
 """Advantages against loops over time in float64."""
 
 from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,12 +141,15 @@ def test_order_of_rows_does_not_matter(estimator: Estimator, batch: Batch, gamma
         torch.testing.assert_close(x[order], y, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_two_ranks_are_one(estimator: Estimator) -> None:
-    batch = Batch(seed=7, rows=5, columns=9)
+def on_ranks(batch: Batch, cuts: list[int], compute: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+    """What ranks with unequal parts of the rows compute, put together again. compute(part, total): as one rank does it, which
+    may call `total` once."""
+    parts = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), len(batch.mask)])]
     shards = [
-        (batch.rewards[rows], batch.values[rows], batch.mask[rows], 0.9, 0.8, batch.groups[rows])
-        for rows in (slice(0, 2), slice(2, 5))
+        SimpleNamespace(
+            rewards=batch.rewards[rows], values=batch.values[rows], mask=batch.mask[rows], groups=batch.groups[rows]
+        )
+        for rows in parts
     ]
     sums: list[Tensor] = []
 
@@ -152,11 +158,36 @@ def test_two_ranks_are_one(estimator: Estimator) -> None:
         return x
 
     for shard in shards:
-        estimator(*shard, total=note)
-    ranks = [estimator(*shard, total=lambda x: sum(sums, torch.zeros_like(x))) for shard in shards]
+        compute(shard, note)
+    found = [compute(shard, lambda x: sum(sums, torch.zeros_like(x))) for shard in shards]
+    return [torch.cat(columns) for columns in zip(*found, strict=True)]
+
+
+cuts = st.lists(st.integers(0, 6), max_size=4)
+"""Where the rows of up to five ranks begin; some have no rows."""
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@quick
+@given(batch=batches, where=cuts)
+def test_ranks_of_unequal_parts_are_one(estimator: Estimator, batch: Batch, where: list[int]) -> None:
+    def estimate(part: Any, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return estimator(part.rewards, part.values, part.mask, 0.9, 0.8, part.groups, total)
+
+    found = on_ranks(batch, [min(cut, len(batch.mask)) for cut in where], estimate)
     whole = estimator(batch.rewards, batch.values, batch.mask, 0.9, 0.8, batch.groups)
-    for part, x in enumerate(whole):
-        torch.testing.assert_close(torch.cat([rank[part] for rank in ranks]), x)
+    for ours, wanted in zip(found, whole, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@quick
+@given(batch=batches, where=cuts)
+def test_ranks_of_unequal_parts_whiten_alike(batch: Batch, where: list[int]) -> None:
+    def white(part: Any, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return (whiten(part.values, part.mask, *mean_and_variance(total(moments(part.values, part.mask)))),)
+
+    [found] = on_ranks(batch, [min(cut, len(batch.mask)) for cut in where], white)
+    torch.testing.assert_close(found, white(batch, lambda x: x)[0])
 
 
 def test_a_row_without_tokens_does_not_count() -> None:

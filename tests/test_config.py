@@ -369,8 +369,9 @@ BAD: list[tuple[str, str]] = [
     ),
     # several settings at once
     (
-        "ppo.mini_batches=7",
-        "ppo.mini_batches: 64 sequences (prompts_per_step 64 x samples_per_prompt 1) do not divide by 7",
+        "ppo.mini_batches=65",
+        "ppo.mini_batches: was 65, but a step has 64 sequences (prompts_per_step 64 x samples_per_prompt 1); up to so many would "
+        "fit",
     ),
     (
         "placement.groups=[{roles: [actor]}, {roles: [actor]}]",
@@ -406,8 +407,7 @@ BAD: list[tuple[str, str]] = [
     ),
     ("rollout.temperature=0.009", "rollout.temperature: was 0.009; must be number >= 0.01"),
     ("rollout.gpu_memory_share=0", "rollout.gpu_memory_share: was 0; must be number > 0 and <= 1"),
-    ("ppo.critic_optimizer={lr: 1, warmup: 1.0}", "ppo.critic_optimizer.warmup: was 1.0; must be number >= 0 and < 1"),
-    ("ppo.critic_optimizer={lr: 1, warmup: 100}", "ppo.critic_optimizer.warmup: was 100; must be number >= 0 and < 1"),
+    ("ppo.critic_optimizer={lr: 1, warmup: 100}", "ppo.critic_optimizer.warmup: was 100; must be number >= 0 and <= 1"),
     ("model.lora={dropout: 1}", "model.lora.dropout: was 1; must be number >= 0 and < 1"),
     (
         "ppo.critic_optimizer=none",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples import reinforce, run_ppo
+from orchestrator.metrics import read_metrics
 from placement.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -23,8 +24,18 @@ def test_reinforce_raises_the_reward_and_leaves_a_model(
 
 
 def test_run_ppo_tells_what_it_achieved(micro: Path, ray_here: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the first step lacks a score, and the second has none."""
     # The example before has trained the stages before PPO.
-    result = run_ppo.main(str(micro), "name=reinforce", "ppo.steps=2")
+    fails = "{kind: function, name: fails, function: 'tests.reward_functions:fewer_and_fewer'}"
+    rewards = ["ppo.max_unscored=1", f"ppo.rewards=[{{kind: model}}, {fails}]"]
+    result = run_ppo.main(str(micro), "name=reinforce", "ppo.steps=2", *rewards)
     assert result.report.exists()
     assert (result.models["ppo"] / "model.safetensors").exists()
-    assert "nats per token" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nats per token" in out
+    first, second = read_metrics(result.folder)[-2:]
+    assert (first["left_out"], first["updates"], first["errors/fails"]) == (1, 2, 1)
+    assert (second["left_out"], second["updates"], second["errors/fails"]) == (8, 0, 8)
+    assert second["policy_version"] == 1
+    assert "reward/mean" in first and "reward/mean" not in second and "reward/model" in second
+    assert "warning: step 2: none of its 8 answers has a score: nothing is learnt from it" in out

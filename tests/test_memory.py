@@ -359,16 +359,18 @@ def test_an_engine_without_room_for_a_sequence_is_told(tmp_path: Path) -> None:
     assert any(line.startswith("rollout.kv_cache_gib: was 0.001") for line in known(cpu).warnings)
 
 
-def test_a_pair_takes_two_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("micro_batch_tokens", "times"), [(4096, 1), (512, 2), (1, 2)])
+def test_both_sides_of_a_pair_count(tmp_path: Path, micro_batch_tokens: int, times: int) -> None:
+    """A pass has as many tokens as the setting says, but one pair of 512 tokens a side at least."""
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
-    supervised = {"train": {"path": "rows.jsonl"}, "optimizer": {"lr": 1e-4}}
+    supervised = {"train": {"path": "rows.jsonl"}, "optimizer": {"lr": 1e-4}, "micro_batch_tokens": micro_batch_tokens}
     config = RunConfig.model_validate(
         {"name": "run", "model": {"path": str(tmp_path)}, "sft": supervised, "rm": supervised}
     )
     sft, rm = (known(with_memory(config, make_plan(config, s, Cluster.parse("1x4cpu")))) for s in ("sft", "rm"))
     assert sft.phases == rm.phases == ("load", "train", "save")
     kept = [m.roles[r].uses["train"].host.activations for m, r in ((sft, "actor"), (rm, "reward"))]  # type: ignore[index]
-    assert kept[1] == 2 * kept[0]
+    assert kept[1] == times * kept[0]
 
 
 def test_a_model_that_is_not_here_leaves_it_out(tmp_path: Path) -> None:

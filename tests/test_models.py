@@ -17,6 +17,7 @@ from configs.schema import ModelSettings
 from tests.models import ARCHITECTURES, GROUPED, VOCABULARY, WIDTH, make_model
 from workers import models
 from workers.data import Codec, Sequence, load_tokenizer
+from workers.losses import ppo_clip
 from workers.models import Batch, LanguageModel, ScalarModel, load_hf
 
 CPU = torch.device("cpu")
@@ -254,6 +255,50 @@ def test_a_model_in_training_is_the_model_that_sampled(
         wanted = model(Batch(ROWS, CPU))
         found = model.train()(Batch(ROWS, CPU))
     torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [*((architecture, True) for architecture in ARCHITECTURES), ("llama", False)]
+)
+@pytest.mark.parametrize("scalar", [False, True], ids=["language", "scalar"])
+def test_a_micro_batch_without_rows_runs_the_model_and_teaches_nothing(
+    tmp_path: Path, architecture: str, tied: bool, scalar: bool
+) -> None:
+    """Padding, for a rank that has fewer rows than others: the same modules run, and no number comes out of it."""
+    folder = make_model(tmp_path, architecture, tied, seed=1)
+    model = scalar_model(folder) if scalar else language_model(folder)
+    model.hf.gradient_checkpointing_enable()
+    model.train()
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
+
+    def learn(rows: list[Sequence]) -> tuple[float, dict[str, Tensor], list[str]]:
+        """The loss, the gradients that there are, and the modules in the order in which they run."""
+        model.zero_grad()
+        ran.clear()
+        loss = _any_loss(model, Batch(rows, CPU), scalar)
+        loss.backward()
+        return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, list(ran)
+
+    _, some, modules = learn(ROWS)
+    loss, none, in_padding = learn([])
+    assert loss == 0.0
+    assert none.keys() == some.keys()
+    assert not any(gradient.any() for gradient in none.values())
+    assert in_padding == modules, "ranks gather the same weights in the same order"
+
+
+def _any_loss(model: nn.Module, batch: Batch, scalar: bool) -> Tensor:
+    """Made of all that a model gives; what it is compared with is nan where there are no rows."""
+    if scalar:
+        values, scores = model(batch, per_token=True), model(batch, per_token=False)
+        assert values.shape == batch.mask.shape and scores.shape == batch.lengths.shape
+        return values.sum() + scores.sum()
+    log_probs, entropy = model(batch, 0.7)
+    assert log_probs.shape == entropy.shape == batch.mask.shape
+    other = torch.full_like(log_probs, 0.5 if len(batch.lengths) else torch.nan)
+    return ppo_clip(log_probs, other, other, batch.mask, 0.2).loss.sum() + entropy.sum()
 
 
 TINY = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}

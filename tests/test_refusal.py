@@ -13,8 +13,10 @@ from orchestrator.calls import WorkerGroup
 from tests.hosts import Held, Hosts, load, same_held, train
 from tests.learners import SPOILED
 from tests.models import VOCABULARY, make_model
+from workers.batching import NO_ROWS
+from workers.schedule import StageStep
 from workers.sequences import Chunk, Placed, Ragged
-from workers.work import MiniBatch, Work
+from workers.work import MiniBatch, Part, Work
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +94,23 @@ def test_each_rank_keeps_what_it_saw(hosts: Hosts, model: Path) -> None:
     assert np.isnan(second["losses"]).tolist() == [False, True]
 
 
+def test_a_rank_without_rows_refuses_with_the_others(hosts: Hosts, model: Path) -> None:
+    """It computes padding, and saw nothing."""
+    group = hosts.group("open_policy", "actor", "ddp", 2)
+    load(group, model)
+    parts = [Part("rows", [np.array([k]) for k in (3, 5)], 8), Part("rows", [NO_ROWS, NO_ROWS], 8)]
+    args = [(part, StageStep(1, 1), (1, 1)) for part in parts]
+    good: list[dict[str, float]] = group.scatter("train_demonstrations", args).get()
+    assert good[0] == good[1] and good[0]["refused"] == 0.0 and good[0]["grad_norm"] > 0.0
+    group.scatter("spoil", [("explosion",), ("",)]).get()
+    bad: list[dict[str, float]] = group.scatter("train_demonstrations", args).get()
+    assert bad[0] == bad[1] and bad[0]["refused"] == 1.0
+    first, second = group.call("refused_batch").get()
+    assert first["micro_batch"].tolist() == [0, 1]
+    assert second["losses"].tolist() == [0.0, 0.0]
+    assert [len(second[name]) for name in ("micro_batch", "ids", "prompt_lengths", "offsets")] == [0, 0, 0, 1]
+
+
 def test_each_rank_keeps_the_pairs_it_saw(hosts: Hosts, model: Path) -> None:
     group = hosts.group("open_value", "reward", "ddp", 2)
     load(group, model, "preference")
@@ -130,7 +149,7 @@ def test_a_spoiled_mini_batch_is_counted_and_the_others_are_learned(
     group = hosts.group(kind, "actor" if role == "actor" else "reward", "ddp", 2)
     load(group, model, "demonstration" if role == "actor" else "preference")
     works = [work(rank) for rank in range(2)]
-    calls = [(one, 0.0, (1, 1)) for one in works]
+    calls = [(one, StageStep(1, 1), (1, 1)) for one in works]
     loss = {"actor": "loss/policy", "critic": "loss/value"}[role]
 
     group.scatter("spoil", [("",), ("nan loss",)]).get()

@@ -15,6 +15,7 @@ import torch
 from configs.schema import Role, RunConfig
 from orchestrator.calls import WorkerGroup, together
 from orchestrator.evaluation import weighted_sum
+from orchestrator.ppo import reward_metrics
 from placement import Cluster
 from tests.hosts import DEADLINES
 from tests.models import VOCABULARY, make_model, make_tokenizer
@@ -254,6 +255,13 @@ def test_too_many_answers_without_a_score_end_the_run() -> None:
         RewardError, match=r"^1 of 4 answers have no score \(ppo\.max_unscored: 0\.1\)\. length: 0 timeouts, 1 er"
     ):
         weighted_sum(given, settings)
+
+
+def test_what_has_no_score_is_in_no_mean() -> None:
+    scores = {"some": Scored.of([1.0, None, 3.0]), "none": Scored.of([None, None, None])}
+    found = reward_metrics(np.array([4.0, np.nan, 8.0]), scores)
+    assert found == {"reward/mean": 6.0, "reward/std": 2.0, "reward/some": 2.0, "reward/some_std": 1.0}
+    assert reward_metrics(np.full(3, np.nan), {"none": scores["none"]}) == {}
 
 
 @pytest.mark.parametrize("judges", [(), ("length",)])

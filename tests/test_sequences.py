@@ -82,12 +82,6 @@ def test_placed_rows_are_found_in_order_and_taken(
     assert fetched(taken.take(np.array(again, np.intp))) == [rows[chosen[i]] for i in again]
 
 
-def test_a_sample_scored_twice_has_one_place(ray_here: Cluster) -> None:
-    """Where samples do not divide among ranks, two ranks score the same one; either's row serves."""
-    placed = place([[1], [2, 2], [3]], [[0, 1], [2, 0]])
-    assert fetched(placed) == [[1], [2, 2], [3]]
-
-
 def test_workers_read_rows_without_a_copy(ray_here: Cluster) -> None:
     """References inside a Placed are not fetched on the way; the worker reads the store's memory."""
 

@@ -136,9 +136,7 @@ def outputs(team: Team, experience: Any) -> dict[str, np.ndarray]:
 
 
 def learn(team: Team, experience: Any, step: int) -> dict[str, float]:
-    actor, critic = together(
-        team.train_actor(experience, (step - 1) / STEPS, step), team.train_critic(experience, (step - 1) / STEPS, step)
-    )
+    actor, critic = together(team.train_actor(experience, step, STEPS), team.train_critic(experience, step, STEPS))
     return {**actor, **critic}
 
 
@@ -197,11 +195,11 @@ def test_what_one_learns_the_others_do_not(find: Any) -> None:
 def test_only_who_trains_changes(team: Team, reward_model: Path, experience: Any) -> None:
     load(team, reward_model, alone=False)
     first = outputs(team, experience)
-    critic = team.train_critic(experience, 0.0, 1)
+    critic = team.train_critic(experience, 1, STEPS)
     assert critic is not None
     critic.get()
     second = outputs(team, experience)
-    team.train_actor(experience, 0.0, 1).get()
+    team.train_actor(experience, 1, STEPS).get()
     third = outputs(team, experience)
     assert [role for role in ROLES if not np.array_equal(first[role], second[role])] == ["critic"]
     assert [role for role in ROLES if not np.array_equal(second[role], third[role])] == ["actor"]

@@ -24,6 +24,7 @@ from orchestrator.failures import WorkerError
 from tests.hosts import Hosts, generate, log_probs
 from tests.models import encoded, make_model
 from workers.data import Row
+from workers.schedule import StageStep
 from workers.work import Part
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ class Pair:
         """One optimizer step; two ranks take a demonstration each."""
         count = int(self.completions.sum())
         parts = [Part("sft", [rows], count) for rows in np.array_split(np.arange(len(DEMONSTRATIONS)), self.ranks)]
-        self.actor.scatter("train_demonstrations", [(part, 0.0, (1, self.step)) for part in parts]).get()
+        self.actor.scatter("train_demonstrations", [(part, StageStep(1, 1), (1, self.step)) for part in parts]).get()
 
     def noise(self) -> None:
         self.step += 1
@@ -257,6 +258,12 @@ def test_an_update_amid_answers_is_refused(pair: Pair) -> None:
 def assert_serves_nothing(pair: Pair) -> None:
     with pytest.raises(WorkerError, match=r"StaleWeights: .*rollout-0 holds no published weights"):
         generate(pair.engine, len(PROMPTS), 0)
+
+
+def test_an_engine_may_have_nothing_to_answer(pair: Pair) -> None:
+    """Where an evaluation has fewer prompts than there are engines."""
+    placed, chunk, version = generate(pair.engine, 0, 1)
+    assert (len(placed), len(chunk.tokens), len(chunk.log_probs), version) == (0, 0, 0, pair.version)
 
 
 def test_the_size_of_the_buckets_changes_nothing(pair: Pair) -> None:

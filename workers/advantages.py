@@ -32,7 +32,8 @@ class AdvantageEstimator(Protocol):
 
     rewards [B, T] per token; values [B, T] of the critic, None where there is none; mask [B, T]; groups [B], long: the
     ids of the rows' prompts. Whatever reaches across rows goes through `total`, so that the number of ranks changes
-    nothing. Returns (advantages, returns), both [B, T] and 0 outside the mask.
+    nothing. The rows are those of one rank: ranks may have unequally many, or none (B = 0), but all of them call `total`.
+    Returns (advantages, returns), both [B, T] and 0 outside the mask.
     """
 
     def __call__(

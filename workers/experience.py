@@ -49,11 +49,14 @@ class Answers:
 
 
 def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) -> Answers:
-    """Per-token rewards, advantages and returns of a rank's samples; whitening reaches over all ranks through `total`."""
+    """Per-token rewards, advantages and returns of a rank's samples; whitening reaches over all ranks through `total`.
+
+    A rank may have no sample: then tensors are [0, 1], and it takes part in the sums over ranks alone.
+    """
     samples = work.rollouts.fetch()
 
     def padded(rows: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(pad_right(rows, 0.0)).to(device)
+        return torch.from_numpy(pad_right(rows, 0.0, np.float32)).to(device)
 
     log_probs = padded([s.log_probs for s in samples])
     reference = padded(work.reference.fetch())

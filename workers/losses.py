@@ -5,6 +5,7 @@ by the count of the whole batch, over all micro-batches and ranks: so neither mi
 gradient. A mean taken per micro-batch would weigh the tokens of a small one more.
 
 Tensors are padded [B, T] over response tokens with a bool mask; what stands outside the mask is never read and costs 0.
+B is 0 where a rank has fewer rows than others and computes a micro-batch of padding.
 """
 
 from __future__ import annotations

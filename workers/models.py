@@ -23,6 +23,10 @@ from transformers import (
 from configs.schema import LoraSettings, ModelSettings
 from placement.activations import LOGITS_CHUNK
 from workers.batching import spans
+from workers.data import Sequence
+
+_STAND_IN = Sequence.of([0], [0])
+"""One token of a prompt and one of an answer: token 0 is in every vocabulary."""
 
 
 class Batch:
@@ -30,9 +34,14 @@ class Batch:
 
     rows: have `ids`, `prompt_length` and, of the tokens from there on, `loss_mask`.
     ids: [B, T] int64; lengths, prompt_lengths: [B]; answers have R = max(lengths - prompt_lengths) columns when padded.
+
+    A micro-batch without rows (B = 0) is padding: other ranks have one more than this rank, and all compute equally many
+    passes. Then ids and attention_mask hold a row that stands in, and the models run over it; but the mask is [0, 1], so that
+    their outputs have no row. Losses of it sum to 0, and so do its gradients, exactly: nothing is multiplied by a weight.
     """
 
     def __init__(self, rows: list[Any], device: torch.device) -> None:
+        real, rows = len(rows), rows or [_STAND_IN]
         self.lengths = torch.tensor([len(r.ids) for r in rows])
         self.prompt_lengths = torch.tensor([r.prompt_length for r in rows])
         self.ids = torch.zeros(len(rows), int(self.lengths.max()), dtype=torch.long)
@@ -46,7 +55,9 @@ class Batch:
             self.mask[i, : len(r.loss_mask)] = torch.as_tensor(r.loss_mask.copy())
         # After an empty prompt nothing stands before the first token: nothing predicts it.
         self.mask &= columns + self.prompt_lengths[:, None] > 0
+        self.mask = self.mask[:real]
         """[B, R] True on the tokens that are learnt and have a token before them."""
+        self.lengths, self.prompt_lengths = self.lengths[:real], self.prompt_lengths[:real]
         self.rows, columns = self.mask.nonzero(as_tuple=True)
         self.before = columns + self.prompt_lengths[self.rows] - 1
         """Position whose hidden state predicts each answer token (flat, like rows)."""

@@ -18,6 +18,7 @@ from workers.losses import masked_sum, next_token, policy_losses
 from workers.models import LEARNS, Batch
 from workers.probe import Probe, sequences
 from workers.refusal import Arrays, numbered, token_rows
+from workers.schedule import StageStep
 from workers.sending import make_sender
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
@@ -62,10 +63,10 @@ class PolicyWorker(Trainer):
 
     # ------------------------------------------------------------ demonstrations
 
-    def train_demonstrations(self, part: Part, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_demonstrations(self, part: Part, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean negative log-likelihood of the completions' tokens."""
         losses = [partial(self._demonstration_loss, part, i) for i in part.micro_batches]
-        return self.optimize(losses, progress, seed, partial(self._seen, part))
+        return self.optimize(losses, at, seed, partial(self._seen, part))
 
     def demonstration_loss(self, part: Part) -> dict[str, float]:
         """Mean negative log-likelihood of the completions' tokens, without training."""
@@ -86,7 +87,7 @@ class PolicyWorker(Trainer):
 
     # ------------------------------------------------------------ PPO
 
-    def train_answers(self, work: Work, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_answers(self, work: Work, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """The policy's updates of one step: epochs x mini-batches, until `target_kl` is passed.
 
         Returns means over the step's tokens. `log_prob_gap` compares the engine with this model before its first update.
@@ -103,7 +104,7 @@ class PolicyWorker(Trainer):
                 first = epoch == 0 and k == 0
                 found, refused = _Sums(), False
                 if work.update:
-                    steps = self._update(answers, mini, progress, (*seed, epoch, k), found)
+                    steps = self._update(answers, mini, at, (*seed, epoch, k), found)
                     metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
                     refused = bool(steps["refused"])
                     updates, refusals = updates + (not refused), refusals + refused
@@ -133,7 +134,7 @@ class PolicyWorker(Trainer):
         return metrics | means | counts
 
     def _update(
-        self, answers: experience.Answers, mini: MiniBatch, progress: float, seed: tuple[int, ...], sums: _Sums
+        self, answers: experience.Answers, mini: MiniBatch, at: StageStep, seed: tuple[int, ...], sums: _Sums
     ) -> dict[str, float]:
         """One optimizer step on a mini-batch of answers and the demonstrations beside it."""
         losses = [partial(self._policy_loss, answers, i, mini.tokens, sums) for i in mini.micro_batches]
@@ -144,7 +145,7 @@ class PolicyWorker(Trainer):
             demonstrations = self._seen(mini.ptx, "ptx_") if mini.ptx else {}
             return answers.arrays(mini.micro_batches) | demonstrations
 
-        return self.optimize(losses, progress, seed, seen)
+        return self.optimize(losses, at, seed, seen)
 
     def _policy_loss(self, answers: experience.Answers, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
         ppo = self.config.ppo

@@ -34,6 +34,7 @@ from workers.models import LEARNS, LanguageModel, ScalarModel, context_length
 from workers.nvme import own_folder, read_states, write_states
 from workers.probe import LENGTH, Probe, draw
 from workers.refusal import Arrays
+from workers.schedule import StageStep, learning_rate
 from workers.sharding import deepspeed_settings, takes_over
 from workers.shared import build
 from workers.universal import universal
@@ -45,17 +46,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _TAG, _NOTE = "state", "cut.json"
 """Below a saved folder: what DeepSpeed wrote, and how it was cut into shards."""
-
-
-def learning_rate(settings: OptimizerSettings, progress: float) -> float:
-    """Rate at `progress` in [0, 1) of a stage: linear warm-up, then the schedule. There is no state to save."""
-    if progress < settings.warmup:
-        return settings.lr * progress / settings.warmup
-    rest = (progress - settings.warmup) / (1.0 - settings.warmup) if settings.warmup < 1 else 0.0
-    factor = {"constant": 1.0, "linear": 1.0 - rest, "cosine": 0.5 * (1.0 + math.cos(math.pi * rest))}[
-        settings.schedule
-    ]
-    return settings.lr * factor
 
 
 class Trainer(Worker):
@@ -188,15 +178,15 @@ class Trainer(Worker):
     def optimize(
         self,
         losses: Iterable[Callable[[], Tensor]],
-        progress: float,
+        at: StageStep,
         seed: tuple[int, ...],
         seen: Callable[[], Arrays],
     ) -> dict[str, float]:
-        """One optimizer step over the micro-batches of this rank; every rank must bring equally many.
+        """One optimizer step over the micro-batches of this rank; every rank must bring equally many, padding among them.
 
         losses: each runs a forward pass and returns its share of the loss, already divided by the global count, so that the
         sum over micro-batches and ranks is the loss of the whole batch, whatever way it was cut.
-        progress: share of the stage that is done, for the learning rate.
+        at: the step, for the learning rate.
         seed: draws dropout; with the rank added, so that a step repeated is the same step.
         seen: what the losses are made of; asked for where the step is refused.
 
@@ -204,7 +194,7 @@ class Trainer(Worker):
         all ranks: weights and optimizer stay as they are, bit for bit, `refused` is 1, and `refused_batch` tells more.
         """
         assert self.engine is not None and self.optimizer_settings is not None
-        rate = learning_rate(self.optimizer_settings, progress)
+        rate = learning_rate(self.optimizer_settings, at)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(hash((*seed, self.rank)) % 2**63)

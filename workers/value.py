@@ -17,6 +17,7 @@ from workers.losses import explained_variance, masked_sum, pairwise, value_losse
 from workers.models import Batch, ScalarModel, load_hf
 from workers.probe import sequences
 from workers.refusal import Arrays, numbered, token_rows
+from workers.schedule import StageStep
 from workers.sequences import Placed, Ragged
 from workers.trainer import Trainer
 from workers.work import Part, Work
@@ -60,7 +61,7 @@ class ValueWorker(Trainer):
                     rows[i] = row[mask].numpy()
         return Ragged.of(rows, np.float32), np.array([row[0] for row in rows])
 
-    def train_values(self, work: Work, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_values(self, work: Work, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """The critic's updates of one step: epochs x mini-batches. Those that were refused only count in `refused/critic`."""
         ppo = self.config.ppo
         assert ppo is not None
@@ -76,7 +77,7 @@ class ValueWorker(Trainer):
             for k, mini in enumerate(work.mini_batches):
                 losses = [partial(self._value_loss, answers, i, mini.tokens) for i in mini.micro_batches]
                 seen = partial(answers.arrays, mini.micro_batches)
-                steps = self.optimize(losses, progress, (*seed, epoch, k), seen)
+                steps = self.optimize(losses, at, (*seed, epoch, k), seen)
                 metrics |= {"lr/critic": steps["lr"], "grad_norm/critic": steps["grad_norm"]}
                 if steps["refused"]:
                     refusals += 1
@@ -96,11 +97,11 @@ class ValueWorker(Trainer):
 
     # ------------------------------------------------------------ preferences
 
-    def train_pairs(self, part: Part, progress: float, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_pairs(self, part: Part, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean pairwise loss."""
         right: list[Tensor] = []
         losses = [partial(self._pair_loss, part, i, right) for i in part.micro_batches]
-        metrics = self.optimize(losses, progress, seed, partial(self._seen, part))
+        metrics = self.optimize(losses, at, seed, partial(self._seen, part))
         return metrics | self.sum_over_ranks({"accuracy": float(sum(right))})
 
     def pair_accuracy(self, part: Part) -> dict[str, float]:

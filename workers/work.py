@@ -1,4 +1,8 @@
-"""What the driver asks of a rank: which samples or rows, cut into which micro-batches. Indices and counts, no tokens."""
+"""What the driver asks of a rank: which samples or rows, cut into which micro-batches. Indices and counts, no tokens.
+
+All ranks get the same number of micro-batches. An empty one is padding (workers.batching). Counts are those of the whole batch,
+over all ranks, so that neither padding nor the number of ranks changes a mean.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ class Part:
     data: str
     """Name of the dataset."""
     micro_batches: list[Rows]
-    """Rows of the dataset; equally many micro-batches on every rank."""
+    """Rows of the dataset."""
     count: int
     """Completion tokens (or pairs) of the whole batch, over all ranks: what its loss is divided by."""
 
@@ -27,7 +31,7 @@ class MiniBatch:
     """One rank's part of a mini-batch of answers."""
 
     micro_batches: list[Rows]
-    """Rows among the rank's samples; equally many micro-batches on every rank."""
+    """Rows among the rank's samples."""
     tokens: int
     """Answer tokens of the whole mini-batch, over all ranks."""
     ptx: Part | None = None

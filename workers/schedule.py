@@ -1,0 +1,36 @@
+"""The learning rate of a step. It is a function of the step, so that there is no state to save."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from configs.schema import OptimizerSettings
+
+
+class StageStep(NamedTuple):
+    """Where a stage stands."""
+
+    step: int
+    """Number of the step, from 1."""
+    steps: int
+    """How many steps the stage has."""
+
+
+def learning_rate(settings: OptimizerSettings, at: StageStep) -> float:
+    """Rate of a step: a linear warm-up, then the schedule.
+
+    Step k of a warm-up of W steps has k / W of `lr`: the first step learns, the last has all of `lr`. W is `warmup` of the
+    steps, rounded up. The schedule begins with `lr` after it; linear and cosine would reach 0 one step after the last.
+
+    Raises ValueError where the step is not one of the stage's.
+    """
+    step, steps = at
+    if not 1 <= step <= steps:
+        raise ValueError(f"step: was {step}, but the stage has the steps 1 to {steps}")
+    warmup = max(1, math.ceil(settings.warmup * steps - 1e-9)) if settings.warmup else 0
+    if step <= warmup:
+        return settings.lr * step / warmup
+    done = (step - 1 - warmup) / (steps - warmup)
+    factors = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return settings.lr * factors[settings.schedule]
