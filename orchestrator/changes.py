@@ -23,6 +23,7 @@ FREE = (
     "strategies",
     "offload",
     "share",
+    "verify",
 )
 """Settings that may change at any time: no result depends on them (on where roles lie and how they are sharded, none beyond
 float tolerance)."""
