@@ -70,7 +70,7 @@ class Run:
         run = cls(config, Path(config.runs) / config.name)
         if (run.folder / "config.yaml").exists():
             old = load_config(run.folder / "config.yaml")
-            if any(run.begun(stage) for stage in STAGES):
+            if run.begun():
                 run.config = kept(config, old)
             run._refuse_other_settings(old, accept_changes)
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
@@ -102,7 +102,7 @@ class Run:
 
     def _refuse_other_settings(self, old: RunConfig, accept_changes: bool) -> None:
         """What finished stages were run with stays as it is noted; changes in the middle of a stage are noted."""
-        begun = [stage for stage in STAGES if self.begun(stage)]
+        begun = self.begun()
         starts = self.read("run.json").get("from", {})
         found = {stage: changes(old, self.config, stage, starts.get(stage, {})) for stage in begun}
         changed = {stage: paths for stage, paths in found.items() if paths}
@@ -111,11 +111,12 @@ class Run:
         lines = [f"{path}: {was!r} there, {asked!r} asked for" for path, (was, asked) in sorted(paths.items())]
         if finished:
             text = (
-                f"{self.folder}: has finished ({', '.join(finished)}) with other settings, which stay noted as they were; with "
-                f"these choose another name, and start_from={self.folder} to take the models of stages that it does not run"
+                f"{self.folder}: has finished ({', '.join(finished)}) with other settings, which config.yaml goes on to say. To "
+                f"train with these choose another name; start_from={self.folder} takes the models of stages that the new run "
+                "does not run from here"
             )
             if further := [stage for stage in finished if stage != "rm"]:
-                text += f", or model.path={self.folder / 'models' / further[-1]} to train that model further"
+                text += f", model.path={self.folder / 'models' / further[-1]} trains that model further"
             raise RunError("\n  ".join([text, *lines]))
         if changed and not accept_changes:
             text = (
@@ -165,11 +166,12 @@ class Run:
                 clear_leftovers(folder)
             yield
 
-    def begun(self, stage: Stage) -> bool:
-        """Whether anything of the stage has been computed."""
+    def begun(self) -> list[Stage]:
+        """The stages of which anything has been computed."""
         from orchestrator.metrics import read_metrics  # half a second, which `troupe plan` need not spend
 
-        return self.finished(stage) or any(line["stage"] == stage for line in read_metrics(self.folder))
+        recorded = {line["stage"] for line in read_metrics(self.folder)}
+        return [stage for stage in STAGES if stage in recorded or self.finished(stage)]
 
     # ------------------------------------------------------------ what stages start from
 

@@ -154,9 +154,9 @@ def test_what_a_finished_stage_was_run_with_stays(tmp_path: Path, way: str, chan
         WAYS[way](tmp_path, change)
     first, *changes = str(caught.value).splitlines()
     assert first == (
-        f"{run.folder}: has finished (sft) with other settings, which stay noted as they were; with these choose another name, "
-        f"and start_from={run.folder} to take the models of stages that it does not run, or "
-        f"model.path={run.folder}/models/sft to train that model further"
+        f"{run.folder}: has finished (sft) with other settings, which config.yaml goes on to say. To train with these choose "
+        f"another name; start_from={run.folder} takes the models of stages that the new run does not run from here, "
+        f"model.path={run.folder}/models/sft trains that model further"
     )
     assert [line.split(":")[0].strip() for line in changes] in ([change.partition("=")[0]], ["model.lora"])
     assert (run.folder / "config.yaml").read_text() == before
