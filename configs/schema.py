@@ -735,8 +735,8 @@ class RunConfig(Settings):
     """Folder that holds the runs' folders."""
     start_from: FilePath | None = None
     """Folder of another run, whose finished models serve where this run does not train its own: the SFT model for rm and ppo, the
-    reward model for ppo. What that run took from a third one serves too. `model.path` and `chat_template` must be as in that
-    run."""
+    reward model for ppo. What that run took from a third one serves too. `model.path`, `model.end_tokens`, `chat_template`,
+    `chat_template_args` and `system_prompt` must be as in that run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -65,9 +65,9 @@ def go_on(
     jobs: list[StageRun] = []
     if left:
         jobs, report = checked(run, console, classes)
+        report.raise_if_refused()
         for line in report.lines():
             console.print(line, style="dim", soft_wrap=True)
-        report.raise_if_refused()
     if jobs:
         console.print(f"checked in {report.seconds:.1f} s; connecting to Ray", style="dim")
         # In this order: Ray sets signal handlers too.

@@ -29,11 +29,12 @@ def micro(tmp_path: Path) -> Path:
 
 
 def refused(*args: object) -> str:
-    """The message of a command that must be refused: exit code 2, no traceback."""
+    """The message of a command that must be refused: exit code 2, nothing on standard output, no traceback."""
     result = troupe(*args)
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
-    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
     return result.stderr
 
 
