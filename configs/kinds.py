@@ -15,6 +15,13 @@ _WORDS: Mapping[Any, str] = {bool: "true | false", int: "integer", float: "numbe
 
 
 @dataclass(frozen=True)
+class Called:
+    """In an annotation: what its values are called, in place of `text` and of the pattern that it matches."""
+
+    words: str
+
+
+@dataclass(frozen=True)
 class Kind:
     """One annotation, without `Annotated` and `None`."""
 
@@ -108,6 +115,9 @@ def _core_in_words(kind: Kind) -> str:
     if kind.model:
         text = "settings"
     elif kind.core in _WORDS:
+        called = [note.words for note in kind.constraints if isinstance(note, Called)]
+        if called:
+            return called[0]
         text = _WORDS[kind.core]
     elif get_origin(kind.core) is list:
         least = "".join(f"at least {note.min_length} " for note in kind.constraints if isinstance(note, MinLen))
@@ -129,7 +139,7 @@ def _constraint_in_words(constraint: Any) -> str:
         case Ge(ge):
             return f">= {ge:g}"
         case Lt(lt):
-            return f"< {lt}"
+            return f"< {lt:g}" if isinstance(lt, float) else f"< {lt}"
         case Le(le):
             return f"<= {le:g}"
     pattern = getattr(constraint, "pattern", None)

@@ -19,10 +19,21 @@ from pydantic_core import ErrorDetails
 
 from configs.kinds import Kind, choices, in_words, kind_of, kind_of_child
 from configs.schema import RunConfig
+from configs.typed import (
+    DEEPEST,
+    MOST,
+    TooMuch,
+    Typed,
+    fitted,
+    is_none,
+    is_number,
+    read_value,
+    read_yaml,
+    takes,
+    write_yaml,
+)
 
 _KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
-_DEEPEST = 30
-_MOST = 10_000
 _ENVIRONMENT = (
     "settings are saved and shown, and may not come from the environment; where the value is no secret, let the shell "
     "fill it in on the command line: setting=$NAME"
@@ -41,13 +52,14 @@ class ConfigError(ValueError):
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """The settings in a YAML file, or in a mapping like it, after the overrides.
 
-    An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is YAML. Interpolations `${a.b}` are resolved;
+    An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is a scalar as it is typed, or a list or mapping in YAML's
+    flow style. `none`, `null` and an empty value mean none, unless they are quoted. Interpolations `${a.b}` are resolved;
     `${oc.env:NAME}` is refused: settings are saved and shown, and the environment holds secrets.
 
     Raises:
         ConfigError: with all problems at once.
     """
-    tree = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _read(Path(source))
+    tree = _tree(dict(source), "settings") if isinstance(source, Mapping) else _read(Path(source).expanduser())
     problems: dict[str, str] = {}
     with _environment_refused():
         for override in overrides:
@@ -58,7 +70,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         values = _Resolved(tree, problems)
     try:
         # Through JSON: only there does pydantic's strict mode (no "3" for 3, no true for 1) take a list for a tuple.
-        config = RunConfig.model_validate_json(json.dumps(values.tree, default=str), strict=True)
+        plain = fitted(values.tree, kind_of(RunConfig))
+        config = RunConfig.model_validate_json(json.dumps(plain, default=str), strict=True)
     except ValidationError as error:
         for details in error.errors():
             key, text = _problem(details, values)
@@ -72,7 +85,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes all settings, defaults too; `load_config` gives an equal config. The file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
+    text = write_yaml(_escaped(config.model_dump(mode="json")))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -100,23 +113,29 @@ def _read(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError([f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}"])
     try:
-        tree = OmegaConf.load(path)
+        settings = read_yaml(path.read_bytes())
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError([f"{path}{line}: not YAML: {error.problem}"]) from None
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {_first_line(error)}"]) from None
-    except RecursionError:
-        raise ConfigError([f"{path}: nested too deeply"]) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{path}: not YAML text: {getattr(error, 'reason', error)}"]) from None
-    except OSError as error:  # OmegaConf's word for a document that is a plain number
-        raise ConfigError([f"{path}: must be a mapping of settings: {_first_line(error)}"]) from None
-    if not isinstance(tree, DictConfig):
-        raise ConfigError([f"{path}: was a list; must be a mapping of settings"])
-    if not tree:
+    except (TooMuch, RecursionError):
+        raise ConfigError([f"{path}: nested too deeply, or too many values"]) from None
+    if settings is None or settings == {}:
         raise ConfigError([f"{path}: is empty; at least name and model are needed"])
-    return tree
+    if not isinstance(settings, dict):
+        raise ConfigError([f"{path}: was {_brief(settings)}; must be a mapping of settings"])
+    return _tree(settings, str(path))
+
+
+def _tree(settings: dict[str, Any], where: str) -> DictConfig:
+    try:
+        # By this flag the library keeps values of other types than its own, `Typed` among them.
+        return OmegaConf.create(settings, flags={"allow_objects": True})
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{where}: {_first_line(error)}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{where}: nested too deeply"]) from None
 
 
 def _apply(tree: DictConfig, override: str) -> None:
@@ -124,16 +143,18 @@ def _apply(tree: DictConfig, override: str) -> None:
     if not equals or not _KEY.fullmatch(key):
         raise ConfigError([f"override {key}: must have the form a.b=value"])
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ConfigError([f"{key}: the override's value is not YAML: {_first_line(error)}"]) from None
-    assert isinstance(parsed, dict)
+        value = read_value(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError([f"{key}: the override's value is not YAML: {reason}"]) from None
+    except (TooMuch, RecursionError):
+        raise ConfigError([f"{key}: the override's value is nested too deeply, or holds too many values"]) from None
     *parents, last = key.split(".")
     node: DictConfig | ListConfig = tree
     try:
         for depth, part in enumerate(parents):
             node = _enter(node, part, key, ".".join(parents[:depth]))
-        node[_position(node, last, key, ".".join(parents))] = parsed["value"]
+        node[_position(node, last, key, ".".join(parents))] = value
     except OmegaConfBaseException as error:
         raise ConfigError([f"{key}: {_first_line(error)}"]) from None
 
@@ -141,7 +162,7 @@ def _apply(tree: DictConfig, override: str) -> None:
 def _enter(node: DictConfig | ListConfig, part: str, key: str, where: str) -> DictConfig | ListConfig:
     """The container under `part`, made where there is none."""
     at = _position(node, part, key, where)
-    if isinstance(node, DictConfig) and (at not in node or node[at] is None):
+    if isinstance(node, DictConfig) and (at not in node or is_none(node[at])):
         node[at] = {}
     elif OmegaConf.is_interpolation(node, at):
         node[at] = node[at]  # a copy, so that the override does not reach what the interpolation points to
@@ -174,11 +195,6 @@ def _environment_refused() -> Iterator[None]:
         OmegaConf.register_resolver("oc.env", resolvers.oc.env, replace=True)
 
 
-class _TooMuch(Exception):
-    """A value lies deeper than any setting, or there are more than any run has: interpolations lead back to where they stand, or
-    each stands for several."""
-
-
 class _Resolved:
     """Plain values of a tree, and which of them came from interpolations."""
 
@@ -188,14 +204,14 @@ class _Resolved:
         self._count = 0
         try:
             self.tree = self._container(tree, "")
-        except (_TooMuch, RecursionError):
+        except (TooMuch, RecursionError):
             text = "settings: too many, nested too deeply, or interpolations that go round in a circle"
             raise ConfigError([*problems.values(), text]) from None
 
     def _container(self, node: DictConfig | ListConfig, prefix: str) -> Any:
         self._count += len(node)
-        if prefix.count(".") > _DEEPEST or self._count > _MOST:
-            raise _TooMuch
+        if prefix.count(".") > DEEPEST or self._count > MOST:
+            raise TooMuch
         raw: Any = OmegaConf.to_container(node, resolve=False)
         if isinstance(node, ListConfig):
             return [self._item(node, index, raw[index], f"{prefix}{index}") for index in range(len(node))]
@@ -228,8 +244,26 @@ class _Resolved:
                 return f"set by {origin}"
         if any(origin.startswith(f"{path}.") for origin in self.origins):
             return "a list" if isinstance(value, list) else "a mapping"
-        text = json.dumps(value, ensure_ascii=False, default=str)
-        return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+        return _brief(value)
+
+
+def _brief(value: Any) -> str:
+    """A value for an error text, as it was typed."""
+    text = "nothing" if value == "" and isinstance(value, Typed) else _flow(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _flow(value: Any) -> str:
+    """As JSON, but what was not quoted is not quoted here."""
+    if isinstance(value, Typed):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    if isinstance(value, dict):
+        return (
+            f"{{{', '.join(f'{json.dumps(key, ensure_ascii=False)}: {_flow(item)}' for key, item in value.items())}}}"
+        )
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _first_line(error: Exception) -> str:
@@ -253,7 +287,7 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             return path, f"{path}: missing; must be {' | '.join(kind.models)}"
         case "union_tag_invalid":
             path = f"{path}.{kind.discriminator}"
-            tag = values.shown(path, details["input"][kind.discriminator])
+            tag = values.shown(path, _at(values.tree, path.split(".")))
             return path, f"{path}: was {tag}; must be {' | '.join(kind.models)}"
         case "missing":
             return path, f"{path}: missing; must be {_allowed(kind)}"
@@ -261,8 +295,19 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             keys = choices(kind_of(kind.core.__args__[0]))
             path = f"{path}.{details['input']}"
             return path, f"{path}: no such key; {_suggestion(str(details['input']), keys)}"
-    value = _at(values.tree, parts) if len(parts) < len(details["loc"]) else details["input"]
-    return path, f"{path}: was {values.shown(path, value)}; must be {_allowed(kind)}"
+    value = _at(values.tree, parts)
+    return path, f"{path}: was {values.shown(path, value)}; must be {_allowed(kind)}{_way_out(value, kind)}"
+
+
+def _way_out(value: Any, kind: Kind) -> str:
+    """What else to write where the value is right but for how it is written."""
+    numeric = takes(kind, int, float)
+    if numeric and isinstance(value, Typed) and value.misread:
+        return f", in plain decimal digits (YAML reads {value} as {value.value})"
+    if numeric and type(value) is str and is_number(value):
+        return "; a number is written without quotes"
+    no_text = value != "" and is_none(value) if isinstance(value, Typed) else isinstance(value, bool | int | float)
+    return "; where it is meant as text, quote it" if no_text and takes(kind, str) else ""
 
 
 def _locate(location: tuple[str | int, ...]) -> tuple[list[str], Kind, Kind]:
@@ -298,7 +343,7 @@ def _at(tree: Any, parts: Sequence[str]) -> Any:
 
 def _from_validator(path: str, kind: Kind, text: str) -> str:
     """Validators that look at several settings start their text with the name of the one to change."""
-    name = text.partition(":")[0]
+    name = text.partition(":")[0].partition(".")[0]
     own = kind.model is not None and name in kind.model.model_fields
     return f"{path}.{text}".lstrip(".") if own else f"{path}: {text}".removeprefix(": ")
 

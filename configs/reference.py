@@ -45,6 +45,10 @@ def settings_markdown() -> str:
         "(`[]` below) by its index, `ppo.rewards.0.weight=2`. In the file and in values `${other.path}` stands for",
         "another setting's value.",
         "",
+        "`none`, `null` and an empty value mean none, in the file and on the command line; text that looks so is quoted. Other",
+        "text is taken as it is typed: `name=0123` needs no quotes. A list or a mapping has YAML's form,",
+        "`placement.devices={actor: 2}`. In paths `~` is the home folder of whoever starts the run.",
+        "",
         *_table(setting for setting in describe() if "." not in setting.path and "[" not in setting.path),
     ]
     nested = (setting for setting in describe() if "." in setting.path or "[" in setting.path)

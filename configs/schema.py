@@ -7,11 +7,13 @@ A default lives here and nowhere else.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from configs.kinds import Called
 from configs.strategies import ZERO
 from configs.strategies import Strategy as Strategy
 
@@ -31,6 +34,7 @@ Shared = Literal["actor", "critic", "reference", "reward"]
 """A role that can share its base with others."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seconds = Annotated[float, Field(gt=0.0, le=86_400.0)]
 MAX_SERVED_RANK = 512
 """Highest rank of an adapter that vLLM serves."""
@@ -38,7 +42,22 @@ MAX_SERVED_RANK = 512
 Overlong = Literal["refuse", "cut", "drop"]
 """What happens to rows that are too long."""
 
-FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"), Called("module:function")]
+
+
+def with_home(path: str) -> str:
+    """A path with a home folder in place of `~` or `~name`. Done where settings are read, so that workers on other nodes, whose
+    home may be another, and a resumed run have the same path. Raises ValueError where no such user is known."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"was {path!r}, but there is no user {path.partition('/')[0]} here")
+    if "\0" in path:
+        raise ValueError(f"was {path!r}; a path holds no null character")
+    return expanded
+
+
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(with_home), Called("path")]
+ModelPath = Annotated[str, Field(min_length=1), AfterValidator(with_home), Called("folder or hub name")]
 
 
 class Settings(BaseModel):
@@ -61,16 +80,16 @@ class LoraSettings(Settings):
     """Multiply by alpha / sqrt(rank) instead, which keeps high ranks learning (Kalajdzievski 2023)."""
     dora: bool = False
     """Learn the length of each output's weights apart from their direction (Liu et al. 2024). Slower; always sent merged."""
-    dropout: Fraction = 0.0
+    dropout: BelowOne = 0.0
     """Dropout before the adapters."""
-    targets: list[str] | Literal["all-linear"] = "all-linear"
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names of the modules that get an adapter."""
 
 
 class ModelSettings(Settings):
     """The language model that the run starts from."""
 
-    path: str
+    path: ModelPath
     """Hugging Face folder or hub name: config.json, tokenizer, and weights unless `init` is random."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: a new model of the shape in config.json, drawn with the run's seed."""
@@ -124,7 +143,7 @@ class DatasetSettings(Settings):
     """One dataset: files (.jsonl, .json, .csv, each also with .gz, .parquet), a folder of such files, a pattern such as
     `data/*.parquet`, a folder written by datasets.save_to_disk, or a hub name."""
 
-    path: str | Annotated[list[str], Field(min_length=1)]
+    path: FilePath | Annotated[list[FilePath], Field(min_length=1)]
     """File, folder, pattern or hub name; a list of them is read one after the other."""
     split: str | None = None
     """Split, where the dataset has several."""
@@ -156,7 +175,7 @@ class OptimizerSettings(Settings):
 
     lr: PositiveFloat
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Decay of the first and the second moment."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
@@ -190,9 +209,18 @@ class BatchSettings(Settings):
     template's headers stay), down to half of max_length, then the answer on the right. drop: they are left out. refuse: the run
     does not start."""
     validate_every: PositiveInt | None = None
-    """Steps between validations; none: only at the end."""
+    """Steps between validations, with `validation`; none: only at the end."""
     optimizer: OptimizerSettings
     """AdamW."""
+
+    @model_validator(mode="after")
+    def _validates(self) -> Self:
+        # With `validation: none` somebody has turned it off, and the rest of the section may stay as it is.
+        if self.validate_every and "validation" not in self.model_fields_set:
+            raise ValueError(
+                f"validate_every: was {self.validate_every}, but there are no held-out rows to validate on (validation)"
+            )
+        return self
 
 
 class SFTSettings(BatchSettings):
@@ -211,10 +239,11 @@ class RewardModelSettings(BatchSettings):
     """Factor of the rows' `margin` column, subtracted from the difference of the scores (Touvron et al. 2023)."""
     center: NonNegativeFloat = 0.0
     """Weight of the squared sum of a pair's scores, which keeps them near 0."""
-    dropout: Fraction = 0.0
+    dropout: BelowOne = 0.0
     """Dropout on the hidden states before the head and on the embeddings, against overfitting of small models."""
     normalize_on: DatasetSettings | None = None
-    """Demonstrations on which scores get mean 0 and deviation 1; none: the SFT stage's training rows."""
+    """Demonstrations on which scores get mean 0 and deviation 1. none: the rows of `sft.train`; without a section `sft` scores
+    stay as they are."""
 
 
 # ---------------------------------------------------------------- PPO
@@ -266,8 +295,8 @@ class ModelReward(Settings):
     kind: Literal["model"] = "model"
     name: str = "model"
     """Name in metrics."""
-    path: str | None = None
-    """Folder of the model; none: what the rm stage of this run trained."""
+    path: ModelPath | None = None
+    """Folder of the model; none: what the rm stage of this run trained, or of the run that `start_from` names."""
     tokenizer: Literal["policy", "own"] = "policy"
     """policy: it scores the policy's tokens, so its tokenizer, chat template and end tokens must be the policy's (checked before
     the start). own: answers are decoded, and prompt and answer tokenised by its own tokenizer and chat template."""
@@ -309,9 +338,13 @@ class HttpReward(Settings):
     kind: Literal["http"] = "http"
     name: str
     """Name in metrics."""
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")]
+    url: Annotated[
+        str,
+        Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$"),
+        Called("http:// or https:// address without user, password, query and spaces"),
+    ]
     """Where requests are posted, without user, password and query."""
-    token_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    token_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$"), Called("name of an environment variable")] | None = None
     """Environment variable, of the driver and of the nodes, with the token that is sent as `Authorization: Bearer`."""
     timeout: Seconds = 300.0
     """Seconds for all answers of a reward worker, retries included; what has no score by then has timed out."""
@@ -357,7 +390,7 @@ class PretrainingMix(Settings):
     batch_size: PositiveInt = 32
     """Demonstrations in each optimizer step, over all ranks."""
     data: DatasetSettings | None = None
-    """Demonstrations; none: the SFT stage's training rows."""
+    """Demonstrations; none: the rows of `sft.train`."""
 
 
 class EvaluationSettings(Settings):
@@ -368,9 +401,15 @@ class EvaluationSettings(Settings):
     every: PositiveInt | None = None
     """Steps between evaluations; none: only before the first step and after the last."""
     samples: PositiveInt = 16
-    """Answers that are kept for the report."""
+    """Prompts that the report shows with their answers."""
     judges: list[Judge] = []
     """Independent judges."""
+
+
+REWARD_METRICS = ("mean", "std")
+"""Last parts of PPO's metrics `reward/...` that are no source's name."""
+EVALUATION_METRICS = ("reward", "reward_ci_low", "reward_ci_high", "reward_std", "kl", "length", "distinct")
+"""Last parts of the metrics `evaluation/...` that are no judge's name."""
 
 
 class PPOSettings(Settings):
@@ -402,19 +441,21 @@ class PPOSettings(Settings):
     kl: KLSettings = KLSettings()
     """Penalty for leaving the reference."""
     policy_loss: str = "ppo_clip"
-    """Name in the registry of policy losses."""
+    """Name in the registry of policy losses: ppo_clip, or reinforce for one update in a step."""
     value_loss: str = "clipped"
-    """Name in the registry of value losses."""
+    """Name in the registry of value losses: clipped, mse."""
     critic: bool = True
-    """Train a critic beside the actor."""
+    """Train a critic beside the actor. Without one the settings of its training are not looked at: critic_optimizer,
+    critic_warmup, value_loss, value_clip_range."""
     advantage: str = "gae"
-    """Name in the registry of advantage estimators; gae needs the critic."""
+    """Name in the registry of advantage estimators: gae, which needs the critic, or reinforce. Where critic is false and none is
+    named, it is reinforce."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
-    """Lambda of generalised advantage estimation (Schulman et al. 2016)."""
+    """Lambda of generalised advantage estimation (Schulman et al. 2016), the estimator gae."""
     clip_range: PositiveFloat = 0.2
-    """Half-width of the clip on the probability ratio."""
+    """Half-width of the clip on the probability ratio, of policy losses that clip: ppo_clip."""
     value_clip_range: PositiveFloat = 0.2
     """Half-width of the clip on the change of a value."""
     entropy_coefficient: NonNegativeFloat = 0.0
@@ -424,15 +465,16 @@ class PPOSettings(Settings):
     whiten_rewards: bool = False
     """Scores of a step get mean 0 and deviation 1."""
     reward_clip: PositiveFloat | None = None
-    """Scores are cut to [-clip, clip]."""
+    """Scores are cut to [-clip, clip]; none: they are not cut."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Taken from the score of an answer without an end-of-sequence token."""
     target_kl: PositiveFloat | None = None
-    """A step's remaining mini-batches are dropped once the mean KL between the old and new policy passes this."""
+    """A step's remaining updates are dropped once the mean KL between the policy that sampled and the present one passes this;
+    none: never."""
     refuse_kl: PositiveFloat = 10.0
     """Nats per token; a step whose mean KL to the reference is larger, or not a number, does not change the actor."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
-    """First steps in which only the critic learns."""
+    """First steps in which only the critic learns; fewer than `steps`."""
     ptx: PretrainingMix | None = None
     """Pretraining-loss mix."""
     max_log_prob_gap: PositiveFloat | None = None
@@ -440,14 +482,19 @@ class PPOSettings(Settings):
     stops. none: as `verify` says for the model's dtype."""
     actor_optimizer: OptimizerSettings
     """AdamW of the actor."""
-    critic_optimizer: OptimizerSettings
-    """AdamW of the critic."""
+    critic_optimizer: OptimizerSettings | None = None
+    """AdamW of the critic; needed where there is one."""
     evaluation: EvaluationSettings | None = None
     """Evaluation on held-out prompts."""
 
     @property
     def sequences_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before the actor learns."""
+        return self.critic_warmup if self.critic else 0
 
     def longest_scoring(self, answers: int) -> float:
         """Seconds that functions, services and judges may take at worst over so many answers, by their own timeouts."""
@@ -462,17 +509,65 @@ class PPOSettings(Settings):
                 f"mini_batches: was {self.mini_batches}, but a step has {self.sequences_per_step} sequences (prompts_per_step "
                 f"{self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt}); up to so many would fit"
             )
-        if self.advantage == "gae" and not self.critic:
-            raise ValueError("advantage: gae needs a critic, and critic is false")
+        return self
+
+    @model_validator(mode="after")
+    def _with_critic(self) -> Self:
+        if not self.critic:
+            if "advantage" not in self.model_fields_set:
+                self.advantage = "reinforce"
+            if self.advantage == "gae":
+                raise ValueError("advantage: was 'gae', which needs a critic, and critic is false; reinforce would fit")
+            return self
+        if self.critic_optimizer is None:
+            names = ", ".join(OptimizerSettings.model_fields)
+            raise ValueError(f"critic_optimizer: missing; must be settings ({names}): critic is true")
+        if self.critic_warmup >= self.steps:
+            raise ValueError(
+                f"critic_warmup: was {self.critic_warmup}, and steps is {self.steps}: the actor would never learn; "
+                f"{self.steps - 1} or less would fit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        updates = self.epochs * self.mini_batches
+        if self.policy_loss == "reinforce" and updates > 1:
+            raise ValueError(
+                f"policy_loss: was 'reinforce', which is right for one update in a step, but epochs ({self.epochs}) x "
+                f"mini_batches ({self.mini_batches}) make {updates}; epochs 1 and mini_batches 1 would fit, or ppo_clip"
+            )
+        if all(source.weight == 0 for source in self.rewards):
+            raise ValueError(
+                "rewards: every weight is 0, so nothing is rewarded; one at least must have another weight"
+            )
+        if self.whiten_rewards and self.sequences_per_step == 1:
+            raise ValueError(
+                "whiten_rewards: was true, but a step has 1 sequence, whose whitened score is always 0; more "
+                "prompts_per_step would fit, or false"
+            )
+        control = self.kl.control
+        if isinstance(control, AdaptiveKL) and self.refuse_kl <= control.target:
+            raise ValueError(
+                f"refuse_kl: was {self.refuse_kl:g}, and kl.control.target is {control.target:g}: a step at its target "
+                "would not change the actor; a larger one would fit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
         judges = self.evaluation.judges if self.evaluation else []
-        names = [source.name for source in (*self.rewards, *judges)]
+        rewards = [source.name for source in self.rewards]
+        names = rewards + [judge.name for judge in judges]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"rewards: the name {name} stands more than once; rewards and judges need one each")
-        if self.critic_warmup and not self.critic:
-            raise ValueError(
-                f"critic_warmup: was {self.critic_warmup}, but there is no critic to warm up (critic is false)"
-            )
+        for kind, named, taken in (
+            ("rewards", rewards, {*REWARD_METRICS, *(f"{name}_std" for name in rewards)}),
+            ("evaluation.judges", [judge.name for judge in judges], set(EVALUATION_METRICS)),
+        ):
+            if clashes := [name for name in named if name in taken]:
+                raise ValueError(f"{kind}: the name {clashes[0]} is that of a metric; choose another")
         return self
 
 
@@ -484,8 +579,8 @@ class RolloutSettings(Settings):
 
     max_new_tokens: PositiveInt = 128
     """Longest answer in tokens."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; log-probabilities are taken under it."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Sampling temperature; log-probabilities are taken under it. vLLM would raise lower ones to 0.01."""
     ignore_eos: bool = False
     """Go on to max_new_tokens (for benchmarks)."""
     tensor_parallel: PositiveInt = 1
@@ -494,7 +589,7 @@ class RolloutSettings(Settings):
     """Sequences that an engine works on at a time."""
     kv_cache_gib: PositiveFloat = 1.0
     """Memory of an engine's key-value cache on CPU, in GiB."""
-    gpu_memory_share: Fraction = 0.4
+    gpu_memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     """Share of a GPU's memory that an engine may use."""
     compile: bool = False
     """torch.compile and CUDA graphs: slower start, faster generation."""
@@ -562,7 +657,7 @@ class PlacementSettings(Settings):
 class OffloadSettings(Settings):
     """Where zero3_nvme keeps what it takes off the devices."""
 
-    nvme_path: str | None = None
+    nvme_path: FilePath | None = None
     """Folder on each node's fast disk; what a run puts there is gone when its workers are."""
 
 
@@ -571,7 +666,7 @@ class ClusterSettings(Settings):
 
     address: str | None = None
     """Address of a running cluster; none: RAY_ADDRESS, else one is started on this machine for the run."""
-    dashboard_port: PositiveInt | None = None
+    dashboard_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     """Port of the dashboard of a cluster that the run starts; none: 8265, or the next one that is free."""
 
 
@@ -630,10 +725,18 @@ class CheckpointSettings(Settings):
 class RunConfig(Settings):
     """All settings of a run."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]{0,62}$")]
+    name: Annotated[
+        str,
+        Field(pattern=r"^\w[\w.-]{0,62}$"),
+        Called("1 to 63 letters, digits, _ . and -, the first no . and no -"),
+    ]
     """Name of the run and of its folder."""
-    runs: str = "runs"
+    runs: FilePath = "runs"
     """Folder that holds the runs' folders."""
+    start_from: FilePath | None = None
+    """Folder of another run, whose finished models serve where this run does not train its own: the SFT model for rm and ppo, the
+    reward model for ppo. What that run took from a third one serves too. `model.path`, `model.end_tokens`, `chat_template`,
+    `chat_template_args` and `system_prompt` must be as in that run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -682,6 +785,12 @@ class RunConfig(Settings):
     """Recovery from faults."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
+
+    @model_validator(mode="after")
+    def _has_demonstrations(self) -> Self:
+        if self.ppo and self.ppo.ptx and self.ppo.ptx.data is None and self.sft is None:
+            raise ValueError("ppo.ptx.data: missing; without a section sft there are no demonstrations to take")
+        return self
 
     @model_validator(mode="after")
     def _can_share(self) -> Self:

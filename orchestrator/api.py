@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from orchestrator.checks import check, check_offload
+from orchestrator.checks import check, check_offload, check_start
 from orchestrator.cluster import connected, session_logs
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
@@ -68,12 +68,11 @@ def go_on(
         report.raise_if_refused()
         for line in report.lines():
             console.print(line, style="dim", soft_wrap=True)
-    run.keep({job.name: job.counts[job.learns_from].form for job in jobs})
     if jobs:
         console.print(f"checked in {report.seconds:.1f} s; connecting to Ray", style="dim")
         # In this order: Ray sets signal handlers too.
-        with run.locked(), connected(run.config) as cluster, StopSignal(run, console) as stop:
-            if words := run.chosen(resolve(run.config, left, cluster)):
+        with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
+            if words := run.chosen(resolve(run.config, left, cluster, run.taken(left))):
                 console.print(words)
                 check_offload(run.config)
             plans = [make_plan(run.config, stage, cluster) for stage in left]
@@ -95,11 +94,21 @@ def go_on(
     )
 
 
+@contextmanager
+def _at_work(run: Run, jobs: Sequence[StageRun]) -> Iterator[None]:
+    """The run's folder locked, and what is about to be run noted in it: not before, or the notes of a process that is at work
+    there would be overwritten. What is finished stays noted as it was run."""
+    with run.locked():
+        run.keep({job.name: job.counts[job.learns_from].form for job in jobs})
+        yield
+
+
 def checked(
     run: Run, console: Console, classes: Mapping[Stage, Callable[[Run, Console], StageRun]] = CLASSES
 ) -> tuple[list[StageRun], Report]:
     """What is left of a run, with its data, and what the preflight found of it. Starts nothing."""
     left = [stage for stage in run.stages if not run.finished(stage)]
+    check_start(run, left)  # the models that the others look at
     jobs = [classes[stage](run, console) for stage in left if getattr(run.config, stage) is not None]
     return jobs, preflight(run, jobs, lambda: check(run, left))
 

@@ -98,7 +98,8 @@ class Benchmark:
         if self.model in LADDER:
             found = preset_config(self.model)
         else:
-            path = Path(self.model) / "config.json" if Path(self.model).is_dir() else Path(self.model)
+            named = Path(self.model).expanduser()
+            path = named / "config.json" if named.is_dir() else named
             if not path.is_file():
                 raise RunError(f"--model: was {self.model!r}; must be one of {', '.join(LADDER)}, or a config.json")
             found = json.loads(path.read_text(encoding="utf-8"))

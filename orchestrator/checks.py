@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 
 from configs import RunConfig
 from configs.schema import ROLES, HttpReward, ModelReward, ModelSettings, PPOSettings
-from orchestrator.run import Run, RunError, local
+from orchestrator.run import STAGES, Run, RunError, local
 from placement.shape import Stage
 from workers.adapters import real, refuse_other_base
 from workers.functions import find_function
@@ -33,11 +34,17 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
     check_offload(config)
     for i, plugin in enumerate(config.plugins):
         _import_plugin(plugin, f"plugins.{i}")
-    if stages and not run.finished("sft"):
+    if local(config.model.path) in {run.starting_model(stage) for stage in stages}:
         _check_model(config.model.path, "model.path")
-    if "ppo" in stages and "sft" not in run.stages and config.model.init == "random":
+    if "sft" in stages and config.model.init == "random" and config.model.lora:
         raise RunError(
-            "model.init: was 'random', but PPO starts from weights; run `troupe sft` with the same settings first"
+            "model.lora: adapters are trained beside weights that stay as they are, and with model.init=random those are drawn; "
+            "set model.lora=none"
+        )
+    if "ppo" in stages and run.trained("sft") is None and config.model.init == "random":
+        raise RunError(
+            "model.init: was 'random', but PPO starts from weights; run `troupe sft` with the same settings first, or take the "
+            "SFT model of another run (start_from)"
         )
     if "rm" in stages and config.rm and config.rm.model:
         _check_model(config.rm.model.path, "rm.model.path")
@@ -48,6 +55,47 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
         _check_names(config.ppo)
         _check_functions(config.ppo, run)
         _check_sharing(config, config.ppo, run)
+
+
+SAME = ("chat_template", "chat_template_args", "system_prompt", "model.end_tokens")
+"""Settings that a stage shares with the stages whose models it takes from other runs: how prompts become tokens."""
+
+
+def check_start(run: Run, stages: Sequence[Stage]) -> None:
+    """Whether the run that `start_from` names has what these stages take from it, and trained it on the same model and form.
+
+    Raises RunError.
+    """
+    config, named = run.config, run.config.start_from
+    if named is None or not stages:
+        return
+    taken = run.taken(stages)
+    if not taken:
+        there = Run.open(Path(named))
+        finished = ", ".join(stage for stage in STAGES if there.finished(stage)) or "nothing"
+        raise RunError(
+            f"start_from: was {named!r}, but nothing would be taken from there: this run runs {', '.join(run.stages)} itself, "
+            f"and there {finished} is finished. To train a model of that run further, name it: model.path={named}/models/sft"
+        )
+    for stage in taken:
+        owner = run.owner(stage)
+        assert owner is not None
+        for name in SAME:
+            asked, trained = attrgetter(name)(config), attrgetter(name)(owner.config)
+            if asked != trained:
+                raise RunError(
+                    f"{name}: was {asked!r}, but {owner.folder}, from where start_from takes the {stage} model, was trained with "
+                    f"{trained!r}; must be the same"
+                )
+        if stage == "sft" and not _same_model(config.model.path, (owner.config.model.path, str(owner.model("sft")))):
+            raise RunError(
+                f"model.path: was {config.model.path!r}, but {owner.folder}, from where start_from takes the sft model, "
+                f"began with {owner.config.model.path!r}; name that, or leave start_from out"
+            )
+
+
+def _same_model(path: str, others: Sequence[str]) -> bool:
+    return any(path == other or real(local(path)) == real(local(other)) for other in others)
 
 
 def _check_folder(config: RunConfig) -> None:
@@ -117,10 +165,10 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
             _check_token(reward, f"ppo.rewards.{i}.token_env")
         elif reward.path:
             _check_model(reward.path, f"ppo.rewards.{i}.path")
-        elif "rm" not in run.stages:
+        elif run.trained("rm") is None:
             raise RunError(
-                f"ppo.rewards.{i}.path: none is named, and this run has no rm stage to take a reward model from; "
-                "name a model, or run `troupe rm` with the same settings first"
+                f"ppo.rewards.{i}.path: none is named, and this run has no rm stage to take a reward model from; name a model, "
+                "run `troupe rm` with the same settings first, or take it from another run (start_from)"
             )
     for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
         find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
@@ -128,14 +176,15 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
 
 def _check_sharing(config: RunConfig, ppo: PPOSettings, run: Run) -> None:
     """Reward models that are to share a base are adapters on the model that PPO starts from."""
-    base = str(run.model("sft")) if "sft" in run.stages else local(config.model.path)
+    base = run.starting_model("ppo")
     models = [(i, source) for i, source in enumerate(ppo.rewards) if isinstance(source, ModelReward)]
     if "reward" not in config.share:
         models = models[: int("critic" in config.share)]  # the critic starts from the first
     for i, source in models:
-        if source.path or run.finished("rm"):
+        trained = run.trained("rm")
+        if source.path or (trained and trained.exists()):
             try:
-                refuse_other_base(local(source.path or str(run.model("rm"))), base)
+                refuse_other_base(local(source.path or str(trained)), base)
             except ValueError as error:
                 raise RunError(f"ppo.rewards.{i}.path: {error}") from error
         elif config.rm and config.rm.model:

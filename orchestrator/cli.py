@@ -17,15 +17,25 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Config = Annotated[Path, typer.Argument(help="YAML file with the run's settings.")]
+
+def path(text: str) -> Path:
+    """Shells leave `~` as it is in `--output=~/answers.jsonl` and within quotes."""
+    return Path(text).expanduser()
+
+
+Config = Annotated[Path, typer.Argument(parser=path, help="YAML file with the run's settings.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: a.b=c ...", show_default=False)]
 Accept = Annotated[
-    bool, typer.Option("--accept-changes", help="Go on with a run that began with settings which change its results.")
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="Go on with a stage that began with other settings, on which its results depend; finished stages keep theirs.",
+    ),
 ]
 StageOption = Annotated[str | None, typer.Option("--stage", help="Which stage's model; none: the last finished.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; none: rollout.temperature.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer in tokens; none: rollout.max_new_tokens.")]
-RunFolder = Annotated[Path, typer.Argument(help="The run's folder, runs/<name>.")]
+RunFolder = Annotated[Path, typer.Argument(parser=path, help="The run's folder, runs/<name>.")]
 
 
 def _dashed(name: str, text: str, least: int = 1) -> Any:
@@ -100,7 +110,8 @@ def check(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def plan(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file with the run's settings.", show_default=False)
+        Path | None,
+        typer.Argument(parser=path, help="YAML file with the run's settings.", show_default=False),
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[
@@ -114,7 +125,10 @@ def plan(
     ] = None,
     strategy: Annotated[str | None, typer.Option(help="As the setting `strategy`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw memory by phase to this .svg, .png or .html.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="Draw memory by phase to this .svg, .png or .html."),
+    ] = None,
 ) -> None:
     """Print where each stage's roles go, the batch arithmetic and predicted memory; refuse what cannot be placed."""
     with _errors():
@@ -169,8 +183,11 @@ def report(run: RunFolder) -> None:
 @app.command()
 def generate(
     run: RunFolder,
-    prompts: Annotated[Path, typer.Option(help="JSONL or Parquet file with a `prompt` or `messages` column.")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("answers.jsonl"),
+    prompts: Annotated[
+        Path,
+        typer.Option(parser=path, help="JSONL or Parquet file with a `prompt` or `messages` column."),
+    ],
+    output: Annotated[Path, typer.Option(parser=path, help="JSONL file to write.")] = Path("answers.jsonl"),
     stage: StageOption = None,
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
@@ -283,7 +300,7 @@ def _write_json(value: Any, file: str | None) -> None:
     if file == "-":
         print(json.dumps(value, indent=1))
     elif file:
-        Path(file).write_text(json.dumps(value, indent=1), encoding="utf-8")
+        Path(file).expanduser().write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None, accept_changes: bool) -> None:

@@ -1,15 +1,14 @@
-"""Of the preflight: every model of a run, built without weights, with the heads and for the lengths and tokens that it is needed for."""
+"""Of the preflight: every model of a run, built without weights, with the heads, lengths and tokens that it is needed for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from configs.schema import ModelSettings, RunConfig
 from placement.cluster import Cluster
-from workers.data import Codec, Counts
-from workers.data.probes import Form, difference
+from workers.data import Codec
 
 Head = Literal["language", "scalar"]
 

@@ -21,6 +21,10 @@ def print_opening(run: Run, jobs: Sequence[StageRun], plans: Sequence[Plan], con
     console.print(head, soft_wrap=True)
     if done := [stage for stage in run.stages if run.finished(stage)]:
         console.print(f"  finished before: {', '.join(done)}", soft_wrap=True)
+    if taken := run.taken([job.name for job in jobs]):
+        owners = {stage: owner.folder for stage in taken if (owner := run.owner(stage))}
+        models = ", ".join(str(folder / "models" / stage) for stage, folder in owners.items())
+        console.print(Text(f"  models of other runs (start_from): {models}"), soft_wrap=True)
     for job, plan in zip(jobs, plans, strict=True):
         saved = run.checkpoints(job.name)
         after = f", from the checkpoint after step {saved[-1]}" if saved else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
 from configs import RunConfig, load_config
-from orchestrator.run import described
+from orchestrator.run import Run, described
 from placement import Cluster, Plan, automatic, make_plan, resolve, with_memory
 from placement.capacity import supposed_of
 
@@ -32,16 +33,20 @@ def asked_for(path: Path | None, model: str | None, overrides: Sequence[str], cl
             raise typer.BadParameter("a file with settings, or --model, is needed", param_hint="CONFIG")
         return load_config(path, overrides)
     try:
-        supposed = supposed_of(model, cluster)
+        supposed = supposed_of(os.path.expanduser(model), cluster)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
     return load_config(supposed, [*([str(path)] if path else []), *overrides])
 
 
 def planned(config: RunConfig, cluster: Cluster) -> tuple[list[Plan], list[str]]:
-    """The plan of each stage with its memory, and what each `strategy: auto` became. Raises PlanError."""
+    """The plan of each stage with its memory, and what each `strategy: auto` became. Raises PlanError, or RunError where
+    `start_from` names no run that has what the stages need."""
     stages = described(config)
-    settings = resolve(config, stages, cluster)
-    plans = [with_memory(settings, make_plan(settings, stage, cluster)) for stage in stages]
+    run = Run(config, Path(config.runs) / config.name)
+    run.stages = stages  # as if it were new
+    taken = run.taken(stages)
+    settings = resolve(config, stages, cluster, taken)
+    plans = [with_memory(settings, make_plan(settings, stage, cluster), taken) for stage in stages]
     roles = [role for role in automatic(config) if any(role in plan.roles for plan in plans)]
     return plans, [f"strategy: auto is {settings.strategy_of(role)} for the {role}" for role in roles]

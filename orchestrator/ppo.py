@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from configs.schema import ModelReward, Role
+from configs.schema import Role
 from orchestrator.calls import together
 from orchestrator.evaluation import DATA, evaluate, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.outcome import outcome
 from orchestrator.preflight import Input
 from orchestrator.rollouts import Experience, Rollouts
-from orchestrator.run import Run, RunError, local
+from orchestrator.run import Run
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
 from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
@@ -55,7 +55,7 @@ class PPO(StageRun):
         reward = weighted_sum(scores, ppo)
         kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
         sane = kl <= ppo.refuse_kl  # nan is not
-        learns = step > ppo.critic_warmup and sane
+        learns = step > ppo.warmup_steps and sane
         scored = ~np.isnan(reward)
         shaped = np.full(len(reward), np.nan, np.float32)
         shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
@@ -139,11 +139,6 @@ class PPO(StageRun):
         assert self.config.ppo is not None
         self.ppo = self.config.ppo
         self.sources = [source.name for source in self.ppo.rewards]
-        self.reward_models = {
-            s.name: local(s.path) if s.path else str(self.run.model("rm"))
-            for s in self.ppo.rewards
-            if isinstance(s, ModelReward)
-        }
         self.kl = make_controller(self.ppo.kl.control)
         self.version = 0
 
@@ -155,8 +150,7 @@ class PPO(StageRun):
             wanted.append(Input(DATA, "ppo.evaluation.prompts", ppo.evaluation.prompts, "prompt", prompts))
         if ppo.ptx:
             data = ppo.ptx.data or (sft.train if sft else None)
-            if data is None:
-                raise RunError("ppo.ptx.data: none is named and there is no sft stage to take demonstrations from")
+            assert data is not None  # RunConfig refuses it
             longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
             encode = partial(
                 encode_demonstrations, max_length=longest, overlong="cut", turns=sft.turns if sft else "all"
@@ -167,7 +161,7 @@ class PPO(StageRun):
     def load(self) -> None:
         """Load models and data."""
         team, ppo = self.team, self.ppo
-        team.load(self.run.starting_model("ppo"), self.reward_models)
+        team.load(self.run.starting_model("ppo"), self.run.reward_models())
         for name in ("prompts", DATA):
             if name in self.data:
                 team.add_encoded_prompts(name, self.data[name])

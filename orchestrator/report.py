@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.schema import ROLES, AdaptiveKL, DatasetSettings, PPOSettings, RunConfig
 from orchestrator.charts import AFTER, SERIES, Chart, Series, curves, distributions, effects, moving_window, stacked
+from orchestrator.history import history
 from orchestrator.integrity import write_text
 from orchestrator.intervals import Interval, distinct_share, mean_interval, paired_interval
 from orchestrator.metrics import read_lines, read_metrics
@@ -40,7 +41,7 @@ def write_report(run_folder: Path) -> Path:
     run = _Run.read(run_folder)
     page = _environment().get_template("report.html.j2").render(
         name=run.config.name,
-        facts=_facts(run),
+        facts=_facts(run) | history(run_folder),
         tiles=_tiles(run),
         comparison=_comparison(run) if run.pairs else None,
         stages=[stage for stage in (_sft(run), _rm(run), _ppo(run)) if stage is not None],

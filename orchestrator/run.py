@@ -15,11 +15,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from configs import RunConfig, load_config, save_config
+from configs.schema import ModelReward
+from orchestrator.changes import STAGES as STAGES
+from orchestrator.changes import changes
 from orchestrator.integrity import (
     DiskError,
     clear_leftovers,
@@ -33,24 +37,6 @@ from orchestrator.integrity import (
 )
 from placement.choice import automatic, kept
 from placement.shape import Stage
-
-STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
-OWN: dict[Stage, tuple[str, ...]] = {"sft": ("sft",), "rm": ("rm",), "ppo": ("ppo", "rollout", "publish")}
-"""Settings that no other stage looks at: they may change until the stage has begun."""
-FREE = (
-    "cluster",
-    "checkpoint",
-    "deadlines",
-    "recovery",
-    "runs",
-    "placement",
-    "strategy",
-    "strategies",
-    "offload",
-    "share",
-)
-"""Settings that may change at any time: no result depends on them (on where roles lie and how they are sharded, none beyond
-float tolerance)."""
 
 
 class RunError(RuntimeError):
@@ -68,6 +54,8 @@ class Run:
         known = self.read("run.json")
         self.stages: list[Stage] = list(known.get("stages", []))
         """What the run was asked for, in order."""
+        self.changes: list[dict[str, Any]] = list(known.get("changes", []))
+        """Settings with which stages went on that had begun with others: stage, step after which, path -> [old, new]."""
         started = known.get("started")
         self.started = datetime.fromisoformat(started) if started else datetime.now().replace(microsecond=0)
         """When it first began: the date that chat templates write, also after midnight."""
@@ -76,25 +64,32 @@ class Run:
     def begin(cls, config: RunConfig, stages: Sequence[Stage], accept_changes: bool = False) -> Run:
         """A new run, or more of one that is there: finished stages stay finished. Nothing is written before `keep`.
 
-        Raises RunError where a stage that has begun there has other settings, unless changes are accepted.
+        Raises RunError where a stage that has finished there has other settings, and where one that has begun has, unless changes
+        are accepted.
         """
         run = cls(config, Path(config.runs) / config.name)
         if (run.folder / "config.yaml").exists():
             old = load_config(run.folder / "config.yaml")
-            if any(run.begun(stage) for stage in STAGES):
+            if run.begun():
                 run.config = kept(config, old)
-            if not accept_changes:
-                run._refuse_other_settings(old)
+            run._refuse_other_settings(old, accept_changes)
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
 
     def keep(self, forms: Mapping[Stage, str] | None = None) -> None:
-        """Make the folder, and note in it the settings and the stages; of those about to run also the form of their rows."""
+        """Make the folder, and note in it the settings, the stages, what each starts from, and the changes on the way; of stages
+        about to run also the form of their rows."""
         with writing(self.folder):
             save_config(self.config, self.folder / "config.yaml")
         known = self.read("run.json")
-        noted = {"stages": self.stages, "started": self.started.isoformat()}
-        self.write("run.json", known | noted | {"forms": known.get("forms", {}) | dict(forms or {})})
+        starts = {stage: self._start(stage) for stage in self.stages if not self.finished(stage)}
+        noted = {
+            "stages": self.stages,
+            "started": self.started.isoformat(),
+            "forms": known.get("forms", {}) | dict(forms or {}),
+            "from": known.get("from", {}) | starts,
+        }
+        self.write("run.json", known | noted | ({"changes": self.changes} if self.changes else {}))
 
     def chosen(self, config: RunConfig) -> str | None:
         """Go on with settings in which each strategy is named, and note them in the folder. What `auto` became, in words."""
@@ -105,26 +100,47 @@ class Run:
         self.keep()
         return f"strategy: auto is {', '.join(f'{config.strategy_of(role)} for the {role}' for role in roles)}"
 
-    def _refuse_other_settings(self, old: RunConfig) -> None:
-        begun = [stage for stage in STAGES if self.begun(stage)]
-        free = {*FREE, *(name for stage in STAGES if stage not in begun for name in OWN[stage])}
-        changed = differences(old.model_dump(exclude=free), self.config.model_dump(exclude=free))
-        if begun and changed:
+    def _refuse_other_settings(self, old: RunConfig, accept_changes: bool) -> None:
+        """What finished stages were run with stays as it is noted; changes in the middle of a stage are noted."""
+        begun = self.begun()
+        starts = self.read("run.json").get("from", {})
+        found = {stage: changes(old, self.config, stage, starts.get(stage, {})) for stage in begun}
+        changed = {stage: paths for stage, paths in found.items() if paths}
+        finished = [stage for stage in changed if self.finished(stage)]
+        paths = {path: values for each in changed.values() for path, values in each.items()}
+        lines = [f"{path}: {was!r} there, {asked!r} asked for" for path, (was, asked) in sorted(paths.items())]
+        if finished:
+            text = (
+                f"{self.folder}: has finished ({', '.join(finished)}) with other settings, which config.yaml goes on to say. To "
+                f"train with these choose another name; start_from={self.folder} takes the models of stages that the new run "
+                "does not run from here"
+            )
+            if further := [stage for stage in finished if stage != "rm"]:
+                text += f", model.path={self.folder / 'models' / further[-1]} trains that model further"
+            raise RunError("\n  ".join([text, *lines]))
+        if changed and not accept_changes:
             text = (
                 f"{self.folder}: has begun ({', '.join(begun)}) with other settings; choose another name, remove the folder, "
                 f"go on as it began with: troupe resume {self.folder}, or with these by --accept-changes"
             )
-            raise RunError("\n  ".join([text, *changed]))
+            raise RunError("\n  ".join([text, *lines]))
+        for stage, mine in changed.items():
+            if saved := self.checkpoints(stage):  # else nothing is left of what the other settings did
+                self.changes.append({"stage": stage, "after": saved[-1], "settings": mine})
 
     @classmethod
     def open(cls, folder: Path, overrides: Sequence[str] = (), accept_changes: bool = False) -> Run:
         """An existing run, with some settings changed. Raises RunError where there is none, or where results depend on a
-        change, unless changes are accepted."""
+        change, unless changes of a stage that is not finished are accepted."""
+        folder = folder.expanduser()
         if not (folder / "config.yaml").exists():
             raise RunError(f"{folder}: no run is here (no config.yaml)")
+        old = load_config(folder / "config.yaml")
         run = cls(load_config(folder / "config.yaml", list(overrides)), folder)
-        if not accept_changes:
-            run._refuse_other_settings(load_config(folder / "config.yaml"))
+        for name in ("name", "runs"):
+            if (asked := getattr(run.config, name)) != getattr(old, name):
+                raise RunError(f"{name}: was {asked!r}, but the run goes on in its folder, {folder}; leave it out")
+        run._refuse_other_settings(old, accept_changes)
         return run
 
     # ------------------------------------------------------------ models
@@ -139,6 +155,8 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the folder, and tidy up after one that was killed. Raises RunError where one is at work."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,21 +166,86 @@ class Run:
                 clear_leftovers(folder)
             yield
 
-    def begun(self, stage: Stage) -> bool:
-        """Whether anything of the stage has been computed."""
+    def begun(self) -> list[Stage]:
+        """The stages of which anything has been computed."""
         from orchestrator.metrics import read_metrics  # half a second, which `troupe plan` need not spend
 
-        return self.finished(stage) or any(line["stage"] == stage for line in read_metrics(self.folder))
+        recorded = {line["stage"] for line in read_metrics(self.folder)}
+        return [stage for stage in STAGES if stage in recorded or self.finished(stage)]
+
+    # ------------------------------------------------------------ what stages start from
+
+    @cached_property
+    def lineage(self) -> list[Run]:
+        """This run, the run that it starts from (`start_from`), the one that that one started from, and so on.
+
+        Raises RunError where one is not there.
+        """
+        runs, folders = [self], {os.path.realpath(self.folder)}
+        while (named := runs[-1].config.start_from) is not None:
+            folder, of = Path(named), f"{runs[-1].folder}: " if len(runs) > 1 else ""
+            if os.path.realpath(folder) in folders:
+                raise RunError(f"{of}start_from: was {named!r}, which leads back to the run itself; name another run")
+            if not (folder / "config.yaml").exists():
+                raise RunError(f"{of}start_from: was {named!r}, where no run is (no config.yaml)")
+            folders.add(os.path.realpath(folder))
+            runs.append(Run(load_config(folder / "config.yaml"), folder))
+        return runs
+
+    def owner(self, stage: Stage) -> Run | None:
+        """The run whose model of a stage is this run's too: itself where it runs the stage, else the nearest of those that it
+        starts from. Raises RunError as `lineage`."""
+        return next((run for run in self.lineage if stage in run.stages or run.finished(stage)), None)
+
+    def trained(self, stage: Stage) -> Path | None:
+        """Where the model of a stage lies, or will lie once this run has finished the stage; None where no run has the stage.
+
+        Raises RunError where another run has it and has not finished it.
+        """
+        owner = self.owner(stage)
+        if owner is None or owner is self or owner.finished(stage):
+            return owner.model(stage) if owner else None
+        raise RunError(
+            f"start_from: was {self.config.start_from!r}, but {owner.folder} has not finished its stage {stage}, whose model is "
+            f"needed; finish it first: troupe resume {owner.folder}"
+        )
 
     def starting_model(self, stage: Stage) -> str:
-        """What a stage starts from: SFT from the configured model; later stages from the SFT stage's, where the run has one."""
+        """What a stage starts from: SFT from the configured model; later stages from the SFT stage's, where there is one."""
         if stage == "rm" and self.config.rm and self.config.rm.model:
             return local(self.config.rm.model.path)
-        return str(self.model("sft")) if stage != "sft" and self.finished("sft") else local(self.config.model.path)
+        trained = self.trained("sft") if stage != "sft" else None
+        return str(trained) if trained else local(self.config.model.path)
+
+    def reward_models(self) -> dict[str, str]:
+        """Folders of the reward models of PPO, by the names of their sources; those that no run has are left out."""
+        sources = (
+            [source for source in self.config.ppo.rewards if isinstance(source, ModelReward)] if self.config.ppo else []
+        )
+        trained = self.trained("rm") if any(source.path is None for source in sources) else None
+        found = {source.name: local(source.path) if source.path else trained for source in sources}
+        return {name: str(path) for name, path in found.items() if path}
+
+    def taken(self, stages: Sequence[Stage]) -> dict[Stage, Path]:
+        """The models that stages take from other runs, by the stage that trained them there. Errors: as `trained`."""
+        used = {self.starting_model(stage) for stage in stages if stage != "sft"}
+        used |= set(self.reward_models().values()) if "ppo" in stages else set()
+        owners = {stage: self.owner(stage) for stage in STAGES}
+        theirs = {stage: owner.model(stage) for stage, owner in owners.items() if owner and owner is not self}
+        return {stage: path for stage, path in theirs.items() if str(path) in used}
+
+    def _start(self, stage: Stage) -> dict[str, Any]:
+        """What a stage starts from, for run.json: this run's own models as `models/<stage>`."""
+        own = {str(self.model(other)): f"models/{other}" for other in STAGES}
+        model = self.starting_model(stage)
+        rewards = self.reward_models() if stage == "ppo" else {}
+        found: dict[str, Any] = {"model": own.get(model, model)}
+        return found | ({"rewards": {name: own.get(path, path) for name, path in rewards.items()}} if rewards else {})
 
     def text_model(self, stage: Stage) -> str:
         """The model whose tokenizer reads a stage's data: what it starts from, or will, once the SFT stage is finished."""
-        return self.starting_model(stage) if self.finished("sft") else local(self.config.model.path)
+        sft = self.owner("sft")
+        return self.starting_model(stage) if sft and sft.finished("sft") else local(self.config.model.path)
 
     def form(self, stage: Stage) -> str:
         """text, chat or mixed: what a stage's rows were, plain text or conversations in the chat template."""
@@ -251,18 +334,7 @@ def described(config: RunConfig) -> list[Stage]:
     return [stage for stage in STAGES if getattr(config, stage) is not None]
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted paths of settings that differ, with both values."""
-    found = []
-    for key in old.keys() | new.keys():
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a!r} there, {b!r} asked for")
-    return sorted(found)
-
-
 def local(path: str) -> str:
     """A model's folder by its absolute path, for workers with other working folders; a hub name as it is."""
-    return str(Path(path).absolute()) if Path(path).is_dir() else path
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else path

@@ -17,7 +17,7 @@ from orchestrator.run import Run, local
 from orchestrator.stage import StageRun
 from orchestrator.team import pretrained
 from workers.batching import Rows
-from workers.data import RowKind, batches, encode_demonstrations, encode_preferences
+from workers.data import Counts, DataError, RowKind, batches, encode_demonstrations, encode_preferences
 from workers.schedule import StageStep
 
 
@@ -56,7 +56,7 @@ class Supervised(StageRun):
     def load(self) -> None:
         optimizer: OptimizerSettings = self.settings.optimizer
         path = self.run.starting_model(self.name)
-        settings = pretrained(self.model_settings) if path == str(self.run.model("sft")) else self.model_settings
+        settings = pretrained(self.model_settings) if path == str(self.run.trained("sft")) else self.model_settings
         group = self.team.groups[self.role]
         self.parameters = group.prepare("load", path, settings, optimizer, self.dropout).get()[0]
         for name in ("train", "validation"):
@@ -135,13 +135,21 @@ class RewardModel(Supervised):
         settings = self.config.rm
         assert settings is not None
         self.settings, self.model_settings = settings, settings.model or self.config.model
-        self.dropout = settings.dropout
+        self.dropout, self.margin = settings.dropout, settings.margin
         self.normalize_on = settings.normalize_on
 
     def text_model(self) -> tuple[str, str, ModelSettings]:
         assert self.config.rm is not None
         own = self.config.rm.model
         return ("rm.model", local(own.path), own) if own else super().text_model()
+
+    def take(self, name: str, encoded: Any, counts: Counts) -> None:
+        super().take(name, encoded, counts)
+        if name == "train" and self.margin and not any(pair.margin for pair in encoded):
+            raise DataError(
+                f"no row of {self.settings.train.name} has a margin (column `margin`, or the one that rm.train.columns names for "
+                f"it), but rm.margin was {self.margin:g}; 0 would fit"
+            )
 
     def encode(self) -> Callable[..., Any]:
         return partial(encode_preferences, max_length=self.settings.max_length, overlong=self.settings.overlong)

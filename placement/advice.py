@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from configs.schema import LoraSettings, RunConfig, Strategy
 from placement.choice import COSTLIER, offers
-from placement.forecast import Forecast, Shapes, forecast, longest_row, model_settings, read_shapes
+from placement.forecast import NOTHING, Forecast, Shapes, forecast, longest_row, model_settings, read_shapes
 from placement.places import GIB
 from placement.shape import TRAINED, Plan, Stage
 
 
-def with_memory(config: RunConfig, plan: Plan) -> Plan:
-    """The plan with a forecast, or with the reason why there is none."""
+def with_memory(config: RunConfig, plan: Plan, taken: Mapping[Stage, Path] = NOTHING) -> Plan:
+    """The plan with a forecast, or with the reason why there is none. taken: see read_shapes."""
     try:
-        shapes = read_shapes(config, plan.stage)
+        shapes = read_shapes(config, plan.stage, taken)
     except ValueError as error:
         return replace(plan, memory=f"not predicted: {error}")
     made = forecast(config, plan, shapes)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from configs.schema import ROLES, Role, RunConfig, Strategy
 from configs.strategies import ZERO
 from placement.cluster import Cluster
-from placement.forecast import forecast, read_shapes
+from placement.forecast import NOTHING, forecast, read_shapes
 from placement.plan import make_plan
 from placement.shape import TRAINED, Device, PlanError, Problem, Stage
 
@@ -30,9 +31,11 @@ def automatic(config: RunConfig) -> tuple[Role, ...]:
     return tuple(role for role in ROLES if role != "rollout" and config.strategy_of(role) == "auto")
 
 
-def resolve(config: RunConfig, stages: Sequence[Stage], cluster: Cluster) -> RunConfig:
+def resolve(
+    config: RunConfig, stages: Sequence[Stage], cluster: Cluster, taken: Mapping[Stage, Path] = NOTHING
+) -> RunConfig:
     """The settings with a strategy in place of each `auto`: the first, from the fastest on, with which all stages fit; then for
-    single roles faster ones that still do. Where none fits, that of which the least is missing.
+    single roles faster ones that still do. Where none fits, that of which the least is missing. taken: see read_shapes.
 
     Raises:
         PlanError: a stage cannot be placed, or memory cannot be predicted.
@@ -43,7 +46,7 @@ def resolve(config: RunConfig, stages: Sequence[Stage], cluster: Cluster) -> Run
     plain = _with(config, dict.fromkeys(roles, "ddp"))
     plans = [make_plan(plain, stage, cluster) for stage in stages]
     try:
-        known = [(plan, read_shapes(config, plan.stage)) for plan in plans]
+        known = [(plan, read_shapes(config, plan.stage, taken)) for plan in plans]
     except ValueError as error:
         text = f"auto needs memory to be predicted, and {error}; name a strategy"
         raise PlanError(stages[0], [Problem("strategy", text)]) from None

@@ -5,9 +5,11 @@ It warns and refuses nothing: docs/memory.md says what it was checked against, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from configs.schema import ROLES, LoraSettings, ModelReward, ModelSettings, Role, RunConfig
@@ -127,16 +129,24 @@ class Shapes:
     scalars: tuple[Architecture, ...]
 
 
-def read_shapes(config: RunConfig, stage: Stage) -> Shapes:
-    """Raises ValueError where a model's config.json cannot be read."""
+NOTHING: Mapping[Stage, Path] = MappingProxyType({})
+"""No models are taken from other runs."""
+
+
+def read_shapes(config: RunConfig, stage: Stage, taken: Mapping[Stage, Path] = NOTHING) -> Shapes:
+    """taken: folders of the models that stages take from another run, by the stage that trained them there.
+
+    Raises ValueError where a model's config.json cannot be read."""
     read = Architecture.of
-    trained = (config.rm.model if config.rm and config.rm.model else config.model).path
+    policy = str(taken.get("sft", config.model.path)) if stage != "sft" else config.model.path
+    scored = config.rm.model.path if config.rm and config.rm.model else policy
     if stage != "ppo":
-        shape = read(config.model.path if stage == "sft" else trained)
+        shape = read(policy if stage == "sft" else scored)
         return Shapes(shape, (shape,) if stage == "rm" else ())
     assert config.ppo is not None
+    trained = str(taken.get("rm", scored))
     paths = [source.path or trained for source in config.ppo.rewards if isinstance(source, ModelReward)]
-    return Shapes(read(config.model.path), tuple(read(path) for path in paths))
+    return Shapes(read(policy), tuple(read(path) for path in paths))
 
 
 def model_settings(config: RunConfig, stage: Stage) -> ModelSettings:

@@ -81,7 +81,7 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
         (["steps"], "troupe: override steps: must have the form a.b=value\n"),
         (["sft.train.path=no.jsonl"], "troupe: sft.train: no.jsonl: no such file or folder\n"),
         (["ppo.advantage=gea"], "troupe: ppo.advantage: 'gea' is not registered; it may be gae, reinforce; did you mean 'gae'?"),
-        (["ppo.policy_loss=none"], "troupe: ppo.policy_loss: 'none' is not registered; it may be "),
+        (["ppo.policy_loss=clip"], "troupe: ppo.policy_loss: 'clip' is not registered; it may be "),
         (["model.path=./nowhere"], "troupe: model.path: was './nowhere', which is no folder with a model (config.json)\n"),
         (
             ["model.lora={}", "model.quantize=4bit"],
@@ -122,10 +122,24 @@ def test_malformed_rows_are_refused_with_their_place(micro: Path) -> None:
     data = micro.parent / "sft.jsonl"
     good = data.read_text().splitlines()
     data.write_text("\n".join([*good[:2], "{oops", '{"prompt": "no answer"}', *good[2:]]))
-    first, second, total = refused("pipeline", micro).splitlines()
+    first, second, total, *_ = refused("pipeline", micro).splitlines()  # the validation rows are of this file too
     assert first.startswith(f"troupe: sft.train: {data}:3: not JSON")
     assert second.startswith(f"{data}:4: ")
     assert total == f"{data}: 2 of 62 rows cannot be read as a demonstration"
+
+
+def test_margins_that_no_row_has(micro: Path) -> None:
+    data = micro.parent / "pairs.jsonl"
+    message = refused("rm", micro, "rm.margin=0.5")
+    assert message == (
+        f"troupe: rm.train: no row of {data} has a margin (column `margin`, or the one that rm.train.columns names for it), but "
+        "rm.margin was 0.5; 0 would fit\n"
+    )
+
+
+def test_adapters_on_weights_that_are_drawn(micro: Path) -> None:
+    message = refused("sft", micro, "model.init=random", "model.lora.rank=4")
+    assert message.startswith("troupe: model.lora: adapters are trained beside weights that stay as they are")
 
 
 def test_no_config(tmp_path: Path) -> None:
@@ -179,10 +193,44 @@ def test_a_job_in_a_copy_of_the_folder_needs_an_absolute_runs(micro: Path, monke
     assert message.startswith("troupe: runs: was 'runs', in the copy of the working folder")
 
 
+def test_a_run_that_another_process_works_on_keeps_its_record(micro: Path) -> None:
+    """Before the first step, too, when nothing tells yet that a stage has begun."""
+    from configs import load_config
+    from orchestrator.run import Run
+
+    run = Run.begin(load_config(micro), ["sft"])
+    with run.locked():
+        run.keep()
+        noted = (run.folder / "config.yaml").read_text()
+        result = troupe("sft", micro, "sft.epochs=9")
+    assert result.stderr == f"troupe: {run.folder}: another process is at work in this run\n"
+    assert (run.folder / "config.yaml").read_text() == noted
+
+
 def test_a_cluster_that_is_not_there(micro: Path) -> None:
     result = troupe("sft", micro, "cluster.address=127.0.0.1:1")
     assert result.exit_code == 2
     assert result.stderr.startswith("troupe: cluster.address: was '127.0.0.1:1', where no Ray cluster answers: ")
+
+
+@pytest.mark.parametrize("command", ["resume", "report", "status", "chat", "generate", "sft", "pipeline", "plan"])
+def test_the_home_folder_stands_for_a_tilde(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what a shell leaves as it is: quoted, and behind `--option=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    options = ["--prompts=~/p.jsonl", "--output=~/a.jsonl"] if command == "generate" else []
+    reason = "no such file" if command in ("sft", "pipeline", "plan") else "no run is here (no config.yaml)"
+    assert refused(command, "~/none", *options) == f"troupe: {tmp_path}/none: {reason}\n"
+
+
+def test_files_that_commands_write_and_models_may_lie_below_the_tilde(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert troupe("plan", "--model=~/model", "--cluster", "1x8cpu", "--picture=~/a.svg").exit_code == 0
+    assert (tmp_path / "a.svg").exists()
+    assert troupe("plan", micro, "--cluster", "1x8cpu", "runs=~/runs", "model.path=~/model").exit_code == 0
+    assert "model.path: was '" + str(tmp_path / "nothing") in refused("sft", micro, "model.path=~/nothing")
 
 
 # ---------------------------------------------------------------- cheap commands

@@ -190,6 +190,10 @@ DOUBLING = "a0: {x: 1}\n" + "".join(f"a{k}: {{x: '${{a{k - 1}}}', y: '${{a{k - 1
         "a: !!binary x\n",
         "<<: 3\n",
         "a: 99999-99-99\n",
+        "name: a\nmodel: {path: m}\nseed: 0x" + "f" * 5000 + "\n",
+        "name: a\nmodel: {path: m}\nseed: 0" + "7" * 5000 + "\n",
+        "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [{', '.join([f'*a{k - 1}'] * 9)}]}}\n" for k in range(1, 12)),
+        "a: &a {<<: *a}\n",
     ],
 )
 def test_config_files_that_are_traps(tmp_path: Path, text: str) -> None:

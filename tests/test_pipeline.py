@@ -96,10 +96,12 @@ def test_other_settings_are_refused_with_the_difference(whole: Result, micro: Pa
     with pytest.raises(RunError) as caught:
         run_stages(load_config(micro, [TWO_ENGINES, "ppo.steps=7", "seed=5"]))
     first, *differences = str(caught.value).splitlines()
-    assert "has begun (sft, rm, ppo) with other settings" in first
-    assert f"troupe resume {whole.folder}" in first
+    assert "has finished (sft, rm, ppo) with other settings" in first
+    assert f"start_from={whole.folder}" in first
     assert differences == ["  ppo.steps: 6 there, 7 asked for", "  seed: 1 there, 5 asked for"]
-    run_stages(load_config(micro, [TWO_ENGINES, "checkpoint.every=2", "deadlines.first=999"]))
+    noted = (whole.folder / "config.yaml").read_text()
+    run_stages(load_config(micro, ["checkpoint.every=2", "deadlines.first=999"]))
+    assert (whole.folder / "config.yaml").read_text() == noted, "nothing was run with these"
 
 
 def test_settings_of_a_stage_that_has_not_begun_may_change(whole: Result, micro: Path, tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_settings_of_a_stage_that_has_not_begun_may_change(whole: Result, micro:
     begun(whole, tmp_path, without=("ppo",))
     changed = [TWO_ENGINES, f"runs={tmp_path}", "ppo.steps=3", "rollout.max_new_tokens=5"]
     assert Run.begin(load_config(micro, changed), ["ppo"]).config.ppo.steps == 3  # type: ignore[union-attr]
-    with pytest.raises(RunError, match=r"has begun \(sft, rm\)"):
+    with pytest.raises(RunError, match=r"has finished \(rm\)"):
         Run.begin(load_config(micro, [*changed, "rm.epochs=2"]), ["ppo"])
 
 
@@ -196,15 +198,21 @@ def test_training_goes_on_though_no_checkpoint_finds_room(
 
 def ppo_alone(whole: Result, micro: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """Two steps of PPO from the whole run's models; its metrics."""
-    rewards = f"ppo.rewards=[{{kind: model, path: {whole.models['rm']}}}]"
-    start = [f"runs={folder}", f"model.path={whole.models['sft']}", "ppo.steps=2", rewards]
+    start = [f"runs={folder}", f"start_from={whole.folder}", "ppo.steps=2"]
     run_stages(load_config(micro, [*start, *overrides]), ["ppo"])
     return lines(folder / "micro", "ppo")
 
 
-def test_where_roles_lie_changes_nothing(whole: Result, micro: Path, tmp_path: Path) -> None:
-    """colocated with one engine, against separate with two."""
+def test_where_roles_lie_changes_nothing_and_models_are_taken_from_another_run(
+    whole: Result, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """colocated with one engine and with the models of the run that it is compared with, against separate with two."""
     found = ppo_alone(whole, micro, tmp_path, "placement.layout=colocated")
+    models = f"{whole.folder}/models/sft, {whole.folder}/models/rm"
+    assert f"models of other runs (start_from): {models}\n" in capsys.readouterr().out
+    starts = json.loads((tmp_path / "micro" / "run.json").read_text())["from"]
+    assert starts == {"ppo": {"model": str(whole.models["sft"]), "rewards": {"model": str(whole.models["rm"])}}}
+    assert "ppo: micro/models/sft, micro/models/rm" in (tmp_path / "micro" / "report.html").read_text()
     expected = lines(whole.folder, "ppo")
     assert [line["step"] for line in found] == [0, 1, 2]
     for name in ("reward/mean", "kl", "entropy", "length/answer", "loss/policy", "loss/value"):
@@ -217,8 +225,7 @@ def test_without_critic_with_an_estimator_of_ones_own_pretraining_mix_and_two_re
     whole: Result, micro: Path, tmp_path: Path
 ) -> None:
     folder = micro.parent
-    rewards = f"[{{kind: model, path: {whole.models['rm']}}}, "
-    rewards += "{kind: function, name: brief, function: 'tests.micro:short', weight: 0.5}]"
+    rewards = "[{kind: model}, {kind: function, name: brief, function: 'tests.micro:short', weight: 0.5}]"
     found = ppo_alone(
         whole,
         micro,

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from configs import RunConfig
+from configs import RunConfig, load_config
+from orchestrator.history import history
 from orchestrator.integrity import whole_folder
-from orchestrator.run import Run, RunError
+from orchestrator.run import STAGES, Run, RunError
 from placement import Cluster, resolve
+from placement.shape import Stage
 
 HOLD = """
 import sys, time
@@ -94,16 +96,136 @@ def test_a_whole_folder_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "x"]
 
 
+# ---------------------------------------------------------------- other settings
+
+
+ADAM = {"lr": 1e-4}
+STAGED = {
+    "name": "a",
+    "model": {"path": "m"},
+    "sft": {"train": {"path": "a.jsonl"}, "optimizer": ADAM},
+    "rm": {"train": {"path": "b.jsonl"}, "optimizer": ADAM},
+    "ppo": {"prompts": {"path": "c.jsonl"}, "steps": 9, "actor_optimizer": ADAM, "critic_optimizer": ADAM},
+}
+
+
+def staged(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(STAGED | {"runs": str(folder)}, overrides)
+
+
+def record(run: Run, stage: Stage, steps: int = 1, finished: bool = False) -> None:
+    """What a stage leaves that has done so many steps, the last one with a checkpoint, or that is finished."""
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"stage": stage, "step": k, "time": 0.0}) + "\n" for k in range(1, steps + 1))
+    if finished:
+        run.model(stage).mkdir(parents=True)
+    elif steps:
+        run.checkpoint(stage, steps).mkdir(parents=True)
+
+
 def test_what_changes_results_is_refused_unless_asked_for(tmp_path: Path) -> None:
-    base = {"name": "a", "runs": str(tmp_path), "model": {"path": "m"}}
-    run = Run.begin(RunConfig.model_validate(base), ["sft"])
+    run = Run.begin(staged(tmp_path), ["sft"])
     run.keep()
-    (run.folder / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "time": 0, "loss": 1.0}\n')
+    record(run, "sft")
     moved = Run.open(run.folder, ["placement.devices.actor=2", "strategy=zero2"])
     assert moved.config.strategy == "zero2"
     with pytest.raises(RunError, match=r"other settings.*--accept-changes\n  seed: 1 there, 2 asked for$"):
         Run.open(run.folder, ["seed=2"])
     assert Run.open(run.folder, ["seed=2"], accept_changes=True).config.seed == 2
+
+
+WAYS = {
+    "a command": lambda folder, *overrides: Run.begin(staged(folder, *overrides), ["sft"], accept_changes=True),
+    "all stages": lambda folder, *overrides: Run.begin(staged(folder, *overrides), STAGES, accept_changes=True),
+    "resume": lambda folder, *overrides: Run.open(folder / "a", overrides, accept_changes=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("change", ["sft.epochs=8", "seed=2", "model.lora.rank=8", "chat_template=true", "sft=none"])
+def test_what_a_finished_stage_was_run_with_stays(tmp_path: Path, way: str, change: str) -> None:
+    """Also with --accept-changes: config.yaml says what the models in the folder were made with."""
+    run = Run.begin(staged(tmp_path), ["sft", "rm"])
+    run.keep()
+    record(run, "sft", 4, finished=True)
+    record(run, "rm", 2)
+    before = (run.folder / "config.yaml").read_text()
+    with pytest.raises(RunError) as caught:
+        WAYS[way](tmp_path, change)
+    first, *changes = str(caught.value).splitlines()
+    assert first == (
+        f"{run.folder}: has finished (sft) with other settings, which config.yaml goes on to say. To train with these choose "
+        f"another name; start_from={run.folder} takes the models of stages that the new run does not run from here, "
+        f"model.path={run.folder}/models/sft trains that model further"
+    )
+    assert [line.split(":")[0].strip() for line in changes] in ([change.partition("=")[0]], ["model.lora"])
+    assert (run.folder / "config.yaml").read_text() == before
+    assert WAYS[way](tmp_path, "checkpoint.every=1", "ppo.steps=3").config.checkpoint.every == 1, "what is free is free"
+
+
+def test_settings_of_the_stages_that_a_finished_one_started_from_stay_too(tmp_path: Path) -> None:
+    """Where somebody has removed a model to train it anew: another stage was trained on it."""
+    run = Run.begin(staged(tmp_path), ["sft", "rm"])
+    run.keep()
+    for stage in run.stages:
+        record(run, stage, finished=True)
+    run.model("sft").rmdir()
+    with pytest.raises(
+        RunError, match=r"has finished \(rm\) with other settings(.|\n)*sft.epochs: 1.0 there, 8.0 asked for"
+    ):
+        Run.begin(staged(tmp_path, "sft.epochs=8"), ["sft"], accept_changes=True)
+
+
+def test_demonstrations_that_other_stages_borrow_are_theirs_too(tmp_path: Path) -> None:
+    run = Run.begin(staged(tmp_path), ["rm"])
+    run.keep()
+    record(run, "rm", finished=True)
+    assert Run.begin(staged(tmp_path, "sft.epochs=8"), ["sft"]).config.sft.epochs == 8  # type: ignore[union-attr]
+    with pytest.raises(RunError, match=r"\n  sft.train.path: 'a.jsonl' there, 'z.jsonl' asked for$"):
+        Run.begin(staged(tmp_path, "sft.train.path=z.jsonl"), ["sft"], accept_changes=True)
+
+
+def test_a_change_in_the_middle_of_a_stage_is_noted(tmp_path: Path) -> None:
+    run = Run.begin(staged(tmp_path), ["ppo"])
+    run.keep()
+    record(run, "ppo", 4)
+    changed = Run.open(run.folder, ["ppo.clip_range=0.1", "seed=2"], accept_changes=True)
+    changed.keep()
+    assert Run.open(run.folder).changes == [
+        {"stage": "ppo", "after": 4, "settings": {"ppo.clip_range": [0.2, 0.1], "seed": [1, 2]}}
+    ]
+    assert history(run.folder) == {"Settings changed": "ppo after step 4: ppo.clip_range 0.2 -> 0.1, seed 1 -> 2"}
+    Run.open(run.folder).keep()
+    assert len(Run.open(run.folder).changes) == 1, "it is kept, and once"
+
+
+def test_a_stage_that_begins_anew_was_not_changed_on_the_way(tmp_path: Path) -> None:
+    """Without a checkpoint nothing is left of what the other settings did."""
+    run = Run.begin(staged(tmp_path), ["sft"])
+    run.keep()
+    record(run, "sft", 3)
+    run.checkpoint("sft", 3).rmdir()
+    assert Run.begin(staged(tmp_path, "seed=2"), ["sft"], accept_changes=True).changes == []
+
+
+@pytest.mark.parametrize("override", ["name=b", "runs=elsewhere"])
+def test_resume_goes_on_in_the_folder_that_is_named(tmp_path: Path, override: str) -> None:
+    run = Run.begin(staged(tmp_path), ["sft"])
+    run.keep()
+    with pytest.raises(RunError, match=rf"^{override.partition('=')[0]}: was '\w+', but the run goes on in its folder"):
+        Run.open(run.folder, [override], accept_changes=True)
+    run.folder.rename(tmp_path / "b")
+    assert Run.open(tmp_path / "b").config.name == "a", "a folder may be renamed"
+    record(Run.open(tmp_path / "b"), "sft")
+    assert Run.begin(staged(tmp_path, "name=b"), ["sft"]).config.name == "b"
+
+
+def test_notes_of_others_in_run_json_are_kept(tmp_path: Path) -> None:
+    run = Run.begin(staged(tmp_path), ["sft"])
+    run.keep()
+    run.write("run.json", run.read("run.json") | {"elsewhere": "noted"})
+    run.keep()
+    assert run.read("run.json")["elsewhere"] == "noted"
 
 
 # ---------------------------------------------------------------- strategy: auto
