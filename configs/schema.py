@@ -122,7 +122,8 @@ class DatasetSettings(Settings):
     split: str | None = None
     """Split, where the dataset has several."""
     columns: dict[str, str] = {}
-    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin."""
+    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin. Of prompts also a name of
+    one's own -> another column, which reward functions then get under that name."""
     limit: PositiveInt | None = None
     """Use the first so many rows only."""
 
@@ -245,7 +246,7 @@ class ModelReward(Settings):
 
 
 class FunctionSettings(Settings):
-    """A Python function (prompts, answers, **columns) -> list of floats, in a process of its own."""
+    """A Python function (prompts, answers, **columns) -> one score per answer, in a process of its own."""
 
     name: str
     """Name in metrics."""
@@ -265,7 +266,7 @@ class FunctionSettings(Settings):
 
 
 class FunctionReward(FunctionSettings):
-    """A Python function (prompts, answers, **columns) -> list of floats."""
+    """A Python function (prompts, answers, **columns) -> one score per answer (docs/rewards.md)."""
 
     kind: Literal["function"] = "function"
     weight: float = 1.0
@@ -294,6 +295,8 @@ class HttpReward(Settings):
     """Requests at a time, of each reward worker."""
     max_response_bytes: PositiveInt = 2**20
     """Longest response; a longer one is an error."""
+    samples: bool = False
+    """Send records of the answers too: token ids, whether they ended by themselves, sample number, step."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 

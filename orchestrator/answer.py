@@ -64,7 +64,9 @@ class Answerer:
             self.worker.add_rows("asked", [Row(prompt) for prompt in prompts])
             self.worker.tokenize("asked", self.longest)
             chunk, _ = self.worker.generate("asked", np.arange(len(prompts)), np.zeros(len(prompts), int), self.asked)
-        return [self.worker.codec.decode(s.ids[s.prompt_length :]) for s in (chunk.row(i) for i in range(len(prompts)))]
+        return [
+            self.worker.codec.answer_text(s.ids[s.prompt_length :]) for s in (chunk.row(i) for i in range(len(prompts)))
+        ]
 
 
 @contextmanager

@@ -11,10 +11,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs import RunConfig
-from configs.schema import ROLES, HttpReward, ModelReward, ModelSettings, PPOSettings
+from configs.schema import (
+    ROLES,
+    FunctionSettings,
+    HttpReward,
+    Judge,
+    ModelReward,
+    ModelSettings,
+    PPOSettings,
+    Reward,
+)
 from orchestrator.run import Run, RunError, local
 from placement.shape import Stage
 from workers.adapters import real, refuse_other_base
+from workers.data import Row
+from workers.functions import check_columns as check_arguments
 from workers.functions import find_function
 
 
@@ -124,6 +135,37 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
             )
     for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
         find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def check_columns(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[Row]) -> None:
+    """Check that rewards and judges can be given the columns of the prompts that they score.
+
+    prompts, held_out: rows of `ppo.prompts` and of `ppo.evaluation.prompts`; the second may be none.
+
+    Raises:
+        RewardError: names the setting, the dataset and the column.
+    """
+    datasets = [("ppo.prompts", ppo.prompts.path, prompts)]
+    if ppo.evaluation:
+        datasets.append(("ppo.evaluation.prompts", ppo.evaluation.prompts.path, held_out))
+    for setting, path, rows in datasets:
+        dataset = f"{setting} ({path})"
+        names = list(dict.fromkeys(name for row in rows for name in row.columns))
+        scored_by: list[tuple[str, Reward | Judge]] = [
+            (f"ppo.rewards.{i}", reward) for i, reward in enumerate(ppo.rewards)
+        ]
+        if ppo.evaluation and setting == "ppo.evaluation.prompts":
+            scored_by += [(f"ppo.evaluation.judges.{i}", judge) for i, judge in enumerate(ppo.evaluation.judges)]
+        for place, source in scored_by:
+            if isinstance(source, FunctionSettings):
+                function = find_function(source.function, f"{place}.function")
+                check_arguments(function, f"{place}.function", names, dataset)
+            elif isinstance(source, HttpReward):
+                from workers.endpoint import (
+                    check_json,  # imports an HTTP client, which the driver can mostly do without
+                )
+
+                check_json([row.columns for row in rows], place, dataset)
 
 
 def _check_sharing(config: RunConfig, ppo: PPOSettings, run: Run) -> None:

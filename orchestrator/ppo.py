@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from configs.schema import ModelReward, Role
 from orchestrator.calls import together
-from orchestrator.evaluation import DATA, evaluate, weighted_sum
+from orchestrator.checks import check_columns
+from orchestrator.evaluation import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.outcome import outcome
 from orchestrator.rollouts import Experience, Rollouts
@@ -49,6 +51,7 @@ class PPO(StageRun):
             reference, values, scores = together(
                 team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
             )
+        self._record_faults(scores)
         reward = weighted_sum(scores, ppo)
         kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
         sane = kl <= ppo.refuse_kl  # nan is not
@@ -62,7 +65,7 @@ class PPO(StageRun):
         with self.phase("train"):
             actor, critic = together(
                 team.train_actor(experience, progress, step, update=learns),
-                team.train_critic(experience, progress, step),
+                team.train_critic(experience, progress, step) if sane else None,
             )
         if not actor["refused/actor"]:
             self._check_gap(step, actor["log_prob_gap"])
@@ -73,6 +76,8 @@ class PPO(StageRun):
                 actor["published_mib"] = team.publish(self.version) / 2**20
         metrics = self._measure(rollouts, kl, scores, reward) | {"left_out": float(len(reward) - len(kept))}
         metrics |= actor | (critic or {})
+        if not sane and "critic" in team.groups:
+            metrics["refused/critic"] = 1.0
         metrics["seconds/step"] = time.monotonic() - started
         metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
         if actor["updates"]:
@@ -110,10 +115,14 @@ class PPO(StageRun):
         self, rollouts: Rollouts, kl: float, scores: dict[str, Scored], reward: np.ndarray
     ) -> dict[str, float]:
         return {
-            "reward/mean": float(np.nanmean(reward)),
-            "reward/std": float(np.nanstd(reward)),
-            **{f"reward/{name}": float(np.nanmean(scored.values)) for name, scored in scores.items()},
-            **{f"reward/{name}_std": float(np.nanstd(scored.values)) for name, scored in scores.items()},
+            **_mean_and_std(reward, "reward/mean", "reward/std"),
+            **{k: v for name, scored in scores.items() for k, v in scored.means(f"reward/{name}").items()},
+            **{
+                k: v
+                for name, scored in scores.items()
+                for k, v in _mean_and_std(scored.values, f"reward/{name}", f"reward/{name}_std").items()
+            },
+            "unscored": float(np.isnan(reward).sum()),
             **{f"timeouts/{name}": float(scored.timeouts) for name, scored in scores.items()},
             **{f"errors/{name}": float(scored.errors) for name, scored in scores.items()},
             "kl": kl,
@@ -133,6 +142,7 @@ class PPO(StageRun):
         self.prompts = self.rows(self.ppo.prompts, "prompt")
         held_out = self.ppo.evaluation
         self.evaluation_prompts = self.rows(held_out.prompts, "prompt") if held_out else []
+        check_columns(self.ppo, self.prompts, self.evaluation_prompts)
         self.ptx_rows = []
         if self.ppo.ptx:
             data = self.ppo.ptx.data or (self.config.sft.train if self.config.sft else None)
@@ -182,15 +192,29 @@ class PPO(StageRun):
         return self._evaluate(f"step-{step}") if every and step % every == 0 else {}
 
     def _evaluate(self, when: str) -> dict[str, float]:
+        """Metrics of an evaluation; none where one during or after the training failed, which goes on without it."""
+        metrics: dict[str, float] = {}
         if not self.evaluation_prompts:
-            return {}
-        with self.phase("evaluate"):
-            found = evaluate(self.team, len(self.evaluation_prompts))
-        found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
-        metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
+            return metrics
+        with self.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
+            with self.phase("evaluate"):
+                found = evaluate(self.team, len(self.evaluation_prompts))
+            self._record_faults(found.scores)
+            found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
+            metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
         if when == "before":
             self.recorder.record(0, metrics)
         return metrics
 
+    def _record_faults(self, scores: dict[str, Scored]) -> None:
+        for text in record_faults(self.run.failures, scores):
+            self.warn(f"{text} ({self.run.failures.folder})")
+
     def result(self) -> dict[str, float]:
         return {"steps": float(self.steps), **outcome(self.run.folder)}
+
+
+def _mean_and_std(values: np.ndarray, mean: str, std: str) -> dict[str, float]:
+    """Over the answers that have one; nothing where none has."""
+    known = values[~np.isnan(values)]
+    return {mean: float(known.mean()), std: float(known.std())} if len(known) else {}

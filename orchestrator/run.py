@@ -1,7 +1,7 @@
 """A run's folder: what is in it, and what is whole.
 
     runs/<name>/  config.yaml  run.json  metrics.jsonl  tensorboard/  evaluation/  summary.json  report.html
-                  checkpoints/<stage>/<step>/   models/<stage>/   logs -> the workers' of the latest Ray session
+                  checkpoints/<stage>/<step>/   models/<stage>/   failures/   logs -> the workers' of the latest Ray session
 
 Folders and small files appear whole or not at all. A checkpoint carries checksums; one that does not agree with them is
 renamed to <step>.damaged, and the one before serves.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import RunConfig, load_config, save_config
+from orchestrator.failure_log import FailureLog
 from orchestrator.integrity import (
     DiskError,
     clear_leftovers,
@@ -64,6 +65,7 @@ class Run:
         self.config = config
         self.folder = folder
         _refuse_links(folder)
+        self.failures = FailureLog(folder / "failures")
         self.stages: list[Stage] = list(self.read("run.json").get("stages", []))
         """What the run was asked for, in order."""
 
@@ -214,6 +216,7 @@ class Run:
         except DiskError as error:
             if self.config.checkpoint.on_error == "stop":
                 raise
+            self.failures.write("DiskError", f"DiskError: {error}", key=DiskError)
             warn(f"{error}; going on, as checkpoint.on_error is continue")
 
 

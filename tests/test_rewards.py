@@ -27,6 +27,7 @@ from workers.models import load_tokenizer
 from workers.rewards import RewardWorker
 from workers.scored import Scored
 from workers.sequences import Chunk, Placed, Ragged
+from workers.work import ScoringRequest
 from workers.worker import WorkerSpec, environment
 
 FUNCTIONS = "tests.reward_functions"
@@ -68,6 +69,11 @@ def answers_of(tokenizer: Any) -> Chunk:
     )
 
 
+def request(prompts: np.ndarray, step: int = 3) -> ScoringRequest:
+    """To score the answers to these rows, of which all but the last ended by themselves."""
+    return ScoringRequest("prompts", prompts, np.zeros_like(prompts), prompts < 3, step)
+
+
 ROWS = [
     Row("one", columns={"label": 1.0}),
     Row("two", columns={"label": 2.0, "note": "well"}),
@@ -100,7 +106,7 @@ def scores(ray_here: Cluster, folder: Path) -> Iterator[Scores]:
         placed = Placed.of([ray.put(chunk)], [np.arange(len(chunk.tokens))], len(chunk.tokens)).take(np.array(prompts))
         micro = [np.arange(len(prompts))[:2], np.arange(len(prompts))[2:]]
         names = [s["name"] for s in sources] + list(judges)
-        return worker.scores("prompts", np.array(prompts), placed, micro, names)
+        return worker.scores(request(np.array(prompts)), placed, micro, names)
 
     workers: list[RewardWorker] = []
     yield get
@@ -293,7 +299,7 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
         shards = [np.array([2, 3]), np.array([0, 1])]
 
         def ask(name: str) -> Any:
-            args = [("prompts", rows, placed.take(rows), [np.arange(2)], [name]) for rows in shards]
+            args = [(request(rows), placed.take(rows), [np.arange(2)], [name]) for rows in shards]
             return together(group.scatter("scores", args))[0]
 
         assert [found["length"].values.tolist() for found in ask("length")] == [[0, 4], [1, 2]]

@@ -37,6 +37,9 @@ _READ: Mapping[RowKind, tuple[str, ...]] = {
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FAULTS_SHOWN = 5
+_ALIKE, _MISTYPED = 0.6, 0.8
+"""How like one of our names another is that was meant to be it; of prompts, whose other columns may have any name, it must be
+more alike."""
 _WINDOW = 16
 """Batches within which rows are sorted by length."""
 
@@ -80,8 +83,8 @@ def read_rows(data: DatasetSettings, kind: RowKind) -> list[Row]:
         DataError: names the first malformed rows (by line, or by row counted from 1) and says how many there are.
     """
     for name in data.columns:
-        if name not in _OURS:
-            close = difflib.get_close_matches(name, _OURS, n=1)
+        close = difflib.get_close_matches(name, _OURS, n=1, cutoff=_MISTYPED if kind == "prompt" else _ALIKE)
+        if name not in _OURS and (close or kind != "prompt"):
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(_OURS)}"
             raise DataError(f"{data.path}: columns.{name}: no such column of ours; {hint}")
     rows: list[Row] = []
@@ -96,6 +99,9 @@ def read_rows(data: DatasetSettings, kind: RowKind) -> list[Row]:
         raise DataError("\n".join([*faults[:_FAULTS_SHOWN], total]))
     if not rows:
         raise DataError(f"{data.path}: has no rows")
+    for name, theirs in data.columns.items():
+        if name not in _OURS and not any(name in row.columns for row in rows):
+            raise DataError(f"{data.path}: columns.{name}: no row has the column {theirs}")
     return rows
 
 
@@ -109,7 +115,7 @@ def _row(record: Any, columns: Mapping[str, str], kind: RowKind) -> Row:
             raise DataError(f"no column {theirs} (for {ours}); there are {', '.join(record)}")
     sources = {ours: columns.get(ours, ours) for ours in _READ[kind]}
     found = {ours: record[theirs] for ours, theirs in sources.items() if record.get(theirs) is not None}
-    rest = {name: value for name, value in record.items() if name not in sources.values()}
+    rest = _other_columns({name: value for name, value in record.items() if name not in sources.values()}, columns)
     prompt = _prompt(found["prompt"], "prompt") if "prompt" in found else None
     if kind == "demonstration":
         return _demonstration(found, prompt, rest, record)
@@ -124,6 +130,17 @@ def _row(record: Any, columns: Mapping[str, str], kind: RowKind) -> Row:
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise DataError("prompt: ends with a message of the assistant, so there is nothing to answer")
     return Row(prompt, columns=rest)
+
+
+def _other_columns(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """What is none of our columns, under the names that the settings give it."""
+    found = dict(record)
+    for name, theirs in columns.items():
+        if name not in _OURS and theirs in found:
+            if name in found:
+                raise DataError(f"columns.{name}: there is a column {name} already, beside {theirs}")
+            found[name] = found.pop(theirs)
+    return found
 
 
 def _demonstration(found: dict[str, Any], prompt: Prompt | None, rest: dict[str, Any], record: dict[str, Any]) -> Row:
@@ -369,6 +386,12 @@ class Codec:
         kept = min(len(start), max(max_length - len(end), max_length // 2))
         start, end = start[len(start) - kept :], end[: max_length - kept]
         return Sequence(np.array(start + end, dtype=np.int32), kept)
+
+    def answer_text(self, ids: npt.ArrayLike) -> str:
+        """Text of an answer's tokens, as rewards and people get it: without end and pad tokens. Other special tokens stay:
+        `<think>` is one in some models."""
+        left_out = {self.eos, self.tokenizer.pad_token_id}
+        return self.decode([i for i in np.asarray(ids).tolist() if i not in left_out], skip_special_tokens=False)
 
     def decode(self, ids: npt.ArrayLike, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from placement.memory import BUCKET_ELEMENTS
 from workers.adapters import FOLDER as ADAPTER
 from workers.adapters import add_head
 from workers.data import Codec, RowKind, Sequence
+from workers.exported import write_configs
 from workers.files import Files, read_files, write_files
 from workers.linear import add_in_place
 from workers.models import LEARNS, LanguageModel, ScalarModel, load_tokenizer
@@ -102,6 +102,8 @@ class Trainer(Worker):
         hf, self.peft = build(self.base, path, settings, self.scalar, self.config.seed, lora)
         count = sum(p.numel() for name, p in hf.named_parameters() if "lora_" not in name)
         self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf)
+        if optimizer and self.rank == 0:
+            self._try_export()
         self.module = self._initialize(optimizer)
         return count
 
@@ -368,30 +370,54 @@ class Trainer(Worker):
             self.restore(folder)
 
     def export(self, folder: str) -> None:
-        """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective."""
+        """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective.
+
+        What fails on the first rank, which writes, is raised once all ranks are through: they would wait for it.
+        """
+        errors: list[Exception] = []
+
+        def write(action: Callable[[], None]) -> None:
+            if self.rank == 0 and not errors:
+                try:
+                    action()
+                except Exception as error:
+                    errors.append(error)
+
         state = {name: tensor.cpu().contiguous() for name, tensor in GatheredWeights(self.model.hf) if self.rank == 0}
-        if self.rank == 0:
-            os.makedirs(folder, exist_ok=True)
-            save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            hf = self.model.hf
-            config = copy.copy(hf.config)
-            config.architectures = [type(hf).__name__]
-            vars(config).pop("quantization_config", None)  # what was written has all its bits
-            config.save_pretrained(folder)
-            if hf.can_generate():
-                hf.generation_config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        write(lambda: self._write_model(Path(folder), state))
         if self.peft is not None:
-            adapter = Path(folder) / ADAPTER
-            if os.path.isdir(self.path):
-                self.peft.peft_config[LEARNS].base_model_name_or_path = os.path.relpath(self.path, adapter)
             with gathered([p for p in self.peft.parameters() if p.requires_grad]):
-                if self.rank == 0:
-                    self.peft.save_pretrained(adapter, selected_adapters=[LEARNS])
-                    if self.scalar:
-                        add_head(adapter, self.model.hf)
-        if self.rank == 0:
-            for file in Path(folder).rglob("*.safetensors"):
-                file.chmod(0o644)  # safetensors lets its owner alone read it
+                write(lambda: self._write_adapter(Path(folder) / ADAPTER))
         if self.spec.world_size > 1:
             dist.barrier()
+        if errors:
+            raise errors[0]
+
+    def _write_model(self, folder: Path, state: dict[str, Tensor]) -> None:
+        os.makedirs(folder, exist_ok=True)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        self._write_description(folder)
+        _make_readable(folder)
+
+    def _write_description(self, folder: Path) -> None:
+        """All of an exported folder but the weights."""
+        write_configs(self.model.hf, folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _write_adapter(self, folder: Path) -> None:
+        if os.path.isdir(self.path):
+            self.peft.peft_config[LEARNS].base_model_name_or_path = os.path.relpath(self.path, folder)
+        self.peft.save_pretrained(folder, selected_adapters=[LEARNS])
+        if self.scalar:
+            add_head(folder, self.model.hf)
+        _make_readable(folder)
+
+    def _try_export(self) -> None:
+        """Write what an export writes, but for the weights, to find out before training what it will refuse."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_description(Path(folder))
+
+
+def _make_readable(folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors lets its owner alone read it
