@@ -399,7 +399,7 @@ class PPOSettings(Settings):
     target_kl: PositiveFloat | None = None
     """A step's remaining mini-batches are dropped once the mean KL between the old and new policy passes this."""
     refuse_kl: PositiveFloat = 10.0
-    """Nats per token; a step whose mean KL to the reference is larger, or not a number, does not change the actor."""
+    """Nats per token; from a step whose mean KL to the reference is larger, or not a number, neither actor nor critic learns."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """First steps in which only the critic learns."""
     ptx: PretrainingMix | None = None
@@ -549,18 +549,18 @@ class DeadlineSettings(Settings):
     save: PositiveFloat | None = None
     """Workers save, restore or export."""
     first: PositiveFloat = 1800.0
-    """The first time that a call is made, when nothing is known of its speed."""
+    """The first time that a call of its kind is made, when nothing is known of its speed."""
     least: PositiveFloat = 60.0
     """Later calls get no less."""
     patience: PositiveFloat = 10.0
-    """Later calls get so many times the longest that the same call took so far per token."""
+    """Later calls get so many times the longest that the latest ones of their kind took, in proportion to what there is to do."""
 
 
 class RecoverySettings(Settings):
     """What happens when a worker dies or hangs."""
 
     restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts of a role within `window`; one failure more ends the run. 0: every failure does."""
+    """Restarts of a role within `window`, or within one step; one failure more ends the run. 0: every failure does."""
     window: PositiveFloat = 3600.0
     """Seconds over which restarts are counted."""
     snapshot_every: PositiveInt | None = 10

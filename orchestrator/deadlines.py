@@ -12,7 +12,7 @@ from configs.schema import DeadlineSettings
 Phase = Literal["start", "generate", "score", "train", "publish", "save"]
 
 PHASES: dict[str, Phase] = {
-    **dict.fromkeys(("whereabouts", "address", "join", "load", "connect", "add_rows", "tokenize"), "start"),
+    **dict.fromkeys(("whereabouts", "address", "join", "mark", "load", "connect", "add_rows", "tokenize"), "start"),
     "generate": "generate",
     **dict.fromkeys(("log_probs", "values", "scores", "texts", "memory"), "score"),
     "publish": "publish",

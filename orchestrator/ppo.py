@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -115,14 +116,7 @@ class PPO(StageRun):
         self, rollouts: Rollouts, kl: float, scores: dict[str, Scored], reward: np.ndarray
     ) -> dict[str, float]:
         return {
-            **_mean_and_std(reward, "reward/mean", "reward/std"),
-            **{k: v for name, scored in scores.items() for k, v in scored.means(f"reward/{name}").items()},
-            **{
-                k: v
-                for name, scored in scores.items()
-                for k, v in _mean_and_std(scored.values, f"reward/{name}", f"reward/{name}_std").items()
-            },
-            "unscored": float(np.isnan(reward).sum()),
+            **reward_metrics(reward, scores),
             **{f"timeouts/{name}": float(scored.timeouts) for name, scored in scores.items()},
             **{f"errors/{name}": float(scored.errors) for name, scored in scores.items()},
             "kl": kl,
@@ -214,7 +208,15 @@ class PPO(StageRun):
         return {"steps": float(self.steps), **outcome(self.run.folder)}
 
 
-def _mean_and_std(values: np.ndarray, mean: str, std: str) -> dict[str, float]:
-    """Over the answers that have one; nothing where none has."""
-    known = values[~np.isnan(values)]
-    return {mean: float(known.mean()), std: float(known.std())} if len(known) else {}
+def reward_metrics(reward: np.ndarray, scores: Mapping[str, Scored]) -> dict[str, float]:
+    """Mean and deviation of the reward and of each source over the answers [samples] that it has a number for (nan: it has
+    none), and the means of the other numbers that sources measure; nothing of one that has no number at all."""
+    columns = [("mean", "std", reward), *((name, f"{name}_std", scored.values) for name, scored in scores.items())]
+    metrics: dict[str, float] = {}
+    for mean, deviation, values in columns:
+        known = values[~np.isnan(values)]
+        if len(known):
+            metrics |= {f"reward/{mean}": float(known.mean()), f"reward/{deviation}": float(known.std())}
+    for name, scored in scores.items():
+        metrics |= scored.means(f"reward/{name}")
+    return metrics

@@ -148,9 +148,9 @@ class StageRun:
         """Start, work and export the model; after a fault go back and do again what it undid, for as long as the policy
         allows."""
         todo: Callable[[], None] = self._start
+        self.run.failures.where = f"{self.name}, before step {self.done + 1}"
         while True:
             try:
-                self.run.failures.where = f"{self.name}, before step {self.done + 1}"
                 todo()
                 self._work()
                 self.run.failures.where = f"{self.name}, after step {self.steps} of {self.steps}"
@@ -196,6 +196,7 @@ class StageRun:
         """Workers, models and data; the latest checkpoint, where there is one."""
         self.progress.phase("starting workers")
         self.team = Team.start(self.config, self.plan, self.recovery, self._changed)
+        self._check_folder()
         self.progress.phase("loading")
         self.load()
         self.loaded = True
@@ -379,9 +380,14 @@ class StageRun:
         except (DiskError, RunError, WorkerError) as error:
             self.warn(f"the trained state was not kept either: {summary(error)}")
         else:
-            self.warn(
-                f"the model was not exported; what was trained is kept, so that `troupe resume {self.run.folder}` exports it"
-            )
+            self.warn(f"not exported, but what was trained is kept: `troupe resume {self.run.folder}` exports it")
+
+    def _check_folder(self) -> None:
+        """Whether the driver sees what workers write in the run's folder: else no checkpoint and no model can be had."""
+        for role in self.trained():
+            for name in self.team.groups[role].call("mark", str(self.run.folder.absolute())).get():
+                self._must_see(self.run.folder / name)
+                (self.run.folder / name).unlink()
 
     def _must_see(self, path: Path) -> None:
         """A worker on another node may have written elsewhere."""

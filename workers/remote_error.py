@@ -29,8 +29,9 @@ class RemoteError(Exception):
 def portable(error: BaseException) -> BaseException:
     """The exception itself where every driver can load it, else a RemoteError with its type, message and traceback.
 
-    At SystemExit the worker would end. Ray replaces an exception that cannot be pickled by one without a type, and the worker dies of one that raises while it
-    is pickled. One that can be pickled but not loaded, or whose module the driver does not have, would arrive as text only.
+    Ray replaces an exception that cannot be pickled by one without a type, and a worker dies of one that raises while it is
+    pickled, and of SystemExit. One that can be pickled but not loaded, or whose module the driver does not have, would arrive
+    as text only.
     """
     if isinstance(error, RayError):
         return error  # Ray's own, or one that another worker has already made portable

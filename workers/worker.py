@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -73,6 +74,13 @@ class Worker:
     def add_rows(self, name: str, rows: list) -> None:
         """Keep a dataset's rows (workers.data.Row) under a name."""
         self.datasets[name] = rows
+
+    def mark(self, folder: str) -> str:
+        """Make an empty file in a folder, for others to see whether it is theirs too; returns its name."""
+        name = f".{self!r}"
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, name).touch()
+        return name
 
     def tensors(self) -> Iterable[Tensor]:
         """All that it holds on its device between calls."""
