@@ -189,6 +189,9 @@ def test_training_goes_on_though_no_checkpoint_finds_room(
     assert capsys.readouterr().out.count("going on, as checkpoint.on_error is continue") == 2
     assert lines(tmp_path / "micro", "sft") == lines(whole.folder, "sft")
     assert list((full_disk / "sft").iterdir()) == []
+    first, second = sorted((tmp_path / "micro" / "failures").iterdir())
+    assert first.name == "0001-DiskError.txt" and "Traceback" in first.read_text()
+    assert second.name == "0002-DiskError.txt" and "2 times so far" in second.read_text()
 
 
 # ---------------------------------------------------------------- other settings

@@ -99,8 +99,10 @@ class RewardWorker(Worker):
         try:
             scored = source.score([row.prompt for row in rows], answers, columns, records)
         except Exception as error:  # one source must not take the others, nor the run, along
-            traceback.print_exc()
-            scored = Scored.nothing(len(answers), summary(error), detail=traceback.format_exc())
+            # What a library says may quote what a service was sent, its token too.
+            quotes = isinstance(source, Endpoint)
+            why, detail = (type(error).__name__, "") if quotes else (summary(error), traceback.format_exc())
+            scored = Scored.nothing(len(answers), why, detail=detail)
         return replace(scored, faults=tuple(self._with_answers(fault, request, answers) for fault in scored.faults))
 
     def _with_answers(self, fault: Fault, request: ScoringRequest, answers: list[str]) -> Fault:

@@ -77,7 +77,7 @@ class Worker:
 
     def mark(self, folder: str) -> str:
         """Make an empty file in a folder, for others to see whether it is theirs too; returns its name."""
-        name = f".{self!r}"
+        name = f"{self!r}.partial"  # as everything is named that must not stay
         os.makedirs(folder, exist_ok=True)
         Path(folder, name).touch()
         return name
