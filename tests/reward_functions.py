@@ -111,8 +111,8 @@ def detailed(prompts: list[str], answers: list[str], **columns: list[Any]) -> li
 
 
 async def half_of_them(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[Any]:
-    """Of even length."""
-    if len(answers[0]) % 2:
+    """Those whose characters have an even sum."""
+    if sum(map(ord, answers[0])) % 2:
         raise ValueError("an odd answer")
     return [{"score": 1.0, "even": 1.0}]
 

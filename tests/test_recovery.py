@@ -84,7 +84,7 @@ def test_supervised_stages_are_as_without_the_faults(micro: Path, whole: Result,
     folder = tmp_path / "micro"
     assert not list((tmp_path / "faults").iterdir())
     assert [path.name for path in (folder / "checkpoints" / "sft").iterdir()] == ["12"]
-    assert [text.splitlines()[1].partition(":")[0] for text in records(folder)] == ["train", "save", "save"]
+    assert [text.splitlines()[1].partition(":")[0] for text in records(folder)] == ["save", "train", "save"]
     trained = lines(folder, "sft")
     run(micro, whole, tmp_path, "sft")
     assert lines(folder, "sft") == trained == lines(whole.folder, "sft")

@@ -28,6 +28,8 @@ def stage_that(does: Callable[[Run], None]) -> Classes:
     """An SFT stage that does this in place of its own work."""
 
     class Stage(SFT):
+        steps = 9
+
         def read(self) -> None:
             """No data."""
 
