@@ -261,7 +261,7 @@ def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
     folder = tmp_path / "micro"
     for line in found[1:]:
         assert line["reward/half/even"] == 1.0, "of the answers that have a score"
-        assert line["left_out"] == line["errors/half"] < 8
+        assert 8 > line["left_out"] >= line["errors/half"]
     assert sum(line["errors/half"] for line in found[1:]) > 0
     assert [line.get("refused/actor") for line in found[1:]] == [0, 1, 1]
     assert [line.get("refused/critic") for line in found[1:]] == [0, 1, 1]
