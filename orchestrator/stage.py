@@ -311,7 +311,8 @@ class StageRun:
     def _record_refusal(self, role: Role, metrics: dict[str, float]) -> None:
         """A text, and the batch that each rank refused, where it was the rank that refused it."""
         folder = self.run.failures.folder
-        names = ("kl", "loss", "loss/policy", "loss/value", "grad_norm", f"grad_norm/{role}")
+        loss = {"actor": "loss/policy", "critic": "loss/value"}.get(role, "loss")
+        names = dict.fromkeys(("kl", "loss", loss, "grad_norm", f"grad_norm/{role}"))
         numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
         text = f"train: {role}: a training step was refused and not applied: {numbers}"
         self.run.failures.write(f"{role}-refused", text, key=("refused", role))

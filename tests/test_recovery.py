@@ -98,7 +98,9 @@ def test_supervised_stages_are_as_without_the_faults(micro: Path, whole: Result,
 
 def test_a_fault_that_comes_again_ends_the_run(micro: Path, whole: Result, tmp_path: Path) -> None:
     fault(tmp_path, "reward-0", "score", 1)
-    with pytest.raises(WorkerError, match=r"not replaced again: 0 restarts in 3600 s are allowed \(recovery\.restarts"):
+    with pytest.raises(
+        WorkerError, match=r"not replaced again: 0 restarts in 3600 s, or in one step, are allowed \(recovery\.restarts"
+    ):
         run(micro, whole, tmp_path, "ppo", "recovery.restarts=0")
 
 
