@@ -152,7 +152,8 @@ class DatasetSettings(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     columns: dict[str, str] = {}
-    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin, input, tools."""
+    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin, input, tools. Of prompts
+    also a name of one's own -> another column, which reward functions then get under that name."""
     limit: PositiveInt | None = None
     """Use the first so many rows only."""
 
@@ -305,7 +306,7 @@ class ModelReward(Settings):
 
 
 class FunctionSettings(Settings):
-    """A Python function (prompts, answers, **columns) -> list of floats, in a process of its own."""
+    """A Python function (prompts, answers, **columns) -> one score per answer, in a process of its own."""
 
     name: str
     """Name in metrics."""
@@ -325,7 +326,7 @@ class FunctionSettings(Settings):
 
 
 class FunctionReward(FunctionSettings):
-    """A Python function (prompts, answers, **columns) -> list of floats."""
+    """A Python function (prompts, answers, **columns) -> one score per answer (docs/rewards.md)."""
 
     kind: Literal["function"] = "function"
     weight: float = 1.0
@@ -358,6 +359,8 @@ class HttpReward(Settings):
     """Requests at a time, of each reward worker."""
     max_response_bytes: PositiveInt = 2**20
     """Longest response; a longer one is an error."""
+    samples: bool = False
+    """Send records of the answers too: token ids, whether they ended by themselves, sample number, step."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -408,7 +411,7 @@ class EvaluationSettings(Settings):
 
 REWARD_METRICS = ("mean", "std")
 """Last parts of PPO's metrics `reward/...` that are no source's name."""
-EVALUATION_METRICS = ("reward", "reward_ci_low", "reward_ci_high", "reward_std", "kl", "length", "distinct")
+EVALUATION_METRICS = ("reward", "reward_ci_low", "reward_ci_high", "reward_std", "kl", "length", "distinct", "unscored")
 """Last parts of the metrics `evaluation/...` that are no judge's name."""
 
 
@@ -472,7 +475,7 @@ class PPOSettings(Settings):
     """A step's remaining updates are dropped once the mean KL between the policy that sampled and the present one passes this;
     none: never."""
     refuse_kl: PositiveFloat = 10.0
-    """Nats per token; a step whose mean KL to the reference is larger, or not a number, does not change the actor."""
+    """Nats per token; from a step whose mean KL to the reference is larger, or not a number, neither actor nor critic learns."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """First steps in which only the critic learns; fewer than `steps`."""
     ptx: PretrainingMix | None = None
@@ -686,18 +689,18 @@ class DeadlineSettings(Settings):
     save: PositiveFloat | None = None
     """Workers save, restore or export."""
     first: PositiveFloat = 1800.0
-    """The first time that a call is made, when nothing is known of its speed."""
+    """The first time that a call of its kind is made, when nothing is known of its speed."""
     least: PositiveFloat = 60.0
     """Later calls get no less."""
     patience: PositiveFloat = 10.0
-    """Later calls get so many times the longest that the same call took so far per token."""
+    """Later calls get so many times the longest that the latest ones of their kind took, in proportion to what there is to do."""
 
 
 class RecoverySettings(Settings):
     """What happens when a worker dies or hangs."""
 
     restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts of a role within `window`; one failure more ends the run. 0: every failure does."""
+    """Restarts of a role within `window`, or within one step; one failure more ends the run. 0: every failure does."""
     window: PositiveFloat = 3600.0
     """Seconds over which restarts are counted."""
     snapshot_every: PositiveInt | None = 10

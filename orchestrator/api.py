@@ -16,17 +16,19 @@ from rich.console import Console
 from configs import RunConfig
 from orchestrator.checks import check, check_offload, check_start
 from orchestrator.cluster import connected, session_logs
+from orchestrator.failures import WorkerError
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
 from orchestrator.preflight import Report, preflight
 from orchestrator.report import write_report
 from orchestrator.run import Run, described
 from orchestrator.stage import StageRun
-from orchestrator.stopping import StopSignal
+from orchestrator.stopping import Stopped, StopSignal
 from orchestrator.supervised import SFT, RewardModel
 from orchestrator.team import Team
 from placement import Cluster, make_plan, resolve
 from placement.shape import Stage
+from workers.remote_error import summary
 
 CLASSES: dict[Stage, type[StageRun]] = {"sft": SFT, "rm": RewardModel, "ppo": PPO}
 
@@ -70,28 +72,49 @@ def go_on(
             console.print(line, style="dim", soft_wrap=True)
     if jobs:
         console.print(f"checked in {report.seconds:.1f} s; connecting to Ray", style="dim")
-        # In this order: Ray sets signal handlers too.
-        with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
-            if words := run.chosen(resolve(run.config, left, cluster, run.taken(left))):
-                console.print(words)
-                check_offload(run.config)
-            plans = [make_plan(run.config, stage, cluster) for stage in left]
-            _note_surroundings(run, cluster)
-            print_opening(run, jobs, plans, console)
-            for job, plan in zip(jobs, plans, strict=True):
-                stop.heed(f"before {job.name}")
-                started = time.monotonic()
-                try:
-                    job.execute(plan, stop)
-                finally:
-                    _add_seconds(run, job.name, time.monotonic() - started)
-                    write_report(run.folder)
+        _run_jobs(run, jobs, console)
     return Result(
         run.folder,
         {stage: run.model(stage) for stage in run.stages if run.finished(stage)},
         run.read("summary.json").get("stages", {}),
         run.folder.absolute() / "report.html",
     )
+
+
+def _run_jobs(run: Run, jobs: Sequence[StageRun], console: Console) -> None:
+    stages = [job.name for job in jobs]
+    # In this order: Ray sets signal handlers too.
+    with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
+        if words := run.chosen(resolve(run.config, stages, cluster, run.taken(stages))):
+            console.print(words)
+            check_offload(run.config)
+        plans = [make_plan(run.config, stage, cluster) for stage in stages]
+        _note_surroundings(run, cluster)
+        print_opening(run, jobs, plans, console)
+        for job, plan in zip(jobs, plans, strict=True):
+            stop.heed(f"before {job.name}")
+            started = time.monotonic()
+            try:
+                job.execute(plan, stop)
+            except (Stopped, WorkerError):
+                raise  # of the second there is a record already
+            except Exception as error:
+                run.failures.write_exception(error)
+                raise
+            finally:
+                _show(run, job.name, time.monotonic() - started, console)
+
+
+def _show(run: Run, stage: Stage, seconds: float, console: Console) -> None:
+    """The report, and the stage's time in it. A stage is as finished without them, and an error that ended it says more."""
+    try:
+        _add_seconds(run, stage, seconds)
+        write_report(run.folder)
+    except Stopped:
+        raise
+    except Exception as error:
+        run.failures.write_exception(error)
+        console.print(f"warning: report.html was not written: {summary(error)}", markup=False, soft_wrap=True)
 
 
 @contextmanager

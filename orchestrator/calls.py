@@ -13,9 +13,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from configs.schema import Role
-from orchestrator.deadlines import Deadlines, phase_of
-from orchestrator.failures import Failure, Kind, Rank, WorkerError, look, named
+from orchestrator.deadlines import Deadlines, Workload, phase_of
+from orchestrator.failures import LOST, Failure, Kind, Rank, WorkerError, look, named
 from workers.examine import Finding, Whereabouts
+from workers.remote_error import headline_of_traceback, summary
 
 T = TypeVar("T")
 
@@ -56,14 +57,15 @@ class WorkerGroup:
         method: str,
         args: Sequence[tuple[Any, ...]],
         keep: int = 0,
-        work: float = 1.0,
+        work: Workload = Workload(),  # noqa: B008  it is frozen
         then: Callable[[list[Any]], T] | None = None,
+        done: Callable[[list[Any]], Workload] | None = None,
     ) -> Call[T]:
         """args[rank] to each rank. Of the values that a rank returns, the first `keep` stay in the object store and come as
-        references; the last is fetched. `work`: tokens of the whole call, for its deadline. `then` makes the call's result of
-        the list of the ranks' results."""
+        references; the last is fetched. `work`: the most that the whole call may have to do, for its deadline; `done`: what was
+        done, from the list of the ranks' results; none: all of it. `then` makes the call's result of the same list."""
         each = {rank: mine for rank, (_, mine) in enumerate(zip(self.handles, args, strict=True))}
-        return Call(self, method, each, keep, work, then)
+        return Call(self, method, each, keep, work, then, done)
 
     def prepare(self, method: str, *args: Any) -> Call[list[Any]]:
         """The same call to every rank, which a rank that is replaced later will be told again."""
@@ -95,14 +97,21 @@ class Call(Generic[T]):
     args: dict[int, tuple[Any, ...]]
     """Rank -> what it is called with."""
     keep: int = 0
-    work: float = 1.0
+    work: Workload = Workload()  # noqa: RUF009  it is frozen
+    """The most that it may have to do."""
     then: Callable[[list[Any]], T] | None = None
+    done: Callable[[list[Any]], Workload] | None = None
+    """What was done, from the list of the ranks' results; none: `work`."""
     mendable: bool = True
     lasting: bool = False
     allowance: float = 0.0
     """Seconds that it may take on top, by deadlines of its own."""
     deadline: float = 0.0
     _began: float = 0.0
+    _ended: float = 0.0
+    """When the last answer came."""
+    _again: bool = False
+    """Whether some ranks were asked again: its time is then not that of its work."""
     _refs: dict[int, list[ObjectRef]] = field(default_factory=dict)
     _fetched: dict[int, Any] = field(default_factory=dict)
     _failed: dict[int, WorkerError] = field(default_factory=dict)
@@ -132,21 +141,28 @@ class Call(Generic[T]):
         except RayError as error:
             self._fail([rank], self._failure(rank, error), error)
         else:
-            self.group.deadlines.observe(self.method, self.work, self._began)
+            self._ended = time.monotonic()
 
     def late(self) -> None:
         """Its deadline has passed. Raises WorkerError where the ranks that owe an answer cannot be replaced."""
-        ranks = list(self.pending().values())
         seconds = self.deadline - self._began
+        findings = look(self._everyone(), stacks=self._ranks(list(self.pending().values())))
+        owed = self.pending()
+        answered, _ = ray.wait(list(owed), num_returns=len(owed), timeout=0)
+        ranks = [rank for ref, rank in owed.items() if ref not in answered]
+        if not ranks:
+            return  # the last answers came while the processes were looked at
+        self.group.deadlines.missed(self.method)
         text = f"{self._who(ranks)}: no answer to {self.method} in {seconds:.0f} s ({self.group.deadlines.setting(self.method)})"
-        findings = look(self._everyone(), stacks=True)
         casualties = _casualties(findings) or self._ranks(ranks)
         self._fail(ranks, self._told("hung", ranks, text, "", casualties, findings), None)
 
     def _fail(self, ranks: Sequence[int], failure: Failure, cause: Exception | None) -> None:
         error = WorkerError(failure)
-        mine = all(role == self.group.role for role, _ in failure.casualties)
-        if self.group.mend is None or not self.mendable or not failure.survivable or not mine:
+        # Without casualties nobody is to be replaced, and the same call would be answered in the same way: what is lost must
+        # be made again.
+        mine = bool(failure.casualties) and all(role == self.group.role for role, _ in failure.casualties)
+        if self.group.mend is None or not self.mendable or not mine:
             raise error from cause
         if self.group.collective:
             ranks = list(self.pending().values())  # they wait for the one that failed
@@ -160,6 +176,7 @@ class Call(Generic[T]):
         failed, self._failed = self._failed, {}
         for error in dict.fromkeys(failed.values()):
             self.group.mend(error)
+        self._again = True
         self._send(sorted(failed))
 
     def result(self) -> T:
@@ -169,6 +186,9 @@ class Call(Generic[T]):
         for rank in sorted(self.args):
             kept = self._refs[rank][:-1]
             results.append((*kept, self._fetched[rank]) if self.keep else self._fetched[rank])
+        if not self._again:
+            work = self.done(results) if self.done else self.work
+            self.group.deadlines.observe(self.method, work, self._ended - self._began)
         return self.then(results) if self.then else results  # type: ignore[return-value]
 
     def get(self) -> T:
@@ -181,19 +201,19 @@ class Call(Generic[T]):
         findings = look(self._everyone())
         casualties = _casualties(findings)
         who = f"{self._who([rank])} failed in {self.method}"
-        if isinstance(error, RayTaskError):
-            cause = error.cause
-            lost = isinstance(cause, RayError) and not isinstance(cause, RayActorError)
-            kind: Kind = "died" if casualties else "lost" if lost else "error"
-            text = f"{who}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}"
-            if casualties:
-                text = f"{who} because of {named(casualties)} ({findings[casualties[0]].state})"
-        elif isinstance(error, RayActorError):
-            kind, text = "died", f"{who}: its process died"
+        raised = isinstance(error, RayTaskError)
+        cause: Exception = error.cause if raised else error
+        if isinstance(error, RayActorError) and not raised:
+            kind: Kind = "died"
+            text = f"{who}: its process died"
             casualties = sorted({*casualties, *self._ranks([rank])})
+        elif casualties:
+            kind, text = "died", f"{who} because of {named(casualties)} ({findings[casualties[0]].state})"
+        elif isinstance(cause, LOST):
+            kind, text = "lost", f"{who}: {summary(cause) if raised else 'its answer was lost'}"
         else:
-            kind, text = "lost", f"{who}: its answer was lost"
-        return self._told(kind, [rank], text, str(error), casualties, findings, getattr(error, "cause", None))
+            kind, text = "error", f"{who}: {_line(cause)}"
+        return self._told(kind, [rank], text, str(error), casualties, findings, cause if raised else None)
 
     def _told(
         self,
@@ -232,6 +252,12 @@ class Call(Generic[T]):
 
     def _who(self, ranks: Sequence[int]) -> str:
         return f"{self.group.role} rank {', '.join(map(str, ranks))}"
+
+
+def _line(cause: Exception) -> str:
+    """What happened, in a line. What Ray could not send or read as an object it quotes with its traceback."""
+    quoted = headline_of_traceback(str(cause)) if isinstance(cause, RayError) else ""
+    return quoted or summary(cause)
 
 
 def _casualties(findings: dict[Rank, Finding]) -> list[Rank]:

@@ -26,6 +26,7 @@ from orchestrator.bench import Benchmark
 from orchestrator.footprint import Footprint
 from orchestrator.run import RunError
 from placement.architecture import LADDER, Architecture
+from workers.remote_error import headline_of_traceback
 
 GIB = 2**30
 UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
@@ -158,12 +159,13 @@ def end_whole(process: subprocess.Popen[bytes]) -> None:
 
 
 def failure_of(log: IO[bytes]) -> str:
-    """What the command said of its failure, in one line, else the end of its traceback."""
+    """What the command said of its failure, in one line, else the exception that its traceback ends with, or its last line."""
     log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    text = log.read().decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     said = [k for k, line in enumerate(lines) if line.startswith("troupe: ")]
     if not said:
-        return lines[-1] if lines else "without a word"
+        return headline_of_traceback(text) or (lines[-1] if lines else "without a word")
     first, *others = lines[said[-1] :]
     details = "; ".join(line.strip() for line in takewhile(lambda line: line.startswith("  "), others))
     return f"{first.removeprefix('troupe: ')} {details}".strip()

@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 
 from configs import RunConfig
-from configs.schema import ROLES, HttpReward, ModelReward, ModelSettings, PPOSettings
+from configs.schema import (
+    ROLES,
+    FunctionSettings,
+    HttpReward,
+    Judge,
+    ModelReward,
+    ModelSettings,
+    PPOSettings,
+    Reward,
+)
 from orchestrator.run import STAGES, Run, RunError, local
 from placement.shape import Stage
 from workers.adapters import real, refuse_other_base
+from workers.data import Row
+from workers.functions import check_columns as check_arguments
 from workers.functions import find_function
 
 
@@ -172,6 +184,41 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
             )
     for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
         find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def column_checks(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Callable[[], None]]:
+    """Checks that rewards and judges can be given the columns of the prompts that they score, one for each of them.
+
+    prompts, held_out: rows of `ppo.prompts` and of `ppo.evaluation.prompts`; the second may be none. A check raises RewardError,
+    which names the setting, the dataset and the column.
+    """
+    rewards: list[tuple[str, Reward | Judge]] = [(f"ppo.rewards.{i}", reward) for i, reward in enumerate(ppo.rewards)]
+    yield from _column_checks(rewards, f"ppo.prompts ({ppo.prompts.name})", prompts)
+    if ppo.evaluation:
+        judges = [(f"ppo.evaluation.judges.{i}", judge) for i, judge in enumerate(ppo.evaluation.judges)]
+        dataset = f"ppo.evaluation.prompts ({ppo.evaluation.prompts.name})"
+        yield from _column_checks([*rewards, *judges], dataset, held_out)
+
+
+def _column_checks(
+    sources: Sequence[tuple[str, Reward | Judge]], dataset: str, rows: Sequence[Row]
+) -> Iterator[Callable[[], None]]:
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    for place, source in sources:
+        if isinstance(source, FunctionSettings):
+            yield partial(_check_function, source.function, f"{place}.function", names, dataset)
+        elif isinstance(source, HttpReward):
+            yield partial(_check_json, rows, place, dataset)
+
+
+def _check_function(path: str, setting: str, columns: Sequence[str], dataset: str) -> None:
+    check_arguments(find_function(path, setting), setting, columns, dataset)
+
+
+def _check_json(rows: Sequence[Row], setting: str, dataset: str) -> None:
+    from workers.endpoint import check_json  # imports an HTTP client, which the driver can mostly do without
+
+    check_json([row.columns for row in rows], setting, dataset)
 
 
 def _check_sharing(config: RunConfig, ppo: PPOSettings, run: Run) -> None:

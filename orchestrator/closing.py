@@ -48,14 +48,16 @@ def _ppo(numbers: Mapping[str, float]) -> list[str]:
         return ["trained; no held-out prompts to compare on (ppo.evaluation)"]
     lines = [f"{numbers['prompts']:,.0f} held-out prompts, before -> after: change [95% interval]"]
     gain = f", {numbers['reward_gain']:+.2f} standard deviations" if "reward_gain" in numbers else ""
-    lines.append(f"  reward {_change(numbers, 'reward')}{gain}")
+    if "reward_change" in numbers:
+        lines.append(f"  reward {_change(numbers, 'reward')}{gain}")
     judges = [
         name.removesuffix("_change") for name in numbers if name.startswith("judge/") and name.endswith("_change")
     ]
     lines += [f"  judge {judge.removeprefix('judge/')} {_change(numbers, judge)}" for judge in judges]
-    lines.append(
-        f"  KL to the reference {numbers['kl']:.3f} nats per token; {numbers['distinct']:.0%} of the answers are distinct"
-    )
+    if "kl" in numbers:
+        lines.append(
+            f"  KL to the reference {numbers['kl']:.3f} nats per token; {numbers['distinct']:.0%} of the answers are distinct"
+        )
     return lines
 
 

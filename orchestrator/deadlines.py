@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from configs.schema import DeadlineSettings
@@ -10,7 +12,7 @@ from configs.schema import DeadlineSettings
 Phase = Literal["start", "generate", "score", "train", "publish", "save"]
 
 PHASES: dict[str, Phase] = {
-    **dict.fromkeys(("whereabouts", "address", "join", "load", "connect", "add_rows"), "start"),
+    **dict.fromkeys(("whereabouts", "address", "join", "mark", "load", "connect", "add_rows"), "start"),
     "generate": "generate",
     **dict.fromkeys(("log_probs", "values", "scores", "texts", "memory"), "score"),
     **dict.fromkeys(("publish", "probe", "prove"), "publish"),
@@ -18,31 +20,66 @@ PHASES: dict[str, Phase] = {
 }
 """Method of a worker -> phase; every other method trains."""
 
+BACKWARD = 3.0
+"""What a forward and a backward pass of a token cost together, in forward passes."""
+_REMEMBERED = 20
+"""Calls of a method, the latest ones, that deadlines are learnt from: a machine may become slower, and what the first calls
+took is no measure for ever."""
+
 
 def phase_of(method: str) -> Phase:
     return PHASES.get(method, "train")
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What a call has to do, in units of two kinds. The time of a call is at most proportional to the larger of the two."""
+
+    tokens: float = 1.0
+    """Tokens through a model, over all ranks; one that is trained on counts `BACKWARD` times."""
+    steps: float = 1.0
+    """What comes one after the other however few tokens there are: tokens of an engine's longest answer, micro-batches that are
+    scored, updates of a model's weights."""
+
+    def times(self, other: Workload) -> float:
+        """How many times as long as the other this may take, at least once: small calls have their fixed costs. Infinite where
+        this does something of which the other did nothing."""
+        return max(1.0, _ratio(self.tokens, other.tokens), _ratio(self.steps, other.steps))
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.inf if a else 0.0
+
+
 class Deadlines:
-    """The deadlines of a team's calls. A call that has been made before gets `patience` times the longest that it took so
-    far per token, and `least` seconds at least; a first call gets `first`. A phase that the config names gets what it says."""
+    """The deadlines of a team's calls. A call that has been made before gets `patience` times what the latest calls of its
+    name took, in proportion to what it has to do where that is more than they did, and `least` seconds at least; one that is
+    like none before gets `first`. A phase that the config names gets what it says."""
 
     def __init__(self, settings: DeadlineSettings) -> None:
         self._settings = settings
-        self._slowest: dict[str, float] = {}
+        self._seen: dict[str, deque[tuple[Workload, float]]] = {}
+        self._missed: Counter[str] = Counter()
 
-    def seconds(self, method: str, work: float) -> float:
-        """Seconds for a call on `work` tokens (1 where tokens say nothing)."""
+    def seconds(self, method: str, work: Workload) -> float:
+        """Seconds for a call that may have to do so much."""
         phase, settings = phase_of(method), self._settings
         if fixed := getattr(settings, phase):
             return float(fixed)
-        if method not in self._slowest:
+        expected = [seconds * work.times(done) for done, seconds in self._seen.get(method, ())]
+        if not (known := [seconds for seconds in expected if math.isfinite(seconds)]):
             return settings.first
-        return max(settings.least, settings.patience * self._slowest[method] * work)
+        # Who was slow and healthy must not be ended again and again: the next attempt gets twice the time.
+        return max(settings.least, settings.patience * max(known)) * 2.0 ** self._missed[method]
 
-    def observe(self, method: str, work: float, began: float) -> None:
-        """Note a call that began at `began` (time.monotonic) and has ended well."""
-        self._slowest[method] = max(self._slowest.get(method, 0.0), (time.monotonic() - began) / work)
+    def observe(self, method: str, done: Workload, seconds: float) -> None:
+        """Note that a call did so much in so many seconds."""
+        self._seen.setdefault(method, deque(maxlen=_REMEMBERED)).append((done, seconds))
+        self._missed[method] = 0
+
+    def missed(self, method: str) -> None:
+        """Note that a call did not end by its deadline."""
+        self._missed[method] += 1
 
     def setting(self, method: str) -> str:
         """Dotted path of the setting that bounds a call."""

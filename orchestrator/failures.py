@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import (
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RpcError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.schema import Role
 from workers import examine
-from workers.examine import Finding, Whereabouts
+from workers.examine import Finding, State, Whereabouts
 
 LOG_LINES = 30
 LOOK = 60.0
-"""Seconds for looking at the processes of a node; one that takes longer is taken for lost."""
+"""Seconds for looking at the processes of a node."""
+
+LOST = (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RpcError,
+    WorkerCrashedError,
+)
+"""What Ray itself loses, so that the same work may succeed another time. Its other errors (a result that cannot be read, no
+memory in the object store, an exception that could not be pickled) come again."""
 
 Kind = Literal["error", "died", "hung", "lost"]
 
@@ -29,7 +49,8 @@ class Failure:
     """A call to a worker that did not end well."""
 
     kind: Kind
-    """error: it raised. died: its process is gone. hung: it gave no answer in time. lost: its answer was lost with a node."""
+    """error: it raised. died: its process is gone. hung: it gave no answer in time. lost: Ray lost its answer, or what it was to
+    work on, though all processes live."""
     role: Role
     ranks: tuple[int, ...]
     method: str
@@ -77,20 +98,31 @@ class WorkerError(RuntimeError):
         """Whether it was decided that the run ends of it."""
 
 
-def look(places: dict[Rank, Whereabouts], stacks: bool = False) -> dict[Rank, Finding]:
-    """Examine workers' processes, on their nodes."""
+def look(places: dict[Rank, Whereabouts], stacks: Collection[Rank] = ()) -> dict[Rank, Finding]:
+    """Examine workers' processes, on their nodes. stacks: those whose Python stacks are wanted too, which takes seconds."""
     nodes = _by_node(places)
     tasks = {
-        node: on_node(node, examine.examine).remote([places[rank] for rank in ranks], LOG_LINES, stacks)
+        node: on_node(node, examine.examine).remote(
+            [places[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
+        )
         for node, ranks in nodes.items()
     }
     found: dict[Rank, Finding] = {}
     for node, ranks in nodes.items():
         try:
             found |= zip(ranks, ray.get(tasks[node], timeout=LOOK), strict=True)
-        except RayError:  # the task cannot be run there, or gives no answer
+        except GetTimeoutError:
+            # A node without a free moment is not lost: its workers are healthy as far as anybody knows.
+            state: State = "running" if node in alive_nodes() else "node lost"
+            found |= dict.fromkeys(ranks, Finding(state, f"(the node could not be looked at in {LOOK:.0f} s)"))
+        except RayError:  # the task cannot be run there
             found |= dict.fromkeys(ranks, Finding("node lost"))
     return {rank: found[rank] for rank in places}
+
+
+def alive_nodes() -> set[str]:
+    """Ray's ids of the nodes that live."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def end(places: dict[Rank, Whereabouts]) -> None:

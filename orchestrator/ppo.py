@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from configs.schema import Role
 from orchestrator.calls import together
-from orchestrator.evaluation import DATA, evaluate, weighted_sum
+from orchestrator.checks import column_checks
+from orchestrator.evaluation import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.outcome import outcome
 from orchestrator.preflight import Input
@@ -52,6 +54,7 @@ class PPO(StageRun):
             reference, values, scores = together(
                 team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
             )
+        self._record_faults(scores)
         reward = weighted_sum(scores, ppo)
         kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
         sane = kl <= ppo.refuse_kl  # nan is not
@@ -61,8 +64,10 @@ class PPO(StageRun):
         shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
         experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
         with self.phase("train"):
-            learnt = self._train(step, experience, update=learns)
+            learnt = self._train(step, experience, update=learns, sane=sane)
         learnt["refused/actor"] += not sane
+        if not sane and "critic" in team.groups:
+            learnt["refused/critic"] = 1.0
         if learnt["updates"]:
             with self.phase("publish"):
                 self.version += 1
@@ -77,7 +82,7 @@ class PPO(StageRun):
             self.kl.update(kl, len(rollouts))
         return metrics | self._evaluation(step)
 
-    def _train(self, step: int, experience: Experience, update: bool) -> dict[str, float]:
+    def _train(self, step: int, experience: Experience, update: bool, sane: bool) -> dict[str, float]:
         """What actor and critic report of their updates. Where no answer has a score there is none, and the step says so."""
         if not len(experience.scored):
             self.warn(
@@ -86,7 +91,7 @@ class PPO(StageRun):
             return {"updates": 0.0, "refused/actor": 0.0}
         actor, critic = together(
             self.team.train_actor(experience, step, self.steps, update),
-            self.team.train_critic(experience, step, self.steps),
+            self.team.train_critic(experience, step, self.steps) if sane else None,
         )
         if not actor["refused/actor"]:
             self._check_gap(step, actor["log_prob_gap"])
@@ -158,6 +163,10 @@ class PPO(StageRun):
             wanted.append(Input("sft", "ppo.ptx.data", data, "demonstration", encode))
         return wanted
 
+    def data_checks(self) -> Iterable[Callable[[], None]]:
+        held_out = self.data[DATA].rows if DATA in self.data else []
+        return column_checks(self.ppo, self.data["prompts"].rows, held_out)
+
     def load(self) -> None:
         """Load models and data."""
         team, ppo = self.team, self.ppo
@@ -190,15 +199,23 @@ class PPO(StageRun):
         return self._evaluate(f"step-{step}") if every and step % every == 0 else {}
 
     def _evaluate(self, when: str) -> dict[str, float]:
+        """Metrics of an evaluation; none where one during or after the training failed, which goes on without it."""
+        metrics: dict[str, float] = {}
         if DATA not in self.data:
-            return {}
-        with self.phase("evaluate"):
-            found = evaluate(self.team, self.counts[DATA].kept)
-        found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
-        metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
+            return metrics
+        with self.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
+            with self.phase("evaluate"):
+                found = evaluate(self.team, self.counts[DATA].kept)
+            self._record_faults(found.scores)
+            found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
+            metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
         if when == "before":
             self.recorder.record(0, metrics)
         return metrics
+
+    def _record_faults(self, scores: dict[str, Scored]) -> None:
+        for text in record_faults(self.run.failures, scores):
+            self.warn(f"{text} ({self.run.failures.folder})")
 
     def result(self) -> dict[str, float]:
         return {"steps": float(self.steps), **outcome(self.run.folder)}
@@ -206,11 +223,13 @@ class PPO(StageRun):
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, Scored]) -> dict[str, float]:
     """Mean and deviation of the reward and of each source over the answers [samples] that it has a number for (nan: it has
-    none); nothing of one that has no number at all."""
+    none), and the means of the other numbers that sources measure; nothing of one that has no number at all."""
     columns = [("mean", "std", reward), *((name, f"{name}_std", scored.values) for name, scored in scores.items())]
     metrics: dict[str, float] = {}
     for mean, deviation, values in columns:
         known = values[~np.isnan(values)]
         if len(known):
             metrics |= {f"reward/{mean}": float(known.mean()), f"reward/{deviation}": float(known.std())}
+    for name, scored in scores.items():
+        metrics |= scored.means(f"reward/{name}")
     return metrics

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,6 +66,9 @@ class Job(Protocol):
 
     def take(self, name: str, encoded: Any, counts: Counts) -> None:
         """Keep a dataset's token ids."""
+
+    def data_checks(self) -> Iterable[Callable[[], None]]:
+        """Further checks of the datasets, once all are kept; each raises an error of what is wrong."""
 
 
 @dataclass
@@ -124,6 +127,10 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Callable[[], None]) -> Repo
                 rows = readers.rows(wanted)
                 if codec is not None:
                     _encode(report, readers, job, wanted, codec, rows)
+        if all(wanted.setting in report.counts for wanted in inputs):
+            for check in job.data_checks():
+                with report.collecting():
+                    check()
     report.seconds = time.monotonic() - started
     return report
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from configs.schema import RecoverySettings, Role
+from orchestrator.failure_log import FailureLog
 from orchestrator.failures import Failure, WorkerError
+
+
+@dataclass(frozen=True)
+class _Restart:
+    time: float
+    where: str
+    """Stage and step."""
 
 
 class Recovery:
@@ -17,15 +23,25 @@ class Recovery:
 
     Args:
         settings: what may be spent.
-        folder: where each failure is written to a file of its own; none: nowhere.
+        log: where each failure is written; none: nowhere.
+        say: is told of each failure that the run goes on from, in a line.
     """
 
-    def __init__(self, settings: RecoverySettings, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        log: FailureLog | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._settings = settings
-        self._folder = folder
-        self._spent: dict[Role, deque[float]] = {}
-        self.where = ""
-        """Stage and step, for the records."""
+        self._log = log
+        self._say = say
+        self._spent: dict[Role, list[_Restart]] = {}
+
+    @property
+    def where(self) -> str:
+        """Stage and step; empty where nobody says so."""
+        return self._log.where if self._log else ""
 
     def consider(self, error: WorkerError) -> None:
         """Record a failure; return where the run may go on. Raises it as final where nothing is to be replaced or the budget is
@@ -40,32 +56,30 @@ class Recovery:
             raise error
         if left < 0:
             note = (
-                f"not replaced again: {self._settings.restarts} restarts in {self._settings.window:g} s are allowed "
-                "(recovery.restarts, recovery.window)"
+                f"not replaced again: {self._settings.restarts} restarts in {self._settings.window:g} s, or in one step, are "
+                "allowed (recovery.restarts, recovery.window)"
             )
             spent = WorkerError(replace(failure, text=f"{failure.text}\n  {note}"))
             spent.final = True
             raise spent from error
+        self._say(f"{self.where}: {failure.text}".removeprefix(": "))
 
     def _left(self, failure: Failure) -> int | None:
         """Restarts left to the role that has the fewest, those now due taken off; none where nothing is due."""
         if not failure.survivable:
             return None
-        now, left = time.monotonic(), []
+        now, left = _Restart(time.monotonic(), self.where), []
         for role in {role for role, _ in failure.casualties} or {failure.role}:
-            times = self._spent.setdefault(role, deque())
-            times.append(now)
-            while now - times[0] > self._settings.window:
-                times.popleft()
-            left.append(self._settings.restarts - len(times))
+            self._spent[role] = [r for r in (*self._spent.get(role, ()), now) if self._counts(r, now)]
+            left.append(self._settings.restarts - len(self._spent[role]))
         return min(left)
+
+    def _counts(self, restart: _Restart, now: _Restart) -> bool:
+        """Whether it lies in the window, or in the step that is being tried: a step whose every attempt takes longer than the
+        window would be tried for ever."""
+        return now.time - restart.time <= self._settings.window or bool(now.where and restart.where == now.where)
 
     def record(self, failure: Failure, consequence: str) -> None:
         """Write a failure, and what came of it, to a file of its own."""
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(self._folder.glob("*.txt"))) + 1
-        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.where}\n{failure.phase}: {failure}\n{consequence}\n"
-        with suppress(OSError):  # what failed matters more than that the disk is full
-            (self._folder / f"{number:04d}-{failure.role}-{failure.kind}.txt").write_text(text, encoding="utf-8")
+        if self._log:
+            self._log.write(f"{failure.role}-{failure.kind}", f"{failure.phase}: {failure}\n{consequence}")

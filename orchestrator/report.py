@@ -127,7 +127,7 @@ def _read_pairs(folder: Path) -> list[_Pair]:
     for number, (one, other) in enumerate(zip(before, after, strict=True), start=1):
         if one["prompt"] != other["prompt"]:
             raise ValueError(f"{paths[1]}:{number}: another prompt than in {paths[0]}: {other['prompt'][:80]!r}")
-    return [_Pair(one, other) for one, other in zip(*scored_pairs(before, after), strict=True)]
+    return [_Pair(one, other) for one, other in zip(before, after, strict=True)]
 
 
 # ---------------------------------------------------------------- header
@@ -190,16 +190,16 @@ def _tiles(run: _Run) -> list[_Tile]:
 def _outcome_tiles(run: _Run) -> list[_Tile]:
     if not run.pairs:
         return []
-    before, after = _scores(run.pairs, "reward")
+    before, after = _scores(run.pairs)
     tiles = []
     if len(before) > 1 and stdev(before) > 0:
         gain = (fmean(after) - fmean(before)) / stdev(before)
         tiles.append(_Tile("Reward gain, held out", f"{_signed(gain, 2)} SD", _from_to(before, after)))
-    for judge in run.pairs[0].before["judges"]:
-        before, after = _scores(run.pairs, judge, judge=True)
-        tiles.append(
-            _Tile(f"Judge {judge}, held out", _signed(fmean(after) - fmean(before), 3), _from_to(before, after))
-        )
+    for judge in run.pairs[0].after["judges"]:
+        before, after = _scores(run.pairs, judge)
+        if before:
+            change = _signed(fmean(after) - fmean(before), 3)
+            tiles.append(_Tile(f"Judge {judge}, held out", change, _from_to(before, after)))
     answers = _answers(run.pairs, "after")
     tiles.append(_Tile("KL to the reference", f"{_kl_per_token(run.pairs, 'after'):.3f}", "nats per token, held out"))
     tiles.append(_Tile("Distinct answers", f"{distinct_share(answers):.0%}", f"of {len(answers):,} held-out prompts"))
@@ -240,9 +240,11 @@ class _Comparison:
 
 def _comparison(run: _Run) -> _Comparison:
     pairs = run.pairs
-    measures = {"Reward": _scores(pairs, "reward")}
-    measures |= {f"Judge: {judge}": _scores(pairs, judge, judge=True) for judge in pairs[0].before["judges"]}
-    tokens = _scores(pairs, "tokens")
+    measures = {"Reward": _scores(pairs)} | {
+        f"Judge: {judge}": _scores(pairs, judge) for judge in pairs[0].after["judges"]
+    }
+    measures = {name: scores for name, scores in measures.items() if scores[0]}
+    tokens = [float(pair.before["tokens"]) for pair in pairs], [float(pair.after["tokens"]) for pair in pairs]
     rows = [_row(name, *values, digits=3) for name, values in measures.items()]
     rows.append(_row("Tokens per answer", *tokens, digits=1))
     before, after = (f"{_kl_per_token(pairs, side):.3f}" for side in ("before", "after"))
@@ -250,14 +252,10 @@ def _comparison(run: _Run) -> _Comparison:
     before, after = (f"{distinct_share(_answers(pairs, side)):.1%}" for side in ("before", "after"))
     rows.append(_Row("Distinct answers", before, after, "—"))
 
-    charts = [
-        distributions(
-            "Rewards of the answers",
-            "Each held-out prompt answered once by either model; dashed: the means. Outermost 1% in the end bars.",
-            *measures["Reward"],
-            names=run.names,
-        )
-    ]
+    charts: list[Chart] = []
+    if "Reward" in measures:
+        caption = "Each held-out prompt answered once by either model; dashed: the means. Outermost 1% in the end bars."
+        charts.append(distributions("Rewards of the answers", caption, *measures["Reward"], names=run.names))
     scaled = {name: _standardised(*values) for name, values in measures.items()}
     if known := {name: change for name, change in scaled.items() if change is not None}:
         caption = (
@@ -284,11 +282,9 @@ def _standardised(before: Sequence[float], after: Sequence[float]) -> Interval |
     return Interval(change.mean / scale, change.low / scale, change.high / scale)
 
 
-def _scores(pairs: Sequence[_Pair], name: str, judge: bool = False) -> tuple[list[float], list[float]]:
-    def values(lines: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [float(line["judges"][name] if judge else line[name]) for line in lines]
-
-    return values([pair.before for pair in pairs]), values([pair.after for pair in pairs])
+def _scores(pairs: Sequence[_Pair], judge: str | None = None) -> tuple[list[float], list[float]]:
+    """The rewards, or a judge's scores, of the prompts whose two answers have one."""
+    return scored_pairs([pair.before for pair in pairs], [pair.after for pair in pairs], judge)
 
 
 def _answers(pairs: Sequence[_Pair], side: str) -> list[str]:
@@ -318,10 +314,10 @@ def _samples(run: _Run) -> list[_Sample]:
         _Sample(
             prompt=pair.before["prompt"],
             before=pair.before["answer"],
-            before_reward=_signed(pair.before["reward"], 2),
+            before_reward=_signed_or_none(pair.before["reward"], 2),
             after=pair.after["answer"],
-            after_reward=_signed(pair.after["reward"], 2),
-            better=pair.after["reward"] > pair.before["reward"],
+            after_reward=_signed_or_none(pair.after["reward"], 2),
+            better=None not in (scores := (pair.before["reward"], pair.after["reward"])) and scores[1] > scores[0],
         )
         for pair in run.pairs[: evaluation.samples if evaluation else 0]
     ]
@@ -487,6 +483,10 @@ def _seconds(run: _Run) -> Chart | None:
 
 def _signed(value: float, digits: int) -> str:
     return f"{value:+z.{digits}f}".replace("-", MINUS)
+
+
+def _signed_or_none(value: float | None, digits: int) -> str:
+    return "no score" if value is None else _signed(value, digits)
 
 
 def _interval(interval: Interval, digits: int, signed: bool = False) -> str:

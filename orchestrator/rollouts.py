@@ -16,6 +16,10 @@ class Rollouts:
     data: str
     prompts: np.ndarray
     """Rows of the dataset."""
+    numbers: np.ndarray
+    """Of the answers to its prompt, which one each is, from 0."""
+    step: int
+    """0: of an evaluation."""
     placed: Placed
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray

@@ -1,7 +1,7 @@
 """A run's folder: what is in it, and what is whole.
 
     runs/<name>/  config.yaml  run.json  metrics.jsonl  tensorboard/  evaluation/  summary.json  report.html
-                  checkpoints/<stage>/<step>/   models/<stage>/   logs -> the workers' of the latest Ray session
+                  checkpoints/<stage>/<step>/   models/<stage>/   failures/   logs -> the workers' of the latest Ray session
 
 Folders and small files appear whole or not at all. A checkpoint carries checksums; one that does not agree with them is
 renamed to <step>.damaged, and the one before serves.
@@ -24,6 +24,7 @@ from configs import RunConfig, load_config, save_config
 from configs.schema import ModelReward
 from orchestrator.changes import STAGES as STAGES
 from orchestrator.changes import changes
+from orchestrator.failure_log import FailureLog
 from orchestrator.integrity import (
     DiskError,
     clear_leftovers,
@@ -51,6 +52,7 @@ class Run:
         self.config = config
         self.folder = folder
         _refuse_links(folder)
+        self.failures = FailureLog(folder / "failures")
         known = self.read("run.json")
         self.stages: list[Stage] = list(known.get("stages", []))
         """What the run was asked for, in order."""
@@ -313,6 +315,7 @@ class Run:
         except DiskError as error:
             if self.config.checkpoint.on_error == "stop":
                 raise
+            self.failures.write("DiskError", f"DiskError: {error}", key=DiskError)
             warn(f"{error}; going on, as checkpoint.on_error is continue")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from configs.schema import Role
+from orchestrator.failures import alive_nodes
 from workers.files import write_files
 
 
@@ -63,7 +64,3 @@ class RankFiles:
         is lost."""
         there = [ref for node, ref in self.copies.items() if node in nodes]
         return (there or list(self.copies.values()))[0]
-
-
-def alive_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,16 @@ from orchestrator.recovery import Recovery
 from orchestrator.run import Run, RunError
 from orchestrator.snapshot import Snapshot
 from orchestrator.status import Status
-from orchestrator.stopping import StopSignal
+from orchestrator.stopping import Stopped, StopSignal
 from orchestrator.team import Team
 from placement.plan import Plan
 from placement.shape import Stage as StageName
 from workers.data import Counts
 from workers.examine import proportional_memory
+from workers.remote_error import summary
+
+MOST_BATCHES = 20
+"""Refused batches that are kept in a run's folder."""
 
 
 class RefusedError(RuntimeError):
@@ -86,6 +90,10 @@ class StageRun:
         """Setting, path and settings of the model whose tokenizer reads the data."""
         return "model", self.run.text_model(self.name), self.config.model
 
+    def data_checks(self) -> Iterable[Callable[[], None]]:
+        """Further checks of the datasets, once all are kept; each raises an error of what is wrong."""
+        return ()
+
     def take(self, name: str, encoded: Any, counts: Counts) -> None:
         """Keep a dataset's token ids until they are loaded."""
         self.data[name], self.counts[name] = encoded, counts
@@ -102,8 +110,11 @@ class StageRun:
         steps since the latest snapshot are done again, and must give the same."""
         raise NotImplementedError
 
+    def complete(self) -> None:
+        """What the trained model still needs before it is exported."""
+
     def result(self) -> dict[str, float]:
-        """Final numbers, for the summary."""
+        """Final numbers, for the summary; the model is exported."""
         raise NotImplementedError
 
     def trained(self) -> list[Role]:
@@ -128,44 +139,83 @@ class StageRun:
         started = time.monotonic()
         self.plan, self.stop = plan, stop
         self.done = self.run.sound_checkpoint(self.name, lambda text: self.console.print(f"warning: {text}")) or 0
-        self.recovery = Recovery(self.config.recovery, self.run.folder / "failures")
+        self.recovery = Recovery(self.config.recovery, self.run.failures, lambda text: self.progress.note(text))
         self.status = Status(self.run.folder, self.name, self.steps, self.done)
-        with (
-            Progress(self.name, self.steps, self.console, start=self.done) as self.progress,
-            Recorder(self.run.folder, self.config.name, self.name, self.done or None) as self.recorder,
-        ):
-            try:
-                self._survive(started)
-            except Exception:
+        try:
+            with (
+                Progress(self.name, self.steps, self.console, start=self.done) as self.progress,
+                Recorder(self.run.folder, self.config.name, self.name, self.done or None) as self.recorder,
+            ):
                 try:
-                    self._keep_snapshot()
-                except (DiskError, RayError) as error:
-                    self.warn(f"the latest snapshot was not kept: {error}")
+                    self._survive()
+                    self._finish(started)
+                except Exception:
+                    try:
+                        self._keep_snapshot()
+                    except (DiskError, RayError) as error:
+                        self.warn(f"the latest snapshot was not kept: {error}")
+                    raise
+                finally:
+                    self._end_team()
+        except DiskError as error:
+            if not self.run.finished(self.name):
                 raise
-            finally:
-                self._end_team()
-        self.run.prune(self.name, 0)
+            self.run.failures.write_exception(error)
+            self.console.print(f"warning: {self.name} is finished, but not all of its metrics were written: {error}")
 
-    def _survive(self, started: float) -> None:
-        """Start and work; after a fault go back and do again what it undid, for as long as the policy allows."""
+    def _survive(self) -> None:
+        """Start, work and export the model; after a fault go back and do again what it undid, for as long as the policy
+        allows."""
         todo: Callable[[], None] = self._start
+        self.run.failures.where = f"{self.name}, before step {self.done + 1}"
         while True:
             try:
                 todo()
                 self._work()
-                self.run.summarize(self.name, self.result() | {"seconds": time.monotonic() - started})
+                self.run.failures.where = f"{self.name}, after step {self.steps} of {self.steps}"
+                self.complete()
                 self._export()
                 return
             except WorkerError as error:
                 if error.final:
                     raise
-                self.progress.note(f"{self.name}, step {self.done + 1}: {error.failure.text}")
                 todo = partial(self._go_back if self.loaded else self._start_again, error)
+
+    def _finish(self, started: float) -> None:
+        """What is done once the model is exported. None of it may end the stage, which is finished."""
+        with self.sparing("its numbers in summary.json are left out"):
+            self.run.summarize(self.name, self.result() | {"seconds": time.monotonic() - started})
+        with self.sparing("its checkpoints, which are no longer needed, were not removed"):
+            self.run.prune(self.name, 0)
+
+    @contextmanager
+    def sparing(self, consequence: str) -> Iterator[None]:
+        """For what the trained model does not depend on: an error in the block is recorded, and the stage goes on without it.
+
+        Raises the WorkerError of a worker that is to be replaced, and of the role that learns, whose ranks may wait for one
+        another: the model could not be exported then.
+        """
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:
+            if isinstance(error, WorkerError):
+                if not error.final and (error.failure.survivable or error.failure.role in self.trained()):
+                    raise
+                reason = error.failure.text
+                if not error.final:
+                    self.recovery.record(error.failure, consequence)
+            else:
+                reason = summary(error)
+                self.run.failures.write_exception(error)
+            self.warn(f"{self.name}: {consequence}: {reason}")
 
     def _start(self) -> None:
         """Workers, models and data; the latest checkpoint, where there is one."""
         self.progress.phase("starting workers")
         self.team = Team.start(self.config, self.plan, self.recovery, self._changed, self.run.started)
+        self._check_folder()
         self.progress.phase("loading")
         self.load()
         self.loaded = True
@@ -202,9 +252,10 @@ class StageRun:
     def _work(self) -> None:
         if not self.done:
             self.begin()
-        self.stop.heed(f"before step {self.done + 1} of {self.steps} of {self.name}")
+        if self.done < self.steps:
+            self.stop.heed(f"before step {self.done + 1} of {self.steps} of {self.name}")
         while self.done < self.steps:
-            self.recovery.where = f"{self.name}, step {self.done + 1} of {self.steps}"
+            self.run.failures.where = f"{self.name}, step {self.done + 1} of {self.steps}"
             self.finish_step(self.done + 1, self.step(self.done + 1))
 
     def _end_team(self) -> None:
@@ -265,18 +316,28 @@ class StageRun:
         refused = [role for role in self.trained() if metrics.get(f"refused/{role}", metrics.get("refused"))]
         self.refused = self.refused + 1 if refused else 0
         for role in refused:
-            for rank, batch in enumerate(self.team.groups[role].call("refused_batch").get()):
-                if batch is not None:
-                    path = self.run.folder / "failures" / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
-                    path.parent.mkdir(exist_ok=True)
-                    np.savez(path, **batch)
-                    self.warn(f"step {self.done}: {role} refused a training step; what it saw: {path}")
+            self._record_refusal(role, metrics)
         if self.refused >= self.config.recovery.refused_steps:
             raise RefusedError(
                 f"{self.name}, step {self.done}: a training step was refused in {self.refused} steps in a row "
                 "(recovery.refused_steps): loss, gradient or KL are not finite or beyond all measure "
-                f"(refuse_grad_norm, ppo.refuse_kl); what they saw is in {self.run.folder / 'failures'}"
+                f"(refuse_grad_norm, ppo.refuse_kl); what they saw is in {self.run.failures.folder}"
             )
+
+    def _record_refusal(self, role: Role, metrics: dict[str, float]) -> None:
+        """A text, and the batch that each rank refused, where it was the rank that refused it."""
+        folder = self.run.failures.folder
+        loss = {"actor": "loss/policy", "critic": "loss/value"}.get(role, "loss")
+        names = dict.fromkeys(("kl", "loss", loss, "grad_norm", f"grad_norm/{role}"))
+        numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+        text = f"train: {role}: a training step was refused and not applied: {numbers}"
+        self.run.failures.write(f"{role}-refused", text, key=("refused", role))
+        for rank, batch in enumerate(self.team.groups[role].call("refused_batch").get()):
+            if batch is not None and len(list(folder.glob("*.npz"))) < MOST_BATCHES:
+                path = folder / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
+                with self.sparing(f"what {role} saw in step {self.done} was not written"):
+                    np.savez(path, **batch)
+                    self.warn(f"step {self.done}: {role} refused a training step; what it saw: {path}")
 
     # ------------------------------------------------------------ saving
 
@@ -317,10 +378,33 @@ class StageRun:
         self.set_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
     def _export(self) -> None:
+        """Write the trained model. Where that cannot be done, its state becomes a checkpoint: a resumed run only exports."""
         self.progress.phase("exporting")
-        with whole_folder(self.run.model(self.name)) as folder:
-            self.team.export(self.trained()[0], folder)
-            self._must_see(folder / "model.safetensors")
+        try:
+            with whole_folder(self.run.model(self.name)) as folder:
+                self.team.export(self.trained()[0], folder)
+                self._must_see(folder / "model.safetensors")
+        except Exception as error:
+            if not isinstance(error, Stopped) and not (isinstance(error, WorkerError) and error.failure.survivable):
+                self._keep_trained()
+            raise
+
+    def _keep_trained(self) -> None:
+        if self.done in self.run.checkpoints(self.name):
+            return
+        try:
+            self.save()
+        except (DiskError, RunError, WorkerError) as error:
+            self.warn(f"the trained state was not kept either: {summary(error)}")
+        else:
+            self.warn(f"not exported, but what was trained is kept: `troupe resume {self.run.folder}` exports it")
+
+    def _check_folder(self) -> None:
+        """Whether the driver sees what workers write in the run's folder: else no checkpoint and no model can be had."""
+        for role in self.trained():
+            for name in self.team.groups[role].call("mark", str(self.run.folder.absolute())).get():
+                self._must_see(self.run.folder / name)
+                (self.run.folder / name).unlink()
 
     def _must_see(self, path: Path) -> None:
         """A worker on another node may have written elsewhere."""

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from configs.schema import BatchSettings, ModelSettings, OptimizerSettings, Role
 from orchestrator.calls import Call
+from orchestrator.deadlines import BACKWARD, Workload
+from orchestrator.metrics import read_metrics
 from orchestrator.preflight import Input
 from orchestrator.run import Run, local
 from orchestrator.stage import StageRun
@@ -80,12 +82,12 @@ class Supervised(StageRun):
     def validate(self) -> dict[str, float]:
         """Metrics of all validation rows."""
         found = self.call(self.validate_method, "validation", np.arange(len(self.data["validation"]))).get()
-        self.validated = {f"validation/{name}": value for name, value in self.shown(found).items()}
-        return self.validated
+        return {f"validation/{name}": value for name, value in self.shown(found).items()}
 
     def call(self, method: str, data: str, rows: Rows, *args: Any) -> Call[dict[str, float]]:
         parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens // self.sequences_per_row)
-        work = float(self.team.lengths[data][0][rows].sum())
+        passes = BACKWARD if method == self.train_method else 1.0
+        work = Workload(passes * float(self.team.lengths[data][0][rows].sum()), len(parts[0].micro_batches))
         return self.team.groups[self.role].scatter(
             method, [(part, *args) for part in parts], work=work, then=lambda results: results[0]
         )
@@ -94,7 +96,13 @@ class Supervised(StageRun):
         return metrics
 
     def result(self) -> dict[str, float]:
-        return {"parameters": self.parameters, "steps": self.steps, **getattr(self, "validated", {})}
+        return {"parameters": self.parameters, "steps": self.steps, **self._last_validation()}
+
+    def _last_validation(self) -> dict[str, float]:
+        """From the metrics, where it is too for a process that only exports what another has trained."""
+        lines = [line for line in read_metrics(self.run.folder) if line["stage"] == self.name]
+        found = [{k: v for k, v in line.items() if k.startswith("validation/") and v is not None} for line in lines]
+        return next(filter(None, reversed(found)), {})
 
 
 class SFT(Supervised):
@@ -165,14 +173,18 @@ class RewardModel(Supervised):
         encode = partial(encode_demonstrations, max_length=most, overlong="cut", turns="last")
         return [*super().inputs(), Input("demonstrations", setting, data, "demonstration", encode)]
 
-    def result(self) -> dict[str, float]:
-        numbers = super().result()
+    def complete(self) -> None:
+        """Give the scores mean 0 and deviation 1 on the demonstrations: the exported config says how."""
+        self.normalization: dict[str, float] = {}
         if "demonstrations" not in self.data:
-            return numbers
+            return
         self.team.add_data("demonstrations", self.data["demonstrations"], "reward")
         rows = np.arange(len(self.data["demonstrations"]))
         parts = self.team.parts("reward", "demonstrations", rows, self.settings.micro_batch_tokens)
         args = [(part.data, part.micro_batches) for part in parts]
         call: Call[list[tuple[float, float]]] = self.team.groups["reward"].scatter("normalize", args)
         mean, std = call.get()[0]
-        return numbers | {"raw_score_mean": mean, "raw_score_std": std}
+        self.normalization = {"raw_score_mean": mean, "raw_score_std": std}
+
+    def result(self) -> dict[str, float]:
+        return super().result() | self.normalization

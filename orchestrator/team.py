@@ -29,15 +29,15 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from configs.schema import ModelSettings, Role, RunConfig
+from configs.schema import ModelReward, ModelSettings, Role, RunConfig
 from configs.strategies import ZERO
 from orchestrator.calls import Call, WorkerGroup, together
-from orchestrator.deadlines import Deadlines
-from orchestrator.failures import Rank, WorkerError, end, on_node
+from orchestrator.deadlines import BACKWARD, Deadlines, Workload
+from orchestrator.failures import Rank, WorkerError, alive_nodes, end, on_node
 from orchestrator.recovery import Recovery
 from orchestrator.rollouts import Column, Experience, Rollouts
 from orchestrator.run import local
-from orchestrator.snapshot import RankFiles, Snapshot, alive_nodes
+from orchestrator.snapshot import RankFiles, Snapshot
 from placement.groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
 from placement.plan import Plan
 from placement.shape import transport_of
@@ -51,7 +51,7 @@ from workers.probe import Probe
 from workers.schedule import StageStep
 from workers.scored import Scored
 from workers.sequences import Placed
-from workers.work import DifferentModel, MiniBatch, Part, StaleWeights, Work, Written
+from workers.work import DifferentModel, MiniBatch, Part, ScoringRequest, StaleWeights, Work, Written
 from workers.worker import WorkerSpec, environment
 
 
@@ -371,6 +371,8 @@ class Team:
             return Rollouts(
                 data,
                 prompts,
+                numbers,
+                step,
                 placed,
                 prompt_lengths=ordered("prompt_lengths"),
                 answer_lengths=ordered("answer_lengths"),
@@ -379,8 +381,15 @@ class Team:
             )
 
         args = [(data, prompts[share], numbers[share], step, self.version) for share in shares]
-        work = float(self.lengths[data][0][prompts].sum() + len(prompts) * self.config.rollout.max_new_tokens)
-        return group.scatter("generate", args, keep=1, work=work, then=gather)
+        longest, asked = self.config.rollout.max_new_tokens, float(self.lengths[data][0][prompts].sum())
+        turns = -(-max(map(len, shares)) // self.config.rollout.max_sequences)  # an engine's answers, so many at a time
+        work = Workload(asked + len(prompts) * longest, turns * longest)
+
+        def done(results: list[tuple[Any, Written]]) -> Workload:
+            lengths = np.concatenate([written.answer_lengths for _, written in results])
+            return Workload(asked + float(lengths.sum()), float(turns * lengths.max(initial=0)))
+
+        return group.scatter("generate", args, keep=1, work=work, then=gather, done=done)
 
     def _share_out(self, prompt_lengths: np.ndarray, engines: int) -> list[np.ndarray]:
         """Give each answer, the longest first, to the engine with the fewest tokens outstanding."""
@@ -410,7 +419,8 @@ class Team:
             return Column(placed, _in_order(shards, [numbers for _, numbers in results], len(rollouts)))
 
         args = [(rollouts.placed.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)]
-        return self.groups[role].scatter(method, args, keep=1, work=float(rollouts.lengths.sum()), then=gather)
+        work = Workload(float(rollouts.lengths.sum()), len(micro_batches[0]))
+        return self.groups[role].scatter(method, args, keep=1, work=work, then=gather)
 
     def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, Scored]]:
         """What each of the named sources (rewards or judges) says of the answers: of each a score, a timeout or an error."""
@@ -420,13 +430,21 @@ class Team:
             return {name: Scored.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
 
         args = [
-            (rollouts.data, rollouts.prompts[rows], rollouts.placed.take(rows), micro, list(names))
+            (self._request(rollouts, rows), rollouts.placed.take(rows), micro, list(names))
             for rows, micro in zip(shards, micro_batches, strict=True)
         ]
-        call = self.groups["reward"].scatter("scores", args, work=float(rollouts.lengths.sum()), then=gather)
         assert self.config.ppo is not None
+        models = [source.name for source in self.config.ppo.rewards if isinstance(source, ModelReward)]
+        passes = sum(name in models for name in names)
+        work = Workload(passes * float(rollouts.lengths.sum()), 1 + passes * len(micro_batches[0]))
+        call = self.groups["reward"].scatter("scores", args, work=work, then=gather)
         call.allowance = self.config.ppo.longest_scoring(max(map(len, shards)))
         return call
+
+    def _request(self, rollouts: Rollouts, rows: Rows) -> ScoringRequest:
+        return ScoringRequest(
+            rollouts.data, rollouts.prompts[rows], rollouts.numbers[rows], rollouts.ended[rows], rollouts.step
+        )
 
     def texts(self, rollouts: Rollouts) -> list[tuple[str, str]]:
         """(prompt, answer) of each sample, for people to read."""
@@ -460,8 +478,25 @@ class Team:
         works = self._works(role, experience, at.step, update)
         seed = (self.config.seed, at.step)
         args = [(work, at, seed) for work in works]
-        tokens = float(experience.rollouts.lengths.sum())
-        return self.groups[role].scatter(method, args, work=tokens, then=lambda results: results[0])
+        asked = self._training_work(role, experience, update)
+
+        def done(results: list[dict[str, float]]) -> Workload:
+            """Of the actor, which may stop before its last update (`ppo.target_kl`)."""
+            updates = results[0].get("updates", 0.0) + results[0].get("refused/actor", 0.0)
+            return Workload(asked.tokens * updates / asked.steps, updates) if role == "actor" and update else asked
+
+        return self.groups[role].scatter(method, args, work=asked, then=lambda results: results[0], done=done)
+
+    def _training_work(self, role: Role, experience: Experience, update: bool) -> Workload:
+        """All updates of a step; without `update` the one forward pass, over the first mini-batch, that measures the gap."""
+        ppo, rollouts = self.config.ppo, experience.rollouts
+        assert ppo is not None
+        tokens = float(rollouts.lengths[experience.scored].sum())
+        if not update:
+            return Workload(tokens / ppo.mini_batches, 0.0)
+        if role == "actor":
+            tokens += sum(float(self.lengths["sft"][0][rows].sum()) for rows in experience.ptx)
+        return Workload(BACKWARD * ppo.epochs * tokens, ppo.epochs * ppo.mini_batches)
 
     def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[Work]:
         """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""

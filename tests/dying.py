@@ -2,7 +2,7 @@
 
 Each file in the folder `faults` beside the run's folder, `<role>-<rank>.<point>.<count>.<signal>`, is a fault: the process
 sends itself the signal when it comes to the point for the count-th time in its life. The file is removed first, so that a
-fault happens once. Signal 0 is none: at the point `loss` the loss becomes nan instead.
+fault happens once. Signal 0 is none: at the point `loss` the loss becomes nan instead, and the point `export` raises.
 """
 
 from __future__ import annotations

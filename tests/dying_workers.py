@@ -59,6 +59,11 @@ class _DyingTrainer(_Dying, Trainer):
         self.reach("save")
         super().save(folder)
 
+    def export(self, folder: str) -> None:
+        if self.reach("export"):
+            raise ValueError("this model cannot be written\nnor read")
+        super().export(folder)
+
 
 class DyingPolicy(_DyingTrainer, PolicyWorker):
     def log_probs(self, *args: Any) -> Any:

@@ -6,6 +6,7 @@ They show that a check sees what it is there for: with the fault it must fail, w
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -124,6 +125,16 @@ class FaultyPolicy(OpenPolicy):
     def disturb(self, fault: str) -> None:
         """One of flip, lose, exchange, break off; it happens in the next update."""
         self.sender.fault = fault
+
+    def refuse_descriptions(self, refuse: bool) -> None:
+        """Let the configs of an export be refused, or not any longer."""
+
+        def refused(folder: Path) -> None:
+            raise ValueError(f"no description of this model is written to {folder}")
+
+        vars(self).pop("_write_description", None)
+        if refuse:
+            vars(self)["_write_description"] = refused
 
     def buckets(self) -> int:
         """Buckets of the last update."""

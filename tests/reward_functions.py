@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+
+from workers.functions import SampleRecord
 
 
 def length(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
@@ -78,6 +81,71 @@ def fewer_and_fewer(prompts: list[str], answers: list[str], **columns: list[Any]
     _calls += 1
     missing = {1: 0, 2: 1, 0: len(answers)}[_calls % 3]
     return [None] * missing + [1.0] * (len(answers) - missing)
+
+
+async def slowly(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
+    """All answers at once, on the event loop that served the call before."""
+    LOOPS.append(asyncio.get_running_loop())
+    assert LOOPS[0] is LOOPS[-1]
+
+    async def score(answer: str) -> float:
+        await asyncio.sleep(0.01)
+        return float(len(answer))
+
+    return await asyncio.gather(*map(score, answers))
+
+
+LOOPS: list[Any] = []
+
+
+async def broken_slowly(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
+    await asyncio.sleep(0)
+    raise ZeroDivisionError("of the reward's own")
+
+
+async def never(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
+    await asyncio.sleep(600)
+    return [0.0] * len(answers)
+
+
+def detailed(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[Any]:
+    """Scores with other numbers beside them, for some."""
+    found: list[Any] = [{"score": float(len(a)), "acc": a == "bb", "words": 1, "why": "text"} for a in answers]
+    for i, answer in enumerate(answers):
+        if answer == "plain":
+            found[i] = 5.0
+        elif answer == "none":
+            found[i] = {"score": None, "acc": 1}
+        elif answer == "lacking":
+            found[i] = {"acc": math.nan}
+    return found
+
+
+async def half_of_them(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[Any]:
+    """Those whose characters have an even sum."""
+    if sum(map(ord, answers[0])) % 2:
+        raise ValueError("an odd answer")
+    return [{"score": 1.0, "even": 1.0}]
+
+
+def by_sample(prompts: list[str], answers: list[str], *, samples: list[SampleRecord], **columns: Any) -> list[Any]:
+    """What the records say, as numbers."""
+    return [
+        {
+            "score": r.step,
+            "prompt": len(r.prompt_ids),
+            "answer": len(r.answer_ids),
+            "last": r.answer_ids[-1],
+            "ended": r.ended,
+            "number": r.number,
+        }
+        for r in samples
+    ]
+
+
+def thinks(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
+    """A format reward."""
+    return [float(answer.startswith("<think>") and "</think>" in answer) for answer in answers]
 
 
 # ---------------------------------------------------------------- what a process may do to its owner

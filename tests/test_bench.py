@@ -202,6 +202,7 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
         ("noise\ntroupe: stage ppo cannot be placed:\n  a: one\n  b: two\nnoise\n", "stage ppo cannot be placed: a: one; b: two"),
         ("troupe: no room\n", "no room"),
         ("Traceback\n  File\nMemoryError: 3\n\n", "MemoryError: 3"),
+        ('Traceback (most recent call last):\n  File "a.py"\nOSError: no model\nTry another', "OSError: no model"),
         ("", "without a word"),
     ],
 )  # fmt: skip

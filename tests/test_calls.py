@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import ObjectLostError
 
 import orchestrator.cluster  # noqa: F401  its environment must be there before Ray is used
 from configs.schema import DeadlineSettings, Role
@@ -22,6 +24,20 @@ from placement.cluster import Cluster
 from workers.examine import Whereabouts, whereabouts
 
 pytestmark = pytest.mark.slow
+
+
+class Unloadable(Exception):
+    """Can be pickled, and not be loaded again: its arguments are others than its constructor's."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"of {a} and {b}\nand more")
+
+
+class Unreadable:
+    """A result that the driver cannot load."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("not a number",)
 
 
 class Rank:
@@ -51,6 +67,20 @@ class Rank:
 
     def fail(self) -> None:
         raise LookupError("no such thing as 42")
+
+    def fail_with_a_lock(self) -> None:
+        error = ValueError("holds a lock\nwhich no pickle carries")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+
+    def fail_unloadable(self) -> None:
+        raise Unloadable(1, 2)
+
+    def answer_unreadably(self) -> Unreadable:
+        return Unreadable()
+
+    def lose(self) -> None:
+        raise ObjectLostError("00" * 28, None, "")
 
     def fail_or_hang(self, rank: int) -> None:
         if rank == 1:
@@ -166,6 +196,39 @@ def test_a_place_goes_on_when_it_is_free_though_others_are_not(start: Start) -> 
 
 
 # ---------------------------------------------------------------- what fails
+
+
+def never(error: WorkerError) -> None:
+    pytest.fail(f"replaced because of: {error}")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "text"),
+    [
+        ("fail_with_a_lock", "error", "ValueError: holds a lock"),
+        ("fail_unloadable", "error", "Unloadable: of 1 and 2"),
+        ("answer_unreadably", "error", "ValueError: invalid literal for int() with base 10: 'not a number'"),
+        ("lose", "lost", "ObjectLostError: Failed to retrieve object"),
+    ],
+)
+def test_what_would_come_again_is_told_once_and_not_asked_again(
+    start: Start, method: str, kind: str, text: str
+) -> None:
+    """In a role whose ranks are replaced in the middle of a call: these are not, and asked again they would answer the same."""
+    group = start("reference")
+    group.mend = never
+    with pytest.raises(WorkerError) as e:
+        group.call(method).get()
+    assert e.value.failure.text.startswith(f"reference rank 0 failed in {method}: {text}")
+    assert e.value.failure.kind == kind
+    assert e.value.failure.survivable == (kind == "lost")
+
+
+def test_a_process_that_raises_has_its_first_line_shown(start: Start) -> None:
+    with pytest.raises(WorkerError) as e:
+        start("actor").call("fail_with_a_lock").get()
+    assert str(e.value).splitlines()[0] == "actor rank 0 failed in fail_with_a_lock: ValueError: holds a lock"
+    assert "which no pickle carries" in str(e.value), "further down"
 
 
 def test_an_error_names_role_rank_and_call(start: Start) -> None:

@@ -505,7 +505,7 @@ def test_the_names_of_metrics_are_taken() -> None:
     from orchestrator.evaluation import Evaluation
 
     one = np.ones(1)
-    metrics = Evaluation(["p"], ["a"], one, {}, one, one).metrics()
+    metrics = Evaluation(["p"], ["a"], one, {}, [], one, one).metrics()
     assert {name.removeprefix("evaluation/") for name in metrics} == set(EVALUATION_METRICS)
 
 

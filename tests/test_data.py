@@ -123,6 +123,23 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     )
 
 
+def test_a_column_of_prompts_may_get_another_name(tmp_path: Path) -> None:
+    """So that a reward function, which has arguments `prompts` and `answers`, can be given a column of that name."""
+    path = jsonl(tmp_path, {"prompt": "a", "answers": ["b"]}, {"prompt": "c", "id": 1})
+    assert read(path, "prompt", columns={"gold": "answers"}) == [
+        Row("a", columns={"gold": ["b"]}),
+        Row("c", columns={"id": 1}),
+    ]
+    assert refused(path, "prompt", columns={"gold": "answer"}) == ["FILE: columns.gold: no row has the column answer"]
+    twice = jsonl(tmp_path, {"prompt": "a", "answers": "b", "gold": "c"})
+    assert refused(twice, "prompt", columns={"gold": "answers"})[0] == (
+        "FILE:1: columns.gold: there is a column gold already, beside answers"
+    )
+    assert refused(path, "demonstration", columns={"gold": "answers"}) == [
+        "FILE: columns.gold: no such column of ours; there are prompt, completion, messages, chosen, rejected, margin"
+    ]
+
+
 def test_limit_reads_no_further(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"prompt": "a"}, {"prompt": "b"}, "broken")
     assert [row.prompt for row in read(path, "prompt", limit=2)] == ["a", "b"]

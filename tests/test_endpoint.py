@@ -13,8 +13,8 @@ import pytest
 from configs.schema import HttpReward
 from tests.services import Handler, Service, good, says
 from workers import endpoint
-from workers.endpoint import Endpoint
-from workers.functions import RewardError
+from workers.endpoint import Endpoint, check_json
+from workers.functions import RewardError, SampleRecord
 from workers.scored import Scored
 
 SETTING = "ppo.rewards.0"
@@ -104,6 +104,36 @@ def test_what_is_sent_and_what_comes_back(service: Service) -> None:
     ]
     assert service.headers[0]["Content-Type"] == "application/json"
     assert "Authorization" not in service.headers[0]
+
+
+def test_records_of_the_answers_are_sent_where_the_settings_say_so(service: Service) -> None:
+    records = [SampleRecord([5, 6], [7, 1], True, 0, 3), SampleRecord([5], [8], False, 1, 3)]
+    asked = make(service.url, samples=True, batch_size=1, concurrency=1)
+    assert asked.wants_samples and not make(service.url).wants_samples
+    assert without(asked.score(["one", "two"], ["a", "bb"], {}, records)) == (0, 0)
+    first = {"prompt_ids": [5, 6], "answer_ids": [7, 1], "ended": True, "number": 0, "step": 3}
+    assert [request["samples"] for request in service.requests] == [
+        [first],
+        [{"prompt_ids": [5], "answer_ids": [8], "ended": False, "number": 1, "step": 3}],
+    ]
+
+
+def test_objects_bring_other_numbers_beside_their_score(service: Service) -> None:
+    service.plan = [says('{"scores": [{"score": 1, "acc": 0.5, "why": "text"}, 2, {"acc": 1}, {"score": "3"}]}')]
+    found = score(service.url, *"abcd")
+    np.testing.assert_array_equal(found.values, np.array([1, 2, np.nan, np.nan], np.float32))
+    assert without(found) == (0, 2)
+    assert {name: x.tolist()[::2] for name, x in found.numbers.items()} == {"acc": [0.5, 1.0]}
+
+
+def test_rows_that_are_no_json_are_found_before_anything_is_sent() -> None:
+    rows: list[dict[str, Any]] = [{"n": 1, "day": datetime.date(2020, 2, 1)}, {"n": float("nan"), "what": object()}]
+    check_json(rows[:1], SETTING, "ppo.prompts (rows.parquet)")
+    with pytest.raises(
+        RewardError,
+        match=r"^ppo\.rewards\.0: .* the column what of row 2 of ppo\.prompts \(rows\.parquet\) cannot be written as: Unable to",
+    ):
+        check_json(rows, SETTING, "ppo.prompts (rows.parquet)")
 
 
 def test_batches_go_several_at_a_time_and_come_back_in_order(service: Service) -> None:

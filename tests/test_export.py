@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
 from orchestrator.calls import WorkerGroup
+from orchestrator.failures import WorkerError
 from tests.hosts import Hosts
 from tests.models import encoded, make_model
 from workers.data import Row
@@ -71,6 +73,51 @@ def test_a_language_model_is_read_back(
         np.testing.assert_allclose(
             outputs(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")), expected, SAME, SAME
         )
+
+
+GENERATION = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [1, 2], "pad_token_id": 0}
+"""As Llama 2's: transformers refuses to save a temperature for what is not sampled."""
+
+
+def test_a_generation_config_is_exported_as_it_was(hosts: Hosts, tmp_path: Path) -> None:
+    start = make_model(tmp_path / "start", "llama")
+    (start / "generation_config.json").write_text(json.dumps(GENERATION))
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"repetition_penalty": 1.1}))  # where older models had it
+    expected = export(group_with(hosts, "faulty_policy", start), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: found.get(name) for name in GENERATION} == GENERATION
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.generation_config.temperature, model.generation_config.top_p) == (0.9, 0.6)
+    np.testing.assert_allclose(outputs(model), expected, SAME, SAME)
+
+
+def test_what_an_export_would_refuse_is_refused_before_anything_is_trained(hosts: Hosts, tmp_path: Path) -> None:
+    start = make_model(tmp_path / "start", "llama")
+    settings = ModelSettings(path=str(start))
+    group = hosts.group("faulty_policy", "actor")
+    group.call("refuse_descriptions", True).get()
+    try:
+        with pytest.raises(WorkerError, match=r"^actor rank 0 failed in load: ValueError: no description of this"):
+            group.call("load", str(start), settings, OptimizerSettings(lr=0.03)).get()
+        group.call("load", str(start), settings, None).get()
+    finally:
+        group.call("refuse_descriptions", False).get()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_an_export_that_fails_on_the_rank_that_writes_leaves_no_rank_waiting(
+    hosts: Hosts, tmp_path: Path, strategy: Strategy
+) -> None:
+    start = make_model(tmp_path / "start", "llama")
+    group = group_with(hosts, "faulty_policy", start, strategy, LORA)
+    (tmp_path / "taken").write_text("a file, where a folder is to be")
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"^actor rank 0 failed in export: FileExistsError: "):
+        group.call("export", str(tmp_path / "taken")).get()
+    assert len({str(found) for found in group.call("logits", IDS).get()}) == 1, "all ranks answer"
+    assert time.monotonic() - began < 60
+    export(group, tmp_path / "out")
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

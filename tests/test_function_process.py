@@ -17,7 +17,7 @@ import pytest
 
 from configs.schema import FunctionSettings
 from workers.function_process import FunctionProcess
-from workers.functions import RewardError
+from workers.functions import RewardError, SampleRecord
 from workers.scored import Scored
 
 FUNCTIONS = "tests.reward_functions"
@@ -76,6 +76,54 @@ def test_a_large_batch_goes_through(start: Start) -> None:
 
 def test_no_answers_are_no_call(start: Start) -> None:
     assert score(start("misbehave")).values.shape == (0,)
+
+
+# ---------------------------------------------------------------- what a function may be and give
+
+
+def test_a_function_may_be_a_coroutine(start: Start) -> None:
+    process = start("slowly", timeout=20.0)
+    for answers in (["a", "bb"], ["ccc"]):
+        assert score(process, *answers).values.tolist() == [len(answer) for answer in answers]
+    found = score(start("broken_slowly"), "a", "b")
+    assert found.example == "ZeroDivisionError: of the reward's own" and without(found) == (0, 2)
+    assert without(score(start("never", timeout=0.5), "a")) == (1, 0)
+
+
+def test_other_numbers_beside_a_score_are_measured(start: Start) -> None:
+    found = score(start("detailed"), "a", "bb", "plain", "none", "lacking")
+    np.testing.assert_array_equal(found.values, np.array([1, 2, 5, np.nan, np.nan], np.float32))
+    assert without(found) == (0, 2)
+    assert found.numbers.keys() == {"acc", "words"}, "text is no measure"
+    np.testing.assert_array_equal(found.numbers["acc"], np.array([0, 1, np.nan, 1, np.nan], np.float32))
+    assert found.means("reward/f") == pytest.approx({"reward/f": 8 / 3, "reward/f/acc": 2 / 3, "reward/f/words": 1.0})
+    assert {fault.why for fault in found.faults} == {
+        "gave None for an answer; one finite number is needed",
+        "gave {'acc': nan} for an answer; one finite number is needed",
+    }
+
+
+def test_a_function_that_asks_for_samples_gets_them_and_no_other_does(start: Start) -> None:
+    process = start("by_sample", batch_size=2)
+    assert process.wants_samples
+    assert not start("length").wants_samples
+    records = [SampleRecord([1, 2], [3] * n, n != 2, n - 1, 7) for n in (1, 2, 3)]
+    found = process.score(["p"] * 3, ["a"] * 3, {"column": [0, 0, 0]}, records)
+    assert found.values.tolist() == [7, 7, 7]
+    assert {name: x.tolist() for name, x in found.numbers.items()} == {
+        "prompt": [2, 2, 2],
+        "answer": [1, 2, 3],
+        "last": [3, 3, 3],
+        "ended": [1, 0, 1],
+        "number": [0, 1, 2],
+    }
+
+
+def test_an_exception_is_told_with_its_traceback_and_its_answers(start: Start) -> None:
+    found = score(start("misbehave", batch_size=1), "raise", "b", "raise")
+    [fault] = found.faults
+    assert fault.why == "ZeroDivisionError: of the reward's own" and fault.samples.tolist() == [0, 2]
+    assert "reward_functions.py" in fault.detail and 'raise ZeroDivisionError("of the reward' in fault.detail
 
 
 # ---------------------------------------------------------------- timeouts

@@ -191,6 +191,9 @@ def test_training_goes_on_though_no_checkpoint_finds_room(
     assert capsys.readouterr().out.count("going on, as checkpoint.on_error is continue") == 2
     assert lines(tmp_path / "micro", "sft") == lines(whole.folder, "sft")
     assert list((full_disk / "sft").iterdir()) == []
+    first, second = sorted((tmp_path / "micro" / "failures").iterdir())
+    assert first.name == "0001-DiskError.txt" and "Traceback" in first.read_text()
+    assert second.name == "0002-DiskError.txt" and "2 times so far" in second.read_text()
 
 
 # ---------------------------------------------------------------- other settings
@@ -242,6 +245,59 @@ def test_without_critic_with_an_estimator_of_ones_own_pretraining_mix_and_two_re
         assert line["reward/mean"] == pytest.approx(line["reward/model"] + 0.5 * line["reward/brief"], abs=1e-5)
         assert not [name for name in line if "critic" in name or "value" in name]
     assert found[1]["loss/ptx"] > found[2]["loss/ptx"]
+
+
+def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
+    whole: Result, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A judge that never answers, a reward function of which some answers have no score, and steps too far from the reference,
+    which change neither the actor nor the critic."""
+    functions = "tests.reward_functions"
+    sources = f"{{kind: function, name: half, function: '{functions}:half_of_them', batch_size: 1, weight: 0.5}}"
+    found = ppo_alone(
+        whole,
+        micro,
+        tmp_path,
+        "ppo.steps=3",
+        f"ppo.rewards=[{{kind: model, path: {whole.models['rm']}}}, {sources}]",
+        "ppo.max_unscored=0.9",
+        "ppo.refuse_kl=1e-6",
+        "recovery.refused_steps=9",
+        f"ppo.evaluation.judges=[{{name: never, function: '{functions}:never', timeout: 0.5}}]",
+    )
+    folder = tmp_path / "micro"
+    for line in found[1:]:
+        assert line["reward/half/even"] == 1.0, "of the answers that have a score"
+        assert 8 > line["left_out"] >= line["errors/half"]
+    assert sum(line["errors/half"] for line in found[1:]) > 0
+    assert [line.get("refused/actor") for line in found[1:]] == [0, 1, 1]
+    assert [line.get("refused/critic") for line in found[1:]] == [0, 1, 1]
+    assert ["loss/value" in line for line in found[1:]] == [True, False, False]
+    assert [line["policy_version"] for line in found[1:]] == [0, 1, 1]
+    assert not [name for line in found for name in line if "never" in name and line[name]]
+
+    failures = {path.name[5:]: path.read_text() for path in (folder / "failures").iterdir()}
+    assert failures.keys() == {
+        "reward-never.txt",
+        "reward-half.txt",
+        "actor-refused.txt",
+        "critic-refused.txt",
+    }
+    assert "never gave no score for 6 of 6 answers: no answer in 0.5 s" in failures["reward-never.txt"]
+    assert "2 times so far" in failures["reward-never.txt"], "before and after"
+    assert (
+        "ValueError: an odd answer" in failures["reward-half.txt"]
+        and "reward_functions.py" in failures["reward-half.txt"]
+    )
+    assert "row " in failures["reward-half.txt"]
+    said = capsys.readouterr().out
+    assert said.index("warning: never gave no score for 6 of 6 answers") < said.index("ppo 1/3"), (
+        "before the first step"
+    )
+
+    numbers = json.loads((folder / "summary.json").read_text())["stages"]["ppo"]
+    assert not [name for name in numbers if name.startswith("judge/")]
+    assert (folder / "report.html").exists() and (folder / "models" / "ppo" / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------- the trained model

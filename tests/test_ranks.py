@@ -120,6 +120,8 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     rollouts = Rollouts(
         "prompts",
         prompts=np.arange(SAMPLES) // 2,
+        numbers=np.arange(SAMPLES) % 2,
+        step=1,
         placed=placed(chunks),
         prompt_lengths=prompt_lengths,
         answer_lengths=answer_lengths,

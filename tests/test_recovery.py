@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -72,16 +73,34 @@ def test_stopped_processes_are_found_by_their_deadline(micro: Path, whole: Resul
 
 
 def test_supervised_stages_are_as_without_the_faults(micro: Path, whole: Result, tmp_path: Path) -> None:
+    """At last the export is refused: what was trained is kept, and a resumed run does nothing but export it."""
     fault(tmp_path, "actor-0", "backward", 8)
     fault(tmp_path, "actor-0", "save", 1)
-    folder = run(micro, whole, tmp_path, "sft")
-    assert lines(folder, "sft") == lines(whole.folder, "sft")
+    fault(tmp_path, "actor-0", "export", 1, 0)
+    with pytest.raises(
+        WorkerError, match=r"^actor rank 0 failed in export: ValueError: this model cannot be written\n"
+    ):
+        run(micro, whole, tmp_path, "sft")
+    folder = tmp_path / "micro"
+    assert not list((tmp_path / "faults").iterdir())
+    assert [path.name for path in (folder / "checkpoints" / "sft").iterdir()] == ["12"]
+    assert [text.splitlines()[1].partition(":")[0] for text in records(folder)] == ["save", "train", "save"]
+    trained = lines(folder, "sft")
+    run(micro, whole, tmp_path, "sft")
+    assert lines(folder, "sft") == trained == lines(whole.folder, "sft")
     assert_same_model(folder / "models" / "sft", whole.models["sft"])
+    numbers = json.loads((folder / "summary.json").read_text())["stages"]["sft"]
+    assert {k: v for k, v in numbers.items() if k != "seconds"} == {
+        k: v for k, v in whole.numbers["sft"].items() if k != "seconds"
+    }
+    assert not list(folder.glob("checkpoints/*/*"))
 
 
 def test_a_fault_that_comes_again_ends_the_run(micro: Path, whole: Result, tmp_path: Path) -> None:
     fault(tmp_path, "reward-0", "score", 1)
-    with pytest.raises(WorkerError, match=r"not replaced again: 0 restarts in 3600 s are allowed \(recovery\.restarts"):
+    with pytest.raises(
+        WorkerError, match=r"not replaced again: 0 restarts in 3600 s, or in one step, are allowed \(recovery\.restarts"
+    ):
         run(micro, whole, tmp_path, "ppo", "recovery.restarts=0")
 
 

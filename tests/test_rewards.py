@@ -12,21 +12,24 @@ import pytest
 import ray
 import torch
 
-from configs.schema import Role, RunConfig
+from configs.schema import PPOSettings, Role, RunConfig
+from orchestrator import checks
 from orchestrator.calls import WorkerGroup, together
-from orchestrator.evaluation import weighted_sum
+from orchestrator.evaluation import combined, weighted_sum
 from orchestrator.ppo import reward_metrics
 from placement import Cluster
+from tests import reward_functions
 from tests.hosts import DEADLINES
 from tests.models import VOCABULARY, make_model, make_tokenizer
 from tests.services import Service, says
-from workers.data import Row, load_tokenizer
+from workers.data import Codec, Row, load_tokenizer
 from workers.function_process import FunctionProcess
-from workers.functions import RewardError, find_function
+from workers.functions import RewardError, check_columns, find_function
 from workers.host import Host
 from workers.rewards import RewardWorker
 from workers.scored import Scored
 from workers.sequences import Chunk, Placed, Ragged
+from workers.work import ScoringRequest
 from workers.worker import WorkerSpec, environment
 
 FUNCTIONS = "tests.reward_functions"
@@ -68,6 +71,11 @@ def answers_of(tokenizer: Any) -> Chunk:
     )
 
 
+def request(prompts: np.ndarray, step: int = 3) -> ScoringRequest:
+    """To score the answers to these rows, of which all but the last ended by themselves."""
+    return ScoringRequest("prompts", prompts, np.zeros_like(prompts), prompts < 3, step)
+
+
 ROWS = [
     Row("one", columns={"label": 1.0}),
     Row("two", columns={"label": 2.0, "note": "well"}),
@@ -100,7 +108,7 @@ def scores(ray_here: Cluster, folder: Path) -> Iterator[Scores]:
         placed = Placed.of([ray.put(chunk)], [np.arange(len(chunk.tokens))], len(chunk.tokens)).take(np.array(prompts))
         micro = [np.arange(len(prompts))[:2], np.arange(len(prompts))[2:]]
         names = [s["name"] for s in sources] + list(judges)
-        return worker.scores("prompts", np.array(prompts), placed, micro, names)
+        return worker.scores(request(np.array(prompts)), placed, micro, names)
 
     workers: list[RewardWorker] = []
     yield get
@@ -150,6 +158,54 @@ def test_each_source_says_which_answers_it_has_no_score_for(scores: Scores, serv
 def test_a_function_that_lacks_a_column_is_an_error(scores: Scores) -> None:
     found = scores(function("by_label"), rows=[Row(prompt) for prompt in PROMPTS])["by_label"]
     assert found.errors == 4 and "missing 2 required positional arguments" in found.example
+    lines = found.faults[0].detail.splitlines()
+    assert lines[:3] == [
+        "row 1 of prompts, answer 1: 'a'",
+        "row 2 of prompts, answer 1: 'bb'",
+        "row 3 of prompts, answer 1: ''",
+    ], "the first of its answers"
+    assert "Traceback" in lines[3]
+
+
+def test_a_function_gets_records_of_the_answers(scores: Scores) -> None:
+    """Token ids as the engine wrote them, with the token that ended each."""
+    found = scores(function("by_sample"), prompts=(0, 2, 3))["by_sample"]
+    assert found.values.tolist() == [3, 3, 3], "the step"
+    assert {name: x.tolist() for name, x in found.numbers.items()} == {
+        "prompt": [len(PROMPTS[i]) for i in (0, 2, 3)],
+        "answer": [len(ANSWERS[i]) + 1 for i in (0, 2, 3)],
+        "last": [1, 1, 1],
+        "ended": [1, 1, 0],
+        "number": [0, 0, 0],
+    }
+
+
+def test_a_source_that_raises_in_the_worker_takes_no_other_along(scores: Scores) -> None:
+    """Here a column cannot be sent to the function's process."""
+    rows = [Row(prompt, columns={"what": lambda: None}) for prompt in PROMPTS]
+    found = scores(function("length"), rows=rows)["length"]
+    assert found.errors == 4 and "pickle" in found.example and "function_process.py" in found.faults[0].detail
+
+
+THINKING = "<think>two and two</think>4"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_only_end_and_pad_tokens_are_cut_from_an_answer(special: bool) -> None:
+    """A format reward sees the tags, whether a model's tokenizer flags them as special or not."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    codec = Codec(tokenizer, chat_template=False)
+    ids = [*tokenizer(THINKING)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert codec.answer_text(ids) == THINKING
+
+
+def test_a_format_reward_sees_the_format(scores: Scores, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr("tests.test_rewards.ANSWERS", [THINKING, "4", THINKING, ""])
+    assert scores(function("thinks"))["thinks"].values.tolist() == [1, 0, 1, 0]
 
 
 def test_a_source_that_cannot_be_had_is_refused_when_the_worker_loads(
@@ -245,6 +301,26 @@ def test_the_reward_is_the_weighted_sum() -> None:
     assert weighted_sum(given, ppo).tolist() == [0.0, 4.0]
 
 
+def test_a_source_without_weight_does_not_decide_which_answers_have_a_score() -> None:
+    ppo = run_config(function("length", 2.0), function("vowels", 0.0)).ppo
+    assert ppo is not None
+    given = {"length": Scored.of([1.0, None]), "vowels": Scored.of([None, None])}
+    np.testing.assert_array_equal(combined(given, ppo), [2.0, np.nan])
+    alone = run_config(function("vowels", 0.0)).ppo
+    assert alone is not None
+    assert combined(given, alone).tolist() == [0.0, 0.0]
+
+
+def test_a_sum_beyond_float32_is_no_score_and_counts() -> None:
+    settings = run_config(function("length", 10.0), function("vowels", -10.0)).ppo
+    assert settings is not None
+    ppo = settings.model_copy(update={"max_unscored": 0.5})
+    given = {"length": Scored.of([1e38, 1e38, 1.0]), "vowels": Scored.of([0.0, 9e37, 1.0])}
+    np.testing.assert_allclose(weighted_sum(given, ppo), [np.nan, 1e38, 0.0], rtol=1e-6)
+    with pytest.raises(RewardError, match=r"^1 of 3 answers have no score .*the weighted sum is beyond float32"):
+        weighted_sum(given, settings)
+
+
 def test_too_many_answers_without_a_score_end_the_run() -> None:
     settings = run_config(function("length", 2.0), function("vowels", -0.5)).ppo
     assert settings is not None
@@ -255,6 +331,73 @@ def test_too_many_answers_without_a_score_end_the_run() -> None:
         RewardError, match=r"^1 of 4 answers have no score \(ppo\.max_unscored: 0\.1\)\. length: 0 timeouts, 1 er"
     ):
         weighted_sum(given, settings)
+    np.testing.assert_array_equal(combined(given, settings), some)
+
+
+# ---------------------------------------------------------------- what is checked before anything starts
+
+
+def two_columns(prompts: list[str], answers: list[str], label: list[float], note: list[str]) -> list[float]:
+    return label
+
+
+def positional(prompts: list[str], answers: list[str], /, **columns: list[Any]) -> list[float]:
+    return [0.0] * len(answers)
+
+
+@pytest.mark.parametrize(
+    ("called", "columns", "text"),
+    [
+        (positional, ["answers", "prompts"], ""),
+        (reward_functions.length, ["label", "other"], ""),
+        (reward_functions.by_sample, ["label"], ""),
+        (two_columns, ["note", "label"], ""),
+        (max, ["label"], ""),
+        (
+            reward_functions.length,
+            ["label", "answers"],
+            "the column answers has the name of one of its own arguments; give ",
+        ),
+        (reward_functions.by_sample, ["samples"], "the column samples has the name of one of its own arguments"),
+        (two_columns, ["label"], "it needs the column note, and there are: label"),
+        (two_columns, [], "it needs the column label, note, and there are: none"),
+        (two_columns, ["label", "note", "id"], "it does not take the column id; give it a parameter \\*\\*columns"),
+        (lambda answers: answers, [], "it must take prompts and answers as its first two arguments"),
+    ],
+)
+def test_a_function_is_checked_against_the_columns(called: Any, columns: list[str], text: str) -> None:
+    setting, dataset = "ppo.rewards.0.function", "ppo.prompts (squad.jsonl)"
+    if not text:
+        check_columns(called, setting, columns, dataset)
+        return
+    with pytest.raises(RewardError, match=rf"^{setting}: .* the columns of ppo\.prompts \(squad\.jsonl\): {text}"):
+        check_columns(called, setting, columns, dataset)
+
+
+def check_all(ppo: PPOSettings, prompts: list[Row], held_out: list[Row]) -> None:
+    for check in checks.column_checks(ppo, prompts, held_out):
+        check()
+
+
+def test_rewards_are_checked_against_both_datasets_and_judges_against_their_own() -> None:
+    """By what the driver calls once the rows are read."""
+    training, held_out = [Row("p", columns={"label": 1, "note": ""})], [Row("p", columns={"label": 1})]
+    ppo = run_config(function("by_label"), judges=("length",)).ppo
+    assert ppo is not None
+    check_all(ppo, training, training)
+    with pytest.raises(
+        RewardError, match=r"^ppo\.rewards\.0\.function: .* of ppo\.evaluation\.prompts .* the column note"
+    ):
+        check_all(ppo, training, held_out)
+    judged = run_config(function("length"), judges=("by_label",)).ppo
+    assert judged is not None
+    check_all(judged, held_out, training)
+    with pytest.raises(RewardError, match=r"^ppo\.evaluation\.judges\.0\.function: .* needs the column note"):
+        check_all(judged, training, held_out)
+    service = run_config({"kind": "http", "name": "service", "url": "http://localhost"}).ppo
+    assert service is not None
+    with pytest.raises(RewardError, match=r"^ppo\.rewards\.0: .* the column what of row 2 of ppo\.prompts"):
+        check_all(service, [Row("p"), Row("p", columns={"what": object()})], [])
 
 
 def test_what_has_no_score_is_in_no_mean() -> None:
@@ -300,7 +443,7 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
         shards = [np.array([2, 3]), np.array([0, 1])]
 
         def ask(name: str) -> Any:
-            args = [("prompts", rows, placed.take(rows), [np.arange(2)], [name]) for rows in shards]
+            args = [(request(rows), placed.take(rows), [np.arange(2)], [name]) for rows in shards]
             return together(group.scatter("scores", args))[0]
 
         assert [found["length"].values.tolist() for found in ask("length")] == [[0, 4], [1, 2]]

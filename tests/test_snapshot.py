@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from orchestrator.snapshot import RankFiles, Snapshot, alive_nodes
+from orchestrator.failures import alive_nodes
+from orchestrator.snapshot import RankFiles, Snapshot
 from placement.cluster import Cluster
 from tests.runs import wait_for
 from workers.files import Files

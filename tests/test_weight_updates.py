@@ -6,6 +6,7 @@ Each care of workers/transfer.py is also left out once, so that it is seen that 
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -310,6 +311,23 @@ def test_an_engine_listens_on_no_more_interfaces_than_a_trainer(pair: Pair) -> N
         return sum(c.status == psutil.CONN_LISTEN and ip_address(c.laddr.ip).is_unspecified for c in connections)
 
     assert everywhere(pair.engine) == everywhere(pair.actor)
+
+
+def test_what_an_engine_refuses_is_an_error_with_its_text(pair: Pair, tmp_path: Path) -> None:
+    """vLLM's configs refuse by exceptions that pickle cannot carry."""
+    pair.engine.mend = lambda error: pytest.fail(f"replaced because of: {error}")
+    short = make_model(tmp_path / "short", "gpt2")
+    try:
+        with pytest.raises(WorkerError) as e:
+            pair.engine.call("load", str(short), "object_store", 262).get()
+    finally:
+        pair.engine.mend = None
+    assert e.value.failure.kind == "error"
+    assert re.match(
+        r"rollout rank 0 failed in load: ValidationError: 1 validation error for ModelConfig .*\(262\) is greater than",
+        e.value.failure.text,
+    )
+    pair.load(make_model(tmp_path / "whole"))
 
 
 def settled() -> int:

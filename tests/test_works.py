@@ -52,6 +52,8 @@ def experience(scores: list[float], ptx: list[np.ndarray] | None = None) -> Expe
     rollouts = Rollouts(
         "prompts",
         prompts=np.arange(count) // 2,
+        numbers=np.arange(count) % 2,
+        step=1,
         placed=placed,
         prompt_lengths=draw.integers(1, 9, count),
         answer_lengths=draw.integers(1, 30, count),

@@ -6,15 +6,15 @@ import asyncio
 import itertools
 import os
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from configs.schema import HttpReward
-from workers.functions import RewardError
+from workers.functions import RewardError, SampleRecord
 from workers.scored import Scored, in_batches
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
@@ -30,6 +30,8 @@ class Request(BaseModel):
     answers: list[str]
     columns: dict[str, list[Any]]
     """The dataset's other columns."""
+    samples: list[SampleRecord] | None = None
+    """Records of the answers, where the settings ask for them; else the key is not there."""
 
 
 class Response(BaseModel):
@@ -37,8 +39,8 @@ class Response(BaseModel):
 
     model_config = ConfigDict(strict=True, hide_input_in_errors=True)
 
-    scores: list[float | None]
-    """One per answer; null: no score."""
+    scores: list[Annotated[float | dict[str, Any] | None, Field(union_mode="left_to_right")]]
+    """One per answer; null: no score; an object: the score under `score`, and other numbers to be reported."""
 
 
 class _Failure(Exception):
@@ -61,6 +63,26 @@ def read_token(name: str, setting: str) -> str:
     return token
 
 
+def check_json(rows: Sequence[Mapping[str, Any]], setting: str, dataset: str) -> None:
+    """Check that rows of columns can be sent to a service.
+
+    setting: dotted path of the reward. dataset: dotted path of the rows' setting, and where they lie, for the error.
+
+    Raises:
+        RewardError: names the first row, counted from 1, and the column.
+    """
+    anything = TypeAdapter(Any)
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            try:
+                anything.dump_json(value)
+            except (PydanticSerializationError, ValueError) as error:
+                raise RewardError(
+                    f"{setting}: a service is sent JSON, which the column {name} of row {number} of {dataset} cannot be written "
+                    f"as: {error}; leave the column out of the dataset, or make it text or numbers"
+                ) from None
+
+
 class Endpoint:
     """The service behind a `kind: http` reward."""
 
@@ -73,11 +95,27 @@ class Endpoint:
             self.headers["Authorization"] = f"Bearer {read_token(settings.token_env, f'{setting}.token_env')}"
         self._random = random.Random()  # its own: pauses must not move the draws of anything else
 
-    def score(self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list]) -> Scored:
-        """Scores of some answers, in several requests at a time."""
+    @property
+    def wants_samples(self) -> bool:
+        """Whether the service is sent records of the answers."""
+        return self.settings.samples
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        answers: Sequence[str],
+        columns: dict[str, list],
+        samples: Sequence[SampleRecord] | None = None,
+    ) -> Scored:
+        """Scores of some answers, in several requests at a time. samples: where the service wants them."""
         requests = [
-            Request(prompts=list(some), answers=list(theirs), columns=cut)
-            for some, theirs, cut in in_batches(prompts, answers, columns, self.settings.batch_size)
+            Request(
+                prompts=list(some),
+                answers=list(theirs),
+                columns=cut,
+                samples=None if records is None else list(records),
+            )
+            for some, theirs, cut, records in in_batches(prompts, answers, columns, samples, self.settings.batch_size)
         ]
         return Scored.join(asyncio.run(self._ask_all(requests)))
 
@@ -94,16 +132,16 @@ class Endpoint:
         count = len(request.answers)
         try:
             async with asyncio.timeout(self.settings.timeout), gate:
-                return Scored.of(await self._scores(session, request))
+                return await self._scores(session, request)
         except _Failure as failure:
             return Scored.nothing(count, f"{self.settings.url} {failure}", failure.late)
         except TimeoutError:
             why = f"{self.settings.url} gave no score in {self.settings.timeout:g} s ({self.setting}.timeout)"
             return Scored.nothing(count, why, late=True)
 
-    async def _scores(self, session: aiohttp.ClientSession, request: Request) -> list[float | None]:
+    async def _scores(self, session: aiohttp.ClientSession, request: Request) -> Scored:
         try:
-            body = request.model_dump_json().encode()
+            body = request.model_dump_json(exclude=None if self.wants_samples else {"samples"}).encode()
         except PydanticSerializationError as error:
             raise _Failure(f"cannot be sent the rows' columns as JSON: {error}") from None
         for attempt in itertools.count():
@@ -138,13 +176,23 @@ class Endpoint:
             raise _Failure(f"failed: {type(error).__name__}{why}", again=True) from None
 
 
-def _read(content: bytes, count: int) -> list[float | None]:
+def _read(content: bytes, count: int) -> Scored:
     try:
         scores = Response.model_validate_json(content).scores
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
+        where = ".".join(map(str, first["loc"][:2])) or "body"  # what follows names the kinds that were tried
         raise _Failure(f"answered with something else than scores: {where}: {first['msg']}") from None
     if len(scores) != count:
         raise _Failure(f"answered with {len(scores)} scores for {count} answers")
-    return scores
+    names = dict.fromkeys(name for each in scores if isinstance(each, dict) for name in each if name != "score")
+    numbers = {name: [_number(each.get(name)) if isinstance(each, dict) else None for each in scores] for name in names}
+    return Scored.of(
+        [_number(each.get("score")) if isinstance(each, dict) else each for each in scores],
+        {name: values for name, values in numbers.items() if any(value is not None for value in values)},
+    )
+
+
+def _number(value: Any) -> float | None:
+    """What an object holds, where it is a number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,9 +58,11 @@ def proportional_memory() -> int:
     return int(getattr(info, "pss", info.rss))
 
 
-def examine(places: Sequence[Whereabouts], lines: int, stacks: bool) -> list[Finding]:
-    """Examine processes of this node: the last `lines` lines of each one's output and, with `stacks`, what it is doing."""
-    return [_examine(place, lines, stacks) for place in places]
+def examine(places: Sequence[Whereabouts], lines: int, stacks: Sequence[bool]) -> list[Finding]:
+    """Examine processes of this node: the last `lines` lines of each one's output and, of those marked in `stacks`, what it is
+    doing. All at once: one after the other, many that are slow to show their stacks would take minutes."""
+    with ThreadPoolExecutor(max(len(places), 1)) as pool:
+        return list(pool.map(_examine, places, [lines] * len(places), stacks))
 
 
 def end(places: Sequence[Whereabouts]) -> None:
@@ -78,12 +81,12 @@ def _process(place: Whereabouts) -> psutil.Process | None:
         return None
 
 
-def _examine(place: Whereabouts, lines: int, stacks: bool) -> Finding:
+def _examine(place: Whereabouts, lines: int, stack: bool) -> Finding:
     process, log = _process(place), "\n".join(_tail(path, lines) for path in place.logs)
     if process is None:
         return Finding("gone", log)
     stopped = process.status() == psutil.STATUS_STOPPED
-    return Finding("stopped" if stopped else "running", log, _stack(place.pid) if stacks else "")
+    return Finding("stopped" if stopped else "running", log, _stack(place.pid) if stack else "")
 
 
 def _stack(pid: int) -> str:

@@ -6,7 +6,9 @@ the owner closes its end, or dies, the guard kills its child and whatever proces
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import inspect
 import json
 import os
 import pickle
@@ -14,6 +16,7 @@ import select
 import signal
 import socket
 import traceback
+from collections.abc import Awaitable
 from contextlib import suppress
 from importlib import import_module
 from threading import Thread
@@ -21,10 +24,18 @@ from typing import Any, NoReturn, SupportsFloat
 
 import psutil
 
-from workers.functions import RewardFunction, find_function
+from workers.functions import (
+    SAMPLES,
+    RewardFunction,
+    SampleRecord,
+    as_sequence,
+    find_function,
+    wants_samples,
+)
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SHOWN_CHARACTERS = 300
+_TRACEBACK_CHARACTERS = 8000
 
 
 def main(line: int, setting: str, function: str, plugins: list[str]) -> None:
@@ -75,7 +86,8 @@ def _kill_at_hangup(line: socket.socket, child: int) -> None:
 
 
 def _serve(line: socket.socket, setting: str, path: str, plugins: list[str]) -> None:
-    """Say that the function is there (`{}`), then answer requests (prompts, answers, columns) until the owner leaves."""
+    """Say that the function is there (`{"samples": whether it wants records of the answers}`), then answer requests (prompts,
+    answers, columns, records) until the owner leaves."""
     stream = line.makefile("rwb")
 
     def say(message: dict[str, Any]) -> None:
@@ -90,29 +102,56 @@ def _serve(line: socket.socket, setting: str, path: str, plugins: list[str]) -> 
         traceback.print_exc()
         say({"error": _short(str(error))})
         return
-    say({})
+    say({"samples": wants_samples(function)})
+    runner = asyncio.Runner()  # one event loop for all calls: clients that a function keeps are bound to theirs
     while True:
         try:
             request = pickle.load(stream)  # noqa: S301  written by the worker that started this process
         except EOFError:
             return
-        say(_call(function, *request))
+        say(_call(function, runner, *request))
 
 
-def _call(function: RewardFunction, prompts: list[Any], answers: list[str], columns: dict[str, list]) -> dict[str, Any]:
+def _call(
+    function: RewardFunction,
+    runner: asyncio.Runner,
+    prompts: list[Any],
+    answers: list[str],
+    columns: dict[str, list],
+    samples: list[SampleRecord] | None,
+) -> dict[str, Any]:
     try:
-        return {"scores": _plain(function(prompts, answers, **columns), len(answers))}
+        found = function(prompts, answers, **columns, **({} if samples is None else {SAMPLES: samples}))
+        if inspect.isawaitable(found):
+            found = runner.run(_result(found))
+        return _plain(found, len(answers))
     except Exception as error:  # whatever the function raises
         traceback.print_exc()
-        return {"error": _short(f"{type(error).__name__}: {error}")}
+        trace = "".join(traceback.format_exception(error))
+        return {"error": _short(f"{type(error).__name__}: {error}"), "traceback": trace[-_TRACEBACK_CHARACTERS:]}
 
 
-def _plain(values: Any, count: int) -> list[float | str | None]:
-    """One value per answer: a number, None, or the text of what is neither."""
-    plain = values.tolist() if hasattr(values, "tolist") else values  # arrays, tensors, series
-    if not isinstance(plain, list | tuple) or len(plain) != count:
+async def _result(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _plain(values: Any, count: int) -> dict[str, Any]:
+    """`scores`, one per answer: a number, None, or the text of what is neither; `numbers`: name -> what dicts say besides."""
+    plain = as_sequence(values)
+    if plain is None or len(plain) != count:
         raise ValueError(f"gave {_short(repr(values))} for {count} answers; a list with one number each is needed")
-    return [_number(value) for value in plain]
+    scores = [_short(repr(v)) if isinstance(v, dict) and "score" not in v else _number(_score_of(v)) for v in plain]
+    names = dict.fromkeys(name for v in plain if isinstance(v, dict) for name in v if name != "score")
+    numbers = {str(name): [_number(v.get(name)) if isinstance(v, dict) else None for v in plain] for name in names}
+    # What is a number of no answer at all is no measure: a text, say.
+    return {
+        "scores": scores,
+        "numbers": {name: x for name, x in numbers.items() if any(isinstance(v, float) for v in x)},
+    }
+
+
+def _score_of(value: Any) -> Any:
+    return value["score"] if isinstance(value, dict) else value
 
 
 def _number(value: Any) -> float | str | None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.schema import FunctionSettings
-from workers.functions import RewardError
+from workers.functions import RewardError, SampleRecord
 from workers.scored import Scored, in_batches
 
 _START = (
@@ -35,6 +35,8 @@ class FunctionProcess:
         self.settings = settings
         self.setting = setting
         self.plugins = list(plugins)
+        self.wants_samples = False
+        """Whether the function wants records of the answers; known once it is imported."""
         self._ready = False
         self._launch()
 
@@ -53,10 +55,16 @@ class FunctionProcess:
                 f"{self.setting}.function: {self._end()} while {self.settings.function!r} was imported"
             ) from None
 
-    def score(self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list]) -> Scored:
-        """Scores of some answers, a batch at a time."""
+    def score(
+        self,
+        prompts: Sequence[Any],
+        answers: Sequence[str],
+        columns: dict[str, list],
+        samples: Sequence[SampleRecord] | None = None,
+    ) -> Scored:
+        """Scores of some answers, a batch at a time. samples: where the function wants them."""
         size = self.settings.batch_size or max(len(answers), 1)
-        return Scored.join([self._score(*batch) for batch in in_batches(prompts, answers, columns, size)])
+        return Scored.join([self._score(*batch) for batch in in_batches(prompts, answers, columns, samples, size)])
 
     def close(self) -> None:
         """Kill the process and all that it started."""
@@ -70,12 +78,18 @@ class FunctionProcess:
 
     # ------------------------------------------------------------ one call
 
-    def _score(self, prompts: Sequence[Any], answers: Sequence[str], columns: dict[str, list]) -> Scored:
+    def _score(
+        self,
+        prompts: Sequence[Any],
+        answers: Sequence[str],
+        columns: dict[str, list],
+        samples: Sequence[SampleRecord] | None,
+    ) -> Scored:
         if self._process.poll() is not None:  # since the last call; nothing is lost by it
             self._relaunch()
         try:
             self._greet()
-            reply = self._exchange(self.settings.timeout, pickle.dumps((prompts, answers, columns)))
+            reply = self._exchange(self.settings.timeout, pickle.dumps((prompts, answers, columns, samples)))
         except RewardError as error:
             self._relaunch()
             return Scored.nothing(len(answers), str(error))
@@ -91,15 +105,17 @@ class FunctionProcess:
             why = self._end()
             self._launch()
             return Scored.nothing(len(answers), why)
-        return Scored.nothing(len(answers), reply["error"]) if "error" in reply else Scored.of(reply["scores"])
+        if "error" in reply:
+            return Scored.nothing(len(answers), reply["error"], detail=reply["traceback"])
+        return Scored.of(reply["scores"], reply["numbers"])
 
     def _greet(self) -> None:
         """Wait for the process to say that it is ready. Raises RewardError where it says that it cannot be."""
         if not self._ready:
-            error = self._exchange(self.settings.start_timeout).get("error")
-            if error:
-                raise RewardError(error)
-            self._ready = True
+            reply = self._exchange(self.settings.start_timeout)
+            if "error" in reply:
+                raise RewardError(reply["error"])
+            self._ready, self.wants_samples = True, reply["samples"]
 
     def _exchange(self, seconds: float, request: bytes = b"") -> dict[str, Any]:
         """Send a request, if any, and wait for a line of JSON. Raises TimeoutError, or EOFError or OSError where the process is

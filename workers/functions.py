@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from inspect import Parameter
+from typing import Any
 
-RewardFunction = Callable[..., Sequence[float | None]]
-"""(prompts, answers, **columns) -> one number per answer; columns are the prompts' other columns, a list each."""
+Score = float | None | dict[str, Any]
+"""What an answer is worth: a number, None for none, or a dict with the number under `score` and others to be reported."""
+RewardFunction = Callable[..., Any]
+"""(prompts, answers, **columns) -> Sequence[Score], one per answer, or a coroutine of it; columns are the prompts' other columns,
+a list each. A function with a keyword-only parameter `samples` also gets a SampleRecord of each answer."""
+
+SAMPLES = "samples"
+"""The parameter by which a function asks for SampleRecords."""
 
 
 class RewardError(ValueError):
     """A source of rewards that cannot be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecord:
+    """One answer as it was sampled, for functions that need more than its text."""
+
+    prompt_ids: list[int]
+    """Token ids of the prompt, as the engine got them."""
+    answer_ids: list[int]
+    """Token ids of the answer, with the token that ended it."""
+    ended: bool
+    """Whether the answer ended by itself; False: it was cut off at the token limit."""
+    number: int
+    """Of the answers to its prompt in this step, which one it is, from 0."""
+    step: int
+    """Step of training, from 1; 0 in evaluations."""
 
 
 def find_function(path: str, setting: str) -> RewardFunction:
@@ -23,3 +49,70 @@ def find_function(path: str, setting: str) -> RewardFunction:
     if not callable(found):
         raise RewardError(f"{setting}: {path!r} is no function but {found!r:.100}")
     return found
+
+
+def wants_samples(function: RewardFunction) -> bool:
+    """Whether a function has the keyword-only parameter `samples`."""
+    signature = _signature(function)
+    parameter = signature.parameters.get(SAMPLES) if signature else None
+    return parameter is not None and parameter.kind is Parameter.KEYWORD_ONLY
+
+
+def check_columns(function: RewardFunction, setting: str, columns: Collection[str], dataset: str) -> None:
+    """Check that a function can be called with a dataset's columns.
+
+    setting: dotted path of the function's setting. columns: the dataset's columns apart from the prompt. dataset: dotted path of
+    its setting, and where it lies, for the error.
+
+    Raises:
+        RewardError: names the setting, the column and what would fit.
+    """
+    signature = _signature(function)
+    if signature is None:
+        return
+    records = [SAMPLES] if wants_samples(function) else []
+    try:
+        if {*records} & {*columns}:
+            raise TypeError
+        signature.bind([], [], **{name: [] for name in (*columns, *records)})
+    except TypeError as error:
+        why = _misfit(signature, columns, records) or str(error)
+        raise RewardError(f"{setting}: the function cannot be called with the columns of {dataset}: {why}") from None
+
+
+def _misfit(signature: inspect.Signature, columns: Collection[str], records: Collection[str]) -> str:
+    """Why a call with these columns does not fit; empty where nothing is known."""
+    parameters = list(signature.parameters.values())
+    first = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][:2]
+    if len(first) < 2 and not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
+        return "it must take prompts and answers as its first two arguments"
+    taken = {*records, *(p.name for p in first if p.kind is not Parameter.POSITIONAL_ONLY)}
+    if clashes := [name for name in columns if name in taken]:
+        return (
+            f"the column {clashes[0]} has the name of one of its own arguments; give the column another name, for example by "
+            f"`columns: {{own_{clashes[0]}: {clashes[0]}}}` of the dataset"
+        )
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in parameters if p.kind in named and p not in first and p.default is Parameter.empty]
+    if missing := [name for name in needed if name not in {*columns, *records}]:
+        there = ", ".join(columns) or "none"
+        return f"it needs the column {', '.join(missing)}, and there are: {there}"
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
+        return ""
+    known = {p.name for p in parameters if p.kind in named}
+    surplus = [name for name in columns if name not in known]
+    return f"it does not take the column {', '.join(surplus)}; give it a parameter **columns" if surplus else ""
+
+
+def _signature(function: RewardFunction) -> inspect.Signature | None:
+    """None for what has none, such as some functions written in C."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def as_sequence(values: Any) -> Sequence[Any] | None:
+    """A list of an array's, tensor's or series' values; None where it is none."""
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    return plain if isinstance(plain, list | tuple) else None

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from workers import heap
+from workers.remote_error import portable
 
 if TYPE_CHECKING:
     from configs.schema import Role
@@ -29,7 +30,21 @@ class Host:
     """
 
     def __init__(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
-        """hosted: of each role its kind of worker (a key of KINDS) and which worker it is."""
+        """hosted: of each role its kind of worker (a key of KINDS) and which worker it is.
+
+        What fails here is raised by the first call: of an actor that cannot be created Ray tells no more than that it died.
+        """
+        self.roles = [spec.role for _, spec in hosted]
+        self.rank = hosted[0][1].rank
+        self.workers: dict[Role, Worker] = {}
+        self.turns: Any = None
+        self.failure: BaseException | None = None
+        try:
+            self._begin(hosted)
+        except (Exception, SystemExit) as error:
+            self.failure = portable(error)
+
+    def _begin(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
         first = hosted[0][1]
         heap.suit(first.role)
         if first.device == "cpu":
@@ -37,25 +52,33 @@ class Host:
             sys.modules["triton"] = None  # type: ignore[assignment]
         for plugin in first.config.plugins:
             import_module(plugin)
-        self.rank = first.rank
-        self.workers: dict[Role, Worker] = {spec.role: _worker(kind, spec) for kind, spec in hosted}
+        self.workers = {spec.role: _worker(kind, spec) for kind, spec in hosted}
         if len(hosted) > 1:
             base = import_module("workers.shared").SharedBase()
             for worker in self.workers.values():
                 worker.base = base
-        self.turns = None
         if first.by_turns:
             self.turns = import_module("workers.turns").Turns(list(self.workers.values()), first.device)
 
     def __repr__(self) -> str:
-        return f"{'+'.join(self.workers)}-{self.rank}"
+        return f"{'+'.join(self.roles)}-{self.rank}"
 
     def call(self, role: Role, method: str, *args: Any) -> Any:
+        """What a role's worker returns. Raises what it raises, in a form that reaches the driver (workers.remote_error)."""
+        failure = self.failure
         try:
-            with self.turns.turn(method) if self.turns else nullcontext():
-                return getattr(self.workers[role], method)(*args)
+            if failure is None:
+                with self.turns.turn(method) if self.turns else nullcontext():
+                    return getattr(self.workers[role], method)(*args)
+        except (Exception, SystemExit) as error:
+            failure = portable(error)
         finally:
             heap.give_back()  # for the roles whose turn comes
+        assert failure is not None
+        try:
+            raise failure  # here, where the original exception is not shown once more as its context
+        finally:
+            del failure  # its traceback holds this frame, and the tensors of all frames below
 
 
 def _worker(kind: str, spec: WorkerSpec) -> Worker:

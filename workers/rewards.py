@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +15,18 @@ from workers.batching import Rows, micro_batches
 from workers.data import Codec, DataError, Row, Sequence, load_tokenizer
 from workers.endpoint import Endpoint
 from workers.function_process import FunctionProcess
-from workers.functions import RewardError
+from workers.functions import RewardError, SampleRecord
 from workers.models import ScalarModel, context_length
-from workers.scored import Scored
+from workers.remote_error import summary
+from workers.scored import Fault, Scored
 from workers.sequences import Placed, Sample
 from workers.shared import build
 from workers.value import score
+from workers.work import ScoringRequest
 from workers.worker import Worker, WorkerSpec
+
+_SHOWN_ANSWERS, _SHOWN_CHARACTERS = 3, 500
+"""Of the answers without a score, for the record of the failure."""
 
 
 class RewardWorker(Worker):
@@ -80,42 +87,43 @@ class RewardWorker(Worker):
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
 
     def scores(
-        self, data: str, prompts: np.ndarray, rollouts: Placed, batches: list[Rows], names: list[str]
+        self, request: ScoringRequest, rollouts: Placed, batches: list[Rows], names: list[str]
     ) -> dict[str, Scored]:
-        """What each of the named sources says of the samples; `prompts` are their rows in the dataset."""
+        """What each of the named sources says of the samples that the request is about."""
         samples: list[Sample] = rollouts.fetch()
         found = {}
         for name in names:
             if name in self.codecs:
-                found[name] = self._score_texts(name, data, prompts, samples)
+                found[name] = self._score_texts(name, request, samples)
             elif name in self.models:
                 found[name] = Scored.of(score(self.models[name], samples, batches, self.device).tolist())
             else:
-                found[name] = self._ask(self.sources[name], data, prompts, samples)
+                found[name] = self._ask(self.sources[name], request, samples)
         return found
 
-    def _score_texts(self, name: str, data: str, prompts: np.ndarray, samples: list[Sample]) -> Scored:
+    def _score_texts(self, name: str, request: ScoringRequest, samples: list[Sample]) -> Scored:
         """Scores of a model that reads answers with its own tokenizer and chat template: decoded, and tokenised again."""
         assert self.config.ppo is not None
         model, longest = self.models[name], context_length(self.models[name].hf.config)
-        values, why = np.full(len(samples), np.nan, np.float32), ""
+        rows = self.datasets[request.data]
+        values: list[float | str] = []
         sequences: list[Sequence] = []
-        read: list[int] = []
-        for i, (row, sample) in enumerate(zip(prompts, samples, strict=True)):
+        for row, sample in zip(request.prompts, samples, strict=True):
             try:
-                sequence = self._read(self.codecs[name], self.datasets[data][row], sample)
+                sequence = self._read(self.codecs[name], rows[row], sample)
             except DataError as error:
-                why = why or str(error)
+                values.append(str(error))
                 continue
             if longest is not None and len(sequence.ids) > longest:
-                why = why or f"an answer has {len(sequence.ids)} tokens with its prompt; the model takes {longest}"
+                values.append(f"{len(sequence.ids)} tokens with the prompt, where the model takes {longest}")
                 continue
             sequences.append(sequence)
-            read.append(i)
+            values.append(math.nan)
         if sequences:
             batches = micro_batches([len(s.ids) for s in sequences], self.config.ppo.micro_batch_tokens)
-            values[read] = score(model, sequences, batches, self.device)
-        return Scored(values, np.zeros(len(samples), bool), why)
+            scores = iter(score(model, sequences, batches, self.device).tolist())
+            values = [value if isinstance(value, str) else next(scores) for value in values]
+        return Scored.of(values)
 
     def _read(self, codec: Codec, row: Row, sample: Sample) -> Sequence:
         """A sample in another codec's tokens; without an end where the answer was cut off."""
@@ -125,15 +133,46 @@ class RewardWorker(Worker):
             return sequence
         return Sequence(sequence.ids[:-1], sequence.prompt_length, sequence.loss_mask[:-1])
 
-    def _ask(self, source: FunctionProcess | Endpoint, data: str, prompts: np.ndarray, samples: list[Sample]) -> Scored:
-        rows = [self.datasets[data][i] for i in prompts]
+    def _ask(self, source: FunctionProcess | Endpoint, request: ScoringRequest, samples: list[Sample]) -> Scored:
+        rows = [self.datasets[request.data][i] for i in request.prompts]
         answers = [self.codec.answer_text(s.ids[s.prompt_length :]) for s in samples]
-        names = dict.fromkeys(key for row in self.datasets[data] for key in row.columns)  # some rows may lack some
+        names = dict.fromkeys(
+            key for row in self.datasets[request.data] for key in row.columns
+        )  # some rows may lack some
         columns = {key: [row.columns.get(key) for row in rows] for key in names}
-        return source.score([row.prompt for row in rows], answers, columns)
+        records = _records(request, samples) if source.wants_samples else None
+        try:
+            scored = source.score([row.prompt for row in rows], answers, columns, records)
+        except Exception as error:  # one source must not take the others, nor the run, along
+            # What a library says may quote what a service was sent, its token too.
+            quotes = isinstance(source, Endpoint)
+            why, detail = (type(error).__name__, "") if quotes else (summary(error), traceback.format_exc())
+            scored = Scored.nothing(len(answers), why, detail=detail)
+        return replace(scored, faults=tuple(self._with_answers(fault, request, answers) for fault in scored.faults))
+
+    def _with_answers(self, fault: Fault, request: ScoringRequest, answers: list[str]) -> Fault:
+        """The same with the first of its answers, for people to read."""
+        lines = [
+            f"row {request.prompts[i] + 1} of {request.data}, answer {request.numbers[i] + 1}: {answers[i][:_SHOWN_CHARACTERS]!r}"
+            for i in fault.samples[:_SHOWN_ANSWERS]
+        ]
+        return replace(fault, detail="\n".join(filter(None, [*lines, fault.detail])))
 
     def texts(self, rollouts: Placed) -> list[tuple[str, str]]:
         """(prompt, answer) of each sample as text, for people to read."""
         samples: list[Sample] = rollouts.fetch()
-        decode = self.codec.decode
-        return [(decode(s.ids[: s.prompt_length]), decode(s.ids[s.prompt_length :])) for s in samples]
+        codec = self.codec
+        return [(codec.decode(s.ids[: s.prompt_length]), codec.answer_text(s.ids[s.prompt_length :])) for s in samples]
+
+
+def _records(request: ScoringRequest, samples: list[Sample]) -> list[SampleRecord]:
+    return [
+        SampleRecord(
+            sample.ids[: sample.prompt_length].tolist(),
+            sample.ids[sample.prompt_length :].tolist(),
+            bool(ended),
+            int(number),
+            request.step,
+        )
+        for sample, ended, number in zip(samples, request.ended, request.numbers, strict=True)
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from placement.memory import BUCKET_ELEMENTS
 from workers.adapters import FOLDER as ADAPTER
 from workers.adapters import add_head
 from workers.data import end_tokens, load_tokenizer
+from workers.exported import write_configs
 from workers.files import Files, read_files, write_files
 from workers.linear import add_in_place
 from workers.models import LEARNS, LanguageModel, ScalarModel, context_length
@@ -83,6 +83,8 @@ class Trainer(Worker):
         hf, self.peft = build(self.base, path, settings, self.scalar, self.config.seed, lora)
         count = sum(p.numel() for name, p in hf.named_parameters() if "lora_" not in name)
         self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf)
+        if optimizer and self.rank == 0:
+            self._try_export()
         self.module = self._initialize(optimizer)
         return count
 
@@ -342,39 +344,60 @@ class Trainer(Worker):
     def export(self, folder: str) -> None:
         """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective.
 
-        Raises DifferentModel where what was written, read back, does not compute what this model does.
+        Raises DifferentModel where what was written, read back, does not compute what this model does. What fails on the first
+        rank, which writes, is raised once all ranks are through: they would wait for it.
         """
+        errors: list[Exception] = []
+
+        def write(action: Callable[[], Any]) -> None:
+            if self.rank == 0 and not errors:
+                try:
+                    action()
+                except Exception as error:
+                    errors.append(error)
+
         state = {name: tensor.cpu().contiguous() for name, tensor in GatheredWeights(self.model.hf) if self.rank == 0}
-        if self.rank == 0:
-            os.makedirs(folder, exist_ok=True)
-            save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            hf = self.model.hf
-            config = copy.copy(hf.config)
-            config.architectures = [type(hf).__name__]
-            config.eos_token_id = ends = self.ends[0] if len(self.ends) == 1 else self.ends
-            vars(config).pop("quantization_config", None)  # what was written has all its bits
-            config.save_pretrained(folder)
-            if hf.can_generate():
-                generation = copy.deepcopy(hf.generation_config)
-                generation.eos_token_id = ends  # so that the model stops by itself, in transformers and in vLLM
-                generation.to_json_file(Path(folder) / "generation_config.json")
-            self.tokenizer.save_pretrained(folder)
+        write(lambda: self._write_model(Path(folder), state))
         if self.peft is not None:
-            adapter = Path(folder) / ADAPTER
-            if os.path.isdir(self.path):
-                self.peft.peft_config[LEARNS].base_model_name_or_path = os.path.relpath(self.path, adapter)
             with gathered([p for p in self.peft.parameters() if p.requires_grad]):
-                if self.rank == 0:
-                    self.peft.save_pretrained(adapter, selected_adapters=[LEARNS])
-                    if self.scalar:
-                        add_head(adapter, self.model.hf)
-        if self.rank == 0:
-            for file in Path(folder).rglob("*.safetensors"):
-                file.chmod(0o644)  # safetensors lets its owner alone read it
+                write(lambda: self._write_adapter(Path(folder) / ADAPTER))
         probe = self.probe(0)
-        if self.rank == 0:
-            bound = self.config.gap_bound(self.settings)
-            probe.require(self.read_back(folder, probe.ids), bound, f"the exported model in {folder}")
-            probe.save(Path(folder))
+        write(lambda: self._read_back(Path(folder), probe))
         if self.spec.world_size > 1:
             dist.barrier()
+        if errors:
+            raise errors[0]
+
+    def _write_model(self, folder: Path, state: dict[str, Tensor]) -> None:
+        os.makedirs(folder, exist_ok=True)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        self._write_description(folder)
+        _make_readable(folder)
+
+    def _read_back(self, folder: Path, probe: Probe) -> None:
+        bound = self.config.gap_bound(self.settings)
+        probe.require(self.read_back(str(folder), probe.ids), bound, f"the exported model in {folder}")
+        probe.save(folder)
+
+    def _write_description(self, folder: Path) -> None:
+        """All of an exported folder but the weights."""
+        write_configs(self.model.hf, self.ends, folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _write_adapter(self, folder: Path) -> None:
+        if os.path.isdir(self.path):
+            self.peft.peft_config[LEARNS].base_model_name_or_path = os.path.relpath(self.path, folder)
+        self.peft.save_pretrained(folder, selected_adapters=[LEARNS])
+        if self.scalar:
+            add_head(folder, self.model.hf)
+        _make_readable(folder)
+
+    def _try_export(self) -> None:
+        """Write what an export writes, but for the weights, to find out before training what it will refuse."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_description(Path(folder))
+
+
+def _make_readable(folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors lets its owner alone read it

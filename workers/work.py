@@ -58,6 +58,22 @@ class Work:
 
 
 @dataclass(frozen=True)
+class ScoringRequest:
+    """What a rank of the reward role is told of the answers that it scores. Arrays are [samples]."""
+
+    data: str
+    """Name of the prompts' dataset."""
+    prompts: np.ndarray
+    """Rows of the dataset."""
+    numbers: np.ndarray
+    """Of the answers to its prompt, which one each is, from 0."""
+    ended: np.ndarray
+    """Which answers ended by themselves."""
+    step: int
+    """0: of an evaluation."""
+
+
+@dataclass(frozen=True)
 class Written:
     """What the driver learns of a chunk of answers."""
 

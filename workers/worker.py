@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -77,6 +78,13 @@ class Worker:
         """Keep a dataset under a name: tokenised (workers.data.Sequences, Preferences, or the ids of prompts) or, for reward
         functions, as rows."""
         self.datasets[name] = rows
+
+    def mark(self, folder: str) -> str:
+        """Make an empty file in a folder, for others to see whether it is theirs too; returns its name."""
+        name = f"{self!r}.partial"  # as everything is named that must not stay
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, name).touch()
+        return name
 
     def tensors(self) -> Iterable[Tensor]:
         """All that it holds on its device between calls."""

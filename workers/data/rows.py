@@ -25,6 +25,9 @@ _READ: Mapping[RowKind, tuple[str, ...]] = {
 }
 OURS = tuple(dict.fromkeys(name for names in _READ.values() for name in names))
 _FAULTS_SHOWN = 5
+_ALIKE, _MISTYPED = 0.6, 0.8
+"""How like one of our names another is that was meant to be it; of prompts, whose other columns may have any name, it must be
+more alike."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ def read_rows(data: DatasetSettings, kind: RowKind) -> list[Row]:
         DataError: names the first malformed rows (by line, or by row counted from 1) and says how many there are.
     """
     for name in data.columns:
-        if name not in OURS:
-            close = difflib.get_close_matches(name, OURS, n=1)
+        close = difflib.get_close_matches(name, OURS, n=1, cutoff=_MISTYPED if kind == "prompt" else _ALIKE)
+        if name not in OURS and (close or kind != "prompt"):
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(OURS)}"
             raise DataError(f"{data.name}: columns.{name}: no such column of ours; {hint}")
     rows: list[Row] = []
@@ -85,6 +88,9 @@ def read_rows(data: DatasetSettings, kind: RowKind) -> list[Row]:
         raise DataError("\n".join([*faults[:_FAULTS_SHOWN], total]))
     if not rows:
         raise DataError(f"{data.name}: has no rows")
+    for name, theirs in data.columns.items():
+        if name not in OURS and not any(name in row.columns for row in rows):
+            raise DataError(f"{data.name}: columns.{name}: no row has the column {theirs}")
     return rows
 
 
@@ -98,7 +104,7 @@ def _row(record: Any, columns: Mapping[str, str], kind: RowKind, place: str) -> 
             raise DataError(f"no column {theirs} (for {ours}); there are {', '.join(record)}")
     sources = {ours: columns.get(ours, ours) for ours in _READ[kind]}
     found = {ours: record[theirs] for ours, theirs in sources.items() if record.get(theirs) is not None}
-    rest = {name: value for name, value in record.items() if name not in sources.values()}
+    rest = _other_columns({name: value for name, value in record.items() if name not in sources.values()}, columns)
     if not found.keys() & {"prompt", "messages", "chosen"}:
         found, rest = _of_known_form(found, rest, kind)
     prompt = _prompt(found["prompt"]) if "prompt" in found else None
@@ -118,6 +124,17 @@ def _row(record: Any, columns: Mapping[str, str], kind: RowKind, place: str) -> 
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise DataError("prompt: ends with a message of the assistant, so there is nothing to answer")
     return Row(prompt, **known)
+
+
+def _other_columns(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The columns that are none of ours, under the names that the settings give them."""
+    found = dict(record)
+    for name, theirs in columns.items():
+        if name not in OURS and theirs in found:
+            if name in found:
+                raise DataError(f"columns.{name}: there is a column {name} already, beside {theirs}")
+            found[name] = found.pop(theirs)
+    return found
 
 
 def _of_known_form(found: dict[str, Any], rest: dict[str, Any], kind: RowKind) -> tuple[dict[str, Any], dict[str, Any]]:
