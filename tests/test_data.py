@@ -136,7 +136,8 @@ def test_a_column_of_prompts_may_get_another_name(tmp_path: Path) -> None:
         "FILE:1: columns.gold: there is a column gold already, beside answers"
     )
     assert refused(path, "demonstration", columns={"gold": "answers"}) == [
-        "FILE: columns.gold: no such column of ours; there are prompt, completion, messages, chosen, rejected, margin"
+        "FILE: columns.gold: no such column of ours; there are "
+        "prompt, completion, messages, input, tools, chosen, rejected, margin"
     ]
 
 

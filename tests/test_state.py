@@ -32,12 +32,14 @@ DERIVABLE = {
     "Supervised": {
         "parameters": "of the model",
         "order": "a function of seed, lengths and batch size",
-        "validated": "of the last step, which is done anew",
     },
     "SFT": {"settings model_settings turns": "config"},
-    "RewardModel": {"settings model_settings dropout normalize_on": "config"},
+    "RewardModel": {
+        "settings model_settings dropout margin normalize_on": "config",
+        "normalization": "of the model that is exported",
+    },
     "PPO": {
-        "ppo sources reward_models": "config",
+        "ppo sources": "config",
         "ptx_batches": "a function of seed and lengths",
     },
     "FixedController": {"coefficient": "config"},

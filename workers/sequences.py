@@ -94,7 +94,7 @@ class Placed:
 
     def fetch(self) -> list[Any]:
         """The rows themselves; called in a worker."""
-        objects = ray.get(list(self.refs))
+        objects = ray.get(list(self.refs)) if self.refs else []
         return [objects[part].row(row) for part, row in self.where]
 
     def __len__(self) -> int:
