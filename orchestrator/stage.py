@@ -308,7 +308,7 @@ class StageRun:
         self.progress.phase("exporting")
         with whole_folder(self.run.model(self.name)) as folder:
             self.team.export(self.trained()[0], folder)
-            self._must_see(folder / "model.safetensors")
+            self._must_see(folder / "config.json")
 
     def _must_see(self, path: Path) -> None:
         """A worker on another node may have written elsewhere."""

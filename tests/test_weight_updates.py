@@ -18,6 +18,7 @@ import pytest
 import ray
 from ray._private.internal_api import node_stats
 
+from benchmarks.families.zoo import make
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
 from orchestrator.calls import WorkerGroup, together
 from orchestrator.failures import WorkerError
@@ -119,6 +120,10 @@ def assert_follows(pair: Pair) -> None:
         ("zero2", "opt", True, False, None),
         ("zero3", "qwen3", False, True, None),
         ("zero3", "llama", False, False, DORA),
+        ("ddp", "qwen3_moe", False, False, None),
+        ("zero3", "qwen3_moe", False, False, RSLORA),
+        ("zero3", "mixtral", False, False, None),
+        ("ddp", "mixtral", False, False, RSLORA),
     ],
     ids=lambda value: {id(DORA): "dora", id(RSLORA): "rslora"}.get(id(value)),
 )
@@ -132,7 +137,9 @@ def test_the_engine_computes_what_the_trainer_computes(
     lora: LoraSettings | None,
 ) -> None:
     pair = Pair(hosts, strategy)
-    pair.load(make_model(tmp_path, architecture, tied, grouped), lora=lora)
+    mixture = architecture in ("qwen3_moe", "mixtral")
+    folder = make(tmp_path, architecture) if mixture else make_model(tmp_path, architecture, tied, grouped)
+    pair.load(folder, lora=lora)
     pair.connect()
     assert pair.agrees()
     assert_follows(pair)

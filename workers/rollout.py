@@ -18,8 +18,9 @@ from vllm.sampling_params import RequestOutputKind
 from configs.schema import LoraSettings
 from workers.checksums import Checksums
 from workers.data import Codec
-from workers.models import load_tokenizer
+from workers.models import load_config, load_tokenizer
 from workers.sequences import Chunk, Ragged
+from workers.served import engine_options, why_not_served
 from workers.transfer import ADAPTER_ID
 from workers.work import StaleWeights, Written
 from workers.worker import Worker
@@ -61,6 +62,9 @@ class RolloutWorker(Worker):
             cleanup_dist_env_and_memory()
         settings, model = self.config.rollout, self.config.model
         sends_adapter = self.config.publish.lora == "adapter"
+        config = load_config(path, model, scalar=False)
+        if reason := why_not_served(config, "cuda" if self.spec.device == "cuda" else "cpu"):
+            raise ValueError(f"{path}: {reason}")
         self.tokenizer = load_tokenizer(path, model.trust_remote_code)
         self.codec = Codec(self.tokenizer, self.config.chat_template)
         on_gpu = self.spec.device == "cuda"
@@ -92,6 +96,7 @@ class RolloutWorker(Worker):
             disable_log_stats=True,
             **memory,
             **(_adapter_options(model.lora) if sends_adapter and model.lora else {}),
+            **engine_options(config, "cuda" if on_gpu else "cpu"),
         )
         # By itself vLLM would open a rendezvous store, which listens on every interface.
         if settings.tensor_parallel == 1 and not dist.is_initialized():
@@ -195,8 +200,8 @@ class RolloutWorker(Worker):
         self.engine.collective_rpc("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        if "arrays" in update_info:
-            update_info = update_info | {"arrays": ray.get(update_info["arrays"])}
+        if isinstance(arrays := update_info.get("arrays"), ray.ObjectRef):
+            update_info = update_info | {"arrays": ray.get(arrays)}
         self.engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def finish_weight_update(self, version: int, checksums: Checksums) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -19,15 +18,15 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.schema import ModelSettings, OptimizerSettings
 from configs.strategies import ZERO
 from placement.memory import BUCKET_ELEMENTS
 from workers.adapters import FOLDER as ADAPTER
-from workers.adapters import add_head
+from workers.adapters import add_head, write_adapter
 from workers.data import Codec, RowKind, Sequence
+from workers.export import write_settings, write_weights
 from workers.files import Files, read_files, write_files
 from workers.linear import add_in_place
 from workers.models import LEARNS, LanguageModel, ScalarModel, load_tokenizer
@@ -36,7 +35,7 @@ from workers.refusal import Arrays
 from workers.sharding import deepspeed_settings, takes_over
 from workers.shared import build
 from workers.universal import universal
-from workers.weights import GatheredWeights, gathered
+from workers.weights import gathered
 from workers.worker import Worker, WorkerSpec
 
 # The op serves only inference_all_reduce, and building it would need a compiler.
@@ -98,8 +97,7 @@ class Trainer(Worker):
         self.codec = Codec(self.tokenizer, self.config.chat_template)
         self.path, self.settings, self.optimizer_settings = path, settings, optimizer
         self._meet("gloo" if self.device.type == "cpu" else "nccl")
-        lora = settings.lora if optimizer else None
-        hf, self.peft = build(self.base, path, settings, self.scalar, self.config.seed, lora)
+        hf, self.peft = build(self.base, path, settings, self.scalar, self.config.seed, learns=optimizer is not None)
         count = sum(p.numel() for name, p in hf.named_parameters() if "lora_" not in name)
         self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf)
         self.module = self._initialize(optimizer)
@@ -369,27 +367,16 @@ class Trainer(Worker):
 
     def export(self, folder: str) -> None:
         """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective."""
-        state = {name: tensor.cpu().contiguous() for name, tensor in GatheredWeights(self.model.hf) if self.rank == 0}
         if self.rank == 0:
             os.makedirs(folder, exist_ok=True)
-            save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            hf = self.model.hf
-            config = copy.copy(hf.config)
-            config.architectures = [type(hf).__name__]
-            vars(config).pop("quantization_config", None)  # what was written has all its bits
-            config.save_pretrained(folder)
-            if hf.can_generate():
-                hf.generation_config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            write_settings(self.model.hf, self.tokenizer, Path(folder))
+        write_weights(self.model.hf, Path(folder), writes=self.rank == 0)
         if self.peft is not None:
-            adapter = Path(folder) / ADAPTER
-            if os.path.isdir(self.path):
-                self.peft.peft_config[LEARNS].base_model_name_or_path = os.path.relpath(self.path, adapter)
             with gathered([p for p in self.peft.parameters() if p.requires_grad]):
                 if self.rank == 0:
-                    self.peft.save_pretrained(adapter, selected_adapters=[LEARNS])
+                    write_adapter(Path(folder) / ADAPTER, self.peft, LEARNS, self.path, self.tokenizer)
                     if self.scalar:
-                        add_head(adapter, self.model.hf)
+                        add_head(Path(folder) / ADAPTER, self.model.hf)
         if self.rank == 0:
             for file in Path(folder).rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors lets its owner alone read it
