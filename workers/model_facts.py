@@ -84,10 +84,10 @@ def model_facts(
         if learns:
             _tried(problems, lambda: _write_dry(path, settings, model))  # noqa: B023
             if settings.lora:
-                _tried(problems, lambda: add_lora(model, settings.lora, seed=0))  # type: ignore[arg-type]  # noqa: B023
+                _tried(problems, lambda: _add_lora(model, settings))  # noqa: B023
     if served_on and (reason := why_not_served(config, served_on)):
         problems.append(reason)
-    if adapter_served and (reason := why_no_adapter(config)):
+    if adapter_served and settings.lora and (reason := why_no_adapter(config, settings.lora)):
         problems.append(f"publish.lora: was 'adapter', but {reason}; merged would fit")
     embeddings = built.get_input_embeddings().weight if built is not None else None
     return ModelFacts(
@@ -153,6 +153,12 @@ def _built(
     if here:
         return _tried(problems, lambda: build(settings, device_map="meta")), True
     return _tried(problems, lambda: build(settings.model_copy(update={"init": "random"}))), False
+
+
+def _add_lora(model: PreTrainedModel, settings: ModelSettings) -> None:
+    assert settings.lora
+    with torch.device("meta"):
+        add_lora(model, settings.lora, seed=0)
 
 
 def _write_dry(path: str, settings: ModelSettings, model: PreTrainedModel) -> None:

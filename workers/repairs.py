@@ -9,8 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.lora import model_manager
+from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models import apertus, bloom
 
 
@@ -22,11 +25,13 @@ def repair() -> None:
     apertus.XIELU = lambda: _XIELU(dtype=torch.get_default_dtype())
     cpu_router.CPURouter._compute_routing = _biased
     RotaryEmbedding.forward_cpu = _rotated
+    model_manager.is_supported_lora_module = _takes_adapter
 
 
 _XIELU: Any = apertus.XIELU
 _routing: Any = cpu_router.CPURouter._compute_routing
 _rotary: Any = RotaryEmbedding.forward_cpu
+_supported: Any = model_manager.is_supported_lora_module
 
 
 def _biased(self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -49,3 +54,9 @@ def _biased(self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor,
 def _rotated(self: Any, positions: torch.Tensor, query: torch.Tensor, *args: Any) -> Any:
     """The CPU's kernel takes the heads of queries of three dimensions, as DeepSeek's attention has them, for tokens."""
     return (self.forward_native if query.dim() == 3 else partial(_rotary, self))(positions, query, *args)
+
+
+def _takes_adapter(name: str, module: torch.nn.Module, supported: Any) -> bool:
+    """Embeddings, head and experts are sent no adapters (workers.models.add_lora, workers.served); made ready for some, a head
+    on CPU fails where log-probabilities of prompts are asked for."""
+    return not isinstance(module, VocabParallelEmbedding | MoERunner) and bool(_supported(name, module, supported))

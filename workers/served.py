@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from configs.schema import LoraSettings
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -54,6 +56,9 @@ def why_not_served(config: PreTrainedConfig, device: Device) -> str | None:
     kind, (architecture, *_) = config.model_type, config.architectures or [""]
     if reason := UNSERVED.get(kind) or (UNSERVED_ON_CPU.get(kind) if device == "cpu" else None):
         return f"{kind} is not served: {reason}"
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method
+        return f"{kind} is not served: its weights are quantized ({method}), which updates are not; dequantize the folder first"
     registered, gone = _registry()
     if last := gone.get(architecture):
         return f"{architecture} is not served: vLLM gave it up after {last}"
@@ -72,22 +77,26 @@ def why_not_served(config: PreTrainedConfig, device: Device) -> str | None:
     return None
 
 
-def why_no_adapter(config: PreTrainedConfig | SimpleNamespace) -> str | None:
-    """Why engines cannot be given a model's adapter beside the weights that they started with; None where they can.
-
-    config: transformers', or the contents of config.json.
-    """
+def why_no_adapter(config: PreTrainedConfig | SimpleNamespace, lora: LoraSettings) -> str | None:
+    """Why engines cannot be given a model's adapter beside the weights that they started with; None where nothing is known
+    against it. config: transformers', or the contents of config.json."""
     kind = config.model_type
     if kind in NO_ADAPTERS:
         return f"vLLM serves no adapters of {kind} models"
-    if _experts(config):
-        return f"adapters of experts, which {kind} models have, are not served beside them"
+    if _experts(config) and (lora.targets == "all-linear" or {*lora.targets} & EXPERTS):
+        return (
+            f"those of experts, which {kind} models have, are not served alone; name other layers in model.lora.targets"
+        )
     return None
 
 
 def _experts(config: PreTrainedConfig | SimpleNamespace) -> int:
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return next((value for name in names if (value := getattr(config, name, None))), 0)
+
+
+EXPERTS = {"down_proj", "gate", "gate_proj", "up_proj", "w1", "w2", "w3"}
+"""Names by which PEFT adapts experts and their router, or shared experts, which vLLM names otherwise."""
 
 
 def engine_options(config: PreTrainedConfig, device: Device) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def engine_options(config: PreTrainedConfig, device: Device) -> dict[str, Any]:
         options["attention_backend"] = "CPU_MLA"  # the other one, for AMX, has no float32
     if device == "cpu" and {"conv", "linear_attention", "mamba"} & {*(getattr(config, "layer_types", None) or [])}:
         options["enable_prefix_caching"] = False  # of states it would need chunked prefill
-    if config.model_type == "cohere2":
+    if config.model_type == "cohere2" and config.sliding_window:
         # Its window has one token more in vLLM than in transformers.
         options["hf_overrides"] = {"sliding_window": config.sliding_window - 1}
     return options

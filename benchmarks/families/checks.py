@@ -294,9 +294,11 @@ def policy_gradient(actor: PolicyWorker, plain: PreTrainedModel, lora: LoraSetti
     batch = part()
     actor.model.zero_grad()
     mine = torch.zeros(())
+    assert actor.engine is not None
+    actor.engine.set_gradient_accumulation_boundary(False)
     for rows in batch.micro_batches:
         loss = actor._demonstration_loss(batch, rows)
-        loss.backward()
+        actor.engine.backward(loss)
         mine = mine + loss.detach()
     model = as_plain(actor, plain, lora)
     theirs = torch.zeros(())
@@ -379,7 +381,9 @@ def value_gradient(critic: ValueWorker, folder: Path, lora: LoraSettings | None)
     batch = Batch(DEMONSTRATIONS, torch.device("cpu"))
     critic.model.zero_grad()
     values = critic.model.eval()(batch, per_token=True)
-    values.square().sum().backward()
+    assert critic.engine is not None
+    critic.engine.set_gradient_accumulation_boundary(False)
+    critic.engine.backward(values.square().sum())
     torch.manual_seed(critic.config.seed)
     plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     if getattr(plain.config, "attn_logit_softcapping", None):

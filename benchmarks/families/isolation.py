@@ -54,7 +54,7 @@ def _apart(work: Callable[..., dict[str, Any]], what: Any, folder: Path, log: Pa
         os.killpg(process.pid, signal.SIGKILL)  # and its engine
     process.join()
     if "error" in result:
-        print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
+        print(*log.read_text(errors="replace").splitlines()[-20:], sep="\n", file=sys.stderr)
     return result
 
 

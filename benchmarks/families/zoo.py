@@ -111,7 +111,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "rotary_dim": HEAD_SIZE,
         "scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True,
     },
-    "mistral": _GROUPED | _HEAD | {"sliding_window": None},
+    "mistral": _GROUPED | _HEAD | {"sliding_window": 16},
     "mixtral": _GROUPED | _HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
     "mpt": {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": POSITIONS},
     "nemotron": _GROUPED | _HEAD,
