@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configs import RunConfig
-from configs.schema import ROLES, HttpReward, LoraSettings, ModelReward, ModelSettings, PPOSettings
+from configs.schema import ROLES, HttpReward, ModelReward, ModelSettings, PPOSettings
 from orchestrator.run import Run, RunError, local
 from placement.shape import Stage
 from workers.adapters import real, refuse_other_base
@@ -44,8 +44,8 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
     if "rm" in stages and config.rm and config.rm.model:
         _check_model(config.rm.model.path, "rm.model.path")
     _check_quantize(config)
-    if config.publish.lora == "adapter" and config.model.lora:
-        _check_adapter(config.model.path, config.model.lora)
+    if config.publish.lora == "adapter":
+        _check_adapter(config.model.path)
     if "ppo" in stages and config.ppo:
         _check_names(config.ppo)
         _check_functions(config.ppo, run)
@@ -96,13 +96,13 @@ def _check_quantize(config: RunConfig) -> None:
             )
 
 
-def _check_adapter(path: str, lora: LoraSettings) -> None:
+def _check_adapter(path: str) -> None:
     """Of the families that are known; of others vLLM says so as it starts."""
     file = Path(path) / "config.json"
     if not file.is_file():
         return
     config = SimpleNamespace(**{"model_type": None} | json.loads(file.read_text(encoding="utf-8")))
-    if reason := why_no_adapter(config, lora):
+    if reason := why_no_adapter(config):
         raise RunError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
 
 

@@ -70,7 +70,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     found = facts(folder, "language", "scalar", learns=True, served_on="cpu", adapter_served=True)
     assert not found.has_scalar_head
     assert [problem for problem in found.problems if "no granitemoe with a scalar head" in problem]
-    assert [problem for problem in found.problems if problem.startswith("publish.lora: was 'adapter', but those of experts")]
+    assert [problem for problem in found.problems if problem.startswith("publish.lora: was 'adapter', but vLLM")]
     assert len(found.problems) == 2
     found = facts(folder, "language", lora=LoraSettings(targets=["nothing"]), learns=True)
     assert [problem for problem in found.problems if problem.startswith("model.lora.targets: ")]

@@ -87,7 +87,7 @@ def model_facts(
                 _tried(problems, lambda: _add_lora(model, settings))  # noqa: B023
     if served_on and (reason := why_not_served(config, served_on)):
         problems.append(reason)
-    if adapter_served and settings.lora and (reason := why_no_adapter(config, settings.lora)):
+    if adapter_served and (reason := why_no_adapter(config)):
         problems.append(f"publish.lora: was 'adapter', but {reason}; merged would fit")
     embeddings = built.get_input_embeddings().weight if built is not None else None
     return ModelFacts(

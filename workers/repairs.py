@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from vllm.lora import model_manager
-from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -57,6 +56,6 @@ def _rotated(self: Any, positions: torch.Tensor, query: torch.Tensor, *args: Any
 
 
 def _takes_adapter(name: str, module: torch.nn.Module, supported: Any) -> bool:
-    """Embeddings, head and experts are sent no adapters (workers.models.add_lora, workers.served); made ready for some, a head
-    on CPU fails where log-probabilities of prompts are asked for."""
-    return not isinstance(module, VocabParallelEmbedding | MoERunner) and bool(_supported(name, module, supported))
+    """Embeddings and heads are sent none (workers.models.add_lora); made ready for some, a head on CPU fails where
+    log-probabilities of prompts are asked for."""
+    return not isinstance(module, VocabParallelEmbedding) and bool(_supported(name, module, supported))

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from configs.schema import LoraSettings
-
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -47,8 +45,9 @@ UNSERVED_ON_CPU: dict[str, str] = {
 }
 """Model type -> why it is not served on CPU."""
 
-NO_ADAPTERS = ("bloom", "gpt2")
-"""Model types whose adapters engines get merged only (publish.lora)."""
+NO_ADAPTERS = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
+"""Model types whose adapters engines get merged only (publish.lora). Mixtures of experts are others: with adapters of whatever
+layers vLLM takes kernels for their experts that a CPU does not have."""
 
 
 def why_not_served(config: PreTrainedConfig, device: Device) -> str | None:
@@ -77,26 +76,14 @@ def why_not_served(config: PreTrainedConfig, device: Device) -> str | None:
     return None
 
 
-def why_no_adapter(config: PreTrainedConfig | SimpleNamespace, lora: LoraSettings) -> str | None:
+def why_no_adapter(config: PreTrainedConfig | SimpleNamespace) -> str | None:
     """Why engines cannot be given a model's adapter beside the weights that they started with; None where nothing is known
     against it. config: transformers', or the contents of config.json."""
     kind = config.model_type
-    if kind in NO_ADAPTERS:
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if kind in NO_ADAPTERS or any(getattr(config, name, None) for name in experts):
         return f"vLLM serves no adapters of {kind} models"
-    if _experts(config) and (lora.targets == "all-linear" or {*lora.targets} & EXPERTS):
-        return (
-            f"those of experts, which {kind} models have, are not served alone; name other layers in model.lora.targets"
-        )
     return None
-
-
-def _experts(config: PreTrainedConfig | SimpleNamespace) -> int:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return next((value for name in names if (value := getattr(config, name, None))), 0)
-
-
-EXPERTS = {"down_proj", "gate", "gate_proj", "up_proj", "w1", "w2", "w3"}
-"""Names by which PEFT adapts experts and their router, or shared experts, which vLLM names otherwise."""
 
 
 def engine_options(config: PreTrainedConfig, device: Device) -> dict[str, Any]:

@@ -48,71 +48,86 @@ _DEEPSEEK = _COMMON | _LATENT | {
     "routed_scaling_factor": 1.5,
 }  # fmt: skip
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+_SCALED = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}
+_FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
+_ROUTED = _FEW | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}
+_CONVOLUTION = {
+    "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": WIDTH, "block_dim": WIDTH,
+    "block_ff_dim": INNER,
+}  # fmt: skip
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "afmoe": _GROUPED | _HEAD | _SLIDING | _EXPERTS | {
+        "num_shared_experts": 1, "num_dense_layers": 1, "score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1,
+    },
     "apertus": _GROUPED | _HEAD,
     "arcee": _GROUPED | _HEAD,
     "bamba": _GROUPED | {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16},
     "bloom": {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS},
     "cohere": _GROUPED | {"logit_scale": 0.5, "use_qk_norm": False},
-    "cohere2": _GROUPED | _HEAD | {"logit_scale": 0.5} | _SLIDING,
+    "cohere2": _GROUPED | _HEAD | _SLIDING | {"logit_scale": 0.5},
+    "cohere2_moe": _GROUPED | _HEAD | _EXPERTS | {"logit_scale": 0.5},
+    "cwm": _GROUPED | _HEAD | _SLIDING | {"bos_token_id": 1},
     "deepseek_v2": _DEEPSEEK | {"topk_method": "group_limited_greedy", "norm_topk_prob": False},
     "deepseek_v3": _DEEPSEEK | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "dots1": _GROUPED | _HEAD | {
-        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-    },
+    "dots1": _GROUPED | _HEAD | _ROUTED,
     "ernie4_5": _GROUPED | _HEAD,
     "ernie4_5_moe": _GROUPED | _HEAD | {
         "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
     },
     "exaone4": _GROUPED | _HEAD | _SLIDING,
+    "exaone_moe": _GROUPED | _HEAD | _SLIDING | _FEW | {
+        "num_experts": 4, "num_shared_experts": 1, "first_k_dense_replace": 1,
+    },
     "falcon": {
         "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "new_decoder_architecture": False,
         "multi_query": True, "parallel_attn": True, "bias": True, "alibi": False,
     },
+    "flex_olmo": _GROUPED | _EXPERTS | {"intermediate_size": 64},
     "gemma": _GROUPED | _HEAD,
     "gemma2": _GROUPED | _HEAD | {"query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 3.0},
-    "gemma3_text": _GROUPED | _HEAD | {"query_pre_attn_scalar": 32} | _SLIDING,
+    "gemma3_text": _GROUPED | _HEAD | _SLIDING | {"query_pre_attn_scalar": 32},
     "glm": _GROUPED | _HEAD,
     "glm4": _GROUPED | _HEAD,
-    "glm4_moe": _GROUPED | _HEAD | {
-        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "use_qk_norm": True,
-    },
+    "glm4_moe": _GROUPED | _HEAD | _ROUTED | {"use_qk_norm": True},
+    "glm4_moe_lite": _DEEPSEEK | {"n_group": 1},
     "gpt2": _GPT,
     "gpt_bigcode": _GPT | {"multi_query": True},
     "gpt_neox": _COMMON | {"rotary_pct": 0.5},
-    "gpt_oss": _GROUPED | _HEAD | _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "gpt_oss": _GROUPED | _HEAD | _SLIDING | _LOCAL,
     "gptj": _GPT | {"rotary_dim": 16},
-    "granite": _GROUPED | {
-        "logits_scaling": 2.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
-    },
-    "granitemoe": _GROUPED | {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
-        "logits_scaling": 2.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
-    },
+    "granite": _GROUPED | _SCALED,
+    "granite_swa": _GROUPED | _SCALED | _SLIDING,
+    "granitemoe": _GROUPED | _SCALED | _LOCAL,
+    "granitemoeshared": _GROUPED | _SCALED | _LOCAL | {"shared_intermediate_size": 64},
     "helium": _GROUPED | _HEAD,
     "hunyuan_v1_dense": _GROUPED | _HEAD,
+    "hunyuan_v1_moe": _GROUPED | _HEAD | {"num_experts": 4, "moe_topk": 2, "intermediate_size": 64},
+    "hyperclovax": _GROUPED | _HEAD | _SCALED,
+    "jais2": _GROUPED | _HEAD,
     "jamba": _GROUPED | {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
         "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 16, "use_mamba_kernels": False,
     },
-    "lfm2": _GROUPED | {
-        "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False,
-        "conv_dim": WIDTH, "block_dim": WIDTH, "block_ff_dim": INNER,
-    },
+    "lfm2": _GROUPED | _CONVOLUTION,
+    "lfm2_moe": _GROUPED | _CONVOLUTION | _EXPERTS | {"num_dense_layers": 1},
     "llama": _GROUPED | _HEAD,
+    "llama4_text": _GROUPED | _HEAD | _LOCAL | {"num_experts_per_tok": 1, "intermediate_size_mlp": INNER},
     "mamba": {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "state_size": 16, "use_mambapy": False},
+    "mellum": _GROUPED | _HEAD | _EXPERTS,
+    "minicpm3": _COMMON | _LATENT | {
+        "kv_lora_rank": 32, "qk_rope_head_dim": 32, "dim_model_base": 32, "scale_emb": 2.0, "scale_depth": 1.4,
+    },
     "minimax": _GROUPED | _HEAD | {
         "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
     },
-    "minimax_m2": _GROUPED | _HEAD | {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "rotary_dim": HEAD_SIZE,
-        "scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True,
+    "minimax_m2": _GROUPED | _HEAD | _LOCAL | {
+        "rotary_dim": HEAD_SIZE, "scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True,
     },
+    "ministral3": _GROUPED | _HEAD,
     "mistral": _GROUPED | _HEAD | {"sliding_window": 16},
-    "mixtral": _GROUPED | _HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "mixtral": _GROUPED | _HEAD | _LOCAL,
     "mpt": {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": POSITIONS},
     "nemotron": _GROUPED | _HEAD,
     "olmo": _GROUPED | _HEAD,
@@ -125,7 +140,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi": _COMMON | {"partial_rotary_factor": 0.5},
     "phi3": _GROUPED | {"partial_rotary_factor": 1.0},
-    "phimoe": _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "phimoe": _GROUPED | _LOCAL,
     "qwen2": _GROUPED,
     "qwen2_moe": _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 64},
     "qwen3": _GROUPED | _HEAD,
@@ -136,8 +151,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "seed_oss": _GROUPED | _HEAD,
     "smollm3": _GROUPED | _HEAD,
+    "solar_open": _GROUPED | _HEAD | _FEW | {"n_routed_experts": 4, "n_shared_experts": 1},
     "stablelm": _GROUPED | {"partial_rotary_factor": 0.5},
     "starcoder2": _GROUPED,
+    "vaultgemma": _GROUPED | _HEAD | _SLIDING | {"query_pre_attn_scalar": 32, "final_logit_softcapping": 3.0},
 }  # fmt: skip
 """Model type -> the shape in the words of its config."""
 
