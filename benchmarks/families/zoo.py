@@ -58,8 +58,8 @@ _CONVOLUTION = {
 }  # fmt: skip
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "afmoe": _GROUPED | _HEAD | _SLIDING | _EXPERTS | {
-        "num_shared_experts": 1, "num_dense_layers": 1, "score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1,
+    "afmoe": _GROUPED | _HEAD | _SLIDING | _FEW | {
+        "num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "score_func": "sigmoid", "route_norm": True,
     },
     "apertus": _GROUPED | _HEAD,
     "arcee": _GROUPED | _HEAD,
