@@ -383,7 +383,8 @@ def _is_linear(layer: Any) -> bool:
 
 
 def tell_zero3(hf: PreTrainedModel) -> None:
-    """DoRA reads weights of other modules, which ZeRO-3 has put away when those are through: tell it who else reads them."""
+    """Adapters read weights past the modules that own them, which ZeRO-3 has put away when those are through: tell it who else
+    reads them. DoRA reads those of other modules, adapters of experts those of the module that they are put around."""
     from deepspeed import zero
 
     for layer in hf.modules():
@@ -391,3 +392,7 @@ def tell_zero3(hf: PreTrainedModel) -> None:
             for owner in (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]):
                 for parameter in owner.parameters(recurse=False):
                     zero.register_external_parameter(reader, parameter)
+        if hasattr(layer, "parameter_name"):
+            adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+            for parameter in (layer.get_param(), *(each.weight for each in adapters)):
+                zero.register_external_parameter(layer, parameter)

@@ -43,26 +43,21 @@ def begin_reload(model: nn.Module, config: ModelConfig) -> None:
             # Its tensors are used as they are loaded, so they may as well be written where they lie.
             info = get_layerwise_info(layer)
             _place_kernel_tensors(layer, info)
-            for tensor in get_layer_tensors(layer).values():
-                tensor.weight_loader = _get_original_loader(
-                    tensor
-                )  # of biases, which never leave their layer, it was wrapped
+            for tensor in get_layer_tensors(layer).values():  # biases never leave their layer: their loader was wrapped
+                tensor.weight_loader = _get_original_loader(tensor)
             info.reset()
         elif current_platform.is_cpu() and isinstance(layer, RoutedExperts):
             layer.quant_method.moe_kernel = None  # as before the first load, which is when experts are packed
 
 
-def end_reload(model: nn.Module, config: ModelConfig) -> None:
-    """The new weights serve. Raises RuntimeError where a layer got none."""
+def end_reload(model: nn.Module, config: ModelConfig) -> list[str]:
+    """The new weights serve. Returns the layers that did not get all of theirs."""
     lacking = [name for name, layer in model.named_modules() if _is_lacking(model, layer)]
     finalize_layerwise_reload(model, config)
     for layer in model.modules():
         if isinstance(layer, VocabParallelEmbedding):
             layer.quant_method.process_weights_after_loading(layer)
-    if lacking:
-        raise RuntimeError(
-            f"vLLM's {type(model).__name__} did not load the new weights of {len(lacking)} layers, first {lacking[0]}"
-        )
+    return lacking
 
 
 def _name_loaders(model: nn.Module) -> None:

@@ -215,6 +215,9 @@ class RolloutWorker(Worker):
                     f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors "
                     f"differ, first {wrong[0]}"
                 )
+        for lacking in self.engine.collective_rpc("layers_without_weights"):
+            if lacking:
+                raise RuntimeError(f"vLLM did not load the new weights of {len(lacking)} layers, first {lacking[0]}")
         if self.config.publish.lora == "adapter":
             assert self.config.model.lora is not None
             self.engine.collective_rpc("apply_adapter", kwargs={"config": _in_peft_words(self.config.model.lora)})

@@ -72,6 +72,8 @@ class _Verified:
 class _Weights(_Verified):
     """All weights: a reload, and the repairs that it needs (workers.reloading)."""
 
+    lacking: list[str]
+
     def start_weight_update(self) -> None:
         super().start_weight_update()
         begin_reload(self.model, self.model_config)  # type: ignore[attr-defined]
@@ -81,7 +83,7 @@ class _Weights(_Verified):
         return type(model).load_weights(model, by_expert(model, weights))
 
     def finish_weight_update(self) -> None:
-        end_reload(self.model, self.model_config)  # type: ignore[attr-defined]
+        self.lacking = end_reload(self.model, self.model_config)  # type: ignore[attr-defined]
 
 
 class _Adapter(_Verified):
@@ -181,6 +183,10 @@ class Witness:
 
     def weight_checksums(self) -> Checksums:
         return self.weight_transfer_engine.received  # type: ignore[attr-defined]
+
+    def layers_without_weights(self) -> list[str]:
+        """Layers that the last update did not reach, though all of it arrived: vLLM loaded it elsewhere."""
+        return getattr(self.weight_transfer_engine, "lacking", [])  # type: ignore[attr-defined]
 
     def apply_adapter(self, config: dict[str, Any]) -> None:
         """Put the adapter that arrived in the place of the last one. config: PEFT's.
