@@ -71,7 +71,7 @@ class FaultyRollout(RolloutWorker):
     """A rollout worker that can change its model and, loaded with the transport "faulty", leave out a care."""
 
     def leave_out(self, care: str) -> None:
-        """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache, experts one by one; "" for none."""
+        """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache, experts one by one; "": none."""
         FaultyEngine.without = care
         vars(self.engine).pop("reset_prefix_cache", None)
         if care == "prefix cache":
