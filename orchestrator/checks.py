@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 from configs import RunConfig
 from configs.schema import (
@@ -29,6 +30,7 @@ from workers.adapters import real, refuse_other_base
 from workers.data import Row
 from workers.functions import check_columns as check_arguments
 from workers.functions import find_function
+from workers.served import why_no_adapter
 
 
 def check(run: Run, stages: Sequence[Stage]) -> None:
@@ -155,11 +157,13 @@ def _check_quantize(config: RunConfig) -> None:
 
 
 def _check_adapter(path: str) -> None:
-    """Of the models that Troupe was tried with, vLLM applies no adapters to these two; of others it says so as it starts."""
-    config = Path(path) / "config.json"
-    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    if kind in ("gpt2", "bloom"):
-        raise RunError(f"publish.lora: was 'adapter', but vLLM serves no adapters of {kind} models; merged would fit")
+    """Of the families that are known; of others vLLM says so as it starts."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return
+    config = SimpleNamespace(**{"model_type": None} | json.loads(file.read_text(encoding="utf-8")))
+    if reason := why_no_adapter(config):
+        raise RunError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
 
 
 def _import_plugin(module: str, setting: str) -> None:

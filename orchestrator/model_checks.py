@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from configs.schema import ModelSettings, RunConfig
 from placement.cluster import Cluster
 from workers.data import Codec
+from workers.data.probes import Form, difference
 
 Head = Literal["language", "scalar"]
-
-
-class Refuses(Protocol):
-    """Where problems go."""
-
-    def refuse(self, setting: str, text: str) -> None: ...
+Refuse = Callable[[str, str], None]
+"""Takes note of a problem: the setting's dotted path, and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -27,55 +24,84 @@ class ModelUse:
     """Dotted path of the setting that names it."""
     path: str
     settings: ModelSettings
-    heads: tuple[Head, ...]
+    heads: frozenset[Head]
     learns: bool = False
     served: bool = False
     """Whether engines answer with it."""
+    reads_text: bool = False
+    """Whether it reads the policy's answers with a tokenizer of its own."""
     longest: int = 0
-    """Tokens of the longest sequence that it is given."""
-    longest_setting: str = ""
-    """The settings that say so, with their values."""
+    """Tokens of the longest sequence that it is given; 0: that is not known before."""
+    longest_settings: str = ""
+    """The settings that say so."""
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A model that must read the policy's tokens as the policy does."""
-
-    setting: str
-    codec: Codec
-    own_tokenizer: bool
-    """Whether it reads text with a tokenizer of its own."""
-
-
-def check_models(report: Refuses, uses: Iterable[ModelUse], config: RunConfig) -> None:
-    """Build every model on the meta device, with each head that it needs, and compare lengths."""
+def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec | None], refuse: Refuse) -> None:
+    """Build every model on the meta device with each of its heads, and compare its length and its vocabulary with what it is
+    given. codec_of: the codec of a model; None where it has none, which is noted elsewhere."""
     from workers.model_facts import model_facts  # imports torch and transformers
 
-    device = _device(config)
-    seen: dict[tuple[str, str, bool, bool], set[Head]] = {}
-    for use in uses:
-        key = use.path, use.settings.model_dump_json(), use.learns, use.served
-        heads = set(use.heads) - seen.setdefault(key, set())
-        seen[key] |= heads
+    for use in _joined(uses):
         try:
-            facts = model_facts(
-                use.path,
-                use.settings,
-                heads or use.heads,
-                learns=use.learns,
-                served_on=device if use.served else None,
-                adapter_served=use.served and config.publish.lora == "adapter",
-            )
+            facts = model_facts(use.path, use.settings, use.heads, learns=use.learns)
         except (OSError, ValueError) as error:
-            report.refuse(use.setting, f"was {use.path!r}: {str(error).strip().splitlines()[0]}")
+            refuse(use.setting, f"was {use.path!r}: {str(error).strip().splitlines()[0]}")
             continue
         for problem in facts.problems:
-            report.refuse(use.setting, problem)
-        if facts.longest is not None and use.longest > facts.longest:
-            report.refuse(
-                use.longest_setting,
-                f"{use.longest} tokens, but {use.path} ({facts.model_type}) takes sequences of {facts.longest} tokens",
-            )
+            refuse(use.setting, problem)
+        for given in uses:
+            if given.path == use.path and facts.longest is not None and given.longest > facts.longest:
+                text = f"{given.longest} tokens, but {use.path} ({facts.model_type}) takes {facts.longest} at most"
+                refuse(given.longest_settings, text)
+        codec = codec_of(use)
+        if codec is not None and (tokens := len(codec.tokenizer)) > facts.vocabulary:
+            text = f"{use.path}: its tokenizer has {tokens} tokens, but its embeddings have {facts.vocabulary} rows"
+            refuse(use.setting, text)
+
+
+def _joined(uses: Sequence[ModelUse]) -> list[ModelUse]:
+    """Each model once, with all that is needed of it."""
+    joined: dict[tuple[str, str], ModelUse] = {}
+    for use in uses:
+        key = use.path, use.settings.model_dump_json()
+        known = joined.get(key, use)
+        joined[key] = ModelUse(
+            known.setting,
+            use.path,
+            use.settings,
+            known.heads | use.heads,
+            learns=known.learns or use.learns,
+            served=known.served or use.served,
+        )
+    return list(joined.values())
+
+
+def check_serving(uses: Sequence[ModelUse], config: RunConfig, refuse: Refuse) -> None:
+    """Whether engines can serve the models that they are to serve, as far as this is known before there is a cluster."""
+    from transformers import AutoConfig
+
+    from workers.served import why_no_adapter, why_not_served
+
+    device = _device(config)
+    for use in (use for use in uses if use.served):
+        try:
+            found = AutoConfig.from_pretrained(use.path, trust_remote_code=use.settings.trust_remote_code)
+        except (OSError, ValueError):
+            continue  # which `check_models` says
+        if device and (reason := why_not_served(found, device)):
+            refuse(use.setting, reason)
+        if config.publish.lora == "adapter" and (reason := why_no_adapter(found)):
+            refuse("publish.lora", f"was 'adapter', but {reason}; merged would fit")
+
+
+def check_reader(policy: Codec, use: ModelUse, codec: Codec, form: Form, refuse: Refuse) -> None:
+    """Whether a model that scores the policy's tokens reads them as the policy means them."""
+    if not use.reads_text and (what := difference(policy, codec, form)):
+        setting = use.setting.rpartition(".")[0] + ".tokenizer"
+        refuse(
+            setting,
+            f"was policy, but {use.path} has {what}. own would fit: it then reads text, not the policy's tokens",
+        )
 
 
 def _device(config: RunConfig) -> Literal["cpu", "cuda"] | None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from configs.schema import Role
+from configs.schema import ModelReward, ModelSettings, Role
 from orchestrator.calls import together
 from orchestrator.checks import column_checks
 from orchestrator.evaluation import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.kl_control import make_controller
+from orchestrator.model_checks import Head, ModelUse
 from orchestrator.outcome import outcome
 from orchestrator.preflight import Input
 from orchestrator.rollouts import Experience, Rollouts
-from orchestrator.run import Run
+from orchestrator.run import Run, local
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
 from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
@@ -162,6 +165,34 @@ class PPO(StageRun):
             )
             wanted.append(Input("sft", "ppo.ptx.data", data, "demonstration", encode))
         return wanted
+
+    def models(self) -> list[ModelUse]:
+        longest = self.ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
+        given = {"longest": longest, "longest_settings": "ppo.max_prompt_tokens + rollout.max_new_tokens"}
+        rewards = self.readers()
+        heads: list[Head] = ["language"]
+        if self.ppo.critic and all(use.reads_text for use in rewards):
+            heads.append("scalar")  # the critic starts from it
+        there = [use for use in rewards if use.heads]
+        scored = [use if use.reads_text else replace(use, **given) for use in there]
+        return [self.start_use(heads, served=True, **given), *scored]
+
+    def readers(self) -> list[ModelUse]:
+        """The reward models; one that this run is about to train as what it is trained from, with no head needed yet."""
+        uses = []
+        paths = self.run.reward_models()
+        for i, source in enumerate(self.ppo.rewards):
+            if not isinstance(source, ModelReward):
+                continue
+            path, heads = paths.get(source.name), frozenset[Head](["scalar"])
+            if path is None or not (source.path or Path(path).is_dir()):
+                own = self.config.rm.model if self.config.rm else None
+                path, heads = local(own.path) if own else self.run.text_model("rm"), frozenset()
+            settings = ModelSettings(path=path, dtype=self.config.model.dtype, end_tokens=self.config.model.end_tokens)
+            settings.trust_remote_code = self.config.model.trust_remote_code
+            setting, reads = f"ppo.rewards.{i}.path", source.tokenizer == "own"
+            uses.append(ModelUse(setting, path, settings, heads, reads_text=reads))
+        return uses
 
     def data_checks(self) -> Iterable[Callable[[], None]]:
         held_out = self.data[DATA].rows if DATA in self.data else []

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from configs.schema import DatasetSettings, ModelSettings
+from orchestrator.model_checks import ModelUse, check_models, check_reader, check_serving
 from orchestrator.run import Run, RunError
 from placement.shape import Stage
 from workers.data import Codec, Counts, DataError, Row, RowKind, read_rows
@@ -63,6 +64,12 @@ class Job(Protocol):
 
     def text_model(self) -> tuple[str, str, ModelSettings]:
         """Setting, path and settings of the model whose tokenizer reads the stage's data."""
+
+    def models(self) -> list[ModelUse]:
+        """The models that the stage needs and that are there before the run starts."""
+
+    def readers(self) -> list[ModelUse]:
+        """The models that are to read the policy's tokens, or will be trained from these."""
 
     def take(self, name: str, encoded: Any, counts: Counts) -> None:
         """Keep a dataset's token ids."""
@@ -131,8 +138,32 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Callable[[], None]) -> Repo
             for check in job.data_checks():
                 with report.collecting():
                     check()
+        if codec is not None:
+            _check_readers(report, readers, job, codec)
+    _check_models(report, readers, run, [use for job in jobs for use in job.models()])
     report.seconds = time.monotonic() - started
     return report
+
+
+def _check_readers(report: Report, readers: _Readers, job: Job, policy: Codec) -> None:
+    """Whether reward models read what the policy writes, in the forms that the stage's rows have."""
+    forms = {counts.form for setting, counts in report.counts.items() if setting.startswith(f"{job.name}.")}
+    for use in job.readers():
+        with report.collecting(use.setting):
+            codec = readers.codec(use.path, use.settings)
+            for form in ("text", "chat"):
+                if forms & {form, "mixed"}:
+                    check_reader(policy, use, codec, form, report.refuse)
+
+
+def _check_models(report: Report, readers: _Readers, run: Run, uses: list[ModelUse]) -> None:
+    def codec_of(use: ModelUse) -> Codec | None:
+        with suppress(DataError, ValueError, OSError):
+            return readers.codec(use.path, use.settings)
+        return None
+
+    check_models(uses, codec_of, report.refuse)
+    check_serving(uses, run.config, report.refuse)
 
 
 def _encode(report: Report, readers: _Readers, job: Job, wanted: Input, codec: Codec, rows: list[Row]) -> None:

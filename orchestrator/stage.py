@@ -19,10 +19,11 @@ from orchestrator.calls import together
 from orchestrator.failures import WorkerError
 from orchestrator.integrity import DiskError, whole_folder
 from orchestrator.metrics import Recorder
+from orchestrator.model_checks import Head, ModelUse
 from orchestrator.preflight import Input
 from orchestrator.progress import Progress
 from orchestrator.recovery import Recovery
-from orchestrator.run import Run, RunError
+from orchestrator.run import Run, RunError, local
 from orchestrator.snapshot import Snapshot
 from orchestrator.status import Status
 from orchestrator.stopping import Stopped, StopSignal
@@ -89,6 +90,21 @@ class StageRun:
     def text_model(self) -> tuple[str, str, ModelSettings]:
         """Setting, path and settings of the model whose tokenizer reads the data."""
         return "model", self.run.text_model(self.name), self.config.model
+
+    def models(self) -> list[ModelUse]:
+        """The models that the stage needs and that are there before the run starts."""
+        raise NotImplementedError
+
+    def readers(self) -> list[ModelUse]:
+        """The models that are to read the policy's tokens, or will be trained from these."""
+        return []
+
+    def start_use(self, heads: Iterable[Head], **needs: Any) -> ModelUse:
+        """What is needed of the model that the stage starts from, or that one before it will have been trained from."""
+        setting, path, settings = self.text_model()
+        if path != local(settings.path):  # a finished stage's model, which has weights
+            settings = settings.model_copy(update={"init": "pretrained"})
+        return ModelUse(f"{setting}.path", path, settings, frozenset(heads), learns=True, **needs)
 
     def data_checks(self) -> Iterable[Callable[[], None]]:
         """Further checks of the datasets, once all are kept; each raises an error of what is wrong."""
@@ -383,7 +399,7 @@ class StageRun:
         try:
             with whole_folder(self.run.model(self.name)) as folder:
                 self.team.export(self.trained()[0], folder)
-                self._must_see(folder / "model.safetensors")
+                self._must_see(folder / "config.json")
         except Exception as error:
             if not isinstance(error, Stopped) and not (isinstance(error, WorkerError) and error.failure.survivable):
                 self._keep_trained()

@@ -14,6 +14,7 @@ from configs.schema import BatchSettings, ModelSettings, OptimizerSettings, Role
 from orchestrator.calls import Call
 from orchestrator.deadlines import BACKWARD, Workload
 from orchestrator.metrics import read_metrics
+from orchestrator.model_checks import Head, ModelUse
 from orchestrator.preflight import Input
 from orchestrator.run import Run, local
 from orchestrator.stage import StageRun
@@ -49,6 +50,11 @@ class Supervised(StageRun):
         return [
             Input(name, f"{self.name}.{name}", data, self.kind, self.encode()) for name, data in named.items() if data
         ]
+
+    def models(self) -> list[ModelUse]:
+        head: Head = "language" if self.role == "actor" else "scalar"
+        setting = f"{self.name}.max_length"
+        return [self.start_use([head], longest=self.settings.max_length, longest_settings=setting)]
 
     @property
     def steps(self) -> int:

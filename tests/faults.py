@@ -5,9 +5,10 @@ They show that a check sees what it is there for: with the fault it must fail, w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,11 @@ class FaultyEngine(ObjectStoreEngine):
             update_info = replace(update_info, arrays=arrays)
         super().receive_weights(update_info)
 
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        if self.without == "experts one by one":
+            return type(self.model).load_weights(self.model, weights)
+        return super().load(weights)
+
     def finish_weight_update(self) -> None:
         if self.without == "repacking":
             finalize_layerwise_reload(self.model, self.model_config)
@@ -66,7 +72,7 @@ class FaultyRollout(RolloutWorker):
     """A rollout worker that can change its model and, loaded with the transport "faulty", leave out a care."""
 
     def leave_out(self, care: str) -> None:
-        """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache; "" for none."""
+        """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache, experts one by one; "": none."""
         FaultyEngine.without = care
         vars(self.engine).pop("reset_prefix_cache", None)
         if care == "prefix cache":

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.families.zoo import make
 from configs.schema import RunConfig
 from orchestrator import Experience, start_team, together
 from orchestrator.evaluation import weighted_sum
 from orchestrator.team import Team
 from placement import Cluster
-from tests.models import make_model, make_reward_model
+from tests.models import ARCHITECTURES, make_model, make_reward_model
 from workers.data import Row
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,10 @@ KINDS = {
     "llama, tied, grouped": ("llama", True, True),
     "qwen2, untied": ("qwen2", False, True),
     "qwen3, untied": ("qwen3", False, False),
+    "qwen3_moe": ("qwen3_moe", False, False),
+    "gemma2": ("gemma2", True, False),
 }
+"""Architecture, whether its word embeddings are tied, whether query heads share key-value heads (of those of tests.models)."""
 PROMPTS = ["a", "bc", "the film", "what a plot", "why", "it was 1999", "no", "cast: "]
 CONFIG = RunConfig.model_validate({
     "name": "architecture",
@@ -66,7 +70,10 @@ def team(ray_here: Cluster) -> Iterator[Team]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ppo_runs_on(team: Team, tmp_path: Path, kind: str) -> None:
     architecture, tied, grouped = KINDS[kind]
-    start = make_model(tmp_path / "model", architecture, tied, grouped, seed=1)
+    if architecture in ARCHITECTURES:
+        start = make_model(tmp_path / "model", architecture, tied, grouped, seed=1)
+    else:
+        start = make(tmp_path / "model", architecture, seed=1)
     team.load(str(start), {"model": str(make_reward_model(start, tmp_path / "reward"))})
     team.add_prompts("prompts", [Row(prompt, columns={"wanted": prompt[0]}) for prompt in PROMPTS])
     kl = [ppo_step(team, step) for step in (1, 2)]

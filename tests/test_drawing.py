@@ -53,5 +53,5 @@ def test_a_drawn_reward_model_is_an_adapter_on_its_base(base: Path, tmp_path: Pa
     drawing.draw_reward_model(reward, base, rank=4, seed=1)
     refuse_other_base(str(reward), str(base))
     settings = ModelSettings(path=str(base), dtype="bfloat16")
-    model = SharedBase().scalar_model(str(reward), settings, seed=1)
+    model = SharedBase().scalar_model(str(reward), settings, seed=1, begins_head=False)
     assert model.score.weight.shape == (1, 64)

@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks.families.zoo import make
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
 from orchestrator.calls import WorkerGroup
 from orchestrator.failures import WorkerError
 from tests.hosts import Hosts
 from tests.models import encoded, make_model
+from workers import weights
+from workers.adapters import base_of
 from workers.data import Row
+from workers.export import write_settings, write_weights
 
 pytestmark = pytest.mark.slow
 
@@ -120,6 +125,53 @@ def test_an_export_that_fails_on_the_rank_that_writes_leaves_no_rank_waiting(
     export(group, tmp_path / "out")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_experts_and_buffers_are_read_back(
+    hosts: Hosts, tmp_path: Path, family: str, lora: LoraSettings | None, strategy: Strategy
+) -> None:
+    """Adapters of experts are merged too, correction biases are written, and the names are the checkpoint's."""
+    start = make(tmp_path / "start", family)
+    group = group_with(hosts, "faulty_policy", start, strategy, lora)
+    expected = export(group, tmp_path / "out")
+    np.testing.assert_allclose(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, 1e-4, 1e-4)
+    written, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "start"))
+    assert written.keys() == before.keys()
+    biases = [name for name in written if "correction_bias" in name]
+    assert bool(biases) == (family == "deepseek_v3")
+    assert all(torch.equal(written[name], before[name]) and written[name].any() for name in biases)
+    if lora:
+        base = AutoModelForCausalLM.from_pretrained(start)
+        np.testing.assert_allclose(
+            outputs(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")), expected, 1e-4, 1e-4
+        )
+
+
+@pytest.mark.parametrize("kind", ["faulty_policy", "open_value"])
+def test_an_adapters_folder_is_whole(hosts: Hosts, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT finds its base and its task from any working folder; its tokenizer lies beside it; base and adapter may be moved
+    together."""
+    start = make_model(tmp_path / "here" / "start", "llama")
+    group = group_with(hosts, kind, start, lora=LORA)
+    expected = export(group, tmp_path / "here" / "out")
+    adapter = tmp_path / "here" / "out" / "adapter"
+    monkeypatch.chdir("/")
+    if kind == "open_value":
+        task, read = "SEQ_CLS", AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=1)
+    else:
+        task, read = "CAUSAL_LM", AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert json.loads((adapter / "adapter_config.json").read_text())["task_type"] == task
+    np.testing.assert_allclose(outputs(read), expected, SAME, SAME)
+    assert (
+        AutoTokenizer.from_pretrained(adapter).decode(AutoTokenizer.from_pretrained(adapter)("It is.")["input_ids"])
+        == "It is."
+    )
+    assert base_of(adapter) == str(start.resolve())
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert base_of(tmp_path / "there" / "out" / "adapter") == str((tmp_path / "there" / "start").resolve())
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_scalar_model_is_read_back(hosts: Hosts, tmp_path: Path, lora: LoraSettings | None) -> None:
     start = make_model(tmp_path / "start", "llama")
@@ -145,3 +197,26 @@ def group_with_export(hosts: Hosts, folder: Path, rows: list[Row]) -> tuple[floa
     group = hosts.group("open_value", "actor")
     group.call("load", str(folder), ModelSettings(path=str(folder)), None).get()
     return group.first("normalize", "sft", [np.arange(len(rows))])
+
+
+def test_a_large_model_is_written_in_several_files_with_an_index(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "start", "llama", tied=False))
+    (tmp_path / "out").mkdir()
+    write_settings(model, AutoTokenizer.from_pretrained(tmp_path / "start"), [1], tmp_path / "out")
+    write_weights(model, tmp_path / "out", writes=True, shard_bytes=60_000)
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    read, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_array_equal(outputs(read), outputs(model))
+
+
+def test_a_tensor_that_would_not_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make(tmp_path / "start", "deepseek_v3"))
+    monkeypatch.setattr(weights, "_saved", lambda owner: owner.named_parameters(recurse=False))  # without buffers
+    with pytest.raises(
+        RuntimeError, match=r"export: 1 tensors .* first model.layers.1.mlp.gate.e_score_correction_bias"
+    ):
+        write_weights(model, tmp_path, writes=True)

@@ -98,7 +98,7 @@ def reward_model(folder: Path, base: Path | None) -> Path:
     """What tells of which base a reward model is."""
     (folder / "adapter").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    task = {"task_type": "SEQ_CLS" if base else "CAUSAL_LM", "base_model_name_or_path": f"../../{base and base.name}"}
+    task = {"task_type": "SEQ_CLS" if base else "CAUSAL_LM", "base_model_name_or_path": str(base)}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(task))
     return folder
 

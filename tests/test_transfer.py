@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from benchmarks.families.zoo import make
 from configs.schema import LoraSettings
 from tests.models import ARCHITECTURES, make_model
 from workers.checksums import checksum
@@ -124,6 +126,67 @@ def test_the_tensors_of_a_model_are_those_of_its_file(tmp_path: Path, architectu
     assert source.checksums == {name: checksum(tensor) for name, tensor in sent.items()}
     assert list(sent) == [meta.name for meta in source.metadata()], "receivers count on the order"
     assert [(t.dtype, tuple(t.shape)) for t in sent.values()] == [(m.dtype, m.shape) for m in source.metadata()]
+
+
+MIXTURES = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "deepseek_v3", "minimax_m2")
+
+
+@IMPORTS
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_and_buffers_have_the_names_of_the_file(tmp_path: Path, family: str) -> None:
+    """transformers holds experts otherwise than checkpoints do; correction biases are buffers."""
+    from workers.weights import GatheredWeights
+
+    model = AutoModelForCausalLM.from_pretrained(make(tmp_path, family))
+    source = GatheredWeights(model, checked=True)
+    sent, written = dict(source), load_file(tmp_path / "model.safetensors")
+    assert sent.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in sent.items())
+    assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [(n, t.dtype, t.shape) for n, t in sent.items()]
+    assert any("correction_bias" in name for name in sent) == (family in ("deepseek_v3", "minimax_m2"))
+    assert not source.lacking()
+
+
+@IMPORTS
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_adapters_of_experts_come_merged(tmp_path: Path, family: str) -> None:
+    from workers.weights import GatheredWeights
+
+    model, _ = adapted(make(tmp_path / "start", family), LoraSettings(rank=8))
+    adapted_parameters = {layer.parameter_name for layer in model.modules() if hasattr(layer, "parameter_name")}
+    assert adapted_parameters == {"gate_up_proj", "down_proj", "weight"}
+    source = GatheredWeights(model)
+    assert not source.lacking()
+    shutil.copytree(tmp_path / "start", tmp_path / "merged")
+    save_file(dict(source), tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(5, 40)[None]
+    logits = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(ids).logits for name in ("start", "merged")
+    }
+    torch.testing.assert_close(logits["merged"], model.eval()(ids).logits, atol=1e-3, rtol=1e-3)
+    assert (logits["merged"] - logits["start"]).abs().max() > 0.1
+
+
+@IMPORTS
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_small_adapter_is_merged_in_float32_and_rounded_once(tmp_path: Path, family: str) -> None:
+    """In bfloat16 throughout, the product would be rounded before it is added."""
+    from workers.weights import GatheredWeights
+
+    model = AutoModelForCausalLM.from_pretrained(make(tmp_path, family), dtype=torch.bfloat16)
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).float()
+    for each in (model, wide):
+        add_lora(each, LoraSettings(rank=4, alpha=4.0), seed=1)
+        move_adapter(each, seed=2)
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            if name in adapters:
+                parameter.copy_(adapters[name])
+    exact = dict(GatheredWeights(wide))
+    for name, tensor in GatheredWeights(model):
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, exact[name].bfloat16())
 
 
 def adapted(folder: Path, lora: LoraSettings) -> tuple[PreTrainedModel, PeftModel]:

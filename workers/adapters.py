@@ -1,4 +1,4 @@
-"""The adapter of a scalar model, with its head, as a PEFT folder beside the merged model; and which base it lies on."""
+"""A model's adapter, of a scalar model with its head, as a PEFT folder beside the merged model; and which base it lies on."""
 
 from __future__ import annotations
 
@@ -6,15 +6,33 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER = "adapter"
 """Of an exported model: where its adapter is."""
+NEAR = "base.json"
+"""Beside an adapter's config: the way from its folder to its base's."""
 HEAD = "base_model.model.score."
 """What stands before the names of a scalar head's tensors in PEFT's files."""
+
+
+def write_adapter(folder: Path, peft: Any, name: str, base: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write one of a PEFT model's adapters, with the tokenizer, as a folder that PEFT loads from anywhere.
+
+    base: the folder or hub name of the model that it lies on; of a folder its place from here is noted too, for where both are
+    moved together (`base_of`).
+    """
+    here = os.path.isdir(base)
+    config = peft.peft_config[name]
+    config.base_model_name_or_path = os.path.abspath(base) if here else base
+    config.task_type = "CAUSAL_LM"
+    peft.save_pretrained(folder, selected_adapters=[name])
+    tokenizer.save_pretrained(folder)
+    if here:
+        (folder / NEAR).write_text(json.dumps({"base_from_here": os.path.relpath(base, folder)}), encoding="utf-8")
 
 
 def add_head(folder: Path, hf: PreTrainedModel) -> None:
@@ -45,9 +63,16 @@ def scalar_adapter(model: str) -> Path | None:
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter lies on: a folder's real path, or a hub name."""
-    said: str = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return real(os.path.join(folder, said)) if os.path.isdir(os.path.join(folder, said)) else real(said)
+    """The model that an adapter lies on: a folder's real path, or a hub name.
+
+    A folder that lies as it did when the adapter was written comes before the path in the adapter's config: a run's folder may
+    have been moved or copied.
+    """
+    if (near := folder / NEAR).is_file():
+        base = folder / json.loads(near.read_text(encoding="utf-8"))["base_from_here"]
+        if base.is_dir():
+            return real(str(base))
+    return real(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def real(model: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,11 +20,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from configs.schema import LoraSettings, ModelSettings
 from placement.activations import LOGITS_CHUNK
+from workers.after_head import AfterHead
 from workers.batching import spans
 from workers.data import Sequence
+from workers.filled import refuse_unfilled
 
 _STAND_IN = Sequence.of([0], [0])
 """One token of a prompt and one of an answer: token 0 is in every vocabulary."""
@@ -117,6 +121,7 @@ class HeadLogProbs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         tied: TableGradient | None,
+        after: AfterHead,
     ) -> tuple[Tensor, Tensor]:
         """hidden [N, H], weight [V, H], bias [V], targets [N] -> log-probabilities [N] and entropies [N], float32.
 
@@ -125,7 +130,7 @@ class HeadLogProbs(torch.autograd.Function):
         log_z, log_probs, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         room, more_room = _room(hidden, weight), _room(hidden, weight)
         for rows in spans(len(hidden), LOGITS_CHUNK):
-            logits = _logits(hidden[rows], weight, bias, temperature, room)
+            logits = _logits(hidden[rows], weight, bias, temperature, after, room)
             most = logits.amax(-1)
             logits.sub_(most[:, None])
             # The one pass of it: sum and entropy are made of the same.
@@ -140,7 +145,7 @@ class HeadLogProbs(torch.autograd.Function):
             ctx.room = room
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
-        ctx.temperature, ctx.tied = temperature, tied
+        ctx.temperature, ctx.tied, ctx.after = temperature, tied, after
         return log_probs, entropy
 
     @staticmethod
@@ -157,16 +162,17 @@ class HeadLogProbs(torch.autograd.Function):
         room = _room(hidden, weight) if kept is None else kept
         for rows in reversed(spans(len(hidden), LOGITS_CHUNK)):
             if kept is None:
-                log_p = _logits(hidden[rows], weight, bias, ctx.temperature, room).sub_(log_z[rows, None])
+                log_p = _logits(hidden[rows], weight, bias, ctx.temperature, ctx.after, room).sub_(log_z[rows, None])
             else:
                 log_p, kept = kept[: len(hidden[rows])], None
+            slope = ctx.after.slope(log_p, log_z[rows, None], ctx.temperature)
             grad = log_p.exp() if of_entropy is not None else log_p.exp_()
             scale = torch.zeros(len(grad), 1, device=grad.device) if of_log_probs is None else of_log_probs[rows, None]
             if of_entropy is None:
                 grad.mul_(-scale)
             else:
                 grad.mul_(log_p.add_(entropy[rows, None]).mul_(of_entropy[rows, None]).add_(scale).neg_())
-            grad = grad.scatter_add_(-1, targets[rows, None], scale).to(hidden.dtype)
+            grad = grad.scatter_add_(-1, targets[rows, None], scale).mul_(slope).to(hidden.dtype)
             for_hidden[rows] = grad @ weight
             if for_weight is not None:
                 for_weight.addmm_(grad.t(), hidden[rows])
@@ -174,7 +180,7 @@ class HeadLogProbs(torch.autograd.Function):
                 for_bias.add_(grad.sum(0))
         if ctx.tied is not None:
             ctx.tied.from_head, for_weight = for_weight, None
-        return for_hidden, for_weight, for_bias, None, None, None
+        return for_hidden, for_weight, for_bias, None, None, None, None
 
 
 def _room(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -182,7 +188,9 @@ def _room(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.empty(min(len(hidden), LOGITS_CHUNK), len(weight), device=hidden.device)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, room: Tensor) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, after: AfterHead, room: Tensor
+) -> Tensor:
     """In float32, in the first rows of `room`."""
     logits = room[: len(hidden)]
     if weight.dtype == logits.dtype:
@@ -191,17 +199,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
         logits.copy_(hidden @ weight.t())
     if bias is not None:
         logits.add_(bias)
+    after.apply_(logits)
     return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-@torch.no_grad()
-def _check_head(hf: PreTrainedModel) -> None:
-    """Raises ValueError where the model's logits are not its head's output, but scaled or capped afterwards."""
-    hf.eval()
-    ids = torch.arange(8)[None]
-    logits = hf.get_output_embeddings()(hf.base_model(input_ids=ids, use_cache=False)[0])
-    if not torch.equal(logits, hf(input_ids=ids, use_cache=False).logits):
-        raise ValueError(f"model: {hf.config.model_type} changes its logits after the head, which is not supported")
 
 
 class LanguageModel(nn.Module):
@@ -209,7 +208,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
-        _check_head(hf)
+        self.after = AfterHead.of(hf)
         self.hf = hf
         self.tied: TableGradient | None = None
         embeddings = hf.get_input_embeddings()
@@ -230,7 +229,9 @@ class LanguageModel(nn.Module):
         hidden = hidden[batch.rows, batch.before]
         targets = batch.ids[batch.rows, batch.before + 1]
         head = self.hf.get_output_embeddings()
-        log_probs, entropy = HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, self.tied)
+        log_probs, entropy = HeadLogProbs.apply(
+            hidden, head.weight, head.bias, targets, temperature, self.tied, self.after
+        )
         return batch.padded(log_probs), batch.padded(entropy)
 
 
@@ -287,18 +288,45 @@ def load_config(path: str, settings: ModelSettings, scalar: bool) -> PreTrainedC
     return config
 
 
-def load_hf(settings: ModelSettings, path: str, scalar: bool, seed: int) -> PreTrainedModel:
-    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed."""
+def has_scalar_head(config: PreTrainedConfig) -> bool:
+    """Whether a model of this family can have a scalar head."""
+    of_its_own = getattr(config, "auto_map", None) or {}
+    return (
+        type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in of_its_own
+    )
+
+
+def load_hf(
+    settings: ModelSettings, path: str, scalar: bool, seed: int, begins_head: bool = False, **options: Any
+) -> PreTrainedModel:
+    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed.
+
+    begins_head: a scalar head may be drawn where the folder is a language model's. options: of from_pretrained.
+
+    Raises ValueError where the folder's weights are not exactly those that the model has.
+    """
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     config = load_config(path, settings, scalar)
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    if scalar and not has_scalar_head(config):
+        raise ValueError(
+            f"{path}: transformers has no {config.model_type} with a scalar head, so it cannot give values or scores"
+        )
+    options |= {"dtype": getattr(torch, settings.dtype), "trust_remote_code": settings.trust_remote_code}
+    if getattr(config, "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # the others leave the cap out
     if settings.quantize:
         options |= _quantized(settings)
     torch.manual_seed(seed)
     if settings.init == "random":
-        model = auto.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+        model = auto.from_config(config, **options)
     else:
-        model = auto.from_pretrained(path, config=config, trust_remote_code=settings.trust_remote_code, **options)
+        known = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = auto.from_pretrained(path, **known, **options)
+        refuse_unfilled(path, model, info, begins_head)
+    if scalar and not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ValueError(
+            f"{path}: a {type(model).__name__} has no linear head named `score`, so it cannot give values or scores"
+        )
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -353,13 +381,24 @@ def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Modul
             raise ValueError(
                 f"model.lora.targets: was {settings.targets}, but embeddings and the language-model head take no adapter here"
             )
+    for name, layer in hf.named_modules():
+        if hasattr(layer, "get_delta_weight") and not (hasattr(layer, "parameter_name") or _is_linear(layer)):
+            raise ValueError(
+                f"model.lora.targets: was {settings.targets}, but {name} is a {type(layer.get_base_layer()).__name__}, and only "
+                "linear layers and experts take an adapter here"
+            )
     if head is not None:
         head.requires_grad_(True)
     return wrapper
 
 
+def _is_linear(layer: Any) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
+
+
 def tell_zero3(hf: PreTrainedModel) -> None:
-    """DoRA reads weights of other modules, which ZeRO-3 has put away when those are through: tell it who else reads them."""
+    """Adapters read weights past the modules that own them, which ZeRO-3 has put away when those are through: tell it who else
+    reads them. DoRA reads those of other modules, adapters of experts those of the module that they are put around."""
     from deepspeed import zero
 
     for layer in hf.modules():
@@ -367,3 +406,7 @@ def tell_zero3(hf: PreTrainedModel) -> None:
             for owner in (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]):
                 for parameter in owner.parameters(recurse=False):
                     zero.register_external_parameter(reader, parameter)
+        if hasattr(layer, "parameter_name"):
+            adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+            for parameter in (layer.get_param(), *(each.weight for each in adapters)):
+                zero.register_external_parameter(layer, parameter)

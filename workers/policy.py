@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from workers import experience
 from workers.advantages import inside
 from workers.batching import Rows
 from workers.kl import kl_estimate
 from workers.losses import masked_sum, next_token, policy_losses
-from workers.models import LEARNS, Batch
+from workers.models import LEARNS, Batch, load_hf
 from workers.probe import Probe, sequences
 from workers.refusal import Arrays, numbered, token_rows
 from workers.schedule import StageStep
@@ -53,9 +52,9 @@ class PolicyWorker(Trainer):
 
     @torch.no_grad()
     def read_back(self, folder: str, ids: np.ndarray) -> np.ndarray:
-        """The same of an exported folder, by plain transformers on the host."""
-        dtype, trust = getattr(torch, self.settings.dtype), self.settings.trust_remote_code
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust).eval()
+        """The same of an exported folder, on the host: log-probabilities of transformers' own logits."""
+        settings = self.settings.model_copy(update={"init": "pretrained", "quantize": None, "lora": None})
+        model = load_hf(settings, folder, scalar=False, seed=0).eval()
         rows = torch.from_numpy(ids).long()
         log_probs = model(rows).logits[:, :-1].float().log_softmax(-1)
         said: np.ndarray = log_probs.gather(-1, rows[:, 1:, None]).squeeze(-1).numpy()

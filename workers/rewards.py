@@ -83,7 +83,7 @@ class RewardWorker(Worker):
                     f"reward {name}: {path} has another tokenizer than the policy ({policy}), whose tokens it is to score; "
                     "tokenizer: own would fit"
                 )
-            hf, _ = build(self.base, path, settings, True, self.config.seed, None)
+            hf, _ = build(self.base, path, settings, scalar=True, seed=self.config.seed, learns=False)
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
 
     def scores(

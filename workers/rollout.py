@@ -18,8 +18,10 @@ from vllm.sampling_params import RequestOutputKind
 from configs.schema import LoraSettings
 from workers.checksums import Checksums
 from workers.data import end_tokens, load_tokenizer
+from workers.models import load_config
 from workers.probe import Probe
 from workers.sequences import Chunk, Ragged
+from workers.served import engine_options, why_not_served
 from workers.transfer import ADAPTER_ID
 from workers.work import StaleWeights, Written
 from workers.worker import Worker
@@ -62,6 +64,9 @@ class RolloutWorker(Worker):
         self.longest = max_length
         settings, model = self.config.rollout, self.config.model
         sends_adapter = self.config.publish.lora == "adapter"
+        config = load_config(path, model, scalar=False)
+        if reason := why_not_served(config, "cuda" if self.spec.device == "cuda" else "cpu"):
+            raise ValueError(f"{path}: {reason}")
         self.ends = end_tokens(path, load_tokenizer(path, model.trust_remote_code), model)
         on_gpu = self.spec.device == "cuda"
         memory: dict[str, Any] = (
@@ -93,6 +98,7 @@ class RolloutWorker(Worker):
             disable_log_stats=True,
             **memory,
             **(_adapter_options(model.lora) if sends_adapter and model.lora else {}),
+            **engine_options(config, "cuda" if on_gpu else "cpu"),
         )
         # By itself vLLM would open a rendezvous store, which listens on every interface.
         if settings.tensor_parallel == 1 and not dist.is_initialized():
@@ -207,8 +213,8 @@ class RolloutWorker(Worker):
         self.engine.collective_rpc("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        if "arrays" in update_info:
-            update_info = update_info | {"arrays": ray.get(update_info["arrays"])}
+        if isinstance(arrays := update_info.get("arrays"), ray.ObjectRef):
+            update_info = update_info | {"arrays": ray.get(arrays)}
         self.engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def finish_weight_update(self, version: int, checksums: Checksums) -> None:
@@ -222,6 +228,9 @@ class RolloutWorker(Worker):
                     f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors "
                     f"differ, first {wrong[0]}"
                 )
+        for lacking in self.engine.collective_rpc("layers_without_weights"):
+            if lacking:
+                raise RuntimeError(f"vLLM did not load the new weights of {len(lacking)} layers, first {lacking[0]}")
         if self.config.publish.lora == "adapter":
             assert self.config.model.lora is not None
             self.engine.collective_rpc("apply_adapter", kwargs={"config": _in_peft_words(self.config.model.lora)})

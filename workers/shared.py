@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from configs.schema import LoraSettings, ModelSettings
+from configs.schema import ModelSettings
 from workers.adapters import HEAD, base_of, real, refuse_other_base, scalar_adapter
 from workers.models import LEARNS, add_lora, load_config, load_hf, tell_zero3
 
@@ -44,12 +44,14 @@ class SharedBase:
             raise ValueError(f"{path}: the roles of this process share {self.path} as base, and cannot have another")
         return _twin(self.model)
 
-    def scalar_model(self, path: str, settings: ModelSettings, seed: int) -> PreTrainedModel:
+    def scalar_model(self, path: str, settings: ModelSettings, seed: int, begins_head: bool) -> PreTrainedModel:
         """The base with a scalar head: that of the adapter beside the model, or a new one where the model is the base."""
         adapter = scalar_adapter(path)
         config = load_config(path, settings, scalar=True)
         if adapter is None and config.architectures and "SequenceClassification" in config.architectures[0]:
             refuse_other_base(path, self.path)
+        if adapter is None and not begins_head:
+            raise ValueError(f"{path}: has no scalar head, so it gives no scores")
         base = self.language_model(base_of(adapter) if adapter else path, settings, seed)
         dtype = getattr(torch, settings.dtype)
         with torch.device("meta"):
@@ -71,17 +73,19 @@ class SharedBase:
 
 
 def build(
-    base: SharedBase | None, path: str, settings: ModelSettings, scalar: bool, seed: int, lora: LoraSettings | None
+    base: SharedBase | None, path: str, settings: ModelSettings, scalar: bool, seed: int, learns: bool
 ) -> tuple[PreTrainedModel, Any]:
     """A role's Hugging Face model, on the base that it shares or on its own, and the PEFT wrapper of its adapters (or None).
 
-    lora: of the adapter that learns; none: nothing is to learn, or all weights.
+    learns: adapters or all weights, as the settings say; then a scalar head may begin, too.
     """
     if base is None:
-        hf = load_hf(settings, path, scalar, seed)
+        hf = load_hf(settings, path, scalar, seed, begins_head=learns)
+    elif scalar:
+        hf = base.scalar_model(path, settings, seed, begins_head=learns)
     else:
-        hf = base.scalar_model(path, settings, seed) if scalar else base.language_model(path, settings, seed)
-    peft = add_lora(hf, lora, seed) if lora else None
+        hf = base.language_model(path, settings, seed)
+    peft = add_lora(hf, settings.lora, seed) if settings.lora and learns else None
     if base is not None and scalar and (adapter := scalar_adapter(path)):
         peft = _put_below(hf, peft, adapter)
     if peft is not None:
@@ -107,7 +111,12 @@ def _put_below(hf: PreTrainedModel, peft: Any, folder: Path) -> Any:
     else:
         peft.add_adapter(START, config, autocast_adapter_dtype=False)
         peft.base_model.set_adapter([START, LEARNS])
-    set_peft_model_state_dict(peft, _read(folder)[0], adapter_name=START)
+    found = set_peft_model_state_dict(peft, _read(folder)[0], adapter_name=START)
+    strange = [*found.unexpected_keys, *(name for name in found.missing_keys if f".{START}." in name)]
+    if strange:
+        raise ValueError(
+            f"{folder}: is not an adapter of this model; {len(strange)} weights do not fit, first {strange[0]}"
+        )
     for name, parameter in hf.named_parameters():
         if f".{START}" in name:
             parameter.requires_grad_(False)

@@ -18,16 +18,15 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.schema import ModelSettings, OptimizerSettings
 from configs.strategies import ZERO
 from placement.memory import BUCKET_ELEMENTS
 from workers.adapters import FOLDER as ADAPTER
-from workers.adapters import add_head
+from workers.adapters import add_head, write_adapter
 from workers.data import end_tokens, load_tokenizer
-from workers.exported import write_configs
+from workers.export import write_settings, write_weights
 from workers.files import Files, read_files, write_files
 from workers.linear import add_in_place
 from workers.models import LEARNS, LanguageModel, ScalarModel, context_length
@@ -38,7 +37,7 @@ from workers.schedule import StageStep, learning_rate
 from workers.sharding import deepspeed_settings, takes_over
 from workers.shared import build
 from workers.universal import universal
-from workers.weights import GatheredWeights, gathered
+from workers.weights import gathered
 from workers.worker import Worker, WorkerSpec
 
 # The op serves only inference_all_reduce, and building it would need a compiler.
@@ -79,8 +78,7 @@ class Trainer(Worker):
         self.ends = end_tokens(path, self.tokenizer, settings)
         self.path, self.settings, self.optimizer_settings = path, settings, optimizer
         self._meet("gloo" if self.device.type == "cpu" else "nccl")
-        lora = settings.lora if optimizer else None
-        hf, self.peft = build(self.base, path, settings, self.scalar, self.config.seed, lora)
+        hf, self.peft = build(self.base, path, settings, self.scalar, self.config.seed, learns=optimizer is not None)
         count = sum(p.numel() for name, p in hf.named_parameters() if "lora_" not in name)
         self.model = ScalarModel(hf, dropout) if self.scalar else LanguageModel(hf)
         if optimizer and self.rank == 0:
@@ -349,30 +347,26 @@ class Trainer(Worker):
         """
         errors: list[Exception] = []
 
-        def write(action: Callable[[], Any]) -> None:
-            if self.rank == 0 and not errors:
+        def write(action: Callable[[], Any], everywhere: bool = False) -> None:
+            if everywhere or (self.rank == 0 and not errors):
                 try:
                     action()
                 except Exception as error:
                     errors.append(error)
 
-        state = {name: tensor.cpu().contiguous() for name, tensor in GatheredWeights(self.model.hf) if self.rank == 0}
-        write(lambda: self._write_model(Path(folder), state))
+        target = Path(folder)
+        write(lambda: self._write_description(target))
+        write(lambda: write_weights(self.model.hf, target, writes=self.rank == 0 and not errors), everywhere=True)
         if self.peft is not None:
             with gathered([p for p in self.peft.parameters() if p.requires_grad]):
-                write(lambda: self._write_adapter(Path(folder) / ADAPTER))
+                write(lambda: self._write_adapter(target / ADAPTER))
+        write(lambda: _make_readable(target))
         probe = self.probe(0)
-        write(lambda: self._read_back(Path(folder), probe))
+        write(lambda: self._read_back(target, probe))
         if self.spec.world_size > 1:
             dist.barrier()
         if errors:
             raise errors[0]
-
-    def _write_model(self, folder: Path, state: dict[str, Tensor]) -> None:
-        os.makedirs(folder, exist_ok=True)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        self._write_description(folder)
-        _make_readable(folder)
 
     def _read_back(self, folder: Path, probe: Probe) -> None:
         bound = self.config.gap_bound(self.settings)
@@ -381,16 +375,13 @@ class Trainer(Worker):
 
     def _write_description(self, folder: Path) -> None:
         """All of an exported folder but the weights."""
-        write_configs(self.model.hf, self.ends, folder)
-        self.tokenizer.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings(self.model.hf, self.tokenizer, self.ends, folder)
 
     def _write_adapter(self, folder: Path) -> None:
-        if os.path.isdir(self.path):
-            self.peft.peft_config[LEARNS].base_model_name_or_path = os.path.relpath(self.path, folder)
-        self.peft.save_pretrained(folder, selected_adapters=[LEARNS])
+        write_adapter(folder, self.peft, LEARNS, self.path, self.tokenizer)
         if self.scalar:
             add_head(folder, self.model.hf)
-        _make_readable(folder)
 
     def _try_export(self) -> None:
         """Write what an export writes, but for the weights, to find out before training what it will refuse."""

@@ -32,10 +32,12 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from workers.checksums import Checksums, checksum
+from workers.reloading import begin_reload, by_expert, end_reload
+from workers.repairs import repair
+
+repair()  # vLLM imports this before it builds a model
 
 
 class _Verified:
@@ -68,23 +70,20 @@ class _Verified:
 
 
 class _Weights(_Verified):
-    """All weights: a reload, and the repairs that it needs on CPU."""
+    """All weights: a reload, and the repairs that it needs (workers.reloading)."""
+
+    lacking: list[str]
 
     def start_weight_update(self) -> None:
         super().start_weight_update()
-        # An update that broke off leaves layers with some of its tensors: without this they would count as loaded now.
-        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[attr-defined]
-        initialize_layerwise_reload(self.model)  # type: ignore[attr-defined]
+        begin_reload(self.model, self.model_config)  # type: ignore[attr-defined]
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        return type(self.model).load_weights(self.model, weights)  # type: ignore[attr-defined]
+        model = self.model  # type: ignore[attr-defined]
+        return type(model).load_weights(model, by_expert(model, weights))
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[attr-defined]
-        # With tied embeddings the reload leaves the head with the packed copy of its old weights: pack again.
-        for module in self.model.modules():  # type: ignore[attr-defined]
-            if isinstance(module, VocabParallelEmbedding):
-                module.quant_method.process_weights_after_loading(module)
+        self.lacking = end_reload(self.model, self.model_config)  # type: ignore[attr-defined]
 
 
 class _Adapter(_Verified):
@@ -184,6 +183,10 @@ class Witness:
 
     def weight_checksums(self) -> Checksums:
         return self.weight_transfer_engine.received  # type: ignore[attr-defined]
+
+    def layers_without_weights(self) -> list[str]:
+        """Layers that the last update did not reach, though all of it arrived: vLLM loaded it elsewhere."""
+        return getattr(self.weight_transfer_engine, "lacking", [])  # type: ignore[attr-defined]
 
     def apply_adapter(self, config: dict[str, Any]) -> None:
         """Put the adapter that arrived in the place of the last one. config: PEFT's.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,6 +13,8 @@ import torch
 from deepspeed import zero
 from ray.actor import ActorHandle
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from workers.checksums import Checksums, checksum
 
@@ -27,54 +27,69 @@ _Make = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class _Weight:
-    """One tensor of the model as others know it, and the parameters that it is made of."""
+    """One tensor of the model as others know it, and the parameters (or the buffer) that it is made of."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: tuple[nn.Parameter, ...]
+    parts: tuple[Tensor, ...]
     make: _Make
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+
+def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _sharded(tensors: Sequence[Tensor]) -> bool:
+    return any(hasattr(tensor, "ds_id") for tensor in tensors)
 
 
-def _sharded(parameters: Sequence[nn.Parameter]) -> bool:
-    return any(hasattr(p, "ds_id") for p in parameters)
-
-
-def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """Within it the parameters are whole, to be read. Collective under ZeRO-3; elsewhere they always are."""
-    return zero.GatheredParameters(parameters, modifier_rank=None) if _sharded(parameters) else nullcontext()
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    return zero.GatheredParameters(sharded, modifier_rank=None) if sharded else nullcontext()
 
 
 def _merged_weights(module: nn.Module) -> dict[str, _Weight]:
-    """Name -> tensor, under the names of a plain Hugging Face model: active adapters merged, tied weights once."""
+    """Name -> tensor, under the names that the module would have without adapters: all that its state_dict holds, so
+    persistent buffers too; active adapters merged, tied weights once."""
     found: dict[str, _Weight] = {}
     seen: set[int] = set()
-    adapters = _adapted(module)
-
-    for prefix, child in module.named_modules():
-        if any(prefix.startswith(adapter + ".") for adapter in adapters):
-            continue
-        layer = adapters.get(prefix)
-        owner: Any = child if layer is None else layer.get_base_layer()
-        for name, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) in seen:
+    for prefix, owner, wrappers in _owners(module):
+        for name, tensor in _saved(owner):
+            if id(tensor) in seen:
                 continue
-            seen.add(id(parameter))
+            seen.add(id(tensor))
             full = f"{prefix}.{name}" if prefix else name
-            whole = _whole(module, owner, parameter)
-            if layer is not None and name == "weight":
+            whole = _whole(module, owner, tensor)
+            if (layer := wrappers.get(name)) is not None:
                 active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
                 parts = [part for adapter in active for part in _parts(layer, adapter).values()]
-                whole = replace(whole, parts=(parameter, *parts), make=partial(_merged, whole.make, layer, active))
+                whole = replace(whole, parts=(*whole.parts, *parts), make=partial(_merged, whole.make, layer, active))
             found[full] = whole
     return found
+
+
+def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """All modules but those of adapters: name without adapters, module, and PEFT's layer around each of its parameters.
+
+    PEFT puts a layer around a linear layer, whose `weight` it adapts, and one around the other where it adapts several
+    parameters of a module, as it does with experts.
+    """
+    wrappers: dict[str, Any] = {}
+    while hasattr(module, "get_delta_weight"):
+        wrappers[getattr(module, "parameter_name", "weight")] = module
+        module = module.base_layer  # type: ignore[assignment]
+    yield prefix, module, wrappers
+    for name, child in module.named_children():
+        yield from _owners(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _saved(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own tensors that a state_dict holds."""
+    yield from owner.named_parameters(recurse=False)
+    for name, buffer in owner.named_buffers(recurse=False):
+        if name not in owner._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def _adapter_weights(module: nn.Module, adapter: str) -> dict[str, _Weight]:
@@ -98,15 +113,15 @@ def _parts(layer: Any, adapter: str) -> dict[str, nn.Parameter]:
     }
 
 
-def _whole(module: nn.Module, owner: nn.Module, parameter: nn.Parameter) -> _Weight:
-    """A parameter as it is or, where bitsandbytes holds it in fewer bits, in the model's type again."""
-    if type(parameter).__name__ not in ("Params4bit", "Int8Params"):
-        return _Weight(_whole_shape(parameter), parameter.dtype, (parameter,), parameter.detach)
+def _whole(module: nn.Module, owner: nn.Module, tensor: Tensor) -> _Weight:
+    """A parameter or buffer as it is or, where bitsandbytes holds it in fewer bits, in the model's type again."""
+    if type(tensor).__name__ not in ("Params4bit", "Int8Params"):
+        return _Weight(_whole_shape(tensor), tensor.dtype, (tensor,), tensor.detach)
     from peft.utils.integrations import dequantize_module_weight
 
     config: Any = module.config
-    shape, dtype = getattr(parameter, "quant_state", parameter).shape, config.dtype
-    return _Weight(tuple(shape), dtype, (parameter,), lambda: dequantize_module_weight(owner).detach().to(dtype))
+    shape, dtype = getattr(tensor, "quant_state", tensor).shape, config.dtype
+    return _Weight(tuple(shape), dtype, (tensor,), lambda: dequantize_module_weight(owner).detach().to(dtype))
 
 
 def _layer(name: str) -> str:
@@ -117,58 +132,107 @@ def _layer(name: str) -> str:
 
 
 def _merged(base: _Make, layer: Any, adapters: Sequence[str]) -> Tensor:
-    """The weight that computes what base and adapters compute together, one adapter after the other.
+    """The weight that computes what base and adapters compute together, one adapter after the other, rounded once.
 
     DoRA (Liu et al. 2024, equation 5) scales what LoRA gives so that each output's weights have the length that was learned.
     PEFT takes the length for it from the base and this adapter alone, whatever other adapters made of the base before.
     """
-    weight = merged = base()
+    rounded = base()
+    weight = merged = rounded.float()
     for adapter in adapters:
-        delta = layer.get_delta_weight(adapter).to(weight.dtype)
+        delta = _delta(layer, adapter)
         merged = merged + delta
         if adapter in layer.lora_magnitude_vector:
             inputs = 0 if layer.fan_in_fan_out else 1  # GPT-2's matrices lie the other way
             lengths = torch.linalg.vector_norm(weight + delta, dim=inputs, keepdim=True)
-            merged = merged * (layer.lora_magnitude_vector[adapter].weight.detach().view_as(lengths) / lengths)
-    return merged
+            magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
+            merged = merged * (magnitude.view_as(lengths) / lengths)
+    return merged.to(rounded.dtype)
+
+
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """What an adapter adds to a weight, in float32; PEFT's `get_delta_weight` rounds to the type of adapter or weight."""
+    a, b = layer.lora_A[adapter].weight.detach().float(), layer.lora_B[adapter].weight.detach().float()
+    if (experts := getattr(layer, "num_experts", 1)) == 1:
+        delta = (b @ a).t() if layer.fan_in_fan_out else b @ a
+    else:  # of each expert r rows of a and r columns of b; whether inputs come last depends on the family
+        order = "eoi" if layer._did_swap_in_out_features else "eio"
+        of_each = a.view(experts, -1, a.shape[-1]), b.view(b.shape[0], -1, experts)
+        delta = torch.einsum(f"eri,ore->{order}", *of_each)
+    return delta * layer.scaling[adapter]
 
 
 class GatheredWeights:
     """A model's whole tensors from ZeRO 0 to 3, gathered one layer at a time.
 
-    Active adapters are merged; or else one adapter is given alone.
+    Active adapters are merged, and names and shapes are those of a checkpoint: transformers holds the experts of a layer as
+    one tensor, and checkpoints mostly have one for each. Or else one adapter is given alone, under the names of PEFT's files.
 
     A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
     under ZeRO-3: every rank must do it. `checksums` holds those of the last pass, where `checked`.
     """
 
-    def __init__(self, module: nn.Module, checked: bool = False, alone: str | None = None) -> None:
+    def __init__(self, module: PreTrainedModel, checked: bool = False, alone: str | None = None) -> None:
+        self._module = module
+        self._alone = alone is not None
         self._weights = _adapter_weights(module, alone) if alone else _merged_weights(module)
         self._checked = checked
         self.checksums: Checksums = {}
+        layers: dict[str, list[str]] = {}
+        for name in self._weights:
+            layers.setdefault(_layer(name), []).append(name)
+        self._layers = list(layers.values())
+        self._written: dict[str, Tensor] = {}
+        for names in self._layers:
+            shapes = {name: (self._weights[name].shape, self._weights[name].dtype) for name in names}
+            self._written |= self._as_written(
+                {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+            )
 
     def metadata(self) -> list[ParamMeta]:
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        return [ParamMeta(name, w.dtype, w.shape) for name, w in self._weights.items()]
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._written.items()]
+
+    @property
+    def shapes(self) -> dict[str, Tensor]:
+        """What iterating gives, in its order, without values."""
+        return self._written
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(w.nbytes for w in self._weights.values())
+        return sum(tensor.nbytes for tensor in self._written.values())
 
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor."""
-        return max(w.nbytes for w in self._weights.values())
+        return max(tensor.nbytes for tensor in self._written.values())
+
+    def lacking(self) -> list[str]:
+        """Keys of the module's state_dict that belong neither to adapters nor to a tensor that is given, under this name or
+        another, nor to the form in which bitsandbytes holds one."""
+        given = {id(tensor) for weight in self._weights.values() for tensor in weight.parts}
+        lacking = []
+        for key, tensor in self._module.state_dict(keep_vars=True).items():
+            name = key.replace(".base_layer", "")
+            held = any(name.startswith(f"{parent}.") for parent in self._weights) if id(tensor) not in given else True
+            if not held and ".lora_" not in name:
+                lacking.append(name)
+        return lacking
+
+    def _as_written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of one layer under the names and in the shapes of files."""
+        if self._alone:
+            return tensors
+        return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self._module, tensors).items()}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.checksums = {}
-        for _, names in groupby(self._weights, _layer):
-            group = list(names)
-            parts = [p for name in group for p in self._weights[name].parts]
+        for names in self._layers:
+            parts = [p for name in names for p in self._weights[name].parts]
             with gathered(parts), torch.no_grad():
-                tensors = {name: self._weights[name].make() for name in group}
+                tensors = self._as_written({name: self._weights[name].make() for name in names})
                 if _sharded(parts):  # their tensors end with this block; receivers keep some until a bucket is full
                     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             for name, tensor in tensors.items():

