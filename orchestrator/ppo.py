@@ -168,14 +168,17 @@ class PPO(StageRun):
 
     def models(self) -> list[ModelUse]:
         longest = self.ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
-        given = {"longest": longest, "longest_settings": "ppo.max_prompt_tokens + rollout.max_new_tokens"}
+        said = "ppo.max_prompt_tokens + rollout.max_new_tokens"
         rewards = self.readers()
         heads: list[Head] = ["language"]
         if self.ppo.critic and all(use.reads_text for use in rewards):
             heads.append("scalar")  # the critic starts from it
+        policy = self.start_use(heads, served=True, longest=longest, longest_settings=said)
         there = [use for use in rewards if use.heads]
-        scored = [use if use.reads_text else replace(use, **given) for use in there]
-        return [self.start_use(heads, served=True, **given), *scored]
+        return [
+            policy,
+            *(use if use.reads_text else replace(use, longest=longest, longest_settings=said) for use in there),
+        ]
 
     def readers(self) -> list[ModelUse]:
         """The reward models; one that this run is about to train as what it is trained from, with no head needed yet."""
@@ -188,10 +191,14 @@ class PPO(StageRun):
             if path is None or not (source.path or Path(path).is_dir()):
                 own = self.config.rm.model if self.config.rm else None
                 path, heads = local(own.path) if own else self.run.text_model("rm"), frozenset()
-            settings = ModelSettings(path=path, dtype=self.config.model.dtype, end_tokens=self.config.model.end_tokens)
-            settings.trust_remote_code = self.config.model.trust_remote_code
-            setting, reads = f"ppo.rewards.{i}.path", source.tokenizer == "own"
-            uses.append(ModelUse(setting, path, settings, heads, reads_text=reads))
+            own_tokenizer, policy = source.tokenizer == "own", self.config.model
+            settings = ModelSettings(
+                path=path,
+                dtype=policy.dtype,
+                end_tokens=None if own_tokenizer else policy.end_tokens,
+                trust_remote_code=policy.trust_remote_code,
+            )
+            uses.append(ModelUse(f"ppo.rewards.{i}.path", path, settings, heads, reads_text=own_tokenizer))
         return uses
 
     def data_checks(self) -> Iterable[Callable[[], None]]:

@@ -288,7 +288,7 @@ class Team:
         """Load every role of the PPO stage at the same time, and let the actor meet the engines. May be done again.
 
         model: folder that the actor, the reference and the engines start from. reward_models: name in `ppo.rewards` ->
-        folder; the critic starts from the first, or from `model` where there is none.
+        folder; the critic starts from the first that reads the policy's tokens, or from `model` where there is none.
         """
         groups, ppo = self.groups, self.config.ppo
         assert ppo is not None
@@ -298,7 +298,8 @@ class Team:
         actor = pretrained(self.config.model)
         if actor.lora:  # the policy that learns must be the policy that sampled
             actor = actor.model_copy(update={"lora": actor.lora.model_copy(update={"dropout": 0.0})})
-        critic = next(iter(paths.values()), model)
+        own = {s.name for s in ppo.rewards if isinstance(s, ModelReward) and s.tokenizer == "own"}
+        critic = next((path for name, path in paths.items() if name not in own), model)
         together(
             groups["actor"].prepare("load", model, actor, ppo.actor_optimizer),
             groups["critic"].prepare("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
