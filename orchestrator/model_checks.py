@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +44,8 @@ def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec 
 
     for use in _joined(uses):
         try:
-            facts = model_facts(use.path, use.settings, use.heads, learns=use.learns)
+            with _quiet():
+                facts = model_facts(use.path, use.settings, use.heads, learns=use.learns)
         except (OSError, ValueError) as error:
             refuse(use.setting, f"was {use.path!r}: {str(error).strip().splitlines()[0]}")
             continue
@@ -57,6 +59,21 @@ def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec 
         if codec is not None and (tokens := len(codec.tokenizer)) > facts.vocabulary:
             text = f"{use.path}: its tokenizer has {tokens} tokens, but its embeddings have {facts.vocabulary} rows"
             refuse(use.setting, text)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports: what is wrong becomes a problem."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 def _joined(uses: Sequence[ModelUse]) -> list[ModelUse]:

@@ -353,8 +353,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 def test_models_that_read_the_same_conversation_otherwise() -> None:
     base, instruct = codec_of("llama3"), codec_of("llama3")
     assert difference(base, instruct, "chat") is None
-    instruct.tokenizer.chat_template = instruct.tokenizer.chat_template.replace("| trim", "")
-    assert difference(base, instruct, "chat") is None, "nothing in the probes shows it"
+    instruct = codec_of("llama3")
     instruct.tokenizer.chat_template = "{{ bos_token }}" + instruct.tokenizer.chat_template
     told = difference(base, instruct, "chat")
     assert (

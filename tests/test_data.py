@@ -381,21 +381,26 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     assert wrapped.sequence("How was it?", "Bad.").ids.tolist() == codec.sequence([USER], "Bad.").ids.tolist()
 
 
-def test_chat_templates_that_cannot_be_used() -> None:
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            TEMPLATE.replace("{{ eos_token }}", "<end>"),
+            r"does not end an answer with an end token \('</s>'\), but with '.*<end>",
+        ),
+        (
+            TEMPLATE.replace("<|assistant|>", "<|assistant|><think>"),
+            "begins every answer with '<think>', and the answer 'b' does",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", "refuses messages: roles must alternate"),
+        (None, "has no chat template"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(template: str | None, text: str) -> None:
     tokenizer = make_tokenizer()
-    codec = Codec(tokenizer, chat_template=True)
-    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "<end>")
-    with pytest.raises(DataError, match=r"does not end an answer with an end token \('</s>'\), but with '.*<end>"):
-        codec.sequence("a", "b")
-    tokenizer.chat_template = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>")
-    with pytest.raises(DataError, match=r"begins every answer with '<think>', and the answer 'b' does not begin so"):
-        codec.sequence("a", "b")
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="refuses messages: roles must alternate"):
-        codec.prompt_ids("a")
-    tokenizer.chat_template = None
-    with pytest.raises(DataError, match="has no chat template"):
-        codec.prompt_ids("a")
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=text):
+        Codec(tokenizer, chat_template=True).sequence("a", "b")
 
 
 def test_tokenizer_without_eos() -> None:

@@ -41,7 +41,7 @@ def encode_prompts(codec: Codec, rows: Items[Row], max_tokens: int, overlong: Ov
     limit = _Limit(max_tokens, "max_prompt_tokens", overlong, len(rows))
     with _placed(rows) as placed:
         texts = [codec.prompt_text(row.prompt, row.tools) for row in placed]
-    tokens = codec.tokens_of(texts)
+    tokens = codec.tokens_of(prompts=texts)
     kept: list[Row] = []
     made: list[np.ndarray] = []
     counts = Counts(rows=len(rows))
@@ -74,7 +74,7 @@ def encode_demonstrations(
     limit = _Limit(max_length, "max_length", overlong, len(rows))
     with _placed(rows) as placed:
         exchanges = [_exchange(codec, row, turns) for row in placed]
-    tokens = codec.tokens_of(_texts([exchange for exchange in exchanges if exchange]))
+    tokens = _tokens_of(codec, [exchange for exchange in exchanges if exchange])
     kept: list[Row] = []
     made: list[Sequence] = []
     counts = Counts(rows=len(rows))
@@ -105,7 +105,7 @@ def encode_preferences(
     limit = _Limit(max_length, "max_length", overlong, len(rows))
     with _placed(rows) as placed:
         pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in placed]
-    tokens = codec.tokens_of(_texts([exchange for pair in pairs for exchange in pair]))
+    tokens = _tokens_of(codec, [exchange for pair in pairs for exchange in pair])
     kept: list[Row] = []
     made: list[tuple[Sequence, Sequence]] = []
     counts = Counts(rows=len(rows))
@@ -158,11 +158,9 @@ def _sides(row: Row) -> tuple[tuple[Prompt, Answer], tuple[Prompt, Answer]]:
     return (row.prompt, row.chosen), (rejected_prompt, row.rejected)
 
 
-def _texts(exchanges: Items[Exchange]) -> Iterator[str]:
-    """The texts whose tokens exchanges need, as a rule."""
-    for exchange in exchanges:
-        yield exchange.before
-        yield exchange.before + exchange.answer
+def _tokens_of(codec: Codec, exchanges: Items[Exchange]) -> Tokens:
+    """A function to ids that knows the texts whose tokens exchanges need, as a rule."""
+    return codec.tokens_of([each.before for each in exchanges], [each.before + each.answer for each in exchanges])
 
 
 def _counted(counts: Counts, codec: Codec, kept: Items[Row], ids: np.ndarray, learnt: int) -> Counts:
@@ -222,10 +220,10 @@ def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sequence | No
     if isinstance(prompt, list) and turns == "all":
         while shorter := _without_oldest(prompt):
             prompt = shorter
-            sequence = _all_turns(codec, row, prompt, codec.tokens_of([]))
+            sequence = _all_turns(codec, row, prompt, codec.tokens_of())
             if len(sequence.ids) <= max_length:
                 return sequence
-    _, answer = codec.encode(codec.exchange(prompt, row.completion, row.tools), codec.tokens_of([]))
+    _, answer = codec.encode(codec.exchange(prompt, row.completion, row.tools), codec.tokens_of())
     found = _shortened(codec, prompt, row.tools, max(max_length - len(answer), max_length // 2))
     return Sequence.of(found[1], answer[: max_length - len(found[1])]) if found else None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from datetime import datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Tokens = Callable[[str], list[int]]
 """Gives the ids of a text."""
 
+_MOST_KEPT = 100_000
+"""Prompts whose text and ids are kept for the next dataset."""
 _ANCHORS = ("\n", "a", "1", ":")
 """Texts to put before one whose tokens, taken alone, would begin with a space (SentencePiece)."""
 
@@ -112,6 +114,9 @@ class Codec:
         eos = tokenizer.eos_token_id
         self.end = int(eos) if eos in self.ends else self.ends[0]
         """The end token of answers in plain text."""
+        self._prompt_texts: dict[Any, str] = {}
+        self._prompt_ids: dict[str, list[int]] = {}
+        """Ids of prompts' texts: the same prompts stand in the datasets of several stages."""
         with_special, plain = tokenizer("a")["input_ids"], self._tokens("a")
         self.bos: list[int] = with_special[:1] if with_special[0] not in plain else []
 
@@ -133,10 +138,17 @@ class Codec:
 
     def prompt_text(self, prompt: Prompt, tools: Tools = None) -> str:
         """The text of a prompt, as its tokens have it (but for a bos token)."""
-        if self.is_chat(prompt):
-            return self.template.prompt(self.template.conversation(as_messages(prompt)), tools)
-        assert isinstance(prompt, str)
-        return prompt
+        if not self.is_chat(prompt):
+            assert isinstance(prompt, str)
+            return prompt
+        messages = as_messages(prompt)
+        key = None if tools else tuple(value for message in messages for item in message.items() for value in item)
+        if key in self._prompt_texts:
+            return self._prompt_texts[key]
+        text = self.template.prompt(self.template.conversation(messages), tools)
+        if key and len(self._prompt_texts) < _MOST_KEPT and all(isinstance(part, str) for part in key):
+            self._prompt_texts[key] = text
+        return text
 
     def exchange(self, prompt: Prompt, answer: Answer, tools: Tools = None) -> Exchange:
         """The texts of a prompt and its answer. Raises DataError where the template does not write all of the answer."""
@@ -239,13 +251,20 @@ class Codec:
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def tokens_of(self, texts: Iterable[str]) -> Tokens:
-        """A function from text to ids that has encoded these texts already, many at a time, which is faster."""
-        unique = list(dict.fromkeys(texts))
-        ids = self.tokenizer(unique, add_special_tokens=False)["input_ids"] if unique else []
-        known: dict[str, list[int]] = dict(zip(unique, ids, strict=True))
+    def tokens_of(self, prompts: Iterable[str] = (), others: Iterable[str] = ()) -> Tokens:
+        """A function from text to ids that has encoded these texts already, many at a time, which is faster. prompts: texts that
+        are likely to come again."""
+        if len(self._prompt_ids) < _MOST_KEPT:
+            self._prompt_ids |= self._encoded(text for text in prompts if text not in self._prompt_ids)
+        known = self._encoded(text for text in (*prompts, *others) if text not in self._prompt_ids)
 
         def tokens(text: str) -> list[int]:
-            return known[text] if text in known else self._tokens(text)
+            ids = self._prompt_ids.get(text) or known.get(text)
+            return self._tokens(text) if ids is None else ids
 
         return tokens
+
+    def _encoded(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        unique = list(dict.fromkeys(texts))
+        ids = self.tokenizer(unique, add_special_tokens=False)["input_ids"] if unique else []
+        return dict(zip(unique, ids, strict=True))
