@@ -15,7 +15,7 @@ from rich.console import Console
 
 from configs import RunConfig
 from orchestrator.checks import check, check_offload
-from orchestrator.cluster import connected, session_logs
+from orchestrator.cluster import connected, dashboard, session_logs
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
 from orchestrator.report import write_report
@@ -76,6 +76,8 @@ def go_on(
             plans = [make_plan(run.config, stage, cluster) for stage in left]
             _note_surroundings(run, cluster)
             print_opening(run, jobs, plans, console)
+            if entrance := dashboard():
+                console.print(entrance, style="dim", soft_wrap=True, highlight=False)
             for job, plan in zip(jobs, plans, strict=True):
                 stop.heed(f"before {job.name}")
                 started = time.monotonic()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from configs import RunConfig
 from configs.schema import ROLES, HttpReward, ModelReward, ModelSettings, PPOSettings
+from orchestrator.cluster import address_of
 from orchestrator.run import Run, RunError, local
 from placement.shape import Stage
 from workers.adapters import real, refuse_other_base
@@ -30,6 +31,7 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
         if getattr(config, stage) is None:
             raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
     _check_folder(config)
+    address_of(config)
     check_offload(config)
     for i, plugin in enumerate(config.plugins):
         _import_plugin(plugin, f"plugins.{i}")

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.schema import Role
+from troupe_imports import call
 from workers import examine
 from workers.examine import Finding, Whereabouts
 
@@ -81,7 +82,7 @@ def look(places: dict[Rank, Whereabouts], stacks: bool = False) -> dict[Rank, Fi
     """Examine workers' processes, on their nodes."""
     nodes = _by_node(places)
     tasks = {
-        node: on_node(node, examine.examine).remote([places[rank] for rank in ranks], LOG_LINES, stacks)
+        node: on_node(node, examine.examine, [places[rank] for rank in ranks], LOG_LINES, stacks)
         for node, ranks in nodes.items()
     }
     found: dict[Rank, Finding] = {}
@@ -97,7 +98,7 @@ def end(places: dict[Rank, Whereabouts]) -> None:
     """Kill workers' processes, which Ray cannot do with a stopped one."""
     for node, ranks in _by_node(places).items():
         try:
-            ray.get(on_node(node, examine.end).remote([places[rank] for rank in ranks]), timeout=LOOK)
+            ray.get(on_node(node, examine.end, [places[rank] for rank in ranks]), timeout=LOOK)
         except RayError:
             continue  # with the node they are gone too
 
@@ -107,10 +108,11 @@ def _by_node(places: dict[Rank, Whereabouts]) -> dict[str, list[Rank]]:
     return {node: list(group) for node, group in groupby(ranks, key=lambda rank: places[rank].node)}
 
 
-def on_node(node: str, function: Callable[..., Any]) -> Any:
-    """A function as a Ray task for a node, beside whatever else runs there."""
+def on_node(node: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function of a module of ours as a Ray task on a node, beside whatever else runs there; the result's reference."""
     where = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+    options = {"name": function.__name__, "num_cpus": 0, "max_retries": 0, "scheduling_strategy": where}
+    return ray.remote(call).options(**options).remote(f"{function.__module__}:{function.__name__}", *args)
 
 
 def named(ranks: Sequence[Rank]) -> str:

@@ -40,10 +40,10 @@ from placement.plan import Plan
 from placement.shape import transport_of
 from placement.site import floor_to
 from placement.turns import by_turns
+from troupe_imports import Actor
 from workers.batching import Rows, aligned_micro_batches, balance
 from workers.data import Row
 from workers.files import copy_files
-from workers.host import Host
 from workers.scored import Scored
 from workers.sequences import Placed
 from workers.work import MiniBatch, Part, StaleWeights, Work, Written
@@ -138,7 +138,7 @@ class Team:
             )
             for role in crew
         ]
-        return ray.remote(Host).options(**options).remote(hosted)
+        return ray.remote(Actor).options(**options).remote("workers.host:Host", hosted)
 
     def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
         """Find out where new workers are, and tell the ranks of each role where they meet."""
@@ -222,7 +222,7 @@ class Team:
                 copies = {node: ref}
                 if others:
                     other = others[rank % len(others)]
-                    copies[other] = on_node(other, copy_files).remote(ref)
+                    copies[other] = on_node(other, copy_files, ref)
                 files[group.role].append(RankFiles(names, node, copies))
         return Snapshot(step, state, files)
 

@@ -179,6 +179,23 @@ def test_a_job_in_a_copy_of_the_folder_needs_an_absolute_runs(micro: Path, monke
     assert message.startswith("troupe: runs: was 'runs', in the copy of the working folder")
 
 
+@pytest.mark.parametrize(
+    ("address", "what"),
+    [
+        ("ray://head:10001", "an address of Ray Client, through which Troupe does not run"),
+        ("http://head:8265", "the address of a job server, which `ray job submit` alone understands"),
+        ("head", "no address of a cluster"),
+    ],
+)
+def test_an_address_that_is_no_cluster_is_refused(
+    micro: Path, monkeypatch: pytest.MonkeyPatch, address: str, what: str
+) -> None:
+    said = refused("sft", micro, f"cluster.address={address}")
+    assert said.startswith(f"troupe: cluster.address: was '{address}', {what}") and len(said.splitlines()) == 1
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert refused("sft", micro).startswith(f"troupe: RAY_ADDRESS: was '{address}', {what}")
+
+
 def test_a_cluster_that_is_not_there(micro: Path) -> None:
     result = troupe("sft", micro, "cluster.address=127.0.0.1:1")
     assert result.exit_code == 2

@@ -30,6 +30,8 @@ class Finished(NamedTuple):
     listening: dict[str, set[str]]
     """Address -> the run's processes that listened there while it ran."""
     processes: list[psutil.Process]
+    token: tuple[Path, str]
+    """Of the run's cluster: its file, and what was in it while the run went on."""
 
 
 def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished:
@@ -50,10 +52,12 @@ def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished
         for connection in one.net_connections(kind="inet"):
             if connection.status == psutil.CONN_LISTEN:
                 listening.setdefault(connection.laddr.ip.removeprefix("::ffff:"), set()).add(one.cmdline()[0])
+    file = Path(next(one.environ()["RAY_AUTH_TOKEN_PATH"] for one in below))
+    token = file, file.read_text()
     if stop_with:
         process.send_signal(stop_with)
     output, errors = process.communicate(timeout=120)
-    return Finished(output, errors, process.returncode, listening, below)
+    return Finished(output, errors, process.returncode, listening, below, token)
 
 
 @pytest.fixture
@@ -82,6 +86,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
     shape = [
         r"data read and checked; connecting to Ray",
         r"micro in .*/runs/micro, on cpu: 1 node with \d+ CPU cores, .*",
+        r"Ray's dashboard: http://127\.0\.0\.1:\d+; it asks for the token in /.*/token",
         r"  sft  120 steps · actor: 1 x \(.* CPU\) · 20 rows in an optimizer step: 20 on the actor rank",
         r"sft: starting workers",
         r"sft: loading",
@@ -99,6 +104,14 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
     assert strange == []
     assert all(any(re.fullmatch(pattern, line) for line in lines) for pattern in shape)
     assert list(done.listening) == ["127.0.0.1"]
+    file, token = done.token
+    assert f"asks for the token in {file}" in done.output
+    assert not file.exists()
+    run_folder = config.parent / "runs" / "micro"
+    written = [path for at in (run_folder, run_folder / "logs") for path in at.resolve().rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert [path for path in written if token.encode() in path.read_bytes()] == []
+    assert token not in done.output
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(config: Path) -> None:

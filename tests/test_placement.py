@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import ROLES, Role, RunConfig
+from orchestrator.access import private_cluster
 from placement import Cluster, Plan, PlanError, make_plan
 from placement.groups import PlacementError, bundle_of, create_groups, remove_groups
 
@@ -31,9 +32,8 @@ DATA, ADAM = {"path": "rows.jsonl"}, {"lr": 1e-4}
 def cluster() -> Iterator[Cluster]:
     node: dict[str, Any] = {"num_cpus": CPUS, "num_gpus": GPUS, "object_store_memory": 80 * 2**20}
     head = node | {"include_dashboard": False, "_system_config": {"enable_worker_prestart": False}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # a token file of the user's would turn it on
-        started = RayCluster(initialize_head=True, head_node_args=head)
+    with private_cluster() as temp:
+        started = RayCluster(initialize_head=True, head_node_args=head | {"temp_dir": str(temp)})
         try:
             for _ in range(NODES - 1):
                 started.add_node(**node)
