@@ -24,6 +24,7 @@ from orchestrator.stage import StageRun
 from orchestrator.stopping import StopSignal
 from orchestrator.supervised import SFT, RewardModel
 from orchestrator.team import Team
+from orchestrator.terminal import lasting_console
 from placement import Cluster, make_plan, resolve
 from placement.shape import Stage
 
@@ -59,7 +60,7 @@ def go_on(
     run: Run, console: Console | None = None, classes: Mapping[Stage, Callable[[Run, Console], StageRun]] = CLASSES
 ) -> Result:
     """Run what is left of a run. classes: what runs each stage. Errors: see run_stages."""
-    console = console or Console()
+    console = console or lasting_console()
     left = [stage for stage in run.stages if not run.finished(stage)]
     check(run, left)
     jobs = [classes[stage](run, console) for stage in left]

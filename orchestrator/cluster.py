@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,13 +98,14 @@ def local_cluster(**options: Any) -> Iterator[Cluster]:
     """
     with private_cluster() as folder:
         try:
-            ray.init(
-                address="local",
-                dashboard_host="127.0.0.1",
-                _temp_dir=str(folder),
-                _system_config=_THRIFT,
-                **_OPTIONS | options,
-            )
+            with _without_hangups():
+                ray.init(
+                    address="local",
+                    dashboard_host="127.0.0.1",
+                    _temp_dir=str(folder),
+                    _system_config=_THRIFT,
+                    **_OPTIONS | options,
+                )
         except _FAULTS as error:
             ray.shutdown()
             if "occupied" in str(error):
@@ -116,6 +118,17 @@ def local_cluster(**options: Any) -> Iterator[Cluster]:
             yield Cluster.of_ray()
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _without_hangups() -> Iterator[None]:
+    """What is started in the block never sees a SIGHUP, which shells send to all processes of a terminal that is closed; the
+    driver needs them for its last checkpoint. Ray does the same with SIGINT."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 @contextmanager

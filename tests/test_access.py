@@ -124,12 +124,11 @@ def test_the_token_is_readable_by_this_user_alone(cluster: Cluster) -> None:
 
 
 def test_every_port_refuses_who_has_no_token_or_a_wrong_one(cluster: Cluster) -> None:
-    @ray.remote(num_cpus=0)
     class Actor:
         def ready(self) -> bool:
             return True
 
-    actor = Actor.remote()  # its process listens too
+    actor = ray.remote(Actor).options(num_cpus=0).remote()  # its process listens too
     assert ray.get(actor.ready.remote(), timeout=60)
     assert set(listeners().values()) == {"127.0.0.1"}
     refused = set()
