@@ -60,12 +60,18 @@ class Run:
     """A run's folder and settings."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        """Raises RunError where something in the folder leads out of it."""
+        """Raises RunError where something in the folder leads out of it, or it cannot be read."""
         self.config = config
-        self.folder = folder
-        _refuse_links(folder)
-        self.stages: list[Stage] = list(self.read("run.json").get("stages", []))
+        self.folder = folder.absolute()
+        try:
+            _refuse_links(self.folder)
+            noted = self.read("run.json")
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot be read: {error.strerror}") from error
+        self.stages: list[Stage] = list(noted.get("stages", []))
         """What the run was asked for, in order."""
+        self.working_folder: str | None = noted.get("working_folder", None if in_copy() else os.getcwd())
+        """Where the run began: relative paths and modules in its settings are meant from there. None: a folder that is gone."""
 
     @classmethod
     def begin(cls, config: RunConfig, stages: Sequence[Stage], accept_changes: bool = False) -> Run:
@@ -87,7 +93,7 @@ class Run:
         """Make the folder, and note the settings and the stages in it."""
         with writing(self.folder):
             save_config(self.config, self.folder / "config.yaml")
-        self.write("run.json", {"stages": self.stages})
+        self.write("run.json", {"stages": self.stages, "working_folder": self.working_folder})
 
     def chosen(self, config: RunConfig) -> str | None:
         """Go on with settings in which each strategy is named, and note them in the folder. What `auto` became, in words."""
@@ -114,17 +120,25 @@ class Run:
         """An existing run, with some settings changed. Raises RunError where there is none, or where results depend on a
         change, unless changes are accepted."""
         if not (folder / "config.yaml").exists():
-            raise RunError(f"{folder}: no run is here (no config.yaml)")
+            raise RunError(f"{folder.absolute()}: no run is here (no config.yaml)")
         run = cls(load_config(folder / "config.yaml", list(overrides)), folder)
         if not accept_changes:
             run._refuse_other_settings(load_config(folder / "config.yaml"))
         return run
 
+    def go_to_working_folder(self) -> bool:
+        """Change to the folder where the run began, if it is another one and still there. Whether it was changed."""
+        folder = self.working_folder
+        if folder is None or in_copy() or not Path(folder).is_dir() or Path(folder).samefile("."):
+            return False
+        os.chdir(folder)
+        return True
+
     # ------------------------------------------------------------ models
 
     def model(self, stage: Stage) -> Path:
         """Where a stage's model lies once it is finished; absolute, for workers with other working folders."""
-        return self.folder.absolute() / "models" / stage
+        return self.folder / "models" / stage
 
     def finished(self, stage: Stage) -> bool:
         return self.model(stage).exists()
@@ -228,6 +242,12 @@ def _refuse_links(folder: Path) -> None:
                     f"{path}: a link to {target}, outside of the run's folder, which is not written through; remove it "
                     "(`runs` may lie on another disk as a whole)"
                 )
+
+
+def in_copy() -> bool:
+    """Whether this process is a job in a copy of the working folder that it was sent from, which the cluster deletes."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool(job.get("runtime_env", {}).get("working_dir"))
 
 
 def described(config: RunConfig) -> list[Stage]:
