@@ -3,10 +3,12 @@
 Python searches the folders of a user's script, config and job before the place where Troupe is installed, and a file
 `workers.py` or a folder `configs` there is nothing unusual. So every process begins with this module, whose name nobody
 else uses: the command `troupe`, Ray's actors and tasks, the processes of reward functions, and each of the packages.
+`python -m troupe_imports MODULE ARGS` is `python -m MODULE ARGS` for a module of Troupe's.
 """
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -66,3 +68,7 @@ def _refuse_foreign() -> None:
 
 _refuse_foreign()
 sys.meta_path.insert(0, OwnPackages)
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

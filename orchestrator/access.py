@@ -12,7 +12,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -34,8 +34,8 @@ _LONGEST_PARENT = 20
 """Characters of a folder below which the paths of Ray's sockets stay within the system's 107."""
 
 
-class AccessError(ValueError):
-    """A cluster that this process cannot use."""
+class AccessError(RuntimeError):
+    """A cluster that this process cannot use or start."""
 
 
 @contextmanager
@@ -43,15 +43,21 @@ def private_cluster() -> Iterator[Path]:
     """The cluster that is started in the block is open to this process and its children alone: it listens on 127.0.0.1 and
     asks for a random token. Gives the folder that Ray is to keep its files in, which nobody else can look into.
 
-    Ray's log files stay there afterwards, the token does not.
+    Ray's log files stay there afterwards, the token does not. Raises AccessError where there is no place for them.
     """
     parent = get_default_system_temp_dir()
-    folder = Path(tempfile.mkdtemp(prefix="troupe-", dir=parent if len(parent) <= _LONGEST_PARENT else "/tmp"))
-    file = folder / "token"
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as opened:
-        opened.write(secrets.token_hex(32))
+    if len(parent) > _LONGEST_PARENT:
+        parent = "/tmp"
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="troupe-", dir=parent))
+        file = folder / "token"
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as opened:
+            opened.write(secrets.token_hex(32))
+    except OSError as error:
+        raise AccessError(f"TMPDIR: nothing can be written in {parent}: {error.strerror}") from error
     lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_SH)  # services that remove old files from /tmp leave a locked folder alone
+    with suppress(OSError):  # not all file systems have locks
+        fcntl.flock(lock, fcntl.LOCK_SH)  # services that remove old files from /tmp leave a locked folder alone
     try:
         with _environment(_showing(file) | LOCAL_ONLY):
             yield folder / "ray"
@@ -81,10 +87,12 @@ def admitted(address: str) -> Iterator[None]:
         yield
 
 
-def token_file() -> str | None:
-    """Where the token of the cluster in use lies; None where it has none, or its token came in RAY_AUTH_TOKEN."""
-    if not is_token_auth_enabled() or os.environ.get("RAY_AUTH_TOKEN"):
+def place_of_token() -> str | None:
+    """Where the token of the cluster in use is, in words; None where it has none."""
+    if not is_token_auth_enabled():
         return None
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or str(_default_file())
 
 

@@ -103,7 +103,7 @@ def start_team(config: RunConfig, stage: Stage = "ppo") -> Iterator[Team]:
     """
     with connected(config) as cluster:
         config = resolve(config, [stage], cluster)
-        team = Team.start(config, make_plan(config, stage, cluster))
+        team = Team.start(config, make_plan(config, stage, cluster), say=lasting_console().print)
         try:
             yield team
         finally:

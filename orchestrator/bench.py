@@ -247,7 +247,7 @@ def _draw_models(asked: Benchmark, folder: Path, shape: dict[str, Any], config: 
 def _draw(*args: Any) -> None:
     """In a process of its own, since it takes torch."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "workers.drawing", *map(str, args)]
+    command = [sys.executable, "-m", "troupe_imports", "workers.drawing", *map(str, args)]
     subprocess.run(command, check=True, env=os.environ | quiet)
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import ray
 from ray._private import services
 from ray.exceptions import RayError
 
-from orchestrator.access import ANSWER, AccessError, admitted, private_cluster, token_file
+from orchestrator.access import ANSWER, AccessError, admitted, place_of_token, private_cluster
 from orchestrator.run import RunError
 from placement.cluster import Cluster
 
@@ -42,7 +42,7 @@ def dashboard() -> str | None:
     url = ray._private.worker.global_worker.node.webui_url
     if not url:
         return None
-    entrance = f"; it asks for the token in {file}" if (file := token_file()) else ""
+    entrance = f"; it asks for the token in {place}" if (place := place_of_token()) else ""
     return f"Ray's dashboard: http://{url}{entrance}"
 
 
@@ -96,8 +96,9 @@ def local_cluster(**options: Any) -> Iterator[Cluster]:
 
     options: of ray.init. Raises RunError where it does not start.
     """
-    with private_cluster() as folder:
+    with ExitStack() as stack:
         try:
+            folder = stack.enter_context(private_cluster())
             with _without_hangups():
                 ray.init(
                     address="local",
@@ -106,18 +107,16 @@ def local_cluster(**options: Any) -> Iterator[Cluster]:
                     _system_config=_THRIFT,
                     **_OPTIONS | options,
                 )
+            stack.callback(ray.shutdown)
+        except AccessError as error:
+            raise RunError(str(error)) from error
         except _FAULTS as error:
             ray.shutdown()
             if "occupied" in str(error):
                 port = options.get("dashboard_port")
                 raise RunError(f"cluster.dashboard_port: {port} is taken; leave it out for one that is free") from error
-            raise RunError(
-                f"Ray does not start on this machine: {_first_line(error)} (its log files: {folder})"
-            ) from error
-        try:
-            yield Cluster.of_ray()
-        finally:
-            ray.shutdown()
+            raise RunError(f"Ray does not start on this machine: {_first_line(error)} (its files: {folder})") from error
+        yield Cluster.of_ray()
 
 
 @contextmanager

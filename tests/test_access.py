@@ -104,6 +104,12 @@ def test_a_process_may_have_clusters_one_after_another(monkeypatch: pytest.Monke
     assert not file.exists()
 
 
+def test_a_place_for_rays_files_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/proc")
+    with pytest.raises(RunError, match=r"^TMPDIR: nothing can be written in /proc: "), connected(settings()):
+        pass
+
+
 def test_what_listens_there_but_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.access.ANSWER", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:

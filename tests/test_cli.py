@@ -138,7 +138,9 @@ def test_a_folder_that_may_not_be_written_to_is_refused(micro: Path, tmp_path: P
     )
 
 
-@pytest.mark.parametrize("file", ["workers.py", "workers/mine.py", "orchestrator/__init__.py", "random.py"])
+@pytest.mark.parametrize(
+    "file", ["workers.py", "workers/mine.py", "orchestrator/__init__.py", "examples/mine.py", "random.py"]
+)
 def test_a_module_that_is_hidden_by_another_of_its_name_is_named(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:

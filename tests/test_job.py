@@ -88,7 +88,8 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / ignore, folder / ignore)
     for room in ("configs", "placement", "workers", "orchestrator", "tests"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "troupe_imports.py", folder)
+    for file in ("troupe_imports.py", "troupe_vllm.py"):
+        shutil.copy(ROOT / file, folder)
     return folder
 
 
