@@ -150,7 +150,7 @@ class StageRun:
     def _start(self) -> None:
         """Workers, models and data; the latest checkpoint, where there is one."""
         self.progress.phase("starting workers")
-        self.team = Team.start(self.config, self.plan, self.recovery, self._changed)
+        self.team = Team.start(self.config, self.plan, self.recovery, self._changed, self.progress.note)
         self.progress.phase("loading")
         self.load()
         self.loaded = True

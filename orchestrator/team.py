@@ -81,16 +81,22 @@ class Team:
 
     @classmethod
     def start(
-        cls, config: RunConfig, plan: Plan, recovery: Recovery | None = None, changed: Changed | None = None
+        cls,
+        config: RunConfig,
+        plan: Plan,
+        recovery: Recovery | None = None,
+        changed: Changed | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> Team:
         """Reserve the placement groups and start every worker; nothing is loaded yet.
 
         recovery: which failures are survived, and where they are written; none: as the config says, and nowhere.
         changed: called with the team when there are new workers.
+        say: called with a line that says who holds the room that the run waits for.
         """
         team = cls(config, plan, recovery, changed)
         try:
-            team._places = create_groups(plan, config.name, config.placement.timeout)
+            team._places = create_groups(plan, config.name, config.placement.timeout, say)
             fellows: list[WorkerGroup] = []
             for role, planned in plan.roles.items():
                 group = WorkerGroup(role, [], planned.group, team.deadlines, fellows=fellows)
