@@ -646,7 +646,7 @@ class PlacementSettings(Settings):
     cpus_per_device: PositiveFloat | None = None
     """CPU cores that a bundle asks for; none: 1 beside a GPU; without GPUs all cores, divided among the bundles."""
     timeout: PositiveFloat = 120.0
-    """Seconds to wait for the placement groups."""
+    """Seconds to wait for the placement groups, also while another run holds their room."""
 
     @model_validator(mode="after")
     def _partition(self) -> Self:
@@ -668,7 +668,8 @@ class ClusterSettings(Settings):
     """The Ray cluster."""
 
     address: str | None = None
-    """Address of a running cluster; none: RAY_ADDRESS, else one is started on this machine for the run."""
+    """Running cluster to join: HOST:PORT, or auto for the one on this machine; none: RAY_ADDRESS, else one is started here for
+    the run."""
     dashboard_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     """Port of the dashboard of a cluster that the run starts; none: 8265, or the next one that is free."""
 

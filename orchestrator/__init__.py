@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import troupe.imports  # noqa: F401  before any other import of ours
+
 if TYPE_CHECKING:
     from configs import ConfigError, RunConfig, load_config
     from orchestrator.api import Result, run_stages, start_team

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from configs import RunConfig
 from orchestrator.checks import check, check_offload, check_start
-from orchestrator.cluster import connected, session_logs
+from orchestrator.cluster import connected, dashboard, session_logs
 from orchestrator.failures import WorkerError
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
@@ -26,6 +26,7 @@ from orchestrator.stage import StageRun
 from orchestrator.stopping import Stopped, StopSignal
 from orchestrator.supervised import SFT, RewardModel
 from orchestrator.team import Team
+from orchestrator.terminal import lasting_console
 from placement import Cluster, make_plan, resolve
 from placement.shape import Stage
 from workers.remote_error import summary
@@ -62,7 +63,7 @@ def go_on(
     run: Run, console: Console | None = None, classes: Mapping[Stage, Callable[[Run, Console], StageRun]] = CLASSES
 ) -> Result:
     """Run what is left of a run. classes: what runs each stage. Errors: see run_stages."""
-    console = console or Console()
+    console = console or lasting_console()
     left = [stage for stage in run.stages if not run.finished(stage)]
     jobs: list[StageRun] = []
     if left:
@@ -91,6 +92,8 @@ def _run_jobs(run: Run, jobs: Sequence[StageRun], console: Console) -> None:
         plans = [make_plan(run.config, stage, cluster) for stage in stages]
         _note_surroundings(run, cluster)
         print_opening(run, jobs, plans, console)
+        if entrance := dashboard():
+            console.print(entrance, style="dim", soft_wrap=True, highlight=False)
         for job, plan in zip(jobs, plans, strict=True):
             stop.heed(f"before {job.name}")
             started = time.monotonic()
@@ -144,7 +147,7 @@ def start_team(config: RunConfig, stage: Stage = "ppo") -> Iterator[Team]:
     """
     with connected(config) as cluster:
         config = resolve(config, [stage], cluster)
-        team = Team.start(config, make_plan(config, stage, cluster))
+        team = Team.start(config, make_plan(config, stage, cluster), say=lasting_console().print)
         try:
             yield team
         finally:

@@ -37,6 +37,8 @@ from placement.architecture import LADDER, Architecture, preset_config
 from placement.flops import SampleFlops
 
 PROMPTS = 1000
+_RUN_DRAWING = "import troupe.imports, runpy; runpy.run_module('workers.drawing', run_name='__main__', alter_sys=True)"
+"""In place of `python -m workers.drawing`, which in a user's folder might be another module."""
 KV_BLOCK = 128
 """Tokens of a block of the engine's key-value cache on CPU."""
 PHASES = ("generate", "score", "train", "publish")
@@ -248,7 +250,7 @@ def _draw_models(asked: Benchmark, folder: Path, shape: dict[str, Any], config: 
 def _draw(*args: Any) -> None:
     """In a process of its own, since it takes torch."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "workers.drawing", *map(str, args)]
+    command = [sys.executable, "-c", _RUN_DRAWING, *map(str, args)]
     subprocess.run(command, check=True, env=os.environ | quiet)
 
 

@@ -120,7 +120,7 @@ def _climb(name: str, flags: Sequence[str], limit: int, console: Console) -> Ite
 def _attempt(model: str, parameters: int, flags: Sequence[str], limit: int) -> Attempt:
     # Short, since Ray's sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="troupe-") as folder, open(Path(folder) / "log", "w+b") as log:
-        command = [sys.executable, "-m", "orchestrator.cli", "bench", f"--model={model}"]
+        command = [sys.executable, "-m", "troupe", "bench", f"--model={model}"]
         process = subprocess.Popen(
             [*command, *SHORT, *flags],
             stdout=log,

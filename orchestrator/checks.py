@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
@@ -24,7 +26,8 @@ from configs.schema import (
     PPOSettings,
     Reward,
 )
-from orchestrator.run import STAGES, Run, RunError, local
+from orchestrator.cluster import address_of
+from orchestrator.run import STAGES, Run, RunError, in_copy, local
 from placement.shape import Stage
 from workers.adapters import real, refuse_other_base
 from workers.data import Row
@@ -44,7 +47,8 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
     for stage in stages:
         if getattr(config, stage) is None:
             raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
-    _check_folder(config)
+    _check_folder(run)
+    address_of(config)
     check_offload(config)
     for i, plugin in enumerate(config.plugins):
         _import_plugin(plugin, f"plugins.{i}")
@@ -112,14 +116,21 @@ def _same_model(path: str, others: Sequence[str]) -> bool:
     return any(path == other or real(local(path)) == real(local(other)) for other in others)
 
 
-def _check_folder(config: RunConfig) -> None:
-    """A job that was sent its folder runs in a copy, which the cluster deletes."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    if job.get("runtime_env", {}).get("working_dir") and not Path(config.runs).is_absolute():
+def _check_folder(run: Run) -> None:
+    """Whether the run's folder can be made and written to, and stays."""
+    if in_copy() and not Path(run.config.runs).is_absolute():
         raise RunError(
-            f"runs: was {config.runs!r}, in the copy of the working folder that this job runs in and the cluster deletes; "
+            f"runs: was {run.config.runs!r}, in the copy of the working folder that this job runs in and the cluster deletes; "
             "must be the absolute path of a folder that every node sees"
         )
+    there = next(path for path in (run.folder, *run.folder.parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryDirectory(prefix=".troupe-", dir=there).cleanup()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # of which whoever writes first says more
+            raise RunError(
+                f"runs: no folder {run.folder} can be made or written to: {there}: {error.strerror}"
+            ) from error
 
 
 def check_offload(config: RunConfig) -> None:
@@ -142,8 +153,9 @@ def check_offload(config: RunConfig) -> None:
 def _check_model(path: str, setting: str) -> None:
     """A folder must be there; one word, or two with a slash between, may be a hub name."""
     looks_local = path[:1] in "./~" or path.count("/") > 1
-    if looks_local and not (Path(path) / "config.json").is_file():
-        raise RunError(f"{setting}: was {path!r}, which is no folder with a model (config.json)")
+    where = Path(path).absolute() / "config.json"
+    if looks_local and not where.is_file():
+        raise RunError(f"{setting}: was {path!r}, which is no folder with a model; there is no {where}")
 
 
 def _check_quantize(config: RunConfig) -> None:
@@ -166,7 +178,26 @@ def _check_adapter(path: str) -> None:
         raise RunError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
 
 
+def _refuse_hidden(name: str, setting: str) -> None:
+    """A module of the working folder that is not what Python finds by its name. name: a module, or module:function."""
+    module = name.partition(":")[0]
+    top = module.partition(".")[0]
+    here = Path.cwd()
+    file = here.joinpath(*module.split("."))
+    if not (file.is_dir() or file.with_name(f"{file.name}.py").is_file()):
+        return
+    spec = find_spec(top)
+    places = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
+    found = [Path(place).resolve() for place in places if place]
+    if found and not {here / top, here / f"{top}.py"} & set(found):
+        mine = f"{top}/" if (here / top).is_dir() else f"{top}.py"
+        raise RunError(
+            f"{setting}: was {name!r}, but {mine} in {here} is hidden by {found[0]}, which has the same name; rename yours"
+        )
+
+
 def _import_plugin(module: str, setting: str) -> None:
+    _refuse_hidden(module, setting)
     try:
         import_module(module)
     except ImportError as error:
@@ -176,7 +207,7 @@ def _import_plugin(module: str, setting: str) -> None:
 def _check_functions(ppo: PPOSettings, run: Run) -> None:
     for i, reward in enumerate(ppo.rewards):
         if reward.kind == "function":
-            find_function(reward.function, f"ppo.rewards.{i}.function")
+            _find(reward.function, f"ppo.rewards.{i}.function")
         elif reward.kind == "http":
             _check_token(reward, f"ppo.rewards.{i}.token_env")
         elif reward.path:
@@ -187,7 +218,12 @@ def _check_functions(ppo: PPOSettings, run: Run) -> None:
                 "run `troupe rm` with the same settings first, or take it from another run (start_from)"
             )
     for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
-        find_function(judge.function, f"ppo.evaluation.judges.{i}.function")
+        _find(judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def _find(function: str, setting: str) -> None:
+    _refuse_hidden(function, setting)
+    find_function(function, setting)
 
 
 def column_checks(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Callable[[], None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ def _dashed(name: str, text: str, least: int = 1) -> Any:
 @app.callback()
 def main() -> None:
     """Train chat models from human feedback: supervised fine-tuning, reward model, PPO."""
+    from orchestrator.terminal import make_output_last
+
+    make_output_last()
 
 
 @app.command()
@@ -78,7 +82,10 @@ def resume(run: RunFolder, overrides: Overrides = None, accept_changes: Accept =
     with _errors():
         from orchestrator.run import Run
 
-        _go_on(Run.open(run, overrides or [], accept_changes))
+        opened = Run.open(run, overrides or [], accept_changes)
+        if opened.go_to_working_folder():
+            print(f"in {Path.cwd()}, where this run began")
+        _go_on(opened)
 
 
 @app.command()
@@ -325,6 +332,8 @@ def _errors() -> Iterator[None]:
     """What the user can mend is said in a line or a few, without a traceback."""
     try:
         yield
+    except KeyboardInterrupt as error:
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # StoppedAtOnce has said what there is to say
     except Exception as error:
         name = type(error).__name__
         if name == "Stopped":

@@ -21,6 +21,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.schema import Role
+from troupe.imports import call
 from workers import examine
 from workers.examine import Finding, State, Whereabouts
 
@@ -102,8 +103,8 @@ def look(places: dict[Rank, Whereabouts], stacks: Collection[Rank] = ()) -> dict
     """Examine workers' processes, on their nodes. stacks: those whose Python stacks are wanted too, which takes seconds."""
     nodes = _by_node(places)
     tasks = {
-        node: on_node(node, examine.examine).remote(
-            [places[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
+        node: on_node(
+            node, examine.examine, [places[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
         )
         for node, ranks in nodes.items()
     }
@@ -129,7 +130,7 @@ def end(places: dict[Rank, Whereabouts]) -> None:
     """Kill workers' processes, which Ray cannot do with a stopped one."""
     for node, ranks in _by_node(places).items():
         try:
-            ray.get(on_node(node, examine.end).remote([places[rank] for rank in ranks]), timeout=LOOK)
+            ray.get(on_node(node, examine.end, [places[rank] for rank in ranks]), timeout=LOOK)
         except RayError:
             continue  # with the node they are gone too
 
@@ -139,10 +140,11 @@ def _by_node(places: dict[Rank, Whereabouts]) -> dict[str, list[Rank]]:
     return {node: list(group) for node, group in groupby(ranks, key=lambda rank: places[rank].node)}
 
 
-def on_node(node: str, function: Callable[..., Any]) -> Any:
-    """A function as a Ray task for a node, beside whatever else runs there."""
+def on_node(node: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function of a module of ours as a Ray task on a node, beside whatever else runs there; the result's reference."""
     where = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+    options = {"name": function.__name__, "num_cpus": 0, "max_retries": 0, "scheduling_strategy": where}
+    return ray.remote(call).options(**options).remote(f"{function.__module__}:{function.__name__}", *args)
 
 
 def named(ranks: Sequence[Rank]) -> str:

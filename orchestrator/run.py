@@ -48,12 +48,15 @@ class Run:
     """A run's folder and settings."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        """Raises RunError where something in the folder leads out of it."""
+        """Raises RunError where something in the folder leads out of it, or it cannot be read."""
         self.config = config
-        self.folder = folder
-        _refuse_links(folder)
-        self.failures = FailureLog(folder / "failures")
-        known = self.read("run.json")
+        self.folder = folder.absolute()
+        self.failures = FailureLog(self.folder / "failures")
+        try:
+            _refuse_links(self.folder)
+            known = self.read("run.json")
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot be read: {error.strerror}") from error
         self.stages: list[Stage] = list(known.get("stages", []))
         """What the run was asked for, in order."""
         self.changes: list[dict[str, Any]] = list(known.get("changes", []))
@@ -61,6 +64,8 @@ class Run:
         started = known.get("started")
         self.started = datetime.fromisoformat(started) if started else datetime.now().replace(microsecond=0)
         """When it first began: the date that chat templates write, also after midnight."""
+        self.working_folder: str | None = known.get("working_folder", None if in_copy() else os.getcwd())
+        """Where the run began: relative paths and modules in its settings are meant from there. None: a folder that is gone."""
 
     @classmethod
     def begin(cls, config: RunConfig, stages: Sequence[Stage], accept_changes: bool = False) -> Run:
@@ -88,6 +93,7 @@ class Run:
         noted = {
             "stages": self.stages,
             "started": self.started.isoformat(),
+            "working_folder": self.working_folder,
             "forms": known.get("forms", {}) | dict(forms or {}),
             "from": known.get("from", {}) | starts,
         }
@@ -136,7 +142,7 @@ class Run:
         change, unless changes of a stage that is not finished are accepted."""
         folder = folder.expanduser()
         if not (folder / "config.yaml").exists():
-            raise RunError(f"{folder}: no run is here (no config.yaml)")
+            raise RunError(f"{folder.absolute()}: no run is here (no config.yaml)")
         old = load_config(folder / "config.yaml")
         run = cls(load_config(folder / "config.yaml", list(overrides)), folder)
         for name in ("name", "runs"):
@@ -145,11 +151,19 @@ class Run:
         run._refuse_other_settings(old, accept_changes)
         return run
 
+    def go_to_working_folder(self) -> bool:
+        """Change to the folder where the run began, if it is another one and still there. Whether it was changed."""
+        folder = self.working_folder
+        if folder is None or in_copy() or not Path(folder).is_dir() or Path(folder).samefile("."):
+            return False
+        os.chdir(folder)
+        return True
+
     # ------------------------------------------------------------ models
 
     def model(self, stage: Stage) -> Path:
         """Where a stage's model lies once it is finished; absolute, for workers with other working folders."""
-        return self.folder.absolute() / "models" / stage
+        return self.folder / "models" / stage
 
     def finished(self, stage: Stage) -> bool:
         return self.model(stage).exists()
@@ -330,6 +344,12 @@ def _refuse_links(folder: Path) -> None:
                     f"{path}: a link to {target}, outside of the run's folder, which is not written through; remove it "
                     "(`runs` may lie on another disk as a whole)"
                 )
+
+
+def in_copy() -> bool:
+    """Whether this process is a job in a copy of the working folder that it was sent from, which the cluster deletes."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool(job.get("runtime_env", {}).get("working_dir"))
 
 
 def described(config: RunConfig) -> list[Stage]:

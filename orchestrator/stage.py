@@ -230,7 +230,9 @@ class StageRun:
     def _start(self) -> None:
         """Workers, models and data; the latest checkpoint, where there is one."""
         self.progress.phase("starting workers")
-        self.team = Team.start(self.config, self.plan, self.recovery, self._changed, self.run.started)
+        self.team = Team.start(
+            self.config, self.plan, self.recovery, self._changed, self.run.started, self.progress.note
+        )
         self._check_folder()
         self.progress.phase("loading")
         self.load()

@@ -43,10 +43,10 @@ from placement.plan import Plan
 from placement.shape import transport_of
 from placement.site import floor_to
 from placement.turns import by_turns
+from troupe.imports import Actor
 from workers.batching import Rows, aligned_micro_batches, balance, mini_batches
 from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
 from workers.files import copy_files
-from workers.host import Host
 from workers.probe import Probe
 from workers.schedule import StageStep
 from workers.scored import Scored
@@ -116,15 +116,17 @@ class Team:
         recovery: Recovery | None = None,
         changed: Changed | None = None,
         started: datetime | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> Team:
         """Reserve the placement groups and start every worker; nothing is loaded yet.
 
         recovery: which failures are survived, and where they are written; none: as the config says, and nowhere.
         changed: called with the team when there are new workers. started: when the run began; none: now.
+        say: called with a line that says who holds the room that the run waits for.
         """
         team = cls(config, plan, recovery, changed, started)
         try:
-            team._places = create_groups(plan, config.name, config.placement.timeout)
+            team._places = create_groups(plan, config.name, config.placement.timeout, say)
             fellows: list[WorkerGroup] = []
             for role, planned in plan.roles.items():
                 group = WorkerGroup(role, [], planned.group, team.deadlines, fellows=fellows)
@@ -174,7 +176,7 @@ class Team:
             )
             for role in crew
         ]
-        return ray.remote(Host).options(**options).remote(hosted)
+        return ray.remote(Actor).options(**options).remote("workers.host:Host", hosted)
 
     def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
         """Find out where new workers are, and tell the ranks of each role where they meet."""
@@ -260,7 +262,7 @@ class Team:
                 copies = {node: ref}
                 if others:
                     other = others[rank % len(others)]
-                    copies[other] = on_node(other, copy_files).remote(ref)
+                    copies[other] = on_node(other, copy_files, ref)
                 files[group.role].append(RankFiles(names, node, copies))
         return Snapshot(step, state, files)
 

@@ -1,5 +1,6 @@
 """What the cluster has, what each role needs, and where it goes."""
 
+import troupe.imports  # noqa: F401  before any other import of ours
 from placement.advice import with_memory
 from placement.choice import automatic, resolve
 from placement.cluster import Cluster, Node

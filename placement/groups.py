@@ -3,60 +3,84 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ray
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import RaySystemError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from configs.schema import Role
-from placement.packing import KINDS, Request, creation_order, shortage, units, written
+from placement.holders import Room, free_of, held, room
+from placement.packing import Request, creation_order, lay, shortage, written
 from placement.shape import GroupPlan, Plan
 
-PATIENCE = 5.0
-"""Seconds before the groups are asked for a second time; doubled each time after."""
+PATIENCE = 2.0
+"""Seconds that Ray has to grant groups for which there is room; doubled each time that it was not enough."""
+LOOKS = 1.0, 8.0
+"""Seconds, about, between two looks whether there is room: the first, and the longest."""
 
 
 class PlacementError(RuntimeError):
     """A placement group was not to be had."""
 
 
-def create_groups(plan: Plan, run_name: str, timeout: float) -> dict[str, PlacementGroup]:
-    """Reserve the plan's groups, named `{run_name}-{group}`; on failure none stays.
+def create_groups(
+    plan: Plan, run_name: str, timeout: float, say: Callable[[str], None] = lambda text: None
+) -> dict[str, PlacementGroup]:
+    """Reserve the plan's groups, named `{run_name}-{group}`: all of them or none.
 
-    They are asked for together, the hardest to place first, as the plan laid them. What was had while others still
-    held the best places can block the rest for good, so after some patience all are given back and asked for anew.
+    They are asked for when there is room for all on what the nodes have free, the hardest to place first, as the plan
+    laid them. While there is none, nothing is held: two jobs that fit one at a time would each hold a part of what the other
+    waits for. Where two ask at the same moment, and each gets a part, each gives its part back and asks again after a
+    time drawn at random.
 
     Args:
         plan: a stage's plan.
         run_name: stands before the groups' names, which are unique in the Ray namespace.
         timeout: seconds for all of them together.
+        say: called with a line that says who holds the room, when that changes.
 
     Raises:
-        PlacementError: a group was not to be had in that time, or its name is taken; names the group, the resource
-            that is missing and what each node has free.
+        PlacementError: the groups were not to be had in that time, or a name is taken; names the group, the resource
+            that is missing, who holds it, settings that would help and what each node has free.
     """
-    deadline, patience = time.monotonic() + timeout, PATIENCE
-    order = creation_order([_request(group) for group in plan.groups])
+    deadline, patience, pause = time.monotonic() + timeout, PATIENCE, LOOKS[0]
+    seen = said = ""
+    draw = random.Random()  # of its own: jobs that share a seed must not draw alike
     while True:
-        until = min(deadline, time.monotonic() + patience)
-        made: dict[str, PlacementGroup] = {}
-        try:
-            for index in order:
-                made[plan.groups[index].name] = _ask(plan.groups[index], run_name)
-            waiting = [name for name, group in made.items() if not group.wait(_seconds_to(until))]
-            if not waiting:
-                return {group.name: made[group.name] for group in plan.groups}
-            if until == deadline:
-                raise PlacementError(_refusal(plan, run_name, timeout, waiting, "placement.timeout"))
-        except BaseException:
-            for group in made.values():
-                remove_placement_group(group)
-            raise
-        remove_groups(made)
-        patience *= 2
+        nodes = room()
+        misfits = _misfits(plan, nodes)
+        if not misfits:
+            if groups := _try(plan, run_name, min(deadline, time.monotonic() + patience)):
+                return groups
+            patience *= 2
+        if time.monotonic() >= deadline:
+            raise PlacementError(_refusal(plan, run_name, timeout, misfits, "placement.timeout"))
+        words = f"waiting for room: {_held(plan, nodes) or '; '.join(misfits.values()) or 'others ask for it too'}"
+        if words == seen != said:  # what comes and goes between two looks is not worth a line
+            say(words)
+            said = words
+        seen = words
+        time.sleep(min(pause * draw.uniform(0.5, 1.5), max(0.0, deadline - time.monotonic())))
+        pause = min(2 * pause, LOOKS[1])
+
+
+def _try(plan: Plan, run_name: str, until: float) -> dict[str, PlacementGroup] | None:
+    """All groups; or None, and none of them stays, where they are not there in time."""
+    made: dict[str, PlacementGroup] = {}
+    try:
+        for index in creation_order([_request(group) for group in plan.groups]):
+            made[plan.groups[index].name] = _ask(plan.groups[index], run_name)
+        if all(group.wait(_seconds_to(until)) for group in made.values()):
+            return {group.name: made[group.name] for group in plan.groups}
+    except BaseException:
+        for group in made.values():
+            remove_placement_group(group)
+        raise
+    remove_groups(made)
+    return None
 
 
 def await_groups(plan: Plan, run_name: str, groups: Mapping[str, PlacementGroup], timeout: float) -> None:
@@ -68,7 +92,9 @@ def await_groups(plan: Plan, run_name: str, groups: Mapping[str, PlacementGroup]
     deadline = time.monotonic() + timeout
     waiting = [name for name, group in groups.items() if not group.wait(_seconds_to(deadline))]
     if waiting:
-        raise PlacementError(_refusal(plan, run_name, timeout, waiting, "recovery.node_timeout"))
+        free = free_of(room())
+        misfits = {name: shortage(_request(plan.group(name)), free) for name in waiting}
+        raise PlacementError(_refusal(plan, run_name, timeout, misfits, "recovery.node_timeout"))
 
 
 def remove_groups(groups: Mapping[str, PlacementGroup], timeout: float = 60.0) -> None:
@@ -83,9 +109,9 @@ def remove_groups(groups: Mapping[str, PlacementGroup], timeout: float = 60.0) -
     deadline = time.monotonic() + timeout
     for group in groups.values():
         remove_placement_group(group)
-    while held := _held(groups):
+    while left := _left(groups):
         if time.monotonic() > deadline:
-            raise PlacementError(f"the bundles of {', '.join(held)} are still held {timeout:g} s after their removal")
+            raise PlacementError(f"the bundles of {', '.join(left)} are still held {timeout:g} s after their removal")
         time.sleep(0.05)
 
 
@@ -111,7 +137,7 @@ def _ask(group: GroupPlan, run_name: str) -> PlacementGroup:
         raise PlacementError(f"placement group {name}: {error}") from error
 
 
-def _held(groups: Mapping[str, PlacementGroup]) -> list[str]:
+def _left(groups: Mapping[str, PlacementGroup]) -> list[str]:
     """Groups of which some node still has a bundle: it is a resource there, named `CPU_group_{id}`."""
     resources = set(ray.cluster_resources())
     return [name for name, group in groups.items() if any(r.endswith(f"_group_{group.id.hex()}") for r in resources)]
@@ -121,32 +147,36 @@ def _request(group: GroupPlan) -> Request:
     return Request(group.bundles[0], len(group.bundles), group.packing)
 
 
-def _refusal(plan: Plan, run_name: str, timeout: float, waiting: list[str], setting: str) -> str:
-    """Which groups were not had, for want of what, and what each node has free while the others are held."""
-    free, lines = _free_resources(), []
-    for name in waiting:
+def _misfits(plan: Plan, nodes: Mapping[str, Room]) -> dict[str, str]:
+    """Groups for which the nodes have no room beside the others -> what is missing."""
+    free, misfits = free_of(nodes), {}
+    for index in creation_order([_request(group) for group in plan.groups]):
+        request = _request(plan.groups[index])
+        if lay(request, free) is None:
+            misfits[plan.groups[index].name] = shortage(request, free)
+    return misfits
+
+
+def _held(plan: Plan, nodes: Mapping[str, Room], but: str = "") -> str:
+    """Who holds resources of the kinds that the plan needs. but: a run that is left out."""
+    return held(nodes, {kind for group in plan.groups for kind, size in group.bundles[0].items() if size}, but)
+
+
+def _refusal(plan: Plan, run_name: str, timeout: float, misfits: Mapping[str, str], setting: str) -> str:
+    """Which groups were not had, for want of what, who holds it, what would help, and what each node has free."""
+    nodes, lines = room(), []
+    misfits = misfits or {group.name: "there is room, but others asked for it too" for group in plan.groups}
+    for name, missing in misfits.items():
         request = _request(plan.group(name))
         lines.append(
             f"placement group {run_name}-{name} was not to be had in {timeout:g} s ({setting}): "
-            f"{request.count} x ({written(request.bundle)}), {request.packing}; "
-            f"{shortage(request, [units(node) for node, _ in free.values()])}"
+            f"{request.count} x ({written(request.bundle)}), {request.packing}; {missing}"
         )
-    nodes = "".join(f"\n  {name}: free {_of(node, total)}" for name, (node, total) in free.items())
-    held = [f"{run_name}-{group.name}" for group in plan.groups if group.name not in waiting]
-    beside = f", beside {', '.join(held)}" if held else ""
-    return "\n".join(lines) + f"\nfree on the nodes{beside}:{nodes}"
-
-
-def _of(free: Mapping[str, float], total: Mapping[str, float]) -> str:
-    return ", ".join(f"{free.get(kind, 0.0):g} of {total[kind]:g} {kind}" for kind in KINDS if total.get(kind))
-
-
-def _free_resources() -> dict[str, tuple[dict[str, float], dict[str, float]]]:
-    """Alive node -> (free, total) of its resources."""
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    nodes = {}
-    for node in [*status.active_nodes, *status.idle_nodes]:
-        usage = node.resource_usage.usage
-        total = {each.resource_name: each.total for each in usage}
-        nodes[f"{node.ip_address}/{node.node_id[:6]}"] = {u.resource_name: u.total - u.used for u in usage}, total
-    return nodes
+    own = run_name if setting == "recovery.node_timeout" else ""
+    lines += filter(None, [_held(plan, nodes, but=own)])
+    lines.append(
+        f"a longer {setting} waits for room; fewer placement.devices, or a smaller placement.cpus_per_device, need less of it"
+    )
+    fitting = [f"{run_name}-{group.name}" for group in plan.groups if group.name not in misfits]
+    lines.append(f"free on the nodes{', of which ' + ', '.join(fitting) + ' would take a part' if fitting else ''}:")
+    return "\n".join([*lines, *(f"  {name}: free {node}" for name, node in nodes.items())])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +14,6 @@ if TYPE_CHECKING:
     from orchestrator import Result
     from tests.hosts import Hosts
     from tests.services import Service
-
-ROOT = Path(__file__).parent.parent
-
-os.environ["RAY_AUTH_MODE"] = "disabled"  # a process keeps the mode of its first cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,27 +29,12 @@ def ray_here() -> Iterator[Cluster]:
     """A small Ray cluster on this machine, for all tests that do not need one of their own.
 
     It claims 8 CPUs whatever the machine has; set `placement.cpus_per_device: 1`, so that each worker gets one thread.
-    It has no dashboard. Runs and teams that are started while it lives use it.
+    It has no dashboard. Runs and teams that are started while it lives use it; so can the tests' child processes, by RAY_ADDRESS.
     """
-    import ray
+    from orchestrator.cluster import local_cluster
 
-    import orchestrator.cluster  # noqa: F401  sets the environment that Ray's processes read
-
-    ray.init(
-        address="local",
-        num_cpus=8,
-        num_gpus=0,
-        include_dashboard=False,
-        object_store_memory=500 * 2**20,
-        log_to_driver=False,
-        namespace="troupe",
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}},
-        _system_config={"enable_worker_prestart": False},
-    )
-    try:
-        yield Cluster.of_ray()
-    finally:
-        ray.shutdown()
+    with local_cluster(num_cpus=8, num_gpus=0, include_dashboard=False, object_store_memory=500 * 2**20) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

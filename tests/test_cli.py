@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -82,7 +83,10 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
         (["sft.train.path=no.jsonl"], "troupe: sft.train: no.jsonl: no such file or folder\n"),
         (["ppo.advantage=gea"], "troupe: ppo.advantage: 'gea' is not registered; it may be gae, reinforce; did you mean 'gae'?"),
         (["ppo.policy_loss=clip"], "troupe: ppo.policy_loss: 'clip' is not registered; it may be "),
-        (["model.path=./nowhere"], "troupe: model.path: was './nowhere', which is no folder with a model (config.json)\n"),
+        (
+            ["model.path=./nowhere"],
+            f"troupe: model.path: was './nowhere', which is no folder with a model; there is no {ROOT}/nowhere/config.json\n",
+        ),
         (
             ["model.lora={}", "model.quantize=4bit"],
             "troupe: model.quantize: was '4bit', which needs the package bitsandbytes; install it (`pip install",
@@ -106,6 +110,72 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
 def test_wrong_settings_are_refused(micro: Path, overrides: list[str], message: str) -> None:
     assert refused("pipeline", micro, *overrides).startswith(message)
     assert not (micro.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("runs", "reason"),
+    [
+        ("{0}/file", "{0}/file: Not a directory"),
+        ("{0}/file/below", "{0}/file: Not a directory"),
+        ("/proc/runs", "/proc: "),
+    ],
+)
+def test_a_place_where_no_folder_can_be_is_refused(micro: Path, tmp_path: Path, runs: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    runs = runs.format(tmp_path)
+    said = refused("sft", micro, f"runs={runs}")
+    assert said.startswith(f"troupe: runs: no folder {runs}/micro can be made or written to: {reason.format(tmp_path)}")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused(micro: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir(mode=0o500)
+    said = refused("sft", micro, f"runs={tmp_path}/runs")
+    assert (
+        said
+        == f"troupe: runs: no folder {tmp_path}/runs/micro can be made or written to: {tmp_path}/runs: Permission denied\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "file", ["workers.py", "workers/mine.py", "orchestrator/__init__.py", "examples/mine.py", "random.py"]
+)
+def test_a_module_that_is_hidden_by_another_of_its_name_is_named(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("def f(prompts, answers, **columns): return [1.0] * len(answers)")
+    monkeypatch.chdir(tmp_path)
+    module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    top = f"{file.partition('/')[0]}{'/' if '/' in file else ''}"
+    hidden = f"but {top} in {tmp_path} is hidden by "
+    for setting, value in (
+        ("ppo.rewards.0.function", f"ppo.rewards=[{{kind: function, name: f, function: '{module}:f'}}]"),
+        ("ppo.evaluation.judges.0.function", f"ppo.evaluation.judges=[{{name: j, function: '{module}:f'}}]"),
+        ("plugins.0", f"plugins=[{module}]"),
+    ):
+        said = refused("pipeline", micro, value)
+        assert said.startswith(f"troupe: {setting}: was '{module}")
+        assert hidden in said and said.endswith("which has the same name; rename yours\n")
+
+
+def test_a_run_goes_on_where_it_began(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths in its settings are meant from there."""
+    from configs import load_config
+    from orchestrator.run import Run
+
+    began = micro.parent
+    micro.write_text(micro.read_text().replace(f"{began}/", ""))
+    monkeypatch.chdir(began)
+    run = Run.begin(load_config(micro, ["cluster.address=127.0.0.1:1"]), ["sft"])
+    run.keep()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = troupe("resume", f"../{run.folder.relative_to(tmp_path)}")
+    assert result.stdout == f"in {began}, where this run began\ndata read and checked; connecting to Ray\n"
+    assert "where no Ray cluster answers" in result.stderr
+    assert Run.open(run.folder).working_folder == str(began)
 
 
 def test_an_adapter_of_a_model_that_vllm_applies_none_to_is_refused(micro: Path, tmp_path: Path) -> None:
@@ -205,6 +275,23 @@ def test_a_run_that_another_process_works_on_keeps_its_record(micro: Path) -> No
         result = troupe("sft", micro, "sft.epochs=9")
     assert result.stderr == f"troupe: {run.folder}: another process is at work in this run\n"
     assert (run.folder / "config.yaml").read_text() == noted
+
+
+@pytest.mark.parametrize(
+    ("address", "what"),
+    [
+        ("ray://head:10001", "an address of Ray Client, through which Troupe does not run"),
+        ("http://head:8265", "the address of a job server, which `ray job submit` alone understands"),
+        ("head", "no address of a cluster"),
+    ],
+)
+def test_an_address_that_is_no_cluster_is_refused(
+    micro: Path, monkeypatch: pytest.MonkeyPatch, address: str, what: str
+) -> None:
+    said = refused("sft", micro, f"cluster.address={address}")
+    assert said.startswith(f"troupe: cluster.address: was '{address}', {what}") and len(said.splitlines()) == 1
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert refused("sft", micro).startswith(f"troupe: RAY_ADDRESS: was '{address}', {what}")
 
 
 def test_a_cluster_that_is_not_there(micro: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from orchestrator.access import private_cluster
 from orchestrator.metrics import read_metrics
 from tests.micro import write_micro
 
@@ -23,6 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 PYTHON = sys.executable
+TROUPE = f"{PYTHON} -P -c 'from troupe.imports import main; main()'"
+"""What the command `troupe` does."""
 
 
 def free_port() -> int:
@@ -33,31 +36,35 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A cluster of one node started by `ray start`; gives the address of its job server."""
-    session = Path("/tmp") / f"troupe-jobs-{os.getpid()}"  # Ray's sockets lie below it: their paths must be short
+    """A cluster of one node started by `ray start`, on 127.0.0.1 and with a token; gives the address of its job server."""
     port = free_port()
-    options = [f"--port={free_port()}", f"--dashboard-port={port}", f"--temp-dir={session}", "--num-cpus=2"]
+    options = [f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2", "--object-store-memory=200000000"]
     options += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    options += ["--object-store-memory=200000000"]
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", *options],
-        env=env,
-        cwd=tmp_path_factory.mktemp("head"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        below = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        head.wait(60)
-        for process in below:
-            if process.is_running():
-                process.kill()
-        shutil.rmtree(session, ignore_errors=True)
+    with private_cluster() as folder:
+        head = subprocess.Popen(
+            [RAY, "start", "--head", "--block", f"--temp-dir={folder}", *options],
+            # As where Troupe is installed: the path comes after the job's working folder.
+            env=os.environ
+            | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path_factory.mktemp("head"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+            below = psutil.Process(head.pid).children(recursive=True)
+            listening = [
+                c.laddr.ip for one in below for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN
+            ]
+            assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+        finally:
+            below = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            head.wait(60)
+            for process in below:
+                if process.is_running():
+                    process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +86,20 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(config.read_text().replace(f"{folder}/", "").replace("data/runs", "runs"))
     for ignore in (".gitignore", ".rayignore", "data/.gitignore"):
         shutil.copy(ROOT / ignore, folder / ignore)
-    for room in ("configs", "placement", "workers", "orchestrator", "tests"):
+    for room in ("troupe", "configs", "placement", "workers", "orchestrator", "tests"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A working folder of somebody who has Troupe installed, and modules of the same names as Troupe's."""
+    folder = tmp_path / "other"
+    config = write_micro(folder, placement={})
+    config.write_text(config.read_text().replace(f"{folder}/", ""))
+    (folder / "workers").mkdir()
+    for name in ("workers/__init__", "configs", "placement", "orchestrator"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('not of Troupe')\n")
     return folder
 
 
@@ -89,7 +108,7 @@ def submit(address: str, sent: Path, *args: str) -> subprocess.CompletedProcess[
     return subprocess.run(
         [RAY, "job", "submit", "--working-dir", ".", "--", PYTHON, "-m", "orchestrator.cli", *args],
         cwd=sent,
-        env=os.environ | {"RAY_ADDRESS": address, "RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"},
+        env=os.environ | {"RAY_API_SERVER_ADDRESS": address, "RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"},
         capture_output=True,
         text=True,
     )
@@ -110,12 +129,9 @@ def test_results_in_the_copy_are_refused(client: JobSubmissionClient, address: s
     assert "troupe: runs: was 'runs', in the copy of the working folder" in done.stdout
 
 
-def test_a_stopped_job_leaves_a_checkpoint(
-    client: JobSubmissionClient, sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
-    command = f"{PYTHON} -m orchestrator.cli sft config.yaml runs={tmp_path} sft.epochs=2000"
-    job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(sent)})
+def test_a_stopped_job_leaves_a_checkpoint(client: JobSubmissionClient, other: Path, tmp_path: Path) -> None:
+    command = f"{TROUPE} sft config.yaml runs={tmp_path} sft.epochs=2000"
+    job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(other)})
     end = time.monotonic() + 120
     while not read_metrics(tmp_path / "micro"):
         assert time.monotonic() < end and not client.get_job_status(job).is_terminal(), client.get_job_logs(job)

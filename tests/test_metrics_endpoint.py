@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 import ray
+from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
 from configs.schema import RunConfig
 from orchestrator.cluster import connected
@@ -39,7 +40,8 @@ def free_port() -> int:
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    request = urllib.request.Request(url, headers=get_auth_headers_if_auth_enabled({}))  # the dashboard wants the token
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return str(answer.read().decode())
 
 

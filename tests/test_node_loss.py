@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster as RayCluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from orchestrator import load_config, run_stages
+from orchestrator.access import private_cluster
 from orchestrator.metrics import repeatable as lines
 from orchestrator.run import Run
 from placement.groups import PlacementError
@@ -29,9 +30,8 @@ def cluster() -> Iterator[RayCluster]:
     """The head has room for two of the five workers; each node added to it for three."""
     quick = {"enable_worker_prestart": False, "health_check_period_ms": 500}  # a lost node is known sooner
     head: dict[str, Any] = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        started = RayCluster(initialize_head=True, head_node_args=STORE | head)
+    with private_cluster() as temp:
+        started = RayCluster(initialize_head=True, head_node_args=STORE | head | {"temp_dir": str(temp)})
         try:
             ray.init(started.address, log_to_driver=False, namespace="troupe")
             yield started

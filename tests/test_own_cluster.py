@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
 from tests.micro import write_micro
+from tests.terminals import Terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,18 +28,29 @@ class Finished(NamedTuple):
     output: str
     errors: str
     code: int
+    processes: list[psutil.Process]
     listening: dict[str, set[str]]
     """Address -> the run's processes that listened there while it ran."""
-    processes: list[psutil.Process]
+    token: tuple[Path, str]
+    """Of the run's cluster: its file, and what was in it while the run went on."""
 
 
-def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished:
-    """`troupe sft` in a process of its own; watched once its first step is done, and stopped there if asked."""
-    command = [sys.executable, "-m", "orchestrator.cli", "sft", str(config), *overrides]
+def start(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
+    """The command `troupe sft`, and an environment without anything of Ray's."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return [sys.executable, "-m", "orchestrator.cli", "sft", str(config), *overrides], env
+
+
+class Seen(NamedTuple):
+    """Of a run at work."""
+
+    processes: list[psutil.Process]
+    listening: dict[str, set[str]]
+    token: tuple[Path, str]
+
+
+def look(process: subprocess.Popen[Any], config: Path) -> Seen:
+    """What is to be seen once the first step is done."""
     metrics = config.parent / "runs" / "micro" / "metrics.jsonl"
     end = time.monotonic() + 120
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
@@ -50,10 +62,21 @@ def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished
         for connection in one.net_connections(kind="inet"):
             if connection.status == psutil.CONN_LISTEN:
                 listening.setdefault(connection.laddr.ip.removeprefix("::ffff:"), set()).add(one.cmdline()[0])
+    file = Path(next(one.environ()["RAY_AUTH_TOKEN_PATH"] for one in below))
+    return Seen(below, listening, (file, file.read_text()))
+
+
+def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished:
+    """`troupe sft` in a process of its own; watched once its first step is done, and stopped there if asked."""
+    command, env = start(config, *overrides)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    seen = look(process, config)
     if stop_with:
         process.send_signal(stop_with)
     output, errors = process.communicate(timeout=120)
-    return Finished(output, errors, process.returncode, listening, below)
+    return Finished(output, errors, process.returncode, *seen)
 
 
 @pytest.fixture
@@ -82,6 +105,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
     shape = [
         r"data read and checked; connecting to Ray",
         r"micro in .*/runs/micro, on cpu: 1 node with \d+ CPU cores, .*",
+        r"Ray's dashboard: http://127\.0\.0\.1:\d+; it asks for the token in /.*/token",
         r"  sft  120 steps · actor: 1 x \(.* CPU\) · 20 rows in an optimizer step: 20 on the actor rank",
         r"sft: starting workers",
         r"sft: loading",
@@ -99,20 +123,32 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
     assert strange == []
     assert all(any(re.fullmatch(pattern, line) for line in lines) for pattern in shape)
     assert list(done.listening) == ["127.0.0.1"]
+    file, token = done.token
+    assert f"asks for the token in {file}" in done.output
+    assert not file.exists()
+    run_folder = config.parent / "runs" / "micro"
+    written = [path for at in (run_folder, run_folder / "logs") for path in at.resolve().rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert [path for path in written if token.encode() in path.read_bytes()] == []
+    assert token not in done.output
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(config: Path) -> None:
-    done = run(config, "sft.epochs=3000", stop_with=signal.SIGINT)
-    assert done.code == 128 + signal.SIGINT, done.errors
-    assert done.errors == ""
-    assert (
-        "stopping after this step, or in 25 s before its end (recovery.grace); once more stops at once" in done.output
-    )
-    assert "go on with: troupe resume" in done.output
-    assert "Traceback" not in done.output
-    assert len(list((config.parent / "runs" / "micro" / "checkpoints" / "sft").iterdir())) == 1
-    assert len(done.processes) > 3
-    _, alive = psutil.wait_procs(done.processes, timeout=20)
+def test_ctrl_c_and_then_a_closed_terminal_leave_a_checkpoint_and_no_process(config: Path) -> None:
+    """All processes of a terminal get its Ctrl-C, and a SIGHUP when it is closed; the run ends by itself for all that."""
+    command, env = start(config, "sft.epochs=3000")
+    terminal = Terminal(command, ROOT, env)
+    seen = look(terminal.process, config)
+    terminal.press_ctrl_c()
+    terminal.wait_for("stopping after this step, or in 25 s before its end (recovery.grace); once more stops at once")
+    terminal.close()
+    os.killpg(terminal.process.pid, signal.SIGHUP)  # as a shell does
+    assert terminal.process.wait(120) == 128 + signal.SIGINT
+    assert "Traceback" not in terminal.shown
+    [checkpoint] = (config.parent / "runs" / "micro" / "checkpoints" / "sft").iterdir()
+    assert (checkpoint / "state.json").exists()
+    assert not (config.parent / "runs" / "micro" / "failures").exists(), "no worker was lost"
+    assert len(seen.processes) > 3
+    _, alive = psutil.wait_procs(seen.processes, timeout=20)
     assert alive == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import ROLES, Role, RunConfig
+from orchestrator.access import private_cluster
 from placement import Cluster, Plan, PlanError, make_plan
 from placement.groups import PlacementError, bundle_of, create_groups, remove_groups
 
@@ -31,9 +31,8 @@ DATA, ADAM = {"path": "rows.jsonl"}, {"lr": 1e-4}
 def cluster() -> Iterator[Cluster]:
     node: dict[str, Any] = {"num_cpus": CPUS, "num_gpus": GPUS, "object_store_memory": 80 * 2**20}
     head = node | {"include_dashboard": False, "_system_config": {"enable_worker_prestart": False}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # a token file of the user's would turn it on
-        started = RayCluster(initialize_head=True, head_node_args=head)
+    with private_cluster() as temp:
+        started = RayCluster(initialize_head=True, head_node_args=head | {"temp_dir": str(temp)})
         try:
             for _ in range(NODES - 1):
                 started.add_node(**node)
@@ -215,27 +214,83 @@ def test_groups_are_laid_anew_when_room_comes_late(cluster: Cluster) -> None:
 
 def test_a_group_that_cannot_be_had_says_what_is_missing(cluster: Cluster) -> None:
     made = plan(cluster, {"devices": {"actor": 8, "rollout": 2}, "groups": None})
-    others = placement_group([{"GPU": 8.0}] * 3)
+    others = placement_group([{"GPU": 8.0}] * 3, name="job1-actor")
     assert others.wait(30)
     wait_until_free(8)
     started = time.monotonic()
     try:
         with pytest.raises(PlacementError) as refused:
-            create_groups(made, "run", timeout=3.0)
+            create_groups(made, "late", timeout=3.0)
     finally:
         remove_placement_group(others)
     assert time.monotonic() - started < 10
     text = str(refused.value)
-    # actor (8) is asked for first and takes the last free node; rollout's turn comes after.
-    assert re.search(
-        r"^placement group run-rollout was not to be had in 3 s \(placement\.timeout\)", text, re.MULTILINE
+    # actor (8) is asked for first and fills the last free node; rollout's turn comes after.
+    assert text.startswith(
+        "placement group late-rollout was not to be had in 3 s (placement.timeout): 2 x (1 GPU + 1 CPU), PACK"
     )
-    assert "2 x (1 GPU + 1 CPU), PACK; GPU is short: 2 asked, 0 there, 2 missing" in text
-    assert "beside run-actor:" in text
-    assert text.count("free 0 of 8 GPU") == NODES
-    assert text.count("0 of 8 CPU") == 1
-    states = {entry["name"]: entry["state"] for entry in placement_group_table().values()}
-    assert {states[f"run-{group.name}"] for group in made.groups} == {"REMOVED"}
+    assert "; GPU is short: 2 asked, 0 there, 2 missing\n" in text
+    assert "\n24 GPU are held by job1\n" in text
+    assert (
+        "a longer placement.timeout waits for room; fewer placement.devices, or a smaller placement.cpus_per_device"
+        in text
+    )
+    assert "of which late-actor would take a part:" in text
+    assert text.count("free 0 of 8 GPU") == NODES - 1
+    assert not any(entry["name"].startswith("late-") for entry in placement_group_table().values()), (
+        "nothing was asked for"
+    )
+
+
+def test_who_waits_holds_nothing_and_says_who_does(cluster: Cluster) -> None:
+    made = plan(cluster, {"devices": {"actor": 8, "critic": 4, "rollout": 8}})
+    others = placement_group([{"GPU": 8.0, "CPU": 4.0}] * 2 + [{"GPU": 1.0}], name="job1-actor+critic")
+    assert others.wait(30)
+    actor = ray.remote(Worker).options(num_cpus=2).remote()
+    ray.get(actor.where.remote(), timeout=60)
+    said: list[str] = []
+    held: list[float] = []
+    leave = threading.Timer(6.0, remove_placement_group, [others])
+
+    def say(line: str) -> None:
+        said.append(line)
+        held.append(NODES * GPUS - ray.available_resources()["GPU"])
+        leave.start()
+
+    groups = create_groups(made, "run", 60.0, say)
+    remove_groups(groups)
+    ray.kill(actor)
+    leave.join()
+    assert said == [
+        "waiting for room: 2 CPU are held by actors and tasks without a placement group, 17 GPU + 8 CPU are held by job1"
+    ]
+    assert held == [17.0]
+
+
+def test_jobs_that_fit_one_at_a_time_all_get_through(cluster: Cluster) -> None:
+    """Each needs 20 of 32 GPUs in five parts, and gives them back in a moment; they begin together, again and again. That each
+    holds a part, and all wait, must not go on."""
+    made = plan(cluster, {"devices": dict.fromkeys(ROLES, 4)})
+    begin = threading.Barrier(3, timeout=120)
+    errors: list[Exception] = []
+
+    def job(name: str) -> None:
+        try:
+            for _ in range(3):
+                begin.wait()
+                groups = create_groups(made, name, timeout=30.0)
+                time.sleep(0.5)
+                remove_groups(groups)
+        except Exception as error:
+            errors.append(error)
+            begin.abort()
+
+    jobs = [threading.Thread(target=job, args=[name]) for name in ("job1", "job2", "job3")]
+    for each in jobs:
+        each.start()
+    for each in jobs:
+        each.join()
+    assert errors == []
 
 
 def test_a_node_that_is_missing_is_named(cluster: Cluster) -> None:

@@ -17,7 +17,7 @@ from workers.functions import RewardError, SampleRecord
 from workers.scored import Scored, in_batches
 
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import troupe.imports; "
     "from workers.function_main import main; main(**json.loads(sys.argv[2]))"
 )
 _PATIENCE = 5.0

@@ -93,7 +93,7 @@ class RolloutWorker(Worker):
             weight_transfer_config=WeightTransferConfig(
                 backend=f"verified_{'adapter' if sends_adapter else 'weights'}_{transport}"
             ),
-            worker_extension_cls="workers.transfer.Witness",
+            worker_extension_cls="troupe.vllm.Witness",
             enable_sleep_mode=self.spec.by_turns,
             disable_log_stats=True,
             **memory,

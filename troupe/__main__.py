@@ -1,0 +1,5 @@
+"""`python -m troupe`: the command `troupe`."""
+
+from troupe.imports import main
+
+main()
