@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from orchestrator.checks import check, check_offload, check_start
+from orchestrator.checks import check_offload, check_start, settings_checks
 from orchestrator.cluster import connected, dashboard, session_logs
 from orchestrator.failures import WorkerError
 from orchestrator.opening import print_opening
@@ -136,7 +136,7 @@ def checked(
     left = [stage for stage in run.stages if not run.finished(stage)]
     check_start(run, left)  # the models that the others look at
     jobs = [classes[stage](run, console) for stage in left if getattr(run.config, stage) is not None]
-    return jobs, preflight(run, jobs, lambda: check(run, left))
+    return jobs, preflight(run, jobs, settings_checks(run, left))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 import tempfile
@@ -13,7 +12,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 from configs import RunConfig
 from configs.schema import (
@@ -31,27 +29,43 @@ from orchestrator.run import STAGES, Run, RunError, in_copy, local
 from placement.shape import Stage
 from workers.adapters import real, refuse_other_base
 from workers.data import Row
+from workers.functions import RewardError, find_function
 from workers.functions import check_columns as check_arguments
-from workers.functions import find_function
-from workers.served import why_no_adapter
+
+Check = Callable[[], object]
+"""Raises an error that names the setting where something is wrong."""
 
 
-def check(run: Run, stages: Sequence[Stage]) -> None:
-    """Check what the settings name: sections, models, plugins, functions, estimators, losses; where the results would land.
+def settings_checks(run: Run, stages: Sequence[Stage]) -> Iterator[Check]:
+    """Checks of what the settings name: sections, models, plugins, functions, estimators, losses; where the results would land.
 
-    Raises RunError, RewardError or UnknownNameError, which name the setting.
+    A check raises RunError, RewardError or UnknownNameError, which name the setting. They are to be run in this order.
     """
     config = run.config
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are looked for from here on
-    for stage in stages:
-        if getattr(config, stage) is None:
-            raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
-    _check_folder(run)
-    address_of(config)
-    check_offload(config)
-    for i, plugin in enumerate(config.plugins):
-        _import_plugin(plugin, f"plugins.{i}")
+    yield from (partial(_check_section, config, stage) for stage in stages)
+    yield partial(_check_folder, run)
+    yield partial(address_of, config)
+    yield partial(check_offload, config)
+    yield from (partial(_import_plugin, plugin, f"plugins.{i}") for i, plugin in enumerate(config.plugins))
+    yield partial(_check_start_model, run, stages)
+    if "rm" in stages and config.rm and config.rm.model:
+        yield partial(_check_model, config.rm.model.path, "rm.model.path")
+    yield partial(_check_quantize, config)
+    if "ppo" in stages and config.ppo:
+        yield from _name_checks(config.ppo)
+        yield from _reward_checks(config.ppo, run)
+        yield partial(_check_sharing, config, config.ppo, run)
+
+
+def _check_section(config: RunConfig, stage: Stage) -> None:
+    if getattr(config, stage) is None:
+        raise RunError(f"{stage}: the config has no section of this name, so the stage cannot run")
+
+
+def _check_start_model(run: Run, stages: Sequence[Stage]) -> None:
+    config = run.config
     if local(config.model.path) in {run.starting_model(stage) for stage in stages}:
         _check_model(config.model.path, "model.path")
     if "sft" in stages and config.model.init == "random" and config.model.lora:
@@ -64,15 +78,6 @@ def check(run: Run, stages: Sequence[Stage]) -> None:
             "model.init: was 'random', but PPO starts from weights; run `troupe sft` with the same settings first, or take the "
             "SFT model of another run (start_from)"
         )
-    if "rm" in stages and config.rm and config.rm.model:
-        _check_model(config.rm.model.path, "rm.model.path")
-    _check_quantize(config)
-    if config.publish.lora == "adapter":
-        _check_adapter(config.model.path)
-    if "ppo" in stages and config.ppo:
-        _check_names(config.ppo)
-        _check_functions(config.ppo, run)
-        _check_sharing(config, config.ppo, run)
 
 
 SAME = ("chat_template", "chat_template_args", "system_prompt", "model.end_tokens")
@@ -168,16 +173,6 @@ def _check_quantize(config: RunConfig) -> None:
             )
 
 
-def _check_adapter(path: str) -> None:
-    """Of the families that are known; of others vLLM says so as it starts."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return
-    config = SimpleNamespace(**{"model_type": None} | json.loads(file.read_text(encoding="utf-8")))
-    if reason := why_no_adapter(config):
-        raise RunError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
-
-
 def _refuse_hidden(name: str, setting: str) -> None:
     """A module of the working folder that is not what Python finds by its name. name: a module, or module:function."""
     module = name.partition(":")[0]
@@ -204,21 +199,27 @@ def _import_plugin(module: str, setting: str) -> None:
         raise RunError(f"{setting}: cannot import {module!r}: {error}") from error
 
 
-def _check_functions(ppo: PPOSettings, run: Run) -> None:
+def _reward_checks(ppo: PPOSettings, run: Run) -> Iterator[Check]:
     for i, reward in enumerate(ppo.rewards):
+        setting = f"ppo.rewards.{i}"
         if reward.kind == "function":
-            _find(reward.function, f"ppo.rewards.{i}.function")
+            yield partial(_find, reward.function, f"{setting}.function")
         elif reward.kind == "http":
-            _check_token(reward, f"ppo.rewards.{i}.token_env")
+            yield partial(_check_token, reward, f"{setting}.token_env")
         elif reward.path:
-            _check_model(reward.path, f"ppo.rewards.{i}.path")
-        elif run.trained("rm") is None:
-            raise RunError(
-                f"ppo.rewards.{i}.path: none is named, and this run has no rm stage to take a reward model from; name a model, "
-                "run `troupe rm` with the same settings first, or take it from another run (start_from)"
-            )
+            yield partial(_check_model, reward.path, f"{setting}.path")
+        else:
+            yield partial(_check_trained_reward, run, f"{setting}.path")
     for i, judge in enumerate(ppo.evaluation.judges if ppo.evaluation else []):
-        _find(judge.function, f"ppo.evaluation.judges.{i}.function")
+        yield partial(_find, judge.function, f"ppo.evaluation.judges.{i}.function")
+
+
+def _check_trained_reward(run: Run, setting: str) -> None:
+    if run.trained("rm") is None:
+        raise RunError(
+            f"{setting}: none is named, and this run has no rm stage to take a reward model from; name a model, run `troupe rm` "
+            "with the same settings first, or take it from another run (start_from)"
+        )
 
 
 def _find(function: str, setting: str) -> None:
@@ -226,7 +227,7 @@ def _find(function: str, setting: str) -> None:
     find_function(function, setting)
 
 
-def column_checks(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Callable[[], None]]:
+def column_checks(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Check]:
     """Checks that rewards and judges can be given the columns of the prompts that they score, one for each of them.
 
     prompts, held_out: rows of `ppo.prompts` and of `ppo.evaluation.prompts`; the second may be none. A check raises RewardError,
@@ -240,9 +241,7 @@ def column_checks(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[R
         yield from _column_checks([*rewards, *judges], dataset, held_out)
 
 
-def _column_checks(
-    sources: Sequence[tuple[str, Reward | Judge]], dataset: str, rows: Sequence[Row]
-) -> Iterator[Callable[[], None]]:
+def _column_checks(sources: Sequence[tuple[str, Reward | Judge]], dataset: str, rows: Sequence[Row]) -> Iterator[Check]:
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
     for place, source in sources:
         if isinstance(source, FunctionSettings):
@@ -252,7 +251,11 @@ def _column_checks(
 
 
 def _check_function(path: str, setting: str, columns: Sequence[str], dataset: str) -> None:
-    check_arguments(find_function(path, setting), setting, columns, dataset)
+    try:
+        function = find_function(path, setting)
+    except RewardError:
+        return  # which `check` says
+    check_arguments(function, setting, columns, dataset)
 
 
 def _check_json(rows: Sequence[Row], setting: str, dataset: str) -> None:
@@ -298,12 +301,12 @@ def _check_token(reward: HttpReward, setting: str) -> None:
         read_token(reward.token_env, setting)
 
 
-def _check_names(ppo: PPOSettings) -> None:
+def _name_checks(ppo: PPOSettings) -> Iterator[Check]:
     chosen = {"advantage": ppo.advantage, "policy_loss": ppo.policy_loss, "value_loss": ppo.value_loss}
     if any(PPOSettings.model_fields[field].default != name for field, name in chosen.items()):
         from workers.advantages import advantage_estimators  # imports torch, which the driver can mostly do without
         from workers.losses import policy_losses, value_losses
 
-        advantage_estimators.get(ppo.advantage)
-        policy_losses.get(ppo.policy_loss)
-        value_losses.get(ppo.value_loss)
+        yield partial(advantage_estimators.get, ppo.advantage)
+        yield partial(policy_losses.get, ppo.policy_loss)
+        yield partial(value_losses.get, ppo.value_loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from configs.schema import ModelReward, ModelSettings, Role
 from orchestrator.calls import together
-from orchestrator.checks import column_checks
+from orchestrator.checks import Check, column_checks
 from orchestrator.evaluation import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.kl_control import make_controller
 from orchestrator.model_checks import Head, ModelUse
@@ -201,7 +201,7 @@ class PPO(StageRun):
             uses.append(ModelUse(f"ppo.rewards.{i}.path", path, settings, heads, reads_text=own_tokenizer))
         return uses
 
-    def data_checks(self) -> Iterable[Callable[[], None]]:
+    def data_checks(self) -> Iterable[Check]:
         held_out = self.data[DATA].rows if DATA in self.data else []
         return column_checks(self.ppo, self.data["prompts"].rows, held_out)
 

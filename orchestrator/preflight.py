@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from configs.schema import DatasetSettings, ModelSettings
+from orchestrator.checks import Check
 from orchestrator.model_checks import ModelUse, check_models, check_reader, check_serving
 from orchestrator.run import Run, RunError
 from placement.shape import Stage
@@ -74,7 +75,7 @@ class Job(Protocol):
     def take(self, name: str, encoded: Any, counts: Counts) -> None:
         """Keep a dataset's token ids."""
 
-    def data_checks(self) -> Iterable[Callable[[], None]]:
+    def data_checks(self) -> Iterable[Check]:
         """Further checks of the datasets, once all are kept; each raises an error of what is wrong."""
 
 
@@ -115,11 +116,12 @@ class Report:
         return [*rows, *(f"note: {note}" for note in self.notes)]
 
 
-def preflight(run: Run, jobs: Sequence[Job], checks: Callable[[], None]) -> Report:
-    """Check everything, and give the jobs their data. checks: of the settings, raising an error of the first that is wrong."""
+def preflight(run: Run, jobs: Sequence[Job], checks: Iterable[Check]) -> Report:
+    """Check everything, and give the jobs their data. checks: of the settings."""
     started, report = time.monotonic(), Report()
-    with report.collecting():
-        checks()
+    for check in checks:
+        with report.collecting():
+            check()
     readers = _Readers(run)
     for job in jobs:
         setting, path, settings = job.text_model()

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from configs.schema import ModelSettings, Role, RunConfig
 from orchestrator.calls import together
+from orchestrator.checks import Check
 from orchestrator.failures import WorkerError
 from orchestrator.integrity import DiskError, whole_folder
 from orchestrator.metrics import Recorder
@@ -106,7 +107,7 @@ class StageRun:
             settings = settings.model_copy(update={"init": "pretrained"})
         return ModelUse(f"{setting}.path", path, settings, frozenset(heads), learns=True, **needs)
 
-    def data_checks(self) -> Iterable[Callable[[], None]]:
+    def data_checks(self) -> Iterable[Check]:
         """Further checks of the datasets, once all are kept; each raises an error of what is wrong."""
         return ()
 

@@ -6,16 +6,25 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors.numpy import load_file
 
 from orchestrator import Result
+from orchestrator.checks import settings_checks
 from orchestrator.metrics import read_metrics
+from orchestrator.run import Run
+from placement.shape import Stage
 
 ROOT = Path(__file__).parents[1]
 TWO_ENGINES = "placement.devices.rollout=2"
+
+
+def check(run: Run, stages: Sequence[Stage]) -> None:
+    """All checks of a run's settings; raises the error of the first that is wrong."""
+    for each in settings_checks(run, stages):
+        each()
 
 
 def assert_same_model(a: Path, b: Path) -> None:

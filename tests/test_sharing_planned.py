@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from configs import ConfigError, RunConfig, load_config
-from orchestrator.checks import check
 from orchestrator.run import Run, RunError
 from placement.turns import by_turns
 from tests.micro import write_micro
+from tests.runs import check
 from tests.test_plan import plan, problems
 from workers.adapters import base_of, scalar_adapter
 

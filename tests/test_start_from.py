@@ -9,13 +9,14 @@ import pytest
 
 from configs import RunConfig, load_config
 from configs.schema import ModelSettings
-from orchestrator.checks import check, check_start
+from orchestrator.checks import check_start
 from orchestrator.history import history
 from orchestrator.planning import planned
 from orchestrator.run import STAGES, Run, RunError
 from placement import Cluster
 from placement.forecast import Forecast
 from placement.shape import Stage
+from tests.runs import check
 
 ADAM = {"lr": 1e-4}
 DATA = {"path": "rows.jsonl"}
