@@ -4,9 +4,9 @@
 
 The tiny recipe: its SFT and reward model first, then PPO twice, quiet and under faults. What the adversary does, and in which
 step, is drawn with the seed; when in the step is drawn too, from the clock. Prints how many faults of each kind came, how many
-were survived, and the seconds that they cost; how each process's memory grew in the quiet run after its 20th step, and what
-its snapshots cost. The last line says whether metrics and final weights are equal, bit for bit; if not, or where memory grew
-by more than 5%, the exit status is 1.
+were survived, and the seconds that they cost; how each process's memory grew in the quiet run after its 20th step, for which
+there must be 30 steps, and what its snapshots cost. The last line says whether metrics and final weights are equal, bit for bit;
+if not, or where memory grew by more than 5%, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -32,9 +32,12 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 from benchmarks.adversary import damage_mark
-from configs import RunConfig, load_config
+from configs import ConfigError, RunConfig, load_config
 from orchestrator.metrics import read_metrics, repeatable
 
+SETTLED, COMPARED = 20, 5
+"""Memory in the last so many steps is compared with that in as many steps after the 20th, before which it still grows."""
+LEAST_STEPS = SETTLED + 2 * COMPARED
 ROLES = ("actor", "critic", "reference", "reward", "rollout")
 SETTINGS = (
     "plugins=[benchmarks.adversary]",
@@ -83,12 +86,16 @@ class Attacked:
         return [worker["pid"] for worker in status["workers"] if worker["role"] == role]
 
 
-def main(steps: int = 100, faults: int = 30, seed: int = 1, recipe: str = "configs/movies/tiny.yaml") -> None:
+def main(
+    steps: Annotated[int, typer.Option(min=LEAST_STEPS)] = 100,
+    faults: Annotated[int, typer.Option(min=1)] = 30,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 1,
+    recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = Path("configs/movies/tiny.yaml"),
+) -> None:
     """Run, attack, compare."""
     console, draw = Console(), random.Random(seed)
     base = [*SETTINGS, f"ppo.steps={steps}", f"seed={seed}"]
-    quiet = load_config(recipe, [*base, f"name=chaos-{seed}-quiet"])
-    attacked = load_config(recipe, [*base, f"name=chaos-{seed}"])
+    quiet, attacked = (_settings(recipe, [*base, f"name=chaos-{seed}{kind}"]) for kind in ("-quiet", ""))
     for config in (quiet, attacked):
         shutil.rmtree(Path(config.runs) / config.name, ignore_errors=True)
     log = Path(quiet.runs) / f"chaos-{seed}.log"
@@ -96,20 +103,20 @@ def main(steps: int = 100, faults: int = 30, seed: int = 1, recipe: str = "confi
 
     console.print(f"the quiet run (its output: {log})")
     calm = Attacked(quiet, log)
-    calm.begin("pipeline", recipe, *base, f"name={quiet.name}")
+    calm.begin("pipeline", str(recipe), *base, f"name={quiet.name}")
     if calm.process.wait():
         raise SystemExit(f"the quiet run failed: see {log}")
     grew = _growth(calm.folder)
-    console.print("memory after step 20: " + ", ".join(f"{who} {share:+.1%}" for who, share in grew.items()))
+    console.print(f"memory after step {SETTLED}: " + ", ".join(f"{who} {share:+.1%}" for who, share in grew.items()))
     console.print(f"snapshots: {_snapshots(calm.folder):.2%} of the steps' time")
     _copy_models(quiet, attacked)
 
     console.print(f"the same under {faults} faults")
     run = Attacked(attacked, log)
     plan = sorted((Fault(_draw_kind(draw), draw.randrange(1, steps)) for _ in range(faults)), key=lambda f: f.step)
-    run.begin("pipeline", recipe, *base, f"name={attacked.name}")
+    run.begin("pipeline", str(recipe), *base, f"name={attacked.name}")
     for fault in plan:
-        _attack(run, fault, draw, recipe, [*base, f"name={attacked.name}"])
+        _attack(run, fault, draw, str(recipe), [*base, f"name={attacked.name}"])
     survived = run.process.wait() == 0
     _print_table(console, run, plan, _median_step(calm.folder))
     differences = _differences(calm.folder, run.folder) if survived else ["the run did not come to its end"]
@@ -117,6 +124,25 @@ def main(steps: int = 100, faults: int = 30, seed: int = 1, recipe: str = "confi
         console.print(difference, markup=False)
     console.print("equal to the quiet run, bit for bit" if not differences else "NOT equal to the quiet run")
     raise SystemExit(1 if differences or max(grew.values()) > 0.05 else 0)
+
+
+def _settings(recipe: Path, overrides: list[str]) -> RunConfig:
+    """Refuses what the runs would fail of after minutes, or say in their log alone."""
+    try:
+        config = load_config(recipe, overrides)
+    except ConfigError as error:
+        raise typer.BadParameter(f"{recipe}: {error}", param_hint="--recipe") from error
+    if config.sft is None or config.rm is None or config.ppo is None:
+        raise typer.BadParameter(f"{recipe}: must describe all three stages, sft, rm and ppo", param_hint="--recipe")
+    datasets = (config.sft.train, config.rm.train, config.ppo.prompts)
+    for path in (config.model.path, *(path for data in datasets for path in data.paths)):
+        looks_local = path[:1] in "./~" or path.count("/") > 1
+        if looks_local and not Path(path).exists():
+            raise typer.BadParameter(
+                f"{recipe}: {path} is not there; python -m examples.movies prepare makes what the recipes need",
+                param_hint="--recipe",
+            )
+    return config
 
 
 def _draw_kind(draw: random.Random) -> str:
@@ -184,14 +210,17 @@ def _median_step(folder: Path) -> float:
 
 
 def _growth(folder: Path) -> dict[str, float]:
-    """Share by which each role's memory and the driver's is larger in the last five steps than in the five after the 20th."""
+    """Share by which each role's memory and the driver's is larger in the last steps than in those after the 20th."""
 
     def level(lines: list[dict[str, Any]], name: str) -> float:
         return statistics.median(line[name] for line in lines)
 
     lines = _steps(folder)
     names = [name for name in lines[0] if name.startswith("memory_gib/")]
-    return {name.partition("/")[2]: level(lines[-5:], name) / level(lines[20:25], name) - 1 for name in names}
+    return {
+        name.partition("/")[2]: level(lines[-COMPARED:], name) / level(lines[SETTLED : SETTLED + COMPARED], name) - 1
+        for name in names
+    }
 
 
 def _snapshots(folder: Path) -> float:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
 import typer
@@ -108,10 +108,10 @@ def apart(side: Side) -> dict[str, float]:
     return found
 
 
-def main(repetitions: int = 5, side: str = "") -> None:
+def main(repetitions: Annotated[int, typer.Option(min=1)] = 5, side: Side | None = None) -> None:
     """Compare both sides. --side: run this one alone, here, and print what was found as JSON."""
     if side:
-        print(json.dumps(measure(side)))  # type: ignore[arg-type]
+        print(json.dumps(measure(side)))
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     for repetition in range(repetitions):

@@ -21,7 +21,7 @@ from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import typer
@@ -137,9 +137,21 @@ def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
     )
 
 
-def main(model: str = "data/movies/smollm2", layout: str = "separate") -> None:
+def _flops_of(model: str) -> float:
+    """Of a step; refuses a model that is not there, or of another shape than the count is for."""
+    try:
+        return step_flops(model)
+    except (OSError, ValueError, AttributeError) as error:
+        raise typer.BadParameter(
+            f"was {model!r}; must be a folder with a Llama model ({error}); "
+            "python -m examples.movies prepare --model smollm2 makes data/movies/smollm2",
+            param_hint="--model",
+        ) from error
+
+
+def main(model: str = "data/movies/smollm2", layout: Literal["separate", "paired", "colocated"] = "separate") -> None:
     """Measure: a step to warm up, three that are timed, and one more for the memory."""
-    console = Console()
+    console, flops = Console(), _flops_of(model)
     before = matrix_product_rate()
     with tempfile.TemporaryDirectory() as name:
         memory = PeakMemory(Path(name) / "w1")
@@ -151,10 +163,10 @@ def main(model: str = "data/movies/smollm2", layout: str = "separate") -> None:
     timed = lines[WARM_UP : WARM_UP + TIMED]
     seconds = {phase: statistics.median(line[f"seconds/{phase}"] for line in timed) for phase in PHASES}
     step = statistics.median(sum(line[f"seconds/{phase}"] for phase in PHASES) for line in timed)
-    floor = step_flops(model) / rate
+    floor = flops / rate
     roles = ", ".join(f"{role} {lines[-1][f'memory_gib/{role}']:.2f}" for role in ROLES)
     console.print(
-        f"{psutil.cpu_count()} cores; matrix products {rate / 1e9:.0f} GFLOP/s; {step_flops(model) / 1e12:.2f} TFLOP in a step"
+        f"{psutil.cpu_count()} cores; matrix products {rate / 1e9:.0f} GFLOP/s; {flops / 1e12:.2f} TFLOP in a step"
     )
     console.print("  ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items()))
     console.print(f"peak memory {memory.peak / 1e9:.2f} GB; after the last step, in GiB: {roles}")

@@ -302,9 +302,14 @@ def main(
     file: Annotated[Path | None, typer.Option("--json", help="Add the results to this file.")] = None,
 ) -> None:
     """Measure, and print a row for each case in MiB beyond the runtime."""
+    chosen = [case for case in CASES if only in case.name]
+    if not chosen:
+        raise typer.BadParameter(f"no case's name contains {only!r}; one is {CASES[0].name!r}", param_hint="--only")
+    if file and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{file}: there is no folder {file.parent}", param_hint="--json")
     results: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
     print(f"{'case':64} {'fixed':>6} {'peak':>6} {'said':>6} {'error':>6} {'held':>6} {'said':>6} {'error':>6}")
-    for case in (case for case in CASES if only in case.name):
+    for case in chosen:
         small = Case("tiny", case.kind, ranks=case.ranks, lora=case.lora)
         if small.name not in results:
             results[small.name] = [a - b for a, b in zip(measure(small), small.predicted(), strict=True)]

@@ -415,6 +415,17 @@ EVALUATION_METRICS = ("reward", "reward_ci_low", "reward_ci_high", "reward_std",
 """Last parts of the metrics `evaluation/...` that are no judge's name."""
 
 
+class AnswerLogSettings(Settings):
+    """Answers of training that are kept to be read, in samples/ppo.jsonl of the run's folder."""
+
+    every: PositiveInt = 10
+    """Steps between those of which answers are kept; the first and the last are always among them."""
+    answers: PositiveInt = 8
+    """Answers that are kept of such a step, drawn at random."""
+    most_mib: PositiveInt = 64
+    """Largest size of the file in MiB; where it would grow beyond, its oldest steps are dropped."""
+
+
 class PPOSettings(Settings):
     """Proximal policy optimization (Schulman et al. 2017) on the reward, with a KL penalty."""
 
@@ -489,6 +500,8 @@ class PPOSettings(Settings):
     """AdamW of the critic; needed where there is one."""
     evaluation: EvaluationSettings | None = None
     """Evaluation on held-out prompts."""
+    answer_log: AnswerLogSettings | None = AnswerLogSettings()
+    """Answers of training that are kept to be read; none: no answers are kept."""
 
     @property
     def sequences_per_step(self) -> int:

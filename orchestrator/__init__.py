@@ -7,10 +7,11 @@ import troupe.imports  # noqa: F401  before any other import of ours
 
 if TYPE_CHECKING:
     from configs import ConfigError, RunConfig, load_config
-    from orchestrator.api import Result, run_stages, start_team
+    from orchestrator.api import run_stages, start_team
     from orchestrator.calls import together
     from orchestrator.evaluation import evaluate
     from orchestrator.failures import WorkerError
+    from orchestrator.result import Result
     from orchestrator.rollouts import Experience, Rollouts
     from orchestrator.run import RunError
     from orchestrator.stopping import Stopped
@@ -37,10 +38,11 @@ __all__ = [
 
 _HOMES = {
     "configs": ("ConfigError", "RunConfig", "load_config"),
-    "orchestrator.api": ("Result", "run_stages", "start_team"),
+    "orchestrator.api": ("run_stages", "start_team"),
     "orchestrator.calls": ("together",),
     "orchestrator.evaluation": ("evaluate",),
     "orchestrator.failures": ("WorkerError",),
+    "orchestrator.result": ("Result",),
     "orchestrator.rollouts": ("Experience", "Rollouts"),
     "orchestrator.run": ("RunError",),
     "orchestrator.stopping": ("Stopped",),

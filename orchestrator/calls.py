@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from configs.schema import Role
-from orchestrator.deadlines import Deadlines, Workload, phase_of
+from orchestrator.deadlines import Awaited, Deadlines, Workload, phase_of
 from orchestrator.failures import LOST, Failure, Kind, Rank, WorkerError, look, named
 from workers.examine import Finding, Whereabouts
 from workers.remote_error import headline_of_traceback, summary
@@ -133,6 +133,12 @@ class Call(Generic[T]):
         done = self._fetched.keys() | self._failed.keys()
         return {refs[-1]: rank for rank, refs in self._refs.items() if rank not in done}
 
+    def awaited(self, now: float) -> Awaited:
+        """What `troupe status` says of it. now: time.monotonic()."""
+        role, method, epoch = self.group.role, self.method, time.time() - now
+        ranks, setting = tuple(sorted(self.pending().values())), self.group.deadlines.setting(method)
+        return Awaited(role, ranks, method, self._began + epoch, self.deadline + epoch, setting)
+
     def collect(self, rank: int) -> None:
         """Take a rank's answer, which is there. Raises WorkerError at once where it failed and cannot be replaced: the others
         may then hang."""
@@ -142,6 +148,8 @@ class Call(Generic[T]):
             self._fail([rank], self._failure(rank, error), error)
         else:
             self._ended = time.monotonic()
+            if not self.pending():
+                self.group.deadlines.busy[self.group.role, self.method] += self._ended - self._began
 
     def late(self) -> None:
         """Its deadline has passed. Raises WorkerError where the ranks that owe an answer cannot be replaced."""
@@ -287,7 +295,10 @@ def _collect_next(running: list[Call[Any]]) -> None:
     """Wait for the next answer of any rank of any call."""
     owed = {ref: (call, rank) for call in running for ref, rank in call.pending().items()}
     nearest = min(running, key=lambda call: call.deadline)
-    ready, _ = ray.wait(list(owed), timeout=max(nearest.deadline - time.monotonic(), 0.0))
+    deadlines, now = nearest.group.deadlines, time.monotonic()
+    deadlines.awaited = nearest.awaited(now)
+    ready, _ = ray.wait(list(owed), timeout=max(nearest.deadline - now, 0.0))
+    deadlines.awaited = None
     if not ready:
         nearest.late()
     for ref in ready:

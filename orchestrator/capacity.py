@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ from typing import IO, Any
 import psutil
 from rich.console import Console
 
-from orchestrator.bench import Benchmark
+from orchestrator.bench import Benchmark, configured
 from orchestrator.footprint import Footprint
 from orchestrator.run import RunError
 from placement.architecture import LADDER, Architecture
@@ -56,7 +56,13 @@ def memory_of(text: str) -> int:
 
 
 def ways(asked: Benchmark, overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Name -> flags of `troupe bench`: ddp in float32 without adapters, and then each strategy asked for (commas between)."""
+    """Name -> flags of `troupe bench`: ddp in float32 without adapters, and then each strategy asked for (commas between).
+
+    Raises ConfigError or RunError where one of them could not run, whatever the model's size.
+    """
+    for strategy in asked.strategy.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            configured(replace(asked, strategy=strategy), overrides, Path(folder))
     common = [
         f"--experience_batch_size={asked.experience_batch_size}",
         f"--train_batch_size={asked.train_batch_size}",

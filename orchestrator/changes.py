@@ -26,7 +26,7 @@ FREE = (
     "verify",
 )
 """Settings that may change at any time: no result depends on them (on where roles lie and how they are sharded, none beyond
-float tolerance)."""
+float tolerance). Nor does one depend on `ppo.answer_log`."""
 
 
 def changes(old: RunConfig, new: RunConfig, stage: Stage, start: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -44,7 +44,8 @@ def _relevant(config: RunConfig, stage: Stage, start: Mapping[str, Any]) -> dict
     before = {other for other in STAGES if f"models/{other}" in models}
     others = {name for other in STAGES if other not in {stage, *before} for name in OWN[other]}
     elsewhere = {"start_from"} if stage == "sft" else set()
-    found = config.model_dump(mode="json", exclude={*FREE, *others, *elsewhere})
+    exclude: dict[str, Any] = {"ppo": {"answer_log"}} | dict.fromkeys([*FREE, *others, *elsewhere], True)
+    found = config.model_dump(mode="json", exclude=exclude)
     if config.sft and "sft" not in found and _takes_demonstrations(config, stage):
         found["sft"] = {"train": config.sft.train.model_dump(mode="json")}
     return found

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from statistics import fmean
@@ -16,13 +15,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from orchestrator.intervals import Interval
 
 BEFORE, AFTER = "#94a3b8", "#2563eb"
 INK, MUTED, GRID, WARN = "#0f172a", "#64748b", "#e2e8f0", "#dc2626"
 SERIES = ("#2563eb", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#64748b")
+STACK = (*SERIES, "#84cc16")
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # Text stays text: small, and in the page's own font.
@@ -55,7 +55,8 @@ class Chart:
     title: str
     caption: str
     svg: str
-    wide: bool = False
+    narrow: str = ""
+    """A wide chart drawn anew at half the width, for narrow screens; empty: it is not wide."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def curves(
         percent: Values are shares.
         wide: Twice the width.
     """
-    with _figure(8.2 if wide else 4.0) as (axes, out):
+
+    def draw(axes: Axes, columns: int) -> None:
         for one in series:
             _draw(axes, one)
         if line is not None:
@@ -101,29 +103,39 @@ def curves(
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if len(series) + (line is not None) > 1:
-            _legend(axes, 6 if wide else 3)
-        axes.set_xlabel("step", loc="right", fontsize=9)
-        axes.margins(x=0.01)
-    return Chart(title, caption, out.getvalue(), wide)
+            _legend(axes, columns)
+        _step_axis(axes)
+
+    return _chart(title, caption, draw, wide)
+
+
+COLUMNS = 80
+"""Columns of a stacked chart, at most."""
+
+
+def steps_per_column(steps: int) -> int:
+    """Of how many steps a column of a stacked chart is the mean."""
+    return -(-steps // COLUMNS)
 
 
 def stacked(title: str, caption: str, steps: Sequence[int], parts: Mapping[str, Sequence[float]]) -> Chart:
-    """Parts of a whole over steps, one on top of the other; runs of steps are averaged to at most 80 columns."""
-    run = -(-len(steps) // 80)
+    """Parts of a whole over steps, one on top of the other; where there are many steps, means of several."""
+    run = steps_per_column(len(steps))
     starts = range(0, len(steps), run)
     centers = [fmean(steps[start : start + run]) for start in starts]
     width = 0.86 * run
-    with _figure(8.2) as (axes, out):
+
+    def draw(axes: Axes, columns: int) -> None:
         bottom = np.zeros(len(centers))
-        for color, (label, values) in zip(SERIES * len(parts), parts.items(), strict=False):
+        for color, (label, values) in zip(STACK * len(parts), parts.items(), strict=False):
             heights = np.asarray([fmean(values[start : start + run]) for start in starts])
             axes.bar(centers, heights, width, bottom=bottom, color=color, label=_label(label), linewidth=0)
             bottom += heights
-        axes.set_xlabel("step", loc="right", fontsize=9)
         axes.set_ylabel("seconds", fontsize=9)
-        axes.margins(x=0.01)
-        _legend(axes, 6)
-    return Chart(title, caption, out.getvalue(), wide=True)
+        _step_axis(axes)
+        _legend(axes, columns)
+
+    return _chart(title, caption, draw, wide=True)
 
 
 def distributions(
@@ -132,22 +144,26 @@ def distributions(
     """Histograms of one score before and after; a dashed line marks each mean."""
     low, high = np.percentile([*before, *after], [0.5, 99.5])
     edges = np.linspace(low, high, 33) if high > low else np.linspace(low - 0.5, low + 0.5, 33)
-    with _figure(8.2) as (axes, out):
+
+    def draw(axes: Axes, columns: int) -> None:
         for values, color, name in ((before, BEFORE, names[0]), (after, AFTER, names[1])):
             inside = np.clip(values, edges[0], edges[-1])
             axes.hist(inside, bins=list(edges), color=color, alpha=0.55, label=name, linewidth=0)
             axes.axvline(float(np.mean(values)), color=color, linewidth=1.8, linestyle=(0, (3, 2)))
         axes.set_ylabel("answers", fontsize=9)
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_xlabel("reward", loc="right", fontsize=9)
         axes.grid(axis="x", visible=False)
-        _legend(axes, 6)
-    return Chart(title, caption, out.getvalue(), wide=True)
+        _legend(axes, columns)
+
+    return _chart(title, caption, draw, wide=True)
 
 
 def effects(title: str, caption: str, changes: Mapping[str, Interval]) -> Chart:
     """Standardised changes with their intervals, one row each, against a line at 0."""
     rows = list(changes.items())[::-1]
-    with _figure(4.0, 2.4) as (axes, out):
+
+    def draw(axes: Axes, columns: int) -> None:
         axes.axvline(0, color=MUTED, linewidth=1)
         for row, (_, change) in enumerate(rows):
             axes.plot([change.low, change.high], [row, row], color=AFTER, linewidth=2)
@@ -156,7 +172,8 @@ def effects(title: str, caption: str, changes: Mapping[str, Interval]) -> Chart:
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("standard deviations", loc="right", fontsize=9)
-    return Chart(title, caption, out.getvalue())
+
+    return _chart(title, caption, draw)
 
 
 def _draw(axes: Axes, series: Series) -> None:
@@ -189,6 +206,12 @@ def _moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarra
     return total / np.convolve(np.ones(len(values)), ones, mode="same")
 
 
+def _step_axis(axes: Axes) -> None:
+    axes.set_xlabel("step", loc="right", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.01)
+
+
 def _label(text: str) -> str:
     """A legend's text; matplotlib leaves out labels that begin with an underscore."""
     return text.replace("_", " ").strip() or text
@@ -205,18 +228,22 @@ def _legend(axes: Axes, columns: int) -> None:
     )
 
 
-@contextmanager
-def _figure(width: float, height: float = 2.4) -> Iterator[tuple[Axes, StringIO]]:
-    """Axes to draw on; afterwards the buffer holds the SVG element."""
-    out = StringIO()
+def _chart(title: str, caption: str, draw: Callable[[Axes, int], None], wide: bool = False) -> Chart:
+    """draw: given axes, and how many columns a legend may have."""
+    sizes = ((8.2, 8), (4.0, 3)) if wide else ((4.0, 3),)
+    return Chart(title, caption, *(_svg(width, columns, draw) for width, columns in sizes))
+
+
+def _svg(width: float, columns: int, draw: Callable[[Axes, int], None]) -> str:
+    """The SVG element of a figure so many inches wide."""
+    drawn = StringIO()
     with rc_context({**STYLE, "svg.hashsalt": "troupe"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, 2.4), layout="constrained")
         FigureCanvasSVG(figure)
-        yield figure.add_subplot(), out
-        drawn = StringIO()
+        draw(figure.add_subplot(), columns)
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(drawn, format="svg", transparent=True, metadata=metadata)
-    out.write(_inline(drawn.getvalue()))
+    return _inline(drawn.getvalue())
 
 
 def _inline(svg: str) -> str:

@@ -44,8 +44,23 @@ def _dashed(name: str, text: str, least: int = 1) -> Any:
     return typer.Option(f"--{name.replace('-', '_')}", f"--{name}", min=least, help=text)
 
 
+def _print_versions(asked: bool) -> None:
+    if asked:
+        from orchestrator.versions import versions
+
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Print Troupe's version and those it runs on."
+        ),
+    ] = False,
+) -> None:
     """Train chat models from human feedback: supervised fine-tuning, reward model, PPO."""
     from orchestrator.terminal import make_output_last
 
@@ -90,12 +105,23 @@ def resume(run: RunFolder, overrides: Overrides = None, accept_changes: Accept =
 
 @app.command()
 def status(run: RunFolder) -> None:
-    """Show what a run is doing, or how it ended: stage, step, phase, workers, failures."""
+    """Show what a run is doing, or how it ended and how to go on with it."""
     with _errors():
         from orchestrator.run import Run
-        from orchestrator.status import print_status
+        from orchestrator.status_text import print_status
 
         print_status(Run.open(run), Console())
+
+
+@app.command("list")
+def list_(
+    folder: Annotated[Path, typer.Argument(help="Folder of the runs' folders, the setting `runs`.")] = Path("runs"),
+) -> None:
+    """List the runs in a folder: stage, step, state, result, age."""
+    with _errors():
+        from orchestrator.listing import print_runs
+
+        print_runs(folder.expanduser(), Console())
 
 
 @app.command()
@@ -143,6 +169,8 @@ def plan(
 
         from orchestrator.planning import asked_for, cluster_of, planned
 
+        if picture:
+            _check_place(picture, "--picture")
         if picture and picture.suffix not in (".svg", ".png", ".html"):
             raise typer.BadParameter(f"was {picture}; must end in .svg, .png, .html", param_hint="--picture")
         where = cluster_of(cluster)
@@ -262,6 +290,8 @@ def bench(
         from orchestrator.bench_text import print_bench
 
         prompt, total = _lengths(lengths)
+        if json_file and json_file != "-":
+            _check_place(Path(json_file), "--json")
         asked = Benchmark(
             model=model,
             strategy=strategy,
@@ -299,6 +329,14 @@ def _lengths(text: str) -> tuple[int, int]:
     if not 0 < prompt < total:
         raise typer.BadParameter(f"was {text!r}; must be PROMPT,TOTAL such as 400,512", param_hint="--lengths")
     return prompt, total
+
+
+def _check_place(file: Path, option: str) -> None:
+    """Refuse a file that could not be written at the end."""
+    if not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"was {file}; there is no folder {file.parent}", param_hint=option)
+    if file.is_dir():
+        raise typer.BadParameter(f"was {file}, which is a folder", param_hint=option)
 
 
 def _write_json(value: Any, file: str | None) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from configs.schema import DeadlineSettings
+from configs.schema import DeadlineSettings, Role
 
 Phase = Literal["start", "generate", "score", "train", "publish", "save"]
 
@@ -51,6 +51,21 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else math.inf if a else 0.0
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """A call that the driver waits for; of several the one whose deadline is the next."""
+
+    role: Role
+    ranks: tuple[int, ...]
+    """Those that have not answered."""
+    method: str
+    since: float
+    """Seconds since the epoch, as is `until`, its deadline."""
+    until: float
+    setting: str
+    """Dotted path of the setting that bounds it."""
+
+
 class Deadlines:
     """The deadlines of a team's calls. A call that has been made before gets `patience` times what the latest calls of its
     name took, in proportion to what it has to do where that is more than they did, and `least` seconds at least; one that is
@@ -60,6 +75,10 @@ class Deadlines:
         self._settings = settings
         self._seen: dict[str, deque[tuple[Workload, float]]] = {}
         self._missed: Counter[str] = Counter()
+        self.awaited: Awaited | None = None
+        """What the driver waits for at this moment."""
+        self.busy: dict[tuple[Role, str], float] = defaultdict(float)
+        """Seconds that answered calls took, by role and method."""
 
     def seconds(self, method: str, work: Workload) -> float:
         """Seconds for a call that may have to do so much."""
@@ -80,6 +99,11 @@ class Deadlines:
     def missed(self, method: str) -> None:
         """Note that a call did not end by its deadline."""
         self._missed[method] += 1
+
+    def taken(self) -> dict[tuple[Role, str], float]:
+        """What `busy` holds since this was last called."""
+        taken, self.busy = self.busy, defaultdict(float)
+        return taken
 
     def setting(self, method: str) -> str:
         """Dotted path of the setting that bounds a call."""

@@ -1,4 +1,4 @@
-"""What a run measures: metrics.jsonl, TensorBoard events, and gauges on Ray's metrics port."""
+"""What a run records step by step: metrics.jsonl, TensorBoard events, sampled answers, and metrics on Ray's port."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import io
 import json
 import math
 import os
-import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,15 +17,14 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from configs.schema import ROLES
 from orchestrator.integrity import DiskError, sync, writing
+from orchestrator.ray_metrics import RayMetrics
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples"
+"""Folder of the sampled answers, `<stage>.jsonl`."""
 RESERVED = ("stage", "step", "time")
 VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
-
-# Below these a last part such as "reward" is what was measured, or the name of a reward; it is not the role.
-_NOT_BY_ROLE = ("evaluation", "reward", "timeouts", "errors")
 
 
 class MetricsError(ValueError):
@@ -47,8 +45,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         MetricsError: another line is not a JSON object; names file and line.
     """
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    return [_parsed(path, number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if line]
+    return [parsed for _, parsed in _lines_of(path)]
 
 
 def repeatable(folder: Path, stage: str) -> list[dict[str, Any]]:
@@ -60,21 +57,6 @@ def repeatable(folder: Path, stage: str) -> list[dict[str, Any]]:
     ]
 
 
-def gauge_name(metric: str) -> tuple[str, str]:
-    """(Prometheus name, role) of a metric; the role is "" where the metric belongs to none.
-
-    >>> gauge_name("reward/mean"), gauge_name("memory_gib/actor"), gauge_name("role/critic/queue")
-    (('troupe_reward_mean', ''), ('troupe_memory_gib', 'actor'), ('troupe_queue', 'critic'))
-    """
-    parts = metric.split("/")
-    role = ""
-    if parts[0] == "role" and len(parts) > 2 and parts[1] in ROLES:
-        role, parts = parts[1], parts[2:]
-    elif len(parts) > 1 and parts[-1] in ROLES and parts[0] not in _NOT_BY_ROLE:
-        role, parts = parts[-1], parts[:-1]
-    return "troupe_" + re.sub(r"[^a-zA-Z0-9_]", "_", "_".join(parts)), role
-
-
 class Recorder:
     """Writes the metrics of one stage of a run; one process at a time writes to a run folder.
 
@@ -82,7 +64,7 @@ class Recorder:
 
     Args:
         folder: The run's folder; made where it does not exist.
-        run: Name of the run, a tag of the gauges.
+        run: Name of the run, a label of the metrics on Ray's port.
         stage: sft, rm or ppo.
         resume_step: The stage goes on after this step: its lines of later steps are dropped, so that they are not there
             twice. None: the stage begins anew, and all of its earlier lines are dropped. Other stages' lines stay.
@@ -99,14 +81,14 @@ class Recorder:
         board = folder / "tensorboard" / stage
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         last_step = -1 if resume_step is None else resume_step
-        with writing(folder):
-            board.mkdir(parents=True, exist_ok=True)
-            _cut(folder, stage, last_step)
-            self._lines = _Appended(self._path)
-            self._events = _Appended(board / name)
+        self._lines, self._events = _Appended(self._path), _Appended(board / name)
+        self._samples = _Appended(folder / SAMPLES / f"{stage}.jsonl")
+        self._most_sample_bytes: int | None = None
+        self._cut_after(last_step)
         self._events.add(0, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
         self._begin_after(last_step)
-        self._gauges = _Gauges(run, stage)
+        self.ray = RayMetrics(run, stage)
+        """What Ray's metrics port shows of this stage."""
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line, `{"stage", "step", "time", **metrics}`, and the same to TensorBoard and to Ray.
@@ -128,16 +110,24 @@ class Recorder:
         scalars = [Summary.Value(tag=f"{self._stage}/{name}", simple_value=value) for name, value in values.items()]
         self._lines.add(step, (json.dumps(line, allow_nan=False) + "\n").encode())
         self._events.add(step, _record(Event(wall_time=now, step=step, summary=Summary(value=scalars))))
-        self._gauges.set(values)
+        self.ray.record(step, values)
         self._flush()
+
+    def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
+        """Write `{"step", **answer}` to samples/<stage>.jsonl for each of a step's answers, with the step's next metrics.
+
+        Where the file grows beyond `most_bytes`, its oldest steps are dropped.
+        """
+        self._most_sample_bytes = most_bytes
+        for answer in answers:
+            line = json.dumps({"step": step, **answer}, ensure_ascii=False, allow_nan=False)
+            self._samples.add(step, (line + "\n").encode())
 
     def rewind(self, step: int) -> None:
         """Forget this stage's steps after `step`, which are about to be done again. Raises DiskError."""
-        self._lines.forget_after(step)
-        self._events.forget_after(step)
-        with writing(self._path):
-            _cut(self._path.parent, self._stage, step)
-            self._lines.reopen()
+        for file in (self._lines, self._events, self._samples):
+            file.forget_after(step)
+        self._cut_after(step)
         self._begin_after(step)
 
     def close(self) -> None:
@@ -145,8 +135,9 @@ class Recorder:
         try:
             self._flush()
         finally:
-            self._lines.close()
-            self._events.close()
+            self.ray.close()
+            for file in (self._lines, self._events, self._samples):
+                file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -165,11 +156,16 @@ class Recorder:
         self._events.add(step, _record(Event(wall_time=time.time(), step=step + 1, session_log=start)))
         self._flush()
 
+    def _cut_after(self, step: int) -> None:
+        """Drop this stage's lines of later steps, and torn last lines."""
+        self._lines.cut(lambda line: line["stage"] != self._stage or line["step"] <= step)
+        self._samples.cut(lambda line: line["step"] <= step)
+
     def _flush(self) -> None:
-        with writing(self._path):
-            self._lines.flush()
-        with writing(self._events.path):
-            self._events.flush()
+        for file in (self._lines, self._events, self._samples):
+            file.flush()
+        if self._most_sample_bytes is not None:
+            self._samples.drop_oldest(self._most_sample_bytes)
 
 
 class _Appended:
@@ -178,7 +174,7 @@ class _Appended:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting: list[tuple[int, bytes]] = []
-        self._file = path.open("ab", buffering=0)
+        self._file: io.FileIO | None = None
 
     def add(self, step: int, record: bytes) -> None:
         self._waiting.append((step, record))
@@ -188,24 +184,62 @@ class _Appended:
         self._waiting = [(at, record) for at, record in self._waiting if at <= step]
 
     def flush(self) -> None:
-        while self._waiting:
-            end = os.fstat(self._file.fileno()).st_size
-            rest = memoryview(self._waiting[0][1])
-            try:
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-            except OSError:
-                self._file.truncate(end)
-                raise
-            del self._waiting[0]
+        """Raises DiskError; what could not be written still waits."""
+        if not self._waiting:
+            return
+        with writing(self.path):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            while self._waiting:
+                end = os.fstat(self._file.fileno()).st_size
+                rest = memoryview(self._waiting[0][1])
+                try:
+                    while rest:
+                        rest = rest[self._file.write(rest) :]
+                except OSError:
+                    self._file.truncate(end)
+                    raise
+                del self._waiting[0]
 
-    def reopen(self) -> None:
-        """Go on in the file that now has the name."""
-        self._file.close()
-        self._file = self.path.open("ab", buffering=0)
+    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Of a file of JSON lines leave those to keep; it is whole at every moment. Raises DiskError."""
+        if self.path.exists():
+            with writing(self.path):
+                self._rewrite([raw for raw, line in _lines_of(self.path) if keep(line)])
+
+    def drop_oldest(self, most_bytes: int) -> None:
+        """Where the file of JSON lines is larger than that, drop its oldest steps down to half of it. Raises DiskError."""
+        if not self.path.exists() or self.path.stat().st_size <= most_bytes:
+            return
+        by_step: dict[int, list[bytes]] = {}
+        for raw, line in _lines_of(self.path):
+            by_step.setdefault(line["step"], []).append(raw)
+        kept: list[list[bytes]] = []
+        size = 0
+        for lines in reversed(by_step.values()):
+            size += sum(len(raw) + 1 for raw in lines)
+            if kept and size > most_bytes // 2:
+                break
+            kept.append(lines)
+        with writing(self.path):
+            self._rewrite([raw for lines in reversed(kept) for raw in lines])
+
+    def _rewrite(self, lines: Sequence[bytes]) -> None:
+        partial = self.path.with_name(self.path.name + ".partial")
+        try:
+            partial.write_bytes(b"".join(line + b"\n" for line in lines))
+            sync(partial)
+            partial.replace(self.path)
+            sync(self.path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+        self.close()  # the next record goes into the file that now has the name
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _record(event: Event) -> bytes:
@@ -216,24 +250,10 @@ def _record(event: Event) -> bytes:
     return file.getvalue()
 
 
-class _Gauges:
-    """The latest values as gauges of this process on Ray's metrics port; nothing where Ray is not initialised."""
-
-    def __init__(self, run: str, stage: str) -> None:
-        self._tags = {"run": run, "stage": stage}
-        self._gauges: dict[str, Any] = {}
-
-    def set(self, values: Mapping[str, float]) -> None:
-        import ray  # Half a second, which readers of metrics.jsonl need not spend.
-        from ray.util.metrics import Gauge
-
-        if not ray.is_initialized():
-            return
-        for metric, value in values.items():
-            name, role = gauge_name(metric)
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(name, description=f"Troupe: {metric}", tag_keys=("run", "stage", "role"))
-            self._gauges[name].set(value, tags={**self._tags, "role": role})
+def _lines_of(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a JSON-lines file, as they stand there and parsed. Errors: see read_lines."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return [(line, _parsed(path, number, line)) for number, line in enumerate(whole.split(b"\n"), start=1) if line]
 
 
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -244,19 +264,3 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise MetricsError(f"{path}:{number}: expected a JSON object, found {line[:80]!r}")
     return parsed
-
-
-def _cut(folder: Path, stage: str, last_step: int) -> None:
-    """Drop the stage's lines after `last_step` and a torn last line; the file is whole at every moment."""
-    path = folder / FILE
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(folder) if line["stage"] != stage or line["step"] <= last_step]
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        sync(partial)
-        partial.replace(path)
-        sync(folder)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from orchestrator.outcome import outcome
 from orchestrator.preflight import Input
 from orchestrator.rollouts import Experience, Rollouts
 from orchestrator.run import Run, local
+from orchestrator.samples import keep_samples
 from orchestrator.scores import shape_scores
 from orchestrator.stage import StageRun
 from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
@@ -79,6 +80,7 @@ class PPO(StageRun):
             self.seconds["prove"] = published.proof_seconds
             self.seconds["publish"] -= published.proof_seconds
         metrics = self._measure(rollouts, kl, scores, reward) | learnt
+        keep_samples(self.recorder, team, step, rollouts, reference, scores, reward)
         metrics["seconds/step"] = time.monotonic() - started
         metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
         if learnt["updates"]:
@@ -137,6 +139,8 @@ class PPO(StageRun):
             "length/answer": float(rollouts.answer_lengths.mean()),
             "missing_eos": float(1 - rollouts.ended.mean()),
             "policy_version": float(max(rollouts.versions)),
+            "samples": float(len(rollouts)),
+            "tokens": float(rollouts.answer_lengths.sum()),
             **self.spent(),
         }
 

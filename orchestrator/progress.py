@@ -7,24 +7,32 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
 from rich.text import Text
+
+from orchestrator.number_text import clock, percent
 
 PLAIN_INTERVAL = 2.0
 """Least seconds between two plain step lines."""
 
 _HEADLINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("reward/mean", "reward", lambda value: f"{value:+.3f}"),
-    ("kl", "KL", lambda value: f"{value:.3f}"),
+    ("reward/mean", "reward", lambda value: f"{value:+z.3f}"),
+    ("kl", "KL", lambda value: f"{value:z.3f}"),
     ("loss", "loss", lambda value: f"{value:.3f}"),
-    ("accuracy", "accuracy", lambda value: f"{value:.1%}"),
+    ("accuracy", "accuracy", percent),
     ("validation/loss", "val. loss", lambda value: f"{value:.3f}"),
-    ("validation/accuracy", "val. accuracy", lambda value: f"{value:.1%}"),
+    ("validation/accuracy", "val. accuracy", percent),
     ("tokens_per_second", "tokens/s", lambda value: f"{value:,.0f}"),
 )
 """(metric, label, format) of what is shown beside the step, where the stage has it."""
+
+
+BAR, BAR_FROM = 24, 90
+"""Characters of the bar, and the width of a terminal from which on there is room for it."""
 
 
 class Progress:
@@ -35,45 +43,47 @@ class Progress:
         steps: Step at which the stage ends.
         console: Where to; none: standard output.
         start: Step after which the stage goes on, when it was resumed.
+        on_phase: Is told what `phase` is told.
     """
 
-    def __init__(self, stage: str, steps: int, console: Console | None = None, start: int = 0) -> None:
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        console: Console | None = None,
+        start: int = 0,
+        on_phase: Callable[[str], None] = lambda name: None,
+    ) -> None:
         self._stage, self._steps = stage, steps
         self._console = console or Console()
+        self._on_phase = on_phase
         self._latest: dict[str, float] = {}
+        self._step = start
         self._first: tuple[int, float] | None = None  # Step and time of the first update: start-up is not in the ETA.
         self._printed_at: float | None = None
         self._pending: str | None = None
-        self._bar = RichProgress(
-            SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("[bold]{task.fields[stage]}[/bold]", markup=True),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=steps, completed=start, stage=stage, detail="")
+        self._line = _LiveLine(stage, steps, start)
+        self._live = Live(self._line, console=self._console, refresh_per_second=10)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._bar.update(self._task, detail=" · ".join(self._numbers()))
-        self._bar.stop()
+        self._line.end(self._numbers() if kind is None else None)
+        self._live.stop()
         if self._pending is not None:
             self._print(self._pending)
             self._pending = None
 
     def phase(self, name: str) -> None:
         """Say what is going on, e.g. "starting workers"; the next phase or step takes its place."""
+        self._on_phase(name)
         if self._console.is_terminal:
-            self._bar.update(self._task, detail=name)
+            self._line.details = [name]
         else:
             self._print(f"{self._stage}: {name}")
 
@@ -84,13 +94,16 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` is done. Numbers that `metrics` lacks keep their last value."""
         now = time.monotonic()
+        if step <= self._step:
+            self._first = None  # steps are done again: what was lost meanwhile says nothing of those to come
+        self._step = step
         self._latest.update(metrics)
         left = self._time_left(step, now)
-        detail = " · ".join([*([f"{left} left"] if left else []), *self._numbers()])
+        details = [*([f"{left} left"] if left else []), *self._numbers()]
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=step, detail=detail)
+            self._line.step, self._line.details = step, details
             return
-        line = " · ".join(filter(None, [f"{self._stage} {step}/{self._steps}", detail]))
+        line = " · ".join([f"{self._stage} {step}/{self._steps}", *details])
         if self._printed_at is None or step >= self._steps or now - self._printed_at >= PLAIN_INTERVAL:
             self._printed_at, self._pending = now, None
             self._print(line)
@@ -113,12 +126,36 @@ class Progress:
         self._console.print(Text(text), soft_wrap=True)
 
 
-def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour.
+class _LiveLine:
+    """One line, however narrow the terminal: stage and step, then the details, of which the last ones are left out where there
+    is no room for them. The bar and the time so far are there in wide terminals only."""
 
-    >>> clock(59.6), clock(3723)
-    ('1:00', '1:02:03')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    def __init__(self, stage: str, steps: int, step: int) -> None:
+        self.stage, self.steps, self.step = stage, steps, step
+        self.details: list[str] = []
+        self._began = time.monotonic()
+        self._mark: Spinner | Text = Spinner("dots", style="green")
+        self._took: str | None = None
+
+    def end(self, details: list[str] | None) -> None:
+        """Show no more movement. details: of a stage that ended well."""
+        self._took = clock(time.monotonic() - self._began)
+        self._mark = Text("-" if details is None else "✓", style="red" if details is None else "green")
+        if details is not None:
+            self.details = details
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        has_bar = options.max_width >= BAR_FROM
+        room = options.max_width - 2 - (BAR + 1 if has_bar else 0)  # beside the mark and the bar
+        text = Text.assemble((self.stage, "bold"), " ", (f"{self.step}/{self.steps}", "green"))
+        if has_bar:
+            text.append(f" · {self._took or clock(time.monotonic() - self._began)}")
+        for number, detail in enumerate(self.details):
+            if number and text.cell_len + 3 + len(detail) > room:
+                break
+            text.append(f" · {detail}")
+        text.truncate(max(room, 1), overflow="ellipsis")
+        bar = [ProgressBar(total=max(self.steps, 1), completed=self.step, width=BAR)] if has_bar else []
+        row = Table.grid(padding=(0, 1, 0, 0))
+        row.add_row(self._mark, *bar, text)
+        yield row

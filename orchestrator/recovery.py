@@ -37,6 +37,8 @@ class Recovery:
         self._log = log
         self._say = say
         self._spent: dict[Role, list[_Restart]] = {}
+        self.on_failure: Callable[[str, str], None] = lambda role, kind: None
+        """Is told of every failure: the role, and what kind of failure."""
 
     @property
     def where(self) -> str:
@@ -81,5 +83,6 @@ class Recovery:
 
     def record(self, failure: Failure, consequence: str) -> None:
         """Write a failure, and what came of it, to a file of its own."""
+        self.on_failure(failure.role, failure.kind)
         if self._log:
             self._log.write(f"{failure.role}-{failure.kind}", f"{failure.phase}: {failure}\n{consequence}")

@@ -1,7 +1,8 @@
 """A run's folder: what is in it, and what is whole.
 
-    runs/<name>/  config.yaml  run.json  metrics.jsonl  tensorboard/  evaluation/  summary.json  report.html
-                  checkpoints/<stage>/<step>/   models/<stage>/   failures/   logs -> the workers' of the latest Ray session
+    runs/<name>/  config.yaml  run.json  status.json  metrics.jsonl  tensorboard/  samples/  evaluation/  summary.json
+                  report.html  checkpoints/<stage>/<step>/   models/<stage>/   failures/
+                  logs -> the workers' of the latest Ray session
 
 Folders and small files appear whole or not at all. A checkpoint carries checksums; one that does not agree with them is
 renamed to <step>.damaged, and the one before serves.
@@ -178,9 +179,22 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RunError(f"{self.folder}: another process is at work in this run") from error
-            for folder in (self.folder, self.folder / "models", *(self.folder / "checkpoints").glob("*/")):
+            for folder in (self.folder, *(self.folder / name for name in ("models", "samples"))):
+                clear_leftovers(folder)
+            for folder in (self.folder / "checkpoints").glob("*/"):
                 clear_leftovers(folder)
             yield
+
+    def at_work(self) -> bool:
+        """Whether a process is at work in the folder. Changes nothing there."""
+        try:
+            with open(self.folder / ".lock", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def begun(self) -> list[Stage]:
         """The stages of which anything has been computed."""
@@ -296,12 +310,13 @@ class Run:
     @contextmanager
     def saving(self, stage: Stage, step: int) -> Iterator[Path]:
         """A folder to write a checkpoint in. It counts once the block has ended well, and then is on disk with its checksums,
-        as are the metrics up to it. Raises DiskError where the disk is full or fails; earlier checkpoints are unharmed."""
+        as are the metrics and the kept answers up to it. Raises DiskError where the disk is full or fails; earlier checkpoints
+        are unharmed."""
         with whole_folder(self.checkpoint(stage, step)) as folder:
             yield folder
             seal(folder)
-            if (metrics := self.folder / "metrics.jsonl").exists():
-                sync(metrics)
+            for file in (*self.folder.glob("metrics.jsonl"), *self.folder.glob("samples/*.jsonl")):
+                sync(file)
 
     def sound_checkpoint(self, stage: Stage, warn: Callable[[str], None]) -> int | None:
         """Step of the stage's newest checkpoint that is as it was saved; None where there is none.

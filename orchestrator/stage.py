@@ -153,32 +153,38 @@ class StageRun:
 
         Raises Stopped after the step in which the run was asked to stop, with a checkpoint where a step was done.
         """
-        started = time.monotonic()
         self.plan, self.stop = plan, stop
         self.done = self.run.sound_checkpoint(self.name, lambda text: self.console.print(f"warning: {text}")) or 0
         self.recovery = Recovery(self.config.recovery, self.run.failures, lambda text: self.progress.note(text))
-        self.status = Status(self.run.folder, self.name, self.steps, self.done)
-        try:
-            with (
-                Progress(self.name, self.steps, self.console, start=self.done) as self.progress,
-                Recorder(self.run.folder, self.config.name, self.name, self.done or None) as self.recorder,
-            ):
-                try:
-                    self._survive()
-                    self._finish(started)
-                except Exception:
-                    try:
-                        self._keep_snapshot()
-                    except (DiskError, RayError) as error:
-                        self.warn(f"the latest snapshot was not kept: {error}")
+        with Status(self.run.folder, self.name, self.steps, self.done) as self.status:
+            try:
+                with (
+                    Progress(self.name, self.steps, self.console, self.done, self.status.begin_phase) as self.progress,
+                    Recorder(self.run.folder, self.config.name, self.name, self.done or None) as self.recorder,
+                ):
+                    self.recovery.on_failure = self.recorder.ray.failed
+                    self._carry_out()
+            except DiskError as error:
+                if not self.run.finished(self.name):
                     raise
-                finally:
-                    self._end_team()
-        except DiskError as error:
-            if not self.run.finished(self.name):
-                raise
-            self.run.failures.write_exception(error)
-            self.console.print(f"warning: {self.name} is finished, but not all of its metrics were written: {error}")
+                self.run.failures.write_exception(error)
+                self.console.print(
+                    f"warning: {self.name} is finished, but not all of its metrics were written: {error}"
+                )
+
+    def _carry_out(self) -> None:
+        """All of the stage; where it fails, the latest snapshot is kept."""
+        try:
+            self._survive()
+            self._finish()
+        except Exception:
+            try:
+                self._keep_snapshot()
+            except (DiskError, RayError) as error:
+                self.warn(f"the latest snapshot was not kept: {error}")
+            raise
+        finally:
+            self._end_team()
 
     def _survive(self) -> None:
         """Start, work and export the model; after a fault go back and do again what it undid, for as long as the policy
@@ -198,10 +204,10 @@ class StageRun:
                     raise
                 todo = partial(self._go_back if self.loaded else self._start_again, error)
 
-    def _finish(self, started: float) -> None:
+    def _finish(self) -> None:
         """What is done once the model is exported. None of it may end the stage, which is finished."""
         with self.sparing("its numbers in summary.json are left out"):
-            self.run.summarize(self.name, self.result() | {"seconds": time.monotonic() - started})
+            self.run.summarize(self.name, self.result())
         with self.sparing("its checkpoints, which are no longer needed, were not removed"):
             self.run.prune(self.name, 0)
 
@@ -267,6 +273,7 @@ class StageRun:
             self.done = 0
             self.set_state(self.first_state)
         self.recorder.rewind(self.done or -1)
+        self.status.update(step=self.done)
 
     def _work(self) -> None:
         if not self.done:
@@ -284,7 +291,8 @@ class StageRun:
 
     def _changed(self, team: Team) -> None:
         """The workers are others than before."""
-        self.status.update(workers=team.workers())
+        self.status.watch(team)
+        self.recorder.ray.workers(team.workers())
 
     def warn(self, text: str) -> None:
         self.progress.note(f"warning: {text}")
@@ -293,7 +301,7 @@ class StageRun:
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of a step."""
         started = time.monotonic()
-        self.status.update(phase=name)
+        self.status.begin_phase(name)
         yield
         self.seconds[name] = time.monotonic() - started
 
@@ -313,6 +321,7 @@ class StageRun:
         self._count_refusals(metrics)
         with self.run.tolerating(self.warn):
             self.recorder.record(step, metrics)
+        self.recorder.ray.spent(self.team.deadlines.taken())
         self.progress.update(step, metrics)
         self.status.update(step=step, version=self.team.version)
         every = self.config.checkpoint.every

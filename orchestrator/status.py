@@ -1,4 +1,7 @@
-"""What a run is doing: written by the driver as it goes, read by `troupe status`."""
+"""What a run is doing, and how its last session ended: status.json, written by the driver, and what is read of it.
+
+A session is what one driver's process does of one stage. The file says nothing of an end where the driver was killed.
+"""
 
 from __future__ import annotations
 
@@ -7,72 +10,90 @@ import os
 import socket
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-from rich.table import Table
+from orchestrator.repeating import Repeating
+from orchestrator.stopping import Stopped
 
-from orchestrator.run import Run, RunError
+if TYPE_CHECKING:
+    from orchestrator.team import Team
 
 FILE = "status.json"
+SIGN_OF_LIFE = 5.0
+"""Seconds between two times that a driver writes the file, whatever it does."""
 
 
 class Status:
-    """status.json of one stage of a run."""
+    """status.json of a session, until the `with` block ends.
+
+    `step` is the last that is done. `began`, `phase_began` and `time`, the last sign of life, are seconds since the epoch.
+    """
 
     def __init__(self, folder: Path, stage: str, steps: int, step: int) -> None:
         self._path = folder / FILE
+        self._lock = RLock()
+        self._team: Team | None = None
+        now = time.time()
         self._now: dict[str, Any] = {
             "stage": stage,
             "step": step,
             "steps": steps,
             "phase": "starting",
+            "phase_began": now,
             "driver": {"host": socket.gethostname(), "pid": os.getpid()},
             "workers": [],
             "version": 0,
+            "began": now,
         }
-        self.update()
+        self._write()
+        self._alive = Repeating(self._write, SIGN_OF_LIFE)
 
     def update(self, **changes: Any) -> None:
-        """Any of step, phase, version, workers."""
-        self._now |= changes
-        partial = self._path.with_name(FILE + ".partial")
-        with suppress(OSError):  # to show it is not worth a run
-            partial.write_text(json.dumps(self._now | {"time": round(time.time(), 3)}), encoding="utf-8")
-            os.replace(partial, self._path)
+        """Any of step and version."""
+        with self._lock:
+            self._now |= changes
+            self._write()
+
+    def begin_phase(self, name: str) -> None:
+        """Say what is going on from now on."""
+        self.update(phase=name, phase_began=time.time())
+
+    def watch(self, team: Team) -> None:
+        """From now on show these workers, and which of them is waited for."""
+        self._team = team
+        self.update(workers=team.workers())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._alive.stop()
+        self._team = None
+        self.update(ended=ending(error))
+
+    def _write(self) -> None:
+        with self._lock:
+            awaited = self._team.deadlines.awaited if self._team else None
+            now = self._now | {"awaited": asdict(awaited) if awaited else None, "time": time.time()}
+            partial = self._path.with_name(FILE + ".partial")
+            with suppress(OSError):  # to show it is not worth a run
+                partial.write_text(json.dumps(now), encoding="utf-8")
+                os.replace(partial, self._path)
 
 
-def print_status(run: Run, console: Console) -> None:
-    """What is known of a run that goes on, or of the last process that worked on it."""
-    console.print(f"[bold]{run.config.name}[/bold]: {_condition(run)}", highlight=False)
-    if now := run.read(FILE):
-        ago = time.time() - now["time"]
-        console.print(
-            f"{now['stage']}: step {now['step']} of {now['steps']}, phase {now['phase']}, policy version {now['version']}; "
-            f"driver {now['driver']['host']} pid {now['driver']['pid']}; {ago:.0f} s ago",
-            highlight=False,
-        )
-        console.print(_workers(now["workers"]))
-    failures = sorted((run.folder / "failures").glob("*.txt"))
-    if failures:
-        console.print(f"{len(failures)} failures in {run.folder / 'failures'}; the last:", highlight=False)
-        console.print(failures[-1].read_text(encoding="utf-8").splitlines()[1], markup=False, highlight=False)
-
-
-def _condition(run: Run) -> str:
-    try:
-        with run.locked():
-            left = [stage for stage in run.stages if not run.finished(stage)]
-    except RunError:
-        return "running"
-    return f"not running; to go on: troupe resume {run.folder}" if left else "finished"
-
-
-def _workers(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("role", "rank", "node", "pid", "restarts"):
-        table.add_column(name, justify="left" if name in ("role", "node") else "right")
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in ("role", "rank", "node", "pid", "restarts")))
-    return table
+def ending(error: BaseException | None) -> dict[str, str]:
+    """How a session ended: `how` is finished, stopped or failed, and `text` is the first line of why."""
+    if error is None:
+        return {"how": "finished", "text": ""}
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, Stopped):
+        return {"how": "stopped", "text": first.partition(";")[0]}
+    if isinstance(error, KeyboardInterrupt):
+        return {"how": "stopped", "text": "stopped at once, in the middle of a step"}
+    return {"how": "failed", "text": f"{type(error).__name__}: {first}" if first else type(error).__name__}

@@ -79,7 +79,8 @@ class Supervised(StageRun):
             at, seed = StageStep(step, self.steps), (self.config.seed, step)
             metrics = self.call(self.train_method, "train", rows, at, seed).get()
         tokens = float(self.team.lengths["train"][0][rows].sum())
-        metrics["tokens_per_second"] = tokens / self.seconds["train"]
+        metrics |= {"samples": float(len(rows)), "tokens": tokens, "seconds/step": self.seconds["train"]}
+        metrics["tokens_per_second"] = tokens / metrics["seconds/step"]
         if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
             with self.phase("validate"):
                 metrics |= self.validate()

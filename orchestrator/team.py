@@ -449,9 +449,11 @@ class Team:
             rollouts.data, rollouts.prompts[rows], rollouts.numbers[rows], rollouts.ended[rows], rollouts.step
         )
 
-    def texts(self, rollouts: Rollouts) -> list[tuple[str, str]]:
-        """(prompt, answer) of each sample, for people to read."""
-        return self.groups["reward"].first("texts", rollouts.placed)
+    def texts(self, rollouts: Rollouts, samples: np.ndarray | None = None) -> list[tuple[str, str]]:
+        """(prompt, answer) as text, for people to read: of each sample, or of some."""
+        samples = np.arange(len(rollouts)) if samples is None else samples
+        work = Workload(float(rollouts.lengths[samples].sum()))
+        return Call(self.groups["reward"], "texts", {0: (rollouts.placed.take(samples),)}, work=work).get()[0]
 
     def _shards(self, role: Role, lengths: np.ndarray) -> tuple[list[Rows], list[list[Rows]]]:
         """Samples of each rank and its micro-batches of them, balanced by tokens."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from configs import ConfigError
 from orchestrator.bench import PROMPTS, Benchmark
 from orchestrator.capacity import failure_of, memory_of, ways
 from orchestrator.footprint import Footprint
@@ -132,6 +133,11 @@ def test_sizes_of_memory() -> None:
     assert (memory_of("16GiB"), memory_of("1.5gib"), memory_of("500MB")) == (16 * 2**30, 3 * 2**29, 500_000_000)
     with pytest.raises(RunError, match="--memory: was 'much'; must be a size such as 16GiB"):
         memory_of("much")
+
+
+def test_capacity_refuses_a_strategy_that_there_is_not_before_it_tries_one() -> None:
+    with pytest.raises(ConfigError, match=r"^strategy: was \"zero9\""):
+        ways(Benchmark(**DEFAULTS | {"strategy": "zero2,zero9"}), [])
 
 
 def test_capacity_compares_with_plain_ddp() -> None:

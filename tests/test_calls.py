@@ -21,6 +21,7 @@ from orchestrator.calls import Call, WorkerGroup, together
 from orchestrator.deadlines import Deadlines
 from orchestrator.failures import WorkerError
 from placement.cluster import Cluster
+from tests.runs import wait_for
 from workers.examine import Whereabouts, whereabouts
 
 pytestmark = pytest.mark.slow
@@ -193,6 +194,23 @@ def test_a_place_goes_on_when_it_is_free_though_others_are_not(start: Start) -> 
     [first], [second], [long] = together(*(g.call("nap", s) for g, s in zip(groups, (0.2, 0.2, 1.5), strict=True)))
     assert first[1] <= second[0]
     assert second[1] < long[1]
+
+
+def test_what_is_waited_for_can_be_seen_from_outside(start: Start) -> None:
+    group = start("actor", ranks=2, timeout=50)
+    deadlines = group.deadlines
+    thread = threading.Thread(target=group.scatter("nap", [(0.0,), (2.0,)]).get)
+    thread.start()
+    wait_for(lambda: deadlines.awaited is not None and deadlines.awaited.ranks == (1,), 30)
+    awaited = deadlines.awaited
+    assert awaited is not None
+    assert (awaited.role, awaited.method, awaited.setting) == ("actor", "nap", "deadlines.train")
+    assert awaited.until - awaited.since == pytest.approx(50, abs=0.01)
+    assert abs(awaited.since - time.time()) < 30
+    thread.join()
+    assert deadlines.awaited is None
+    assert deadlines.taken() == {("actor", "nap"): pytest.approx(2.0, abs=1.5)}
+    assert deadlines.taken() == {}
 
 
 # ---------------------------------------------------------------- what fails

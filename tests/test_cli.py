@@ -16,7 +16,21 @@ from orchestrator.cli import app
 from tests.micro import write_micro
 from tests.models import make_model
 
-COMMANDS = ("sft", "rm", "ppo", "pipeline", "resume", "plan", "config", "report", "generate", "chat", "bench")
+COMMANDS = (
+    "sft",
+    "rm",
+    "ppo",
+    "pipeline",
+    "resume",
+    "status",
+    "list",
+    "plan",
+    "config",
+    "report",
+    "generate",
+    "chat",
+    "bench",
+)
 ROOT = Path(__file__).parents[1]
 
 

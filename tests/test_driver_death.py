@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator import Result
+from orchestrator.condition import Condition
 from orchestrator.metrics import repeatable as lines
+from orchestrator.run import Run
+from orchestrator.sessions import stage_seconds
 from placement.shape import Stage
 from tests.runs import ROOT, TWO_ENGINES, assert_same_model, command
 
@@ -42,12 +45,18 @@ def test_the_driver_killed_at_random(micro: Path, whole: Result) -> None:
         output, _ = process.communicate()
         assert process.returncode == -9, output.decode()
         stages.append(at(folder))
+        assert Condition.of(Run.open(folder)).state in ("killed", "stopped")  # or between two stages
+    spent = sum(stage_seconds(folder).values())
     done = subprocess.run(command("resume", str(folder)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in ORDER:
         assert lines(folder, stage) == lines(whole.folder, stage), f"{stage}; killed in {stages}"
         assert_same_model(folder / "models" / stage, whole.models[stage])
     assert {*stages} == {*ORDER}, f"killed in {stages}"
+    kept = Path("samples") / "ppo.jsonl"
+    assert (folder / kept).read_text() == (whole.folder / kept).read_text(), "no step stands there twice"
+    seconds = stage_seconds(folder)
+    assert sum(seconds.values()) > spent, "of sessions whose driver was killed, too"
 
 
 def size(folder: Path) -> int:

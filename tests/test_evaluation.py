@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from orchestrator.api import Result
 from orchestrator.closing import print_result
 from orchestrator.evaluation import Evaluation, record_faults
 from orchestrator.failure_log import MOST_FILES, MOST_KINDS, FailureLog
 from orchestrator.outcome import outcome
 from orchestrator.report import write_report
+from orchestrator.result import Result
 from tests.test_report import CONFIG, write_config
 from workers.scored import Fault, Scored
 
@@ -100,7 +100,7 @@ def test_a_report_and_the_last_words_do_without_what_is_missing(tmp_path: Path) 
     assert "KL to the reference" in write_report(tmp_path / "none").read_text()
     for folder in (tmp_path, tmp_path / "none"):
         said = io.StringIO()
-        result = Result(folder, {"ppo": folder}, {"ppo": outcome(folder)}, folder / "report.html")
+        result = Result(folder, {"ppo": folder}, {"ppo": outcome(folder)}, {"ppo": 1.0}, folder / "report.html")
         print_result(result, Console(file=said, width=200))
         assert "KL to the reference 0.500 nats per token" in said.getvalue()
         assert ("reward +0.500 -> +2.250" in said.getvalue()) == (folder == tmp_path)

@@ -1,18 +1,28 @@
-"""metrics.jsonl, TensorBoard events, gauge names, and the progress display."""
+"""metrics.jsonl, TensorBoard events, kept answers, the table of Ray's metrics, and the progress display."""
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from orchestrator.metrics import FILE, MetricsError, Recorder, gauge_name, read_metrics
-from orchestrator.progress import Progress, clock
+from orchestrator.metrics import FILE, MetricsError, Recorder, read_metrics
+from orchestrator.number_text import age, clock, percent, signed
+from orchestrator.progress import Progress
+from orchestrator.ray_table import TABLE, markdown, row_of
 
 
 def steps_of(folder: Path, stage: str) -> list[int]:
@@ -145,22 +155,102 @@ def test_a_damaged_line_is_an_error_with_file_and_line(tmp_path: Path, broken: b
         read_metrics(tmp_path)
 
 
+# ---------------------------------------------------------------- kept answers
+
+
+def keep(recorder: Recorder, step: int, count: int = 2, most_bytes: int = 2**20, text: str = "é") -> None:
+    """Keep answers of a step, and record it."""
+    recorder.keep_answers(step, [{"answer": f"{text} {step}.{k}"} for k in range(count)], most_bytes)
+    recorder.record(step, {"kl": step})
+
+
+def kept(folder: Path) -> list[str]:
+    path = folder / "samples" / "ppo.jsonl"
+    return [json.loads(line)["answer"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_kept_answers_are_those_of_the_steps_that_count(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "demo", "ppo") as recorder:
+        keep(recorder, 1)
+        keep(recorder, 2)
+        recorder.keep_answers(3, [{"answer": "of a step that failed"}], 2**20)
+        recorder.rewind(1)
+        assert kept(tmp_path) == ["é 1.0", "é 1.1"]
+        keep(recorder, 2, text="again")
+    with Recorder(tmp_path, "demo", "rm") as recorder:
+        recorder.record(1, {"loss": 1})
+    with Recorder(tmp_path, "demo", "ppo", resume_step=2) as recorder:
+        keep(recorder, 3)
+    assert kept(tmp_path) == ["é 1.0", "é 1.1", "again 2.0", "again 2.1", "é 3.0", "é 3.1"]
+    with Recorder(tmp_path, "demo", "ppo"):
+        assert kept(tmp_path) == [], "the stage has begun anew"
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["ppo.jsonl"]
+
+
+def test_the_file_of_kept_answers_does_not_grow_without_end(tmp_path: Path) -> None:
+    path, most = tmp_path / "samples" / "ppo.jsonl", 1000
+    with Recorder(tmp_path, "demo", "ppo") as recorder:
+        for step in range(1, 101):
+            keep(recorder, step, most_bytes=most)
+            assert path.stat().st_size <= most
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == sorted([*range(steps[0], 101)] * 2), "the newest steps, whole"
+        keep(recorder, 101, count=60, most_bytes=most)
+    assert {json.loads(line)["step"] for line in path.read_text().splitlines()} == {101}, "a step stays whole"
+
+
+def test_the_last_kept_answers(tmp_path: Path) -> None:
+    from orchestrator.samples import last_samples
+
+    assert last_samples(tmp_path, "ppo") == []
+    with Recorder(tmp_path, "demo", "ppo") as recorder:
+        keep(recorder, 1)
+        keep(recorder, 10)
+    assert [line["answer"] for line in last_samples(tmp_path, "ppo")] == ["é 10.0", "é 10.1"]
+
+
+# ---------------------------------------------------------------- the table of Ray's metrics
+
+
 @pytest.mark.parametrize(
-    ("metric", "expected"),
+    ("metric", "name", "labels"),
     [
-        ("kl", ("troupe_kl", "")),
-        ("reward/mean", ("troupe_reward_mean", "")),
-        ("seconds/generate", ("troupe_seconds_generate", "")),
-        ("grad_norm/actor", ("troupe_grad_norm", "actor")),
-        ("memory_gib/reward", ("troupe_memory_gib", "reward")),
-        ("role/critic/queue/length", ("troupe_queue_length", "critic")),
-        ("evaluation/reward", ("troupe_evaluation_reward", "")),
-        ("reward/actor", ("troupe_reward_actor", "")),
-        ("reward/my judge-2", ("troupe_reward_my_judge_2", "")),
+        ("kl", "troupe_kl_nats", {}),
+        ("reward/mean", "troupe_reward_mean", {}),
+        ("reward/brief", "troupe_reward_source_mean", {"source": "brief"}),
+        ("reward/brief_std", "troupe_reward_source_std", {"source": "brief"}),
+        ("reward/odd_std", "troupe_reward_source_mean", {"source": "odd_std"}),  # a source of this name
+        ("reward/actor", "troupe_reward_source_mean", {"source": "actor"}),
+        ("reward/a/b c", "troupe_reward_source_mean", {"source": "a/b c"}),
+        ("timeouts/brief", "troupe_reward_timeouts_total", {"source": "brief"}),
+        ("evaluation/kl", "troupe_evaluation_kl_nats", {}),
+        ("evaluation/vader", "troupe_evaluation_judge_mean", {"source": "vader"}),
+        ("seconds/step", "troupe_step_seconds", {}),
+        ("seconds/train", "troupe_phase_seconds", {"phase": "train"}),
+        ("memory_gib/actor", "troupe_memory_bytes", {"role": "actor"}),
+        ("grad_norm/critic", "troupe_gradient_norm", {"role": "critic"}),
+        ("failures/actor/died", "troupe_failures_total", {"role": "actor", "kind": "died"}),
+        ("loss/of a plugin", "troupe_metric", {"metric": "loss/of a plugin"}),
     ],
 )
-def test_gauge_names_are_legal_and_carry_the_role(metric: str, expected: tuple[str, str]) -> None:
-    assert gauge_name(metric) == expected
+def test_what_prometheus_gets_of_a_metric(metric: str, name: str, labels: dict[str, str]) -> None:
+    row, found = row_of(metric, {metric: 1.0, "reward/brief": 1.0})
+    assert (row.name, found) == (name, labels)
+
+
+def test_the_table_follows_the_conventions_of_prometheus() -> None:
+    kinds: dict[str, tuple[object, ...]] = {}
+    for row in TABLE:
+        assert re.fullmatch(r"troupe_[a-z_]+", row.name), row.name
+        assert row.name.endswith("_total") == (row.kind == "counter"), row.name
+        assert not re.search(r"gib|mib|percent|milli|(?<!per)_second(_|$)", row.name), row.name
+        assert row.help.endswith("."), row.name
+        assert len(row.help) > 20, row.name
+        assert kinds.setdefault(row.name, (row.kind, row.labels)) == (row.kind, row.labels), "one name, one kind"
+
+
+def test_the_document_of_rays_metrics_is_the_table() -> None:
+    assert (Path(__file__).parents[1] / "docs" / "ray_metrics.md").read_text() == markdown()
 
 
 # ---------------------------------------------------------------- progress
@@ -229,6 +319,91 @@ def test_the_terminal_gets_its_cursor_back_after_ctrl_c() -> None:
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
+SHOW = """
+from orchestrator.progress import Progress
+with Progress("ppo", 12000) as shown:
+    shown.phase("answering the held-out prompts")
+    shown._live.refresh()
+    for step in range(1, 4):
+        shown.update(step, {"reward/mean": 0.123, "kl": 0.05, "accuracy": 0.5, "tokens_per_second": 1234.5})
+        shown._live.refresh()
+"""
+
+
+def frames(columns: int) -> list[str]:
+    """What a terminal so wide shows, line after line."""
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm-256color"}
+    command = [sys.executable, "-c", SHOW]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stdin=terminal, stdout=terminal)
+    os.close(terminal)
+    output = b""
+    while True:
+        try:
+            output += os.read(screen, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(screen)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", output.decode())
+    return [line.strip() for line in re.split(r"[\r\n]+", plain) if "ppo" in line]
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80, 140])
+def test_the_step_and_the_time_left_stay_in_a_narrow_terminal(columns: int) -> None:
+    shown = frames(columns)
+    assert all(len(line) <= columns for line in shown), "one line each"
+    assert all(re.match(r"\S+ (\S+ )?ppo \d+/12000( ·|$)", line) for line in shown), shown
+    assert "answering" in shown[0] if columns > 20 else "…" in shown[0]
+    third = next(line for line in shown if "3/12000" in line)
+    if columns > 20:
+        assert re.search(r"3/12000 (· \d+:\d\d )?· [\d:]+ left · reward \+0\.123", third)
+    assert ("tokens/s 1,234" in third) == (columns == 140)
+    assert ("━" in third) == (columns == 140)
+
+
+def test_the_time_left_does_not_count_what_a_fault_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: now[0])
+    console, out = plain_console()
+    with Progress("ppo", 100, console) as shown:
+        for step, seconds in [(1, 10), (2, 10), (3, 10), (2, 500), (3, 10), (4, 10)]:
+            now[0] += seconds
+            shown.update(step, {})
+    assert out.getvalue().splitlines()[-1] == "ppo 4/100 · 16:00 left"
+
+
+# ---------------------------------------------------------------- numbers as text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (600, "10:00"), (3723, "1:02:03")])
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (1, "100%"),
+        (0, "0%"),
+        (255 / 256, "99.6%"),
+        (0.9996, "99.96%"),
+        (0.99999, "99.999%"),
+        (1e-4, "0.01%"),
+        (0.25, "25.0%"),
+    ],
+)
+def test_a_percentage_is_not_rounded_to_all_or_nothing(share: float, text: str) -> None:
+    assert percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (59.9, "60 s"), (60, "1 min"), (3600, "1 h"), (1e6, "11 d")]
+)
+def test_age(seconds: float, text: str) -> None:
+    assert age(seconds) == text
+
+
+def test_a_number_that_rounds_to_0_has_no_minus() -> None:
+    assert (signed(-1e-9, 3), signed(-1, 1)) == ("+0.000", "−1.0")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import socket
 import time
 import urllib.request
@@ -16,20 +18,46 @@ import pytest
 import ray
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
-from configs.schema import RunConfig
+from configs.schema import DeadlineSettings, RecoverySettings, Role, RunConfig
+from orchestrator.calls import WorkerGroup
 from orchestrator.cluster import connected
+from orchestrator.deadlines import Deadlines
+from orchestrator.failures import WorkerError
 from orchestrator.metrics import Recorder
+from orchestrator.ray_table import TABLE
+from orchestrator.recovery import Recovery
+from workers.examine import Whereabouts, whereabouts
 
 pytestmark = pytest.mark.slow
 
 Found = TypeVar("Found")
-FIRST = {"kl": 0.1, "reward/mean": -1.0, "grad_norm/actor": 9.0, "grad_norm/critic": 9.0, "seconds/generate": 9.0}
-SECOND = {
+REPORT_SECONDS = 1.0
+"""How often Ray's processes report here; by default it is every 10 s."""
+
+FIRST = {
+    "kl": 0.1,
+    "reward/mean": -1.0,
+    "reward/brief": -2.0,
+    "grad_norm/actor": 9.0,
+    "grad_norm/critic": 9.0,
+    "seconds/step": 9.0,
+    "seconds/generate": 9.0,
+    "samples": 8.0,
+    "tokens": 80.0,
+    "memory_gib/actor": 1.0,
+    "refused/critic": 2.0,
+    "loss/of a plugin": 3.0,
+}
+SECOND = FIRST | {
     "kl": math.nan,
     "reward/mean": 0.625,
+    "reward/brief": 0.5,
     "grad_norm/actor": 1.5,
     "grad_norm/critic": 2.5,
-    "seconds/generate": 3.0,
+    "seconds/step": 4.0,
+    "seconds/generate": 0.2,
+    "memory_gib/actor": 0.5,
+    "refused/critic": 0.0,
 }
 
 
@@ -75,28 +103,96 @@ def dashboard() -> Iterator[str]:
         {"name": "demo", "model": {"path": "unused"}, "cluster": {"address": None, "dashboard_port": port}}
     )
     assert not ray.is_initialized(), "an earlier test left its Ray running"
-    with connected(config):
-        yield f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", f"{1000 * REPORT_SECONDS:.0f}")
+        with connected(config):
+            yield f"http://127.0.0.1:{port}"
 
 
-def test_the_metrics_port_shows_the_latest_step_with_its_tags(dashboard: str, tmp_path: Path) -> None:
+def shown() -> str:
+    """What the metrics port of the only node says."""
+    (node,) = ray.nodes()
+    return fetch(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+
+
+def of_run(text: str, name: str, run: str) -> dict[tuple[str, ...], float]:
+    """Values of a metric of a run, by the labels that are Troupe's, in the order of their names."""
+    ours = ("kind", "le", "method", "metric", "phase", "role", "source", "stage")
+    found = samples(text).get(f"ray_troupe_{name}", [])
+    return {
+        tuple(labels[key] for key in ours if key in labels): value for labels, value in found if labels["run"] == run
+    }
+
+
+def test_the_metrics_port_shows_a_stage_while_it_lasts(dashboard: str, tmp_path: Path) -> None:
     with Recorder(tmp_path, "demo", "ppo") as recorder:
         recorder.record(1, FIRST)
         recorder.record(2, SECOND)
-    (node,) = ray.nodes()
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        recorder.ray.spent({("actor", "train_answers"): 2.5})
+        text = wait_for("the last of them", lambda: t if of_run(t := shown(), "role_seconds_total", "demo") else None)
+        gauges = {name: of_run(text, name, "demo") for name in ("step", "reward_mean", "gradient_norm", "kl_nats")}
+        assert gauges == {
+            "step": {("ppo",): 2.0},
+            "reward_mean": {("ppo",): 0.625},
+            "gradient_norm": {("actor", "ppo"): 1.5, ("critic", "ppo"): 2.5},
+            "kl_nats": {},  # its last value is not a number, and the one before no longer true
+        }
+        assert of_run(text, "reward_source_mean", "demo") == {("brief", "ppo"): 0.5}
+        assert of_run(text, "memory_bytes", "demo") == {("actor", "ppo"): 2**29}
+        assert of_run(text, "metric", "demo") == {("loss/of a plugin", "ppo"): 3.0}
+        counts = {name: of_run(text, f"{name}_total", "demo") for name in ("samples", "tokens", "skipped_steps")}
+        assert counts == {"samples": {("ppo",): 16}, "tokens": {("ppo",): 160}, "skipped_steps": {("critic", "ppo"): 2}}
+        assert of_run(text, "role_seconds_total", "demo") == {("train_answers", "actor", "ppo"): 2.5}
+        buckets = of_run(text, "step_seconds_bucket", "demo")
+        assert [buckets[bound, "ppo"] for bound in ("2.5", "5.0", "10.0", "+Inf")] == [0, 1, 2, 2]
+        assert of_run(text, "phase_seconds_count", "demo") == {("generate", "ppo"): 2}
+        for row in TABLE:
+            if f"# TYPE ray_{row.name} " in text:
+                assert f"# HELP ray_{row.name} {row.help}\n" in text
+                assert f"# TYPE ray_{row.name} {row.kind}\n" in text
 
-    def settled() -> dict[str, list[tuple[dict[str, str], float]]] | None:
-        found = samples(fetch(url))  # The gauges are set in the order of the metrics: the last one stands for all.
-        return found if [value for _, value in found.get("ray_troupe_seconds_generate", [])] == [3.0] else None
+        time.sleep(5 * REPORT_SECONDS)  # a step may take long
+        assert of_run(shown(), "step", "demo") == {("ppo",): 2.0}
+    gone = wait_for("the end", lambda: t if not of_run(t := shown(), "step", "demo") else None, 5 * REPORT_SECONDS)
+    left = {
+        name for name, found in samples(gone).items() if "troupe" in name for tags, _ in found if tags["run"] == "demo"
+    }
+    assert left == {f"ray_{row.name}" for row in TABLE if f"ray_{row.name}" in left and row.kind == "counter"} | {
+        f"ray_troupe_{name}_seconds_{part}" for name in ("step", "phase") for part in ("bucket", "count", "sum")
+    }
 
-    found = wait_for("gauges on Ray's metrics port", settled)
-    ((labels, value),) = found["ray_troupe_reward_mean"]
-    assert value == 0.625
-    assert (labels["run"], labels["stage"], labels.get("role", "")) == ("demo", "ppo", "")
-    norms = {labels["role"]: value for labels, value in found["ray_troupe_grad_norm"]}
-    assert norms == {"actor": 1.5, "critic": 2.5}
-    assert "ray_troupe_kl" not in found  # Its last value is not a number, and the one before no longer true.
+
+class Mortal:
+    """What a worker group needs of an actor: `call`."""
+
+    def call(self, role: Role, method: str) -> Whereabouts:
+        if method == "values":
+            time.sleep(600)
+        return whereabouts()
+
+
+def test_a_process_killed_from_outside_leaves_a_trace(dashboard: str, tmp_path: Path) -> None:
+    actor = ray.remote(num_cpus=0)(Mortal).remote()
+    place: Whereabouts = ray.get(actor.call.remote("critic", "whereabouts"), timeout=90)
+    group = WorkerGroup("critic", [actor], "critic", Deadlines(DeadlineSettings()), whereabouts={0: place})
+    recovery = Recovery(RecoverySettings())
+    with Recorder(tmp_path, "killed", "ppo") as recorder:
+        recovery.on_failure = recorder.ray.failed
+        call = group.call("values")
+        call.start()
+        os.kill(place.pid, signal.SIGKILL)
+        with pytest.raises(WorkerError) as caught:
+            call.collect(0)
+        recovery.consider(caught.value)
+        for restarts in (0, 1, 0, 2):  # a team; a new process; another team, which begins anew; two new processes
+            recorder.ray.workers([{"role": "critic", "restarts": restarts}, {"role": "actor", "restarts": 0}])
+
+        def counted() -> str | None:
+            text = shown()
+            return text if of_run(text, "restarts_total", "killed") == {("critic", "ppo"): 3} else None
+
+        text = wait_for("restarts", counted)
+        assert of_run(text, "failures_total", "killed") == {("died", "critic", "ppo"): 1}
 
 
 def test_the_dashboard_lists_actors_by_run_role_and_rank(dashboard: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from orchestrator import Result, RunError, Stopped, load_config, run_stages
+from orchestrator.closing import print_result
+from orchestrator.condition import Condition
 from orchestrator.integrity import DiskError
 from orchestrator.metrics import read_metrics
 from orchestrator.metrics import repeatable as lines
+from orchestrator.number_text import clock
+from orchestrator.ray_table import row_of
+from orchestrator.run import Run
 from placement.cluster import Cluster
+from tests.report_oracle import check_report
 from tests.runs import ROOT, TWO_ENGINES, begun, command, flip_bit, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -79,8 +87,49 @@ def test_numbers_of_the_whole_run(whole: Result) -> None:
     assert numbers["reward_after"] == pytest.approx(ppo[-1]["evaluation/reward"])
     assert numbers["reward_change"] == pytest.approx(numbers["reward_after"] - numbers["reward_before"])
     assert numbers["judge/short_before"] == pytest.approx(sum(line["judges"]["short"] for line in before) / 6)
+    check_report(whole.folder)
     assert whole.numbers["sft"]["validation/perplexity"] == sft[-1]["validation/perplexity"]
     assert whole.numbers["rm"]["validation/accuracy"] == rm[-1]["validation/accuracy"]
+
+
+def test_every_metric_has_a_name_of_its_own_on_rays_port(whole: Result) -> None:
+    recorded = [line for stage in ("sft", "rm", "ppo") for line in lines(whole.folder, stage)]
+    alone = ("stage", "step", "lr", "grad_norm", "refused")  # the last three get their stage's role
+    unnamed = {name for line in recorded for name in line if row_of(name, line)[0].name == "troupe_metric"}
+    assert unnamed <= {*alone}
+
+
+def test_answers_of_training_are_kept(whole: Result, micro: Path) -> None:
+    kept = [json.loads(line) for line in (whole.folder / "samples" / "ppo.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [1] * 8 + [6] * 8  # every 10 steps, and the first and the last
+    rows = [json.loads(line)["prompt"] for line in (micro.parent / "prompts.jsonl").read_text().splitlines()]
+    of_step = {line["step"]: line for line in read_metrics(whole.folder) if line["stage"] == "ppo"}
+    for step in (1, 6):
+        mine, metrics = [line for line in kept if line["step"] == step], of_step[step]
+        assert [line["prompt"] for line in mine] == [rows[line["row"]] for line in mine]
+        assert len({line["row"] for line in mine}) == 4, "all of a step's 4 x 2 answers"
+        tokens = [line["tokens"] for line in mine]
+        assert sum(tokens) == metrics["tokens"]
+        assert sum(line["reward"] for line in mine) / 8 == pytest.approx(metrics["reward/mean"], abs=1e-6)
+        assert [line["rewards"] for line in mine] == [{"model": line["reward"]} for line in mine]
+        kl = sum(line["kl"] * line["tokens"] for line in mine) / sum(tokens)
+        assert kl == pytest.approx(metrics["kl"], abs=1e-6)
+        assert sum(not line["ended"] for line in mine) / 8 == metrics["missing_eos"]
+        assert all(line["ended"] or line["tokens"] == 8 for line in mine)
+        assert len({line["answer"] for line in mine}) > 1
+
+
+def test_status_and_list_of_a_finished_run(whole: Result) -> None:
+    shown = subprocess.run(command("status", str(whole.folder)), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{whole.folder.name} is finished" in shown.stdout
+    assert "6 held-out prompts, before -> after" in shown.stdout
+    assert f"took {clock(sum(whole.seconds.values()))} in all" in shown.stdout
+    assert "restarts" not in shown.stdout
+    shown = subprocess.run(
+        command("list", str(whole.folder.parent)), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (line,) = [line for line in shown.stdout.splitlines() if line.startswith(whole.folder.name + " ")]
+    assert line.split()[1:4] == ["ppo", "6/6", "finished"]
 
 
 def test_a_finished_stage_is_not_run_again(whole: Result, micro: Path) -> None:
@@ -134,9 +183,17 @@ def test_sft_stopped_by_a_signal_goes_on(whole: Result, micro: Path, tmp_path: P
     kept = sorted(int(path.name) for path in (folder / "checkpoints" / "sft").iterdir())
     assert kept == [(done - 1) // 2 * 2, done]  # the last two: at every second step, and where it stopped
     assert not (folder / "models" / "sft").exists()
+    run = Run.open(folder)
+    stopped = Condition.of(run)
+    assert (stopped.state, stopped.why) == ("stopped", f"stopped after step {done} of 12 of sft")
 
-    run_stages(config, ["sft"])
+    resumed = run_stages(config, ["sft"])
     assert lines(folder, "sft") == lines(whole.folder, "sft")
+    assert resumed.seconds["sft"] > stopped.seconds["sft"] > 0, "those of both sessions"
+    out = io.StringIO()
+    print_result(resumed, Console(file=out, width=200))
+    assert f"12 steps in {clock(resumed.seconds['sft'])}" in out.getvalue()
+    assert Condition.of(run).state == "finished"
 
 
 def test_ppo_stopped_by_a_signal_goes_on_though_the_newest_checkpoint_is_damaged(

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator import Result, WorkerError, load_config, run_stages
 from orchestrator.metrics import repeatable as lines
+from orchestrator.repeating import Repeating
 from orchestrator.run import STAGES
 from orchestrator.stage import RefusedError
 from placement.shape import Stage
@@ -59,12 +60,28 @@ def test_ppo_is_as_without_the_faults(micro: Path, whole: Result, tmp_path: Path
     assert lines(folder, "ppo") == lines(whole.folder, "ppo")
     assert_same_model(folder / "models" / "ppo", whole.models["ppo"])
     assert len(records(folder)) == len(PPO_FAULTS)
+    kept = Path("samples") / "ppo.jsonl"
+    assert (folder / kept).read_text() == (whole.folder / kept).read_text(), "no step stands there twice"
 
 
 def test_stopped_processes_are_found_by_their_deadline(micro: Path, whole: Result, tmp_path: Path) -> None:
     fault(tmp_path, "rollout-0", "generate", 12, signal.SIGSTOP)
     fault(tmp_path, "actor-0", "backward", 6, signal.SIGSTOP)
+    waited: set[tuple[str, str, str, int]] = set()
+
+    def look() -> None:
+        path = tmp_path / "micro" / "status.json"
+        if path.exists() and (awaited := json.loads(path.read_text()).get("awaited")):
+            seconds = round(awaited["until"] - awaited["since"])
+            waited.add((awaited["role"], awaited["method"], awaited["setting"], seconds))
+
+    looking = Repeating(look, 0.5)
     folder = run(micro, whole, tmp_path, "ppo", "deadlines.generate=10", "deadlines.train=10")
+    looking.stop()
+    assert waited >= {
+        ("rollout", "generate", "deadlines.generate", 10),
+        ("actor", "train_answers", "deadlines.train", 10),
+    }, "what `troupe status` says while it hangs"
     assert lines(folder, "ppo") == lines(whole.folder, "ppo")
     engine, actor = records(folder)
     assert "rollout rank 0: no answer to generate in 10 s (deadlines.generate)" in engine

@@ -17,6 +17,7 @@ import yaml
 from orchestrator.intervals import distinct_share, mean_interval, paired_interval
 from orchestrator.metrics import Recorder, read_lines
 from orchestrator.report import write_report
+from tests.report_oracle import Report, check_report
 
 ADAM = {"lr": 1e-4}
 CONFIG = {
@@ -30,6 +31,7 @@ CONFIG = {
         "actor_optimizer": ADAM,
         "critic_optimizer": ADAM,
         "kl": {"control": {"kind": "adaptive", "target": 0.12}},
+        "rewards": [{"kind": "model"}, {"kind": "function", "name": "brief", "function": "tests.micro:short"}],
         "evaluation": {"prompts": {"path": "data/held_out.jsonl"}, "samples": 6},
     },
 }
@@ -78,6 +80,10 @@ def record_ppo(folder: Path) -> None:
                 line |= {
                     "reward/mean": -0.1 + 1.2 * part + noise.gauss(0, 0.09),
                     "reward/std": 0.9 + noise.gauss(0, 0.05),
+                    "reward/model": 0.4 * part,
+                    "reward/model_std": 7.7,
+                    "reward/brief": -0.3,
+                    "reward/brief_std": 0.2,
                 }
                 line |= {"kl": 0.14 * part + abs(noise.gauss(0, 0.01)), "kl_coefficient": 0.1 + 0.1 * part}
                 line |= {"entropy": 3.4 - part + noise.gauss(0, 0.05), "clip_fraction": 0.05 + 0.02 * noise.random()}
@@ -98,8 +104,24 @@ def record_ppo(folder: Path) -> None:
                 line |= {"grad_norm/actor": 0.5 + noise.random() / 5, "grad_norm/critic": 1 + noise.random()}
                 line |= {"seconds/train": 0.8, "seconds/publish": 0.05, "seconds/score": 0.2}
                 line |= {"seconds/generate": 0.9 + abs(noise.gauss(0, 0.1))}
+                line |= {
+                    "seconds/step": (5.0 if step > 1 else 90.0) + line["seconds/generate"],
+                    "seconds/evaluate": 3.0,
+                }
                 line |= {f"memory_gib/{role}": 0.6 for role in ("actor", "critic", "reference", "reward", "rollout")}
+            if step in (110, 120):
+                recorder.keep_answers(step, [kept_line(number) for number in range(8)], 2**20)
             recorder.record(step, line)
+
+
+def kept_line(number: int) -> dict[str, object]:
+    line = evaluation_line(number, True)
+    return {
+        "row": 7 * number,
+        **{name: line[name] for name in ("prompt", "answer", "kl", "tokens", "reward")},
+        "rewards": {"model": 0.5, "brief": None},
+        "ended": number % 2 == 0,
+    }
 
 
 def evaluation_line(number: int, trained: bool) -> dict[str, object]:
@@ -211,7 +233,10 @@ def test_the_page_is_whole_and_needs_nothing_else(whole_page: tuple[str, Page]) 
     html, page = whole_page
     assert html.startswith("<!DOCTYPE html>") and html.rstrip().endswith("</html>")
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == page.tags.count("figure") >= 15
+    wide = html.count('<figure class="wide">')
+    assert page.tags.count("svg") - wide == page.tags.count("figure") >= 15, (
+        "wide ones are there for narrow screens too"
+    )
     assert {link[:1] for link in page.links} == {"#"}
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert not re.search(r"url\((?!#)|@import|<script|<link|<iframe", html)
@@ -239,18 +264,77 @@ def test_the_numbers_are_those_of_the_files(whole: Path, whole_page: tuple[str, 
     assert f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]" in page.text
     kl = sum(line["kl"] * line["tokens"] for line in after) / sum(line["tokens"] for line in after)
     assert f"{kl:.3f}" in page.text
-    assert f"{len({line['answer'] for line in after}) / 256:.1%}" in page.text
     assert "75.0%" in page.text  # The reward model's last validation.
     assert "6:20" in page.text  # 75.2 + 71.9 + 233.0 s.
     assert after[0]["answer"] in page.text
     assert before[5]["answer"] in page.text
     assert "5.123" in page.text
     assert "4,321" in page.text
-    assert "2 CPU cores" in page.text
+    assert "CPU cores: 2" in page.text
+    check_report(whole)
 
 
 def test_samples_are_as_many_as_the_settings_ask_for(whole_page: tuple[str, Page]) -> None:
-    assert whole_page[1].tags.count("article") == 6
+    assert whole_page[1].tags.count("article") == 6 + 4  # and of the last step's answers
+
+
+def test_what_is_drawn_over_steps_is_of_the_steps_of_the_stage(whole: Path, whole_page: tuple[str, Page]) -> None:
+    texts = Report(whole).texts
+    ticks = [int(text) for text in texts["Seconds of a step"] if text.isdecimal()]
+    assert max(ticks) == 120, "the sft stage has 200 steps"
+    labels = ["generate", "score", "train", "publish", "other", "evaluate"]
+    assert [text for text in texts["Seconds of a step"] if text.isalpha() and text not in ("step", "seconds")] == labels
+    assert [text for text in texts["Reward by source"] if text.isalpha() and text != "step"] == ["model", "brief"]
+
+
+def test_the_first_step_does_not_count_in_a_median(folder: Path) -> None:
+    with Recorder(folder, "test-data", "ppo") as recorder:
+        for step, seconds in ((1, 90.0), (2, 4.0), (3, 5.0)):
+            recorder.record(step, {"seconds/step": seconds, "tokens_per_second": 100 * seconds})
+    _, page = page_of(folder)
+    assert "A step takes 4.5 s (median of steps 2 to 3)." in page.text
+    assert "450 tokens/s" in page.text
+
+
+def test_a_score_that_is_missing_costs_its_own_measure_alone(folder: Path) -> None:
+    before, after = write_evaluation(folder)
+    after[3]["judges"]["vader"] = before[8]["reward"] = None
+    for name, lines in (("before", before), ("after", after)):
+        (folder / "evaluation" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, page = page_of(folder)
+    assert "Reward (255 of 256 prompts have both scores)" in page.text
+    assert "Judge: vader (255 of 256 prompts have both scores)" in page.text
+    kl = sum(line["kl"] * line["tokens"] for line in after) / sum(line["tokens"] for line in after)
+    assert f"{kl:.3f}" in page.text
+
+
+def test_what_was_refused_and_left_out_is_said(folder: Path) -> None:
+    with Recorder(folder, "test-data", "ppo") as recorder:
+        for step in (1, 2, 3):
+            recorder.record(
+                step, {"kl": 0.1, "refused/actor": step // 2, "refused/critic": 0, "left_out": 3 * (step == 2)}
+            )
+    _, page = page_of(folder)
+    assert (
+        "3 steps · KL 0.100 (step 3) · 2 optimizer steps of the actor refused · 3 answers not trained on" in page.text
+    )
+
+
+def test_a_value_is_told_with_the_step_that_it_is_of(folder: Path) -> None:
+    with Recorder(folder, "test-data", "ppo") as recorder:
+        recorder.record(1, {"reward/mean": 0.25, "reward/std": 1.0, "kl": 0.1})
+        recorder.record(2, {"reward/mean": math.nan, "reward/std": 1.0, "kl": 0.2})
+    assert "reward +0.250 (step 1) · KL 0.200 (step 2)" in page_of(folder)[1].text
+
+
+def test_models_and_data_are_those_of_the_stages_that_ran(folder: Path) -> None:
+    with Recorder(folder, "test-data", "ppo") as recorder:
+        recorder.record(1, {"kl": 0.1})
+    write_evaluation(folder, count=6)
+    _, page = page_of(folder)
+    assert "answered by the model before PPO" in page.text, "there was no SFT stage, though the config has one"
+    assert "data/prompts.jsonl" in page.text.partition("Stages")[0]
+    assert "data/sft.jsonl" not in page.text.partition("Stages")[0]
 
 
 @pytest.mark.parametrize(
@@ -294,6 +378,9 @@ def test_one_held_out_prompt_has_no_interval(folder: Path) -> None:
 
 
 def test_names_of_rewards_are_text_not_markup_or_mathematics(folder: Path) -> None:
+    function = {"kind": "function", "name": "<b>$x$", "function": "tests.micro:short"}
+    ppo = CONFIG["ppo"] | {"rewards": [{"kind": "model"}, function]}  # type: ignore[operator]
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"ppo": ppo}))
     with Recorder(folder, "test-data", "ppo") as recorder:
         for step in (1, 2):
             recorder.record(step, {"reward/mean": 0.5, "reward/std": 1.0, "reward/<b>$x$": 0.3, "reward/model": 0.2})

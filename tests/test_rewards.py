@@ -13,8 +13,8 @@ import ray
 import torch
 
 from configs.schema import PPOSettings, Role, RunConfig
-from orchestrator import checks
 from orchestrator.calls import WorkerGroup, together
+from orchestrator.checks import column_checks
 from orchestrator.evaluation import combined, weighted_sum
 from orchestrator.ppo import reward_metrics
 from placement import Cluster
@@ -375,7 +375,7 @@ def test_a_function_is_checked_against_the_columns(called: Any, columns: list[st
 
 
 def check_all(ppo: PPOSettings, prompts: list[Row], held_out: list[Row]) -> None:
-    for check in checks.column_checks(ppo, prompts, held_out):
+    for check in column_checks(ppo, prompts, held_out):
         check()
 
 
@@ -463,3 +463,19 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
     finally:
         for handle in handles:
             ray.kill(handle)
+
+
+@pytest.mark.parametrize(
+    ("names", "judges", "taken"), [(("mean", "f"), (), "mean"), (("f", "f_std"), (), "f_std"), (("f",), ("kl",), "kl")]
+)
+def test_names_that_would_give_two_metrics_one_name_are_refused(
+    names: tuple[str, ...], judges: tuple[str, ...], taken: str
+) -> None:
+    rewards = [{"kind": "function", "name": name, "function": f"{FUNCTIONS}:length"} for name in names]
+    named = [{"name": name, "function": f"{FUNCTIONS}:length"} for name in judges]
+    evaluation = {"prompts": {"path": "p"}, "judges": named}
+    with pytest.raises(ValueError, match=f"rewards: the name {taken} would give two metrics the same name"):
+        PPOSettings.model_validate(
+            {"prompts": {"path": "p"}, "steps": 1, "actor_optimizer": {"lr": 1}, "critic_optimizer": {"lr": 1}}
+            | {"rewards": rewards, "evaluation": evaluation}
+        )
