@@ -119,7 +119,7 @@ def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
         {
             "name": "w1",
             "runs": str(folder),
-            "model": {"path": model},
+            "model": {"path": model, "dtype": "float32"},
             "chat_template": True,
             "placement": {"layout": layout},
             "rollout": {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "kv_cache_gib": 0.1},

@@ -93,8 +93,9 @@ class ModelSettings(Settings):
     """Hugging Face folder or hub name: config.json, tokenizer, and weights unless `init` is random."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: a new model of the shape in config.json, drawn with the run's seed."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the parameters. float32 is the faster one on most CPUs; beside bfloat16 the optimizer has weights of its own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the parameters. auto: bfloat16 where the device multiplies it faster (GPUs; CPUs with AMX or AVX-512 bf16, by a
+    short measurement that run.json notes), else float32. Beside bfloat16 the optimizer has weights of its own, in float32."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the optimizer's weights and moments. bfloat16: half the memory, and small updates are lost in rounding; for
     models in bfloat16 under zero1, zero2 and zero3."""
@@ -116,7 +117,7 @@ class ModelSettings(Settings):
     def _offered(self) -> Self:
         if self.optimizer_dtype == "bfloat16" and self.dtype != "bfloat16":
             raise ValueError(
-                f"optimizer_dtype: was 'bfloat16', which is for models in bfloat16; dtype was {self.dtype!r}"
+                f"optimizer_dtype: was 'bfloat16', which is for models with dtype bfloat16; dtype was {self.dtype!r}"
             )
         if self.activation_offload and not self.gradient_checkpointing:
             raise ValueError("activation_offload: was true, which needs gradient_checkpointing: true")
@@ -607,8 +608,8 @@ class RolloutSettings(Settings):
     """Memory of an engine's key-value cache on CPU, in GiB."""
     gpu_memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     """Share of a GPU's memory that an engine may use."""
-    compile: bool = False
-    """torch.compile and CUDA graphs: slower start, faster generation."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile and CUDA graphs: slower start, faster generation. auto: on GPUs."""
 
 
 class VerifySettings(Settings):

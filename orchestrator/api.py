@@ -16,6 +16,7 @@ from orchestrator.cluster import connected, dashboard, session_logs
 from orchestrator.failures import WorkerError
 from orchestrator.opening import print_opening
 from orchestrator.ppo import PPO
+from orchestrator.precision import with_chosen_dtype
 from orchestrator.preflight import Report, preflight
 from orchestrator.report import write_report
 from orchestrator.result import Result
@@ -69,9 +70,10 @@ def _run_jobs(run: Run, jobs: Sequence[StageRun], console: Console) -> None:
     # In this order: Ray sets signal handlers too.
     with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
         count_killed(run)
-        if words := run.chosen(resolve(run.config, stages, cluster, run.taken(stages))):
-            console.print(words)
-            check_offload(run.config)
+        config, why = with_chosen_dtype(run.config, cluster)
+        for words in run.choose(resolve(config, stages, cluster, run.taken(stages)), why):
+            console.print(words, style="dim", soft_wrap=True)
+        check_offload(run.config)
         plans = [make_plan(run.config, stage, cluster) for stage in stages]
         _note_surroundings(run, cluster)
         print_opening(run, jobs, plans, console)
@@ -129,7 +131,7 @@ def start_team(config: RunConfig, stage: Stage = "ppo") -> Iterator[Team]:
     Raises PlanError where they do not fit, PlacementError where they cannot be had in time.
     """
     with connected(config) as cluster:
-        config = resolve(config, [stage], cluster)
+        config = resolve(with_chosen_dtype(config, cluster)[0], [stage], cluster)
         team = Team.start(config, make_plan(config, stage, cluster), say=lasting_console().print)
         try:
             yield team

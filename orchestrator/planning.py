@@ -12,6 +12,7 @@ from configs import RunConfig, load_config
 from orchestrator.run import Run, described
 from placement import Cluster, Plan, automatic, make_plan, resolve, with_memory
 from placement.capacity import supposed_of
+from placement.precision import foreseen, undecided, with_dtype
 
 
 def cluster_of(text: str | None) -> Cluster:
@@ -40,13 +41,16 @@ def asked_for(path: Path | None, model: str | None, overrides: Sequence[str], cl
 
 
 def planned(config: RunConfig, cluster: Cluster) -> tuple[list[Plan], list[str]]:
-    """The plan of each stage with its memory, and what each `strategy: auto` became. Raises PlanError, or RunError where
-    `start_from` names no run that has what the stages need."""
+    """The plan of each stage with its memory, and what each `auto` becomes. Raises PlanError, or RunError where `start_from`
+    names no run that has what the stages need."""
     stages = described(config)
     run = Run(config, Path(config.runs) / config.name)
     run.stages = stages  # as if it were new
     taken = run.taken(stages)
-    settings = resolve(config, stages, cluster, taken)
+    settings = resolve(with_dtype(config, foreseen(config, cluster)), stages, cluster, taken)
     plans = [with_memory(settings, make_plan(settings, stage, cluster), taken) for stage in stages]
     roles = [role for role in automatic(config) if any(role in plan.roles for plan in plans)]
-    return plans, [f"strategy: auto is {settings.strategy_of(role)} for the {role}" for role in roles]
+    words = [f"strategy: auto is {settings.strategy_of(role)} for the {role}" for role in roles]
+    if undecided(config):
+        words.append(f"model.dtype: auto is taken to be {settings.model.dtype}")
+    return plans, words

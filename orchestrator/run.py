@@ -38,6 +38,7 @@ from orchestrator.integrity import (
     writing,
 )
 from placement.choice import automatic, kept
+from placement.precision import undecided
 from placement.shape import Stage
 
 
@@ -100,14 +101,23 @@ class Run:
         }
         self.write("run.json", known | noted | ({"changes": self.changes} if self.changes else {}))
 
-    def chosen(self, config: RunConfig) -> str | None:
-        """Go on with settings in which each strategy is named, and note them in the folder. What `auto` became, in words."""
-        roles = automatic(self.config)
-        if not roles:
-            return None
+    def choose(self, config: RunConfig, why: str | None) -> list[str]:
+        """Go on with settings in which each strategy and type is named, and note them in the folder. What each `auto` became, in
+        words. why: the type was chosen, for run.json."""
+        roles, types = automatic(self.config), undecided(self.config)
+        if not roles and not types:
+            return []
         self.config = config
         self.keep()
-        return f"strategy: auto is {', '.join(f'{config.strategy_of(role)} for the {role}' for role in roles)}"
+        words = []
+        if types:
+            words.append(f"model.dtype: auto is {config.model.dtype}: {why}")
+            self.write("run.json", self.read("run.json") | {"dtype": {"is": config.model.dtype, "why": why}})
+        if roles:
+            words.append(
+                f"strategy: auto is {', '.join(f'{config.strategy_of(role)} for the {role}' for role in roles)}"
+            )
+        return words
 
     def _refuse_other_settings(self, old: RunConfig, accept_changes: bool) -> None:
         """What finished stages were run with stays as it is noted; changes in the middle of a stage are noted."""

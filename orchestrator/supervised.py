@@ -33,10 +33,14 @@ class Supervised(StageRun):
     train_method: str
     validate_method: str
     settings: BatchSettings
-    model_settings: ModelSettings
     sequences_per_row = 1
     """Sequences of a row's length that go through the model together."""
     dropout = 0.0
+
+    @property
+    def model_settings(self) -> ModelSettings:
+        """Asked for anew each time: what is `auto` is known once there is a cluster."""
+        return self.config.model
 
     def trained(self) -> list[Role]:
         return [self.role]
@@ -123,7 +127,7 @@ class SFT(Supervised):
     def __init__(self, run: Run, console: Console) -> None:
         super().__init__(run, console)
         assert self.config.sft is not None
-        self.settings, self.model_settings, self.turns = self.config.sft, self.config.model, self.config.sft.turns
+        self.settings, self.turns = self.config.sft, self.config.sft.turns
 
     def encode(self) -> Callable[..., Any]:
         most, overlong = self.settings.max_length, self.settings.overlong
@@ -149,9 +153,14 @@ class RewardModel(Supervised):
         super().__init__(run, console)
         settings = self.config.rm
         assert settings is not None
-        self.settings, self.model_settings = settings, settings.model or self.config.model
+        self.settings = settings
         self.dropout, self.margin = settings.dropout, settings.margin
         self.normalize_on = settings.normalize_on
+
+    @property
+    def model_settings(self) -> ModelSettings:
+        own = self.config.rm.model if self.config.rm else None
+        return own or super().model_settings
 
     def text_model(self) -> tuple[str, str, ModelSettings]:
         assert self.config.rm is not None

@@ -10,6 +10,7 @@ from configs.strategies import ZERO
 from placement.cluster import Cluster
 from placement.forecast import NOTHING, forecast, read_shapes
 from placement.plan import make_plan
+from placement.precision import with_dtype
 from placement.shape import TRAINED, Device, PlanError, Problem, Stage
 
 COSTLIER = tuple(ZERO)
@@ -73,7 +74,9 @@ def resolve(
 
 
 def kept(config: RunConfig, old: RunConfig) -> RunConfig:
-    """The settings with the strategies that a run has begun with in place of each `auto`."""
+    """The settings with what a run has begun with in place of each `auto`."""
+    if old.model.dtype != "auto":
+        config = with_dtype(config, old.model.dtype)
     return _with(config, {role: old.strategy_of(role) for role in automatic(config)})
 
 

@@ -78,7 +78,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a role's states lie over its ranks. `optimizer_size`: bytes of each of the optimizer's numbers."""
+    """How a role's states lie over its ranks. `optimizer_size`: bytes of each of the optimizer's numbers, and of gradients summed
+    over micro-batches."""
 
     strategy: Strategy
     ranks: int
@@ -103,8 +104,8 @@ class Sharding:
     def bucket(self, model: Model) -> int:
         """Bytes of the buckets in which gradients are reduced: two where communication overlaps (CUDA). ddp copies into one."""
         if self.strategy == "ddp":
-            return min(BUCKET_ELEMENTS, model.trained) * model.size if self.ranks > 1 else 0
-        return BUCKET_ELEMENTS * model.size * (2 if self.device == "cuda" else 1)
+            return min(BUCKET_ELEMENTS, model.trained) * self.optimizer_size if self.ranks > 1 else 0
+        return BUCKET_ELEMENTS * self.optimizer_size * (2 if self.device == "cuda" else 1)
 
     def gathered(self, model: Model) -> int:
         """Bytes of what ZeRO-3 gathers for a pass: it keeps up to LIVE_ELEMENTS, so a smaller model stays whole."""
@@ -134,14 +135,17 @@ def optimizer(model: Model, sharding: Sharding) -> Use:
 def gradients(model: Model, sharding: Sharding) -> Use:
     """Gradients that stay allocated between steps.
 
-    ddp in float32 on CPU: all (`Trainer._initialize`). ZeRO-3: a flat buffer, beside the optimizer. With offload also the
-    optimizer's own, in float32. ZeRO 1 and 2 with offload keep there the sums over micro-batches, and copy weights and the
-    largest gradient through buffers.
+    ddp in float32 on CPU: all (`Trainer._initialize`). ZeRO-1 in bfloat16: all (`BF16_Optimizer`). ZeRO-3: a flat buffer, beside
+    the optimizer. With offload also the optimizer's own, in float32. ZeRO 1 and 2 with offload keep there the sums over
+    micro-batches, and copy weights and the largest gradient through buffers.
     """
     zero, share = sharding.zero, sharding.share(model)
     if zero.optimizer == "device":
-        return at("device", gradients=share * model.size if zero.stage == 3 or keeps_gradients(model, sharding) else 0)
-    flat = at("host", gradients=share * model.size)
+        if zero.stage == 3:
+            return at("device", gradients=share * sharding.optimizer_size)
+        kept = keeps_gradients(model, sharding) or sums_apart(model, sharding)
+        return at("device", gradients=model.trained * sharding.optimizer_size if kept else 0)
+    flat = at("host", gradients=share * (sharding.optimizer_size if zero.stage == 3 else model.size))
     if zero.stage == 3:
         return flat + at(zero.optimizer, gradients=share * FLOAT32)
     largest = min(model.largest, model.trained * model.size)
@@ -157,6 +161,11 @@ def plain(model: Model, sharding: Sharding) -> bool:
 def keeps_gradients(model: Model, sharding: Sharding) -> bool:
     """Whether unsharded gradients stay where they are between steps."""
     return sharding.device == "cpu" and plain(model, sharding)
+
+
+def sums_apart(model: Model, sharding: Sharding) -> bool:
+    """Whether unsharded gradients are added to a wider buffer of their own as soon as they are there: ZeRO-1 in bfloat16."""
+    return sharding.strategy == "zero1" and model.size < sharding.optimizer_size
 
 
 def idle(model: Model, sharding: Sharding) -> Use:

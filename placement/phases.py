@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from placement.activations import FLOAT32, layer_saved, logits, passing, saved
-from placement.memory import Model, Sharding, idle, keeps_gradients, parameters, plain
+from placement.memory import Model, Sharding, idle, keeps_gradients, parameters, plain, sums_apart
 from placement.places import GIB, Bytes, Use, at, largest
 from placement.shape import Device
 
@@ -202,22 +202,23 @@ def _backward(model: Model, sharding: Sharding) -> int:
     a place for them, and so has ZeRO-2 with offload."""
     if keeps_gradients(model, sharding):
         return 0
+    if sums_apart(model, sharding):
+        return model.largest
     if sharding.zero.stage < 2:
-        return model.trained * model.size
-    return 2 * sharding.share(model) * model.size if sharding.strategy == "zero2" else 0
+        return model.trained * sharding.optimizer_size
+    return 2 * sharding.share(model) * sharding.optimizer_size if sharding.strategy == "zero2" else 0
 
 
 def _stepping(model: Model, sharding: Sharding) -> int:
-    """Bytes of gradients that the optimizer's step adds: flattened, and in the optimizer's type (two copies, of ddp in
-    bfloat16)."""
-    if keeps_gradients(model, sharding):
+    """Bytes of gradients that the optimizer's step adds: what the backward passes left, and the same flattened."""
+    if keeps_gradients(model, sharding) or sums_apart(model, sharding):
         return 0
-    zero, wide = sharding.zero, sharding.optimizer_size if model.size != sharding.optimizer_size else 0
+    zero, size = sharding.zero, sharding.optimizer_size
     if zero.stage == 0:
-        return model.trained * (model.size + 2 * wide)
+        return model.trained * size * (1 if plain(model, sharding) else 2)
     if zero.optimizer != "device":
-        return model.trained * model.size if zero.stage == 1 else 0
-    return sharding.share(model) * ((1 if zero.stage == 3 else 2) * model.size + wide)
+        return model.trained * size if zero.stage == 1 else 0
+    return sharding.share(model) * size * (1 if zero.stage == 3 else 2)
 
 
 def _pass(still: Use, model: Model, sharding: Sharding, work: Work) -> Use:

@@ -36,7 +36,7 @@ def run_config(**settings: Any) -> RunConfig:
     data, adam = {"path": "rows.jsonl"}, {"lr": 0.03}
     ppo = {"prompts": data, "steps": 1, "actor_optimizer": adam, "critic_optimizer": adam}
     rollout = {"max_new_tokens": 24, "kv_cache_gib": 0.1, "max_sequences": 16, "temperature": 0.8}
-    base = {"name": "tests", "model": {"path": "model"}, "ppo": ppo, "rollout": rollout}
+    base = {"name": "tests", "model": {"path": "model", "dtype": "float32"}, "ppo": ppo, "rollout": rollout}
     base["rm"] = {"train": data, "optimizer": adam}
     return RunConfig.model_validate(base | settings)
 
@@ -61,8 +61,8 @@ class Hosts:
         key = (kind, ranks, another, served.model_dump_json() if served else "")
         if key not in self.groups:
             plugin = "tests.learners" if kind.startswith("open") else "tests.faults"
-            alone = {"publish": {"lora": "adapter"}, "model": {"path": "model", "lora": served}} if served else {}
-            config = run_config(plugins=[plugin], **alone)
+            model = {"path": "model", "dtype": "float32", "lora": served}
+            config = run_config(plugins=[plugin], model=model, publish={"lora": "adapter" if served else "merged"})
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
             handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote([(kind, spec)]) for spec in specs]
@@ -104,7 +104,7 @@ PAIRS = [Row(f"{i} and {i} is ", chosen=str(2 * i), rejected=str(i)) for i in ra
 
 def load(group: WorkerGroup, model: Path, kind: RowKind = "demonstration", **settings: Any) -> None:
     """Let a group begin with a model, and give it what `train` trains on. settings: of the model."""
-    chosen = ModelSettings.model_validate({"path": str(model)} | settings)
+    chosen = ModelSettings.model_validate({"path": str(model), "dtype": "float32"} | settings)
     group.call("load", str(model), chosen, OptimizerSettings(lr=1e-2, weight_decay=0.1)).get()
     group.call("add_rows", "rows", encoded(DEMONSTRATIONS if kind == "demonstration" else PAIRS, kind)).get()
 

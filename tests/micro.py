@@ -43,7 +43,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {
         "name": "micro",
         "runs": str(folder / "runs"),
-        "model": {"path": str(folder / "model")},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
         "sft": {"train": rows("sft.jsonl"), "validation": rows("sft.jsonl", 10), "epochs": 4, **supervised},
         "rm": {"train": rows("pairs.jsonl"), "validation": rows("pairs.jsonl", 10), "epochs": 4.5, **supervised},
         "ppo": {

@@ -41,7 +41,7 @@ KINDS = {
 PROMPTS = ["a", "bc", "the film", "what a plot", "why", "it was 1999", "no", "cast: "]
 CONFIG = RunConfig.model_validate({
     "name": "architecture",
-    "model": {"path": "loaded in turn"},
+    "model": {"path": "loaded in turn", "dtype": "float32"},
     "ppo": {
         "prompts": {"path": "prompts.jsonl"},
         "steps": 2,

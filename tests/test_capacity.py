@@ -19,12 +19,12 @@ def test_most_are_reproduced_exactly() -> None:
     assert sum(steps_apart(case, largest_that_fits(case)) == 0 for case in PUBLISHED) >= 10
 
 
-@pytest.mark.parametrize(("nodes", "host"), [(4, 1500), (8, 800)])
+@pytest.mark.parametrize(("nodes", "host"), [(4, 1600), (8, 880)])
 def test_175_billion_parameters_train_on_4_and_on_8_nodes(nodes: int, host: int) -> None:
     memory = large_forecast(nodes)
     assert not memory.missing
     held = max(place.used["train"] for place in memory.places if place.name.startswith("each of"))
-    assert 0.7 * host * GIB < held < host * GIB, "host memory carries it: 20 bytes of each parameter over all nodes"
+    assert 0.7 * host * GIB < held < host * GIB, "host memory carries it: 22 bytes of each parameter over all nodes"
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ BAD: list[tuple[str, str]] = [
     ),
     (
         "model.optimizer_dtype=bfloat16",
-        "model.optimizer_dtype: was 'bfloat16', which is for models in bfloat16; dtype was 'float32'",
+        "model.optimizer_dtype: was 'bfloat16', which is for models with dtype bfloat16; dtype was 'auto'",
     ),
     (
         "model={path: m, dtype: bfloat16, optimizer_dtype: bfloat16}",

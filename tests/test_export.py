@@ -38,7 +38,9 @@ def group_with(
 ) -> WorkerGroup:
     """A model that is no longer the one in its folder."""
     group = hosts.group(kind, "actor", strategy, 2 if strategy == "zero3" else 1)
-    group.call("load", str(folder), ModelSettings(path=str(folder), lora=lora), OptimizerSettings(lr=0.03)).get()
+    group.call(
+        "load", str(folder), ModelSettings(path=str(folder), dtype="float32", lora=lora), OptimizerSettings(lr=0.03)
+    ).get()
     group.call("add_noise", 0.05, 1).get()
     return group
 
@@ -99,7 +101,7 @@ def test_a_generation_config_is_exported_as_it_was(hosts: Hosts, tmp_path: Path)
 
 def test_what_an_export_would_refuse_is_refused_before_anything_is_trained(hosts: Hosts, tmp_path: Path) -> None:
     start = make_model(tmp_path / "start", "llama")
-    settings = ModelSettings(path=str(start))
+    settings = ModelSettings(path=str(start), dtype="float32")
     group = hosts.group("faulty_policy", "actor")
     group.call("refuse_descriptions", True).get()
     try:
@@ -195,7 +197,7 @@ def test_a_scalar_model_is_read_back(hosts: Hosts, tmp_path: Path, lora: LoraSet
 def group_with_export(hosts: Hosts, folder: Path, rows: list[Row]) -> tuple[float, float]:
     """Mean and deviation of an exported model's normalised scores."""
     group = hosts.group("open_value", "actor")
-    group.call("load", str(folder), ModelSettings(path=str(folder)), None).get()
+    group.call("load", str(folder), ModelSettings(path=str(folder), dtype="float32"), None).get()
     return group.first("normalize", "sft", [np.arange(len(rows))])
 
 

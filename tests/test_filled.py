@@ -34,7 +34,7 @@ def rewritten(folder: Path, change: Callable[[Weights], Weights]) -> Path:
 
 
 def load(folder: Path, scalar: bool = False, begins_head: bool = False) -> None:
-    load_hf(ModelSettings(path=str(folder)), str(folder), scalar, seed=1, begins_head=begins_head)
+    load_hf(ModelSettings(path=str(folder), dtype="float32"), str(folder), scalar, seed=1, begins_head=begins_head)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])

@@ -264,7 +264,13 @@ def planned(folder: Path, cluster: str, shape: dict[str, Any] | None = None, **s
     data, adam = {"path": "rows.jsonl"}, {"lr": 1e-4}
     ppo = {"prompts": data, "steps": 3, "actor_optimizer": adam, "critic_optimizer": adam}
     supervised = {"train": data, "optimizer": adam}
-    base = {"name": "run", "model": {"path": str(folder)}, "sft": supervised, "rm": supervised, "ppo": ppo}
+    base = {
+        "name": "run",
+        "model": {"path": str(folder), "dtype": "float32"},
+        "sft": supervised,
+        "rm": supervised,
+        "ppo": ppo,
+    }
     settings = {key: base[key] | value if key in ("ppo", "rm", "model") else value for key, value in settings.items()}
     config = RunConfig.model_validate(base | settings)
     return with_memory(config, make_plan(config, "ppo", Cluster.parse(cluster)))
@@ -365,7 +371,7 @@ def test_both_sides_of_a_pair_count(tmp_path: Path, micro_batch_tokens: int, tim
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     supervised = {"train": {"path": "rows.jsonl"}, "optimizer": {"lr": 1e-4}, "micro_batch_tokens": micro_batch_tokens}
     config = RunConfig.model_validate(
-        {"name": "run", "model": {"path": str(tmp_path)}, "sft": supervised, "rm": supervised}
+        {"name": "run", "model": {"path": str(tmp_path), "dtype": "float32"}, "sft": supervised, "rm": supervised}
     )
     sft, rm = (known(with_memory(config, make_plan(config, s, Cluster.parse("1x4cpu")))) for s in ("sft", "rm"))
     assert sft.phases == rm.phases == ("load", "train", "save")

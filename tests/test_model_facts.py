@@ -23,7 +23,7 @@ LORA = LoraSettings(rank=4)
 def facts(
     path: Path | str, *heads: Any, lora: LoraSettings | None = LORA, init: Any = "pretrained", **asked: Any
 ) -> Any:
-    return model_facts(str(path), ModelSettings(path=str(path), lora=lora, init=init), heads, **asked)
+    return model_facts(str(path), ModelSettings(path=str(path), dtype="float32", lora=lora, init=init), heads, **asked)
 
 
 def test_nothing_stands_against_a_plain_model(tmp_path: Path) -> None:

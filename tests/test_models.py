@@ -50,7 +50,13 @@ ROWS = sequences([(5, 7), (1, 1), (9, 2), (3, 12), (2, 4)])
 
 
 def load(path: Path, scalar: bool = False, **settings: Any) -> PreTrainedModel:
-    return load_hf(ModelSettings(path=str(path), **settings), str(path), scalar, seed=3, begins_head=scalar).eval()
+    return load_hf(
+        ModelSettings(**({"path": str(path), "dtype": "float32"} | settings)),
+        str(path),
+        scalar,
+        seed=3,
+        begins_head=scalar,
+    ).eval()
 
 
 def language_model(path: Path, **settings: Any) -> LanguageModel:
@@ -477,7 +483,7 @@ def test_dropout_is_on_the_embeddings_and_before_the_head(llama: Path) -> None:
 
 def test_a_random_model_is_drawn_with_the_seed(llama: Path, tmp_path: Path) -> None:
     load(llama).config.save_pretrained(tmp_path / "shape")
-    settings = ModelSettings(path="shape", init="random")
+    settings = ModelSettings(path="shape", dtype="float32", init="random")
 
     def drawn(seed: int) -> Tensor:
         return load_hf(settings, str(tmp_path / "shape"), scalar=False, seed=seed).lm_head.weight

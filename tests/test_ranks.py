@@ -163,7 +163,7 @@ def run_config(folder: Path, strategy: Strategy, ranks: Ranks, micro_batch_token
         "seed": 7,
         "plugins": ["tests.learners"],
         "strategies": {"actor": strategy, "critic": strategy},
-        "model": {"path": str(folder)},
+        "model": {"path": str(folder), "dtype": "float32"},
         "rm": {"train": data, "optimizer": ADAM, "margin": 0.3, "center": 0.01},
         "ppo": ppo,
         "placement": {"devices": devices, "cpus_per_device": 0.5},

@@ -12,6 +12,7 @@ import pytest
 from configs import RunConfig, load_config
 from orchestrator.history import history
 from orchestrator.integrity import whole_folder
+from orchestrator.precision import with_chosen_dtype
 from orchestrator.run import STAGES, Run, RunError
 from placement import Cluster, resolve
 from placement.shape import Stage
@@ -20,6 +21,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from configs import RunConfig
+from orchestrator.precision import with_chosen_dtype
 from orchestrator.run import Run
 with Run(RunConfig(name="a", model={"path": "m"}), Path(sys.argv[1])).locked():
     print("held", flush=True)
@@ -231,6 +233,9 @@ def test_notes_of_others_in_run_json_are_kept(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- strategy: auto
 
 
+GPU = Cluster.parse("1x1xA100-80GB,host=64GB")
+
+
 def automatic(folder: Path, strategy: str = "auto") -> RunConfig:
     section = {"train": {"path": "rows.jsonl"}, "optimizer": {"lr": 1e-4}}
     return RunConfig.model_validate(
@@ -241,14 +246,20 @@ def automatic(folder: Path, strategy: str = "auto") -> RunConfig:
 def test_what_auto_became_is_noted_and_kept(tmp_path: Path) -> None:
     run = Run.begin(automatic(tmp_path), ["sft"])
     run.keep()
-    assert run.chosen(resolve(run.config, ["sft"], Cluster.parse("1x1xA100-80GB,host=64GB"))) == (
-        "strategy: auto is ddp for the actor, ddp for the critic, ddp for the reference, ddp for the reward"
-    )
+    config, why = with_chosen_dtype(run.config, GPU)
+    assert run.choose(resolve(config, ["sft"], GPU), why) == [
+        "model.dtype: auto is bfloat16: on GPUs",
+        "strategy: auto is ddp for the actor, ddp for the critic, ddp for the reference, ddp for the reward",
+    ]
+    assert run.read("run.json")["dtype"] == {"is": "bfloat16", "why": "on GPUs"}
     assert run.config.strategy == Run.open(run.folder).config.strategy == "ddp"
-    assert run.chosen(run.config) is None, "all are named"
+    assert run.config.model.dtype == Run.open(run.folder).config.model.dtype == "bfloat16"
+    assert with_chosen_dtype(run.config, GPU) == (run.config, None)
+    assert run.choose(run.config, None) == [], "all are named"
     assert Run.begin(automatic(tmp_path), ["sft"]).config.strategy == "auto", "nothing has begun: it may change"
     line = {"stage": "sft", "step": 1, "metrics": {}, "time": 0.0}
     (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert Run.begin(automatic(tmp_path), ["sft"]).config.strategy == "ddp", "the run goes on as it began"
+    again = Run.begin(automatic(tmp_path), ["sft"]).config
+    assert (again.strategy, again.model.dtype) == ("ddp", "bfloat16"), "the run goes on as it began"
     assert Run.open(run.folder).config.strategy == "ddp"
     assert Run.begin(automatic(tmp_path, "zero1"), ["sft"]).config.strategy == "zero1", "asked for by name"

@@ -50,7 +50,9 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(
 
     def load() -> None:
         load_tokenizer(str(folder), trust)
-        load_hf(ModelSettings(path=str(folder), trust_remote_code=trust), str(folder), scalar=False, seed=1)
+        load_hf(
+            ModelSettings(path=str(folder), dtype="float32", trust_remote_code=trust), str(folder), scalar=False, seed=1
+        )
 
     if trust:
         load()
@@ -79,7 +81,7 @@ def test_weights_in_a_pickle_run_no_code(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Trap(marker)}, folder / "pytorch_model.bin")
     with pytest.raises(pickle.UnpicklingError, match="Weights only"):
-        load_hf(ModelSettings(path=str(folder)), str(folder), scalar=False, seed=1)
+        load_hf(ModelSettings(path=str(folder), dtype="float32"), str(folder), scalar=False, seed=1)
     assert not marker.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)  # noqa: TID251  the trap works
     assert marker.exists()

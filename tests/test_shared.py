@@ -48,7 +48,7 @@ def run_config(folder: Path) -> RunConfig:
         "plugins": ["tests.sharing"],
         "strategies": {"actor": "zero2", "critic": "zero1"},
         "share": list(ROLES),
-        "model": {"path": str(folder), "lora": {"rank": 4}, "gradient_checkpointing": True},
+        "model": {"path": str(folder), "dtype": "float32", "lora": {"rank": 4}, "gradient_checkpointing": True},
         "ppo": ppo,
         "placement": {"devices": {"actor": 2}, "cpus_per_device": 1},
         "deadlines": {"first": 240},

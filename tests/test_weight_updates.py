@@ -56,7 +56,7 @@ class Pair:
         self.version = 0
 
     def load(self, folder: Path, transport: str = "object_store", lora: LoraSettings | None = None) -> None:
-        settings = ModelSettings(path=str(folder), lora=lora)
+        settings = ModelSettings(path=str(folder), dtype="float32", lora=lora)
         together(
             self.actor.call("load", str(folder), settings, OptimizerSettings(lr=0.03)),
             self.engine.call("load", str(folder), transport, LENGTH),

@@ -6,6 +6,7 @@ prompts or padding, and those of the answers only a chunk of tokens at a time.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,10 +96,10 @@ class TiedEmbedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         whole, ctx.gradient.from_head = ctx.gradient.from_head, None
         if whole is None:
-            whole = of_rows.new_zeros(ctx.shape)
+            whole = of_rows.new_zeros(ctx.shape, dtype=torch.float32)
         # The few tokens that occur, each once: their sum is then taken in one order, on a GPU too.
         tokens, places = ids.unique(return_inverse=True)
-        sums = torch.ops.aten.embedding_dense_backward(of_rows, places, len(tokens), -1, False)
+        sums = torch.ops.aten.embedding_dense_backward(of_rows.float(), places, len(tokens), -1, False)
         if ctx.padding is not None:
             sums[tokens == ctx.padding] = 0
         return whole.index_add_(0, tokens, sums), None, None, None
@@ -152,8 +153,11 @@ class HeadLogProbs(torch.autograd.Function):
     def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
         for_hidden = torch.empty_like(hidden)
-        for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        # Sums over chunks are in float32; autograd rounds them once where the weight is narrower.
+        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            for_bias = torch.zeros_like(bias, dtype=torch.float32)
         if of_log_probs is not None:
             of_log_probs = of_log_probs / ctx.temperature
         if of_entropy is not None:
@@ -172,12 +176,15 @@ class HeadLogProbs(torch.autograd.Function):
                 grad.mul_(-scale)
             else:
                 grad.mul_(log_p.add_(entropy[rows, None]).mul_(of_entropy[rows, None]).add_(scale).neg_())
-            grad = grad.scatter_add_(-1, targets[rows, None], scale).mul_(slope).to(hidden.dtype)
-            for_hidden[rows] = grad @ weight
-            if for_weight is not None:
-                for_weight.addmm_(grad.t(), hidden[rows])
+            grad = grad.scatter_add_(-1, targets[rows, None], scale).mul_(slope)
             if for_bias is not None:
                 for_bias.add_(grad.sum(0))
+            grad = grad.to(hidden.dtype)
+            for_hidden[rows] = grad @ weight
+            if for_weight is not None and for_weight.dtype == hidden.dtype:
+                for_weight.addmm_(grad.t(), hidden[rows])
+            elif for_weight is not None:  # no product of PyTorch's adds to a wider tensor
+                for_weight.add_(grad.t() @ hidden[rows])
         if ctx.tied is not None:
             ctx.tied.from_head, for_weight = for_weight, None
         return for_hidden, for_weight, for_bias, None, None, None, None
@@ -238,12 +245,14 @@ class LanguageModel(nn.Module):
 class ScalarModel(nn.Module):
     """A transformer with a scalar head: the critic's values, the reward model's scores.
 
-    Its output is (head - mean) / deviation; both numbers live in the model's config, so that they travel with it.
+    Its output is (head - mean) / deviation; both numbers live in the model's config, so that they travel with it. The head
+    computes in float32, whatever the type of its weights: bfloat16 has eight bits for a score.
     """
 
     def __init__(self, hf: PreTrainedModel, dropout: float = 0.0) -> None:
         super().__init__()
         self.hf = hf
+        hf.score.forward = partial(_in_float32, hf.score)
         self.dropout = dropout
         if dropout:
             hf.get_input_embeddings().register_forward_hook(lambda _m, _i, out: F.dropout(out, dropout, self.training))
@@ -256,7 +265,7 @@ class ScalarModel(nn.Module):
         hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
         hidden = F.dropout(hidden[rows, columns], self.dropout, self.training)
         mean, std = self.normalization
-        return (self.hf.score(hidden).squeeze(-1).float() - mean) / std
+        return (self.hf.score(hidden).squeeze(-1) - mean) / std
 
     def forward(self, batch: Batch, per_token: bool) -> Tensor:
         """per_token: values of the states before each answer token, [B, R]. Else scores at the sequences' last tokens, [B].
@@ -266,6 +275,10 @@ class ScalarModel(nn.Module):
         if per_token:
             return batch.padded(self._at(batch, batch.rows, batch.before))
         return self._at(batch, torch.arange(len(batch.lengths), device=batch.ids.device), batch.lengths - 1)
+
+
+def _in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+    return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

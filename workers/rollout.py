@@ -24,7 +24,7 @@ from workers.sequences import Chunk, Ragged
 from workers.served import engine_options, why_not_served
 from workers.transfer import ADAPTER_ID
 from workers.work import StaleWeights, Written
-from workers.worker import Worker
+from workers.worker import Worker, compiles
 
 
 def sample_seed(run: int, step: int, prompt: int, sample: int) -> int:
@@ -86,7 +86,7 @@ class RolloutWorker(Worker):
             tensor_parallel_size=settings.tensor_parallel,
             # In a placement group vLLM's own default would be its Ray executor, which would place workers itself.
             distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
-            enforce_eager=not settings.compile,
+            enforce_eager=not compiles(self.config, self.spec.device),
             # A prompt cut in two would set back its request's random generator, which a CPU's cannot do.
             enable_chunked_prefill=None if on_gpu else False,
             logprobs_mode="processed_logprobs",

@@ -42,6 +42,9 @@ def deepspeed_settings(
             "bf16_master_weights_and_grads": narrow,
             "bf16_optimizer_states": narrow,
         },
+        # Sums of gradients: over micro-batches (without ZeRO DeepSpeed takes no other type than the model's), and over ranks.
+        "data_types": {"grad_accum_dtype": "fp32" if zero.stage and not narrow else None},
+        "communication_data_type": None if narrow else "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

@@ -124,6 +124,9 @@ class Trainer(Worker):
             # Until then no step counts: one of DeepSpeed's optimizers takes one to build its states.
             adam.found_inf = torch.ones((), device=self.device)  # type: ignore[attr-defined]
             self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=adam, config=settings)
+            if not ZERO[strategy].stage:  # DeepSpeed sums gradients in float32 with ZeRO alone: here PyTorch does
+                for parameter in trained:
+                    parameter.grad_dtype = torch.float32
             # Unsharded gradients are reduced through a flat copy: by default one of all of them.
             self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET_ELEMENTS)
             adam.register_step_pre_hook(self._before_adam)

@@ -95,6 +95,11 @@ class Worker:
         return proportional_memory()
 
 
+def compiles(config: RunConfig, device: str) -> bool:
+    """Whether engines compile what they compute."""
+    return device == "cuda" if config.rollout.compile == "auto" else config.rollout.compile
+
+
 def environment(config: RunConfig, role: Role, device: str, threads: int) -> dict[str, str]:
     """Environment of a worker's process; must be there before torch is imported."""
     common = {
@@ -117,7 +122,7 @@ def environment(config: RunConfig, role: Role, device: str, threads: int) -> dic
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        if not config.rollout.compile:
+        if not compiles(config, device):
             # vLLM compiles parts of its sampler even when eager, for which a CPU needs a C++ compiler.
             common["TORCH_COMPILE_DISABLE"] = "1"
     return common

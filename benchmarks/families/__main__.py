@@ -61,7 +61,7 @@ def _prepare() -> None:
     from configs.schema import RunConfig
     from workers.worker import environment
 
-    config = RunConfig.model_validate({"name": "families", "model": {"path": "model"}})
+    config = RunConfig.model_validate({"name": "families", "model": {"path": "model", "dtype": "float32"}})
     os.environ.update(environment(config, "rollout", "cpu", threads=1))
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.modules["triton"] = None  # type: ignore[assignment]  # as in a worker

@@ -89,7 +89,7 @@ def alone(folder: Path, scratch: Path) -> dict[str, Any]:
 
 def problems(folder: Path, heads: Any, adapter_served: bool = False) -> list[str]:
     """What the product's own check has against the family."""
-    settings = ModelSettings(path=str(folder), lora=LORA)
+    settings = ModelSettings(path=str(folder), dtype="float32", lora=LORA)
     found = model_facts(
         str(folder), settings, heads, learns=True, served_on="cpu", adapter_served=adapter_served
     ).problems
@@ -100,7 +100,12 @@ def config(lora: LoraSettings | None = None, **settings: Any) -> RunConfig:
     data, adam = {"path": "rows.jsonl"}, {"lr": 0.03}
     ppo = {"prompts": data, "steps": 1, "actor_optimizer": adam, "critic_optimizer": adam}
     rollout = {"max_new_tokens": NEW_TOKENS, "kv_cache_gib": 0.0625, "max_sequences": 8}
-    base = {"name": "families", "model": {"path": "model", "lora": lora}, "ppo": ppo, "rollout": rollout}
+    base = {
+        "name": "families",
+        "model": {"path": "model", "dtype": "float32", "lora": lora},
+        "ppo": ppo,
+        "rollout": rollout,
+    }
     return RunConfig.model_validate(base | {"rm": {"train": data, "optimizer": adam}} | settings)
 
 
@@ -266,7 +271,7 @@ def start(kind: type[Kind], folder: Path, lora: LoraSettings | None, settings: R
     """A trainer that has loaded the model."""
     worker = kind(WorkerSpec(settings or config(), "actor", 0, 1, "cpu", 1))
     worker.join(("127.0.0.1", _free_port()))
-    worker.load(str(folder), ModelSettings(path=str(folder), lora=lora), OptimizerSettings(lr=0.03))
+    worker.load(str(folder), ModelSettings(path=str(folder), dtype="float32", lora=lora), OptimizerSettings(lr=0.03))
     return worker
 
 
@@ -360,7 +365,7 @@ def scalar(folder: Path, out: Path, lora: LoraSettings | None) -> Found:
         scores = critic.model.eval()(batch, per_token=False).numpy()
         exported = AutoModelForSequenceClassification.from_pretrained(out)
         found["scalar export"] = float(np.abs(scores - last_scores(exported)).max())
-        read = load_hf(ModelSettings(path=str(out)), str(out), scalar=True, seed=0)
+        read = load_hf(ModelSettings(path=str(out), dtype="float32"), str(out), scalar=True, seed=0)
         found["scalar export"] = max(found["scalar export"], float(np.abs(scores - last_scores(read)).max()))
         if lora:
             with chdir("/"):
