@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.policy import PolicyWorker
 from workers.probe import Probe
@@ -131,6 +131,6 @@ class DyingRollout(_Dying, RolloutWorker):
 
 def _move_a_weight(engine: Any) -> None:
     """The last norm's become a tenth larger, as if an update had not reached the kernels."""
-    norm: nn.Module = engine.get_model().model.norm
+    weight: Tensor = engine.get_model().model.norm.weight
     with torch.no_grad():
-        norm.weight.mul_(1.1)
+        weight.mul_(1.1)
