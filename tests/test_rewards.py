@@ -45,7 +45,9 @@ def run_config(*sources: dict[str, Any], judges: tuple[str, ...] = ()) -> RunCon
     ppo: dict[str, Any] = {"prompts": data, "steps": 1, "actor_optimizer": adam, "critic_optimizer": adam}
     if judges:
         ppo["evaluation"] = {"prompts": data, "judges": [{"name": j, "function": f"{FUNCTIONS}:{j}"} for j in judges]}
-    return RunConfig.model_validate({"name": "r", "model": {"path": "m"}, "ppo": ppo | {"rewards": list(sources)}})
+    return RunConfig.model_validate(
+        {"name": "r", "model": {"path": "m", "dtype": "float32"}, "ppo": ppo | {"rewards": list(sources)}}
+    )
 
 
 def function(name: str, weight: float = 1.0) -> dict[str, Any]:
@@ -339,7 +341,7 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
     def found(micro_batch_tokens: int) -> np.ndarray:
         config = run_config(model("reader", path) | {"tokenizer": "own"})
         assert config.ppo
-        config.model.dtype, config.ppo.micro_batch_tokens, config.chat_template = "float32", micro_batch_tokens, True
+        config.ppo.micro_batch_tokens, config.chat_template = micro_batch_tokens, True
         worker = RewardWorker(spec(config))
         worker.load(str(folder), {"reader": str(path)})
         worker.add_rows("prompts", [Row(prompt) for prompt in CONVERSATIONS])
