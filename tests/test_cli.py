@@ -40,7 +40,8 @@ def troupe(*args: object) -> Result:
 
 @pytest.fixture
 def micro(tmp_path: Path) -> Path:
-    return write_micro(tmp_path)
+    """It fits on one core: what is refused is not for want of cores."""
+    return write_micro(tmp_path, placement={"cpus_per_device": 0.2})
 
 
 def refused(*args: object) -> str:
