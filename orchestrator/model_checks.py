@@ -80,17 +80,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _joined(uses: Sequence[ModelUse]) -> list[ModelUse]:
-    """Each model once, with all that is needed of it."""
-    joined: dict[tuple[str, str], ModelUse] = {}
+    """Each model once, with all that is needed of it; twice where it is also used as it is, with a head that it must have."""
+    joined: dict[tuple[str, str, bool], ModelUse] = {}
     for use in uses:
-        key = use.path, use.settings.model_dump_json()
+        key = use.path, use.settings.model_dump_json(), use.learns
         known = joined.get(key, use)
         joined[key] = ModelUse(
             known.setting,
             use.path,
             use.settings,
             known.heads | use.heads,
-            learns=known.learns or use.learns,
+            learns=use.learns,
             served=known.served or use.served,
         )
     return list(joined.values())

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,13 @@ def test_check_prints_what_became_of_the_rows_and_starts_nothing(folder: Path, m
     assert done.exit_code == 0, done.output
     *lines, last = done.stdout.splitlines()
     assert lines == [
-        "sft.train              60 rows, 1,190 tokens, longest 21",
-        "sft.validation         10 rows, 189 tokens, longest 20",
-        "rm.train               40 of 60 pairs, 20 left out with two equal answers, 1,600 tokens, longest 21",
-        "rm.validation          7 of 10 pairs, 3 left out with two equal answers, 265 tokens, longest 20",
-        "rm.normalize_on        60 rows, 1,190 tokens, longest 21",
-        "ppo.prompts            60 prompts, 630 tokens, longest 12",
-        "ppo.evaluation.prompts  6 prompts",
+        "sft.train               60 rows, 1,160 tokens, longest 21",
+        "sft.validation          10 rows, 194 tokens, longest 20",
+        "rm.train                40 of 60 pairs, 20 left out with two equal answers, 1,560 tokens, longest 21",
+        "rm.validation           7 of 10 pairs, 3 left out with two equal answers, 275 tokens, longest 21",
+        "rm.normalize_on         60 rows, 1,160 tokens, longest 21",
+        "ppo.prompts             60 prompts, 600 tokens, longest 11",
+        "ppo.evaluation.prompts  6 prompts, 60 tokens, longest 10",
     ]
     assert last.startswith("nothing is wrong; checked in ")
     assert not (folder / "runs").exists()
@@ -132,27 +131,35 @@ def test_a_tokenizer_larger_than_the_embeddings(folder: Path, tmp_path: Path) ->
 
 
 def test_a_prompt_without_tokens(folder: Path, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": ""}])
-    (said,) = told(folder, f"ppo.prompts.path={path}", "ppo.evaluation=null")
-    assert said.startswith(f"ppo.prompts: {path}:2: prompt: has no tokens")
+    """With a template that leaves out what the system says, and begins no answer."""
+    model = make_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content + '<eos>' }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    rows = [{"messages": [{"role": role, "content": "hm"}]} for role in ("user", "system")]
+    asked = f"ppo.prompts.path={write_rows(tmp_path / 'p.jsonl', rows)}", f"ppo.rewards=[{FUNCTION}]"
+    (said,) = told(folder, f"model.path={model}", *asked, "ppo.evaluation=null", stages=["ppo"])
+    assert said.startswith(f"ppo.prompts: {tmp_path}/p.jsonl:2: prompt: has no tokens")
 
 
 @pytest.mark.parametrize(
-    ("setting", "rows", "overlong", "said"),
+    ("stage", "overlong", "said"),
     [
-        ("sft", 4, "refuse", "1 of 4 rows are longer than 48 tokens (max_length), the longest has 62 ({0}:3)"),
-        ("sft", 4, "cut", "4 rows, 1 cut to length, 69 tokens, longest 62"),
-        ("sft", 4, "drop", "3 of 4 rows, 1 left out as too long, 21 tokens, longest 62"),
-        ("rm", 4, "refuse", "1 of 4 rows are longer than 48 tokens (max_length), the longest has 62 ({0}:3)"),
-        ("rm", 4, "cut", "3 of 4 pairs, 1 cut to length, 1 left out with two equal answers, 124 tokens, longest 62"),
-        ("rm", 4, "drop", "2 of 4 pairs, 1 left out as too long, 1 left out with two equal answers, 28 tokens, longest 62"),
-        ("ppo", 4, "refuse", "1 of 4 rows are longer than 16 tokens (max_prompt_tokens), the longest has 60 ({0}:3)"),
-        ("ppo", 4, "cut", "4 prompts, 1 cut to length, 31 tokens, longest 60"),
-        ("ppo", 4, "drop", "3 of 4 prompts, 1 left out as too long, 15 tokens, longest 60"),
+        ("sft", "refuse", "1 of 4 rows are longer than 48 tokens (max_length), the longest has 62 ({0}:3)"),
+        ("sft", "cut", "4 rows, 1 cut to length, 69 tokens, longest 62"),
+        ("sft", "drop", "3 of 4 rows, 1 left out as too long, 21 tokens, longest 62"),
+        ("rm", "refuse", "1 of 4 rows are longer than 48 tokens (max_length), the longest has 62 ({0}:3)"),
+        ("rm", "cut", "3 of 4 pairs, 1 cut to length, 1 left out with two equal answers, 124 tokens, longest 62"),
+        ("rm", "drop", "2 of 4 pairs, 1 left out as too long, 1 left out with two equal answers, 28 tokens, longest 62"),
+        ("ppo", "refuse", "1 of 4 rows are longer than 16 tokens (max_prompt_tokens), the longest has 60 ({0}:3)"),
+        ("ppo", "cut", "4 prompts, 1 cut to length, 31 tokens, longest 60"),
+        ("ppo", "drop", "3 of 4 prompts, 1 left out as too long, 15 tokens, longest 60"),
     ],
 )  # fmt: skip
 def test_rows_that_are_too_long_are_refused_cut_or_left_out_and_counted(
-    folder: Path, tmp_path: Path, setting: str, rows: int, overlong: str, said: str
+    folder: Path, tmp_path: Path, stage: Stage, overlong: str, said: str
 ) -> None:
     """The third row is too long; the sides of the fourth pair are equal."""
     prompts = ["five:", "five:", "x" * 60, "five:"]
@@ -161,11 +168,10 @@ def test_rows_that_are_too_long_are_refused_cut_or_left_out_and_counted(
         "rm": [{"prompt": p, "chosen": "y", "rejected": "y" if k == 3 else "n"} for k, p in enumerate(prompts)],
         "ppo": [{"prompt": prompt} for prompt in prompts],
     }
-    path = write_rows(tmp_path / "rows.jsonl", made[setting])
-    data = {"sft": "sft.train", "rm": "rm.train", "ppo": "ppo.prompts"}[setting]
-    stage: Stage = setting  # type: ignore[assignment]
+    path = write_rows(tmp_path / "rows.jsonl", made[stage])
+    data = {"sft": "sft.train", "rm": "rm.train", "ppo": "ppo.prompts"}[stage]
     rewards = f"ppo.rewards=[{FUNCTION}]"
-    report = report_of(folder, f"{data}.path={path}", f"{setting}.overlong={overlong}", rewards, stages=[stage])
+    report = report_of(folder, f"{data}.path={path}", f"{stage}.overlong={overlong}", rewards, stages=[stage])
     lines = [str(problem) for problem in report.problems] or [report.counts[data].describe()]
     assert len(lines) == 1 and said.format(path) in lines[0]
 
@@ -202,19 +208,26 @@ def test_a_reward_model_that_reads_otherwise(
     folder: Path, tmp_path: Path, change: Callable[[Path], None], said: str
 ) -> None:
     reward_model = make_reward_model(folder / "model", tmp_path / "reward")
-    asked = "chat_template=true", f"ppo.rewards=[{{kind: model, name: theirs, path: {reward_model}}}]"
-    own = asked[1].replace("}]", ", tokenizer: own}]")
+    asked = (
+        "chat_template=true",
+        "ppo.max_prompt_tokens=40",
+        f"ppo.rewards=[{{kind: model, name: theirs, path: {reward_model}}}]",
+    )
+    own = asked[-1].replace("}]", ", tokenizer: own}]")
     assert told(folder, *asked, stages=["ppo"]) == []
     change(reward_model)
     (problem,) = told(folder, *asked, stages=["ppo"])
     assert problem.startswith(f"ppo.rewards.0.tokenizer: was policy, but {reward_model} has {said}")
     assert "own would fit" in problem
-    assert told(folder, asked[0], own, stages=["ppo"]) == []
+    assert told(folder, *asked[:-1], own, stages=["ppo"]) == []
 
 
-def test_a_language_model_as_a_reward_model(folder: Path) -> None:
-    (said,) = told(folder, f"ppo.rewards=[{{kind: model, path: {folder}/model}}]", stages=["ppo"])
-    assert said.startswith(f"ppo.rewards.0.path: {folder}/model") and "1 missing (score.weight)" in said
+@pytest.mark.parametrize("same", [True, False])
+def test_a_language_model_as_a_reward_model(folder: Path, tmp_path: Path, same: bool) -> None:
+    """Also where it is the policy, whose scalar head may begin as a critic's, but not as a reward model's."""
+    path = folder / "model" if same else shutil.copytree(folder / "model", tmp_path / "copy")
+    (said,) = told(folder, f"ppo.rewards=[{{kind: model, path: {path}}}]", stages=["ppo"])
+    assert said.startswith(f"ppo.rewards.0.path: {path}") and "1 missing (score.weight)" in said
 
 
 def test_a_family_without_a_scalar_head(folder: Path, tmp_path: Path) -> None:
@@ -245,11 +258,11 @@ def test_a_reward_whose_argument_the_dataset_lacks(folder: Path) -> None:
 
 
 def test_a_service_that_would_be_sent_a_column_that_is_no_json(folder: Path, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": ["a", "b"], "day": [date(2026, 1, 1)] * 2}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "picture": [b"png", b"\xff"]}), tmp_path / "rows.parquet")
     service = "ppo.rewards=[{kind: http, name: service, url: 'http://127.0.0.1:1/'}]"
     asked = service, f"ppo.prompts.path={tmp_path}/rows.parquet", "ppo.evaluation=null"
     (said,) = told(folder, *asked, stages=["ppo"])
-    assert said.startswith("ppo.rewards.0: ") and "the column day of row 1 of ppo.prompts (rows.parquet)" in said
+    assert said.startswith("ppo.rewards.0: ") and "the column picture of row 2 of ppo.prompts (" in said
     assert told(folder, service, stages=["ppo"]) == []
 
 
@@ -297,7 +310,7 @@ def test_a_cache_smaller_than_one_sequence(folder: Path) -> None:
 
 def test_prompts_of_another_form_than_the_demonstrations_are_noted(folder: Path, tmp_path: Path) -> None:
     chat = write_rows(tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": "the film"}]}])
-    asked = f"ppo.prompts.path={chat}", "ppo.evaluation=null"
+    asked = f"ppo.prompts.path={chat}", "ppo.evaluation=null", "ppo.max_prompt_tokens=40"
     assert report_of(folder).notes == []
     (note,) = report_of(folder, *asked).notes
     assert (
