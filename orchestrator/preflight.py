@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from configs.schema import DatasetSettings, ModelSettings
-from orchestrator.checks import Check
+from orchestrator.checks import Check, is_missing
 from orchestrator.cluster import foreseen_cluster
 from orchestrator.model_checks import ModelUse, check_models, check_reader, check_serving
 from orchestrator.run import Run, RunError
@@ -133,8 +133,9 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Iterable[Check]) -> Report:
     for job in jobs:
         setting, path, settings = job.text_model()
         codec: Codec | None = None
-        with report.collecting(setting):
-            codec = readers.codec(path, settings)
+        if not is_missing(path):  # else the checks of the settings have said so
+            with report.collecting(setting):
+                codec = readers.codec(path, settings)
         inputs: list[Input] = []
         with report.collecting():
             inputs = job.inputs()
@@ -152,7 +153,8 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Iterable[Check]) -> Report:
     cluster: Cluster | None = None
     with report.collecting():
         cluster = foreseen_cluster(run.config)
-    _check_models(report, readers, run, cluster, [use for job in jobs for use in job.models()])
+    uses = [use for job in jobs for use in job.models() if not is_missing(use.path)]
+    _check_models(report, readers, run, cluster, uses)
     if cluster:
         _check_plans(report, run, cluster, [job.name for job in jobs])
     _compare_forms(report, run)
@@ -163,7 +165,7 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Iterable[Check]) -> Report:
 def _check_readers(report: Report, readers: _Readers, job: Job, policy: Codec) -> None:
     """Whether reward models read what the policy writes, in the forms that the stage's rows have."""
     forms = {counts.form for setting, counts in report.counts.items() if setting.startswith(f"{job.name}.")}
-    for use in job.readers():
+    for use in (use for use in job.readers() if not is_missing(use.path)):
         with report.collecting(use.setting):
             codec = readers.codec(use.path, use.settings)
             for form in ("text", "chat"):
