@@ -24,6 +24,7 @@ COMMANDS = (
     "resume",
     "status",
     "list",
+    "check",
     "plan",
     "config",
     "report",
