@@ -103,7 +103,8 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
     assert done.errors == ""
     lines = done.output.splitlines()
     shape = [
-        r"data read and checked; connecting to Ray",
+        r"sft\.(train|validation) +\d+ rows, [\d,]+ tokens, longest \d+",
+        r"checked in \d+\.\d s; connecting to Ray",
         r"micro in .*/runs/micro, on cpu: 1 node with \d+ CPU cores, .*",
         r"Ray's dashboard: http://127\.0\.0\.1:\d+; it asks for the token in /.*/token",
         r"  sft  120 steps · actor: 1 x \(.* CPU\) · 20 rows in an optimizer step: 20 on the actor rank",
@@ -116,6 +117,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
         r"micro is finished",
         r"SFT +perplexity \d+\.\d on held-out demonstrations · 120 steps in \d:\d\d",
         r"report +/.*/runs/micro/report\.html",
+        r"curves +tensorboard --logdir /.*/runs/micro/tensorboard",
         r"model +/.*/runs/micro/models/sft",
         r"talk to it +troupe chat /.*/runs/micro",
     ]
