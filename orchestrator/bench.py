@@ -248,7 +248,7 @@ def _draw_models(asked: Benchmark, folder: Path, shape: dict[str, Any], config: 
     if asked.shares_reward:
         _draw("reward", reward, model, asked.lora_rank, config.seed)
     else:
-        _draw("model", reward, dtype, config.seed + 1)
+        _draw("scorer", reward, dtype, config.seed + 1)
 
 
 def _draw(*args: Any) -> None:

