@@ -36,8 +36,8 @@ ON_ONE_CORE = {"cpus_per_device": 0.2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in which nothing is wrong, its data and its model; nothing in it changes."""
-    return write_micro(tmp_path_factory.mktemp("preflight"), placement=ON_ONE_CORE).parent
+    """A run in which nothing is wrong, on any machine; its data and its model. Nothing in it changes."""
+    return write_micro(tmp_path_factory.mktemp("preflight"), placement=ON_ONE_CORE, device="cpu").parent
 
 
 def report_of(folder: Path, *overrides: str, stages: Sequence[Stage] | None = None) -> Report:
