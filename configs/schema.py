@@ -81,7 +81,7 @@ class LoraSettings(Settings):
     dora: bool = False
     """Learn the length of each output's weights apart from their direction (Liu et al. 2024). Slower; always sent merged."""
     dropout: BelowOne = 0.0
-    """Dropout before the adapters."""
+    """Dropout before the adapters, not in PPO. Each rank draws it for each micro-batch: results depend on the number of both."""
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names of the modules that get an adapter."""
 

@@ -50,6 +50,13 @@ class Sampling:
             raise ConfigError([f"--{e['loc'][0]}: was {e['input']}: {e['msg']}" for e in error.errors()]) from None
 
 
+def codec_of(run: Run, stage: Stage) -> Codec:
+    """The codec of a stage's model, by which prompts of text go through the chat template if its rows did."""
+    codec = Codec.load(str(run.model(stage)), run.config, run.config.model, run.started)
+    codec.chat_template = run.form(stage) == "chat"
+    return codec
+
+
 class Answerer:
     """The model of a run's stage, in an engine."""
 
@@ -60,8 +67,6 @@ class Answerer:
         os.environ |= environment(run.config, "rollout", device, threads)
         rollout = sampling.applied(run.config.rollout).model_copy(update={"tensor_parallel": 1})
         self.log, self.asked = run.folder / "answer.log", 0
-        self.form = run.form(stage)
-        """Whether the model was trained on conversations (chat) or on plain text."""
         with quiet(self.log):
             from workers.rollout import RolloutWorker  # imports torch and vLLM, which read the environment
 
@@ -72,8 +77,7 @@ class Answerer:
             self.worker.load(path, "object_store", self.longest + rollout.max_new_tokens)
             if probe := Probe.load(run.model(stage)):
                 self.worker.prove(0, probe)
-            self.codec = Codec.load(path, run.config, run.config.model, run.started)
-        self.codec.chat_template = self.form == "chat"
+            self.codec = codec_of(run, stage)
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether a prompt leaves room for an answer."""
@@ -129,7 +133,7 @@ def converse(folder: Path, stage: str | None, console: Console, sampling: Sampli
     chosen = last_stage(run, stage)
     console.print(f"loading the {chosen} model of {folder}; some 20 seconds", style="dim", soft_wrap=True)
     answerer = Answerer(run, chosen, sampling)
-    chats = answerer.form == "chat"
+    chats = answerer.codec.chat_template  # it was trained on conversations
     way = "it was trained on conversations: ask, and it answers" if chats else "begin a text, and it goes on"
     console.print(f"{way}; an empty line ends")
     messages: list[Message] = []

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workers.policy import PolicyWorker
@@ -88,8 +89,25 @@ class DyingRewards(_Dying, RewardWorker):
 
 
 class DyingRollout(_Dying, RolloutWorker):
+    wrong: tuple[str, int] = ("", 0)
+
+    def go_wrong(self, after: str, times: int) -> None:
+        """Compute something else after each of the next so many calls of `load` or `finish_weight_update`."""
+        self.wrong = after, times
+
+    def _follow(self, call: str) -> None:
+        after, times = self.wrong
+        if call == after and times:
+            self.wrong = after, times - 1
+            self.engine.collective_rpc(_move_a_weight)
+
+    def finish_weight_update(self, *args: Any) -> None:
+        super().finish_weight_update(*args)
+        self._follow("finish_weight_update")
+
     def load(self, *args: Any) -> None:
         super().load(*args)
+        self._follow("load")
         step = self.engine.step
 
         def dying() -> Any:
@@ -109,3 +127,10 @@ class DyingRollout(_Dying, RolloutWorker):
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.reach("publish")
         super().update_weights(update_info)
+
+
+def _move_a_weight(engine: Any) -> None:
+    """The last norm's become a tenth larger, as if an update had not reached the kernels."""
+    weight: Tensor = engine.get_model().model.norm.weight
+    with torch.no_grad():
+        weight.mul_(1.1)

@@ -7,23 +7,27 @@ log-probability gap, and its policy version, say that they arrived.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.families.zoo import make
 from configs.schema import RunConfig
 from orchestrator import Experience, start_team, together
 from orchestrator.evaluation import weighted_sum
+from orchestrator.failures import WorkerError
 from orchestrator.team import Team
 from placement import Cluster
 from tests.models import ARCHITECTURES, make_model, make_reward_model
 from workers.data import Row
+from workers.probe import Probe
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +43,7 @@ KINDS = {
 PROMPTS = ["a", "bc", "the film", "what a plot", "why", "it was 1999", "no", "cast: "]
 CONFIG = RunConfig.model_validate({
     "name": "architecture",
+    "plugins": ["tests.dying"],
     "model": {"path": "loaded in turn", "dtype": "float32"},
     "ppo": {
         "prompts": {"path": "prompts.jsonl"},
@@ -111,3 +116,64 @@ def ppo_step(team: Team, step: int) -> float:
     assert critic["grad_norm/critic"] > 0
     team.publish(step)
     return float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
+
+
+# ---------------------------------------------------------------- proof by computing
+
+DIFFERS = (
+    r"failed in prove: DifferentModel: rollout-0, version {}, does not compute what the trainer computes: their "
+    r"log-probabilities of the same 4[68] tokens differ by (\d\S+) in the mean, and 0\.0001 is allowed"
+)
+
+
+def begin(team: Team, start: Path) -> None:
+    team.load(str(start), {"model": str(make_reward_model(start, start.parent / "reward"))})
+    team.add_prompts("prompts", [Row(prompt) for prompt in PROMPTS])
+
+
+def refused(version: int, action: Callable[[], Any]) -> None:
+    """An error that names what the engine is off by, and what is allowed."""
+    with pytest.raises(WorkerError) as caught:
+        action()
+    found = re.search(DIFFERS.format(version), str(caught.value))
+    assert found and float(found[1]) > 0.01, caught.value
+
+
+def test_an_engine_that_computes_something_else_after_an_update_is_an_error(team: Team, tmp_path: Path) -> None:
+    """Its weights arrived as they were sent, and are sent once more; it answers nothing, and no evaluation uses it."""
+    begin(team, make_model(tmp_path / "model", "llama", seed=1))
+    told: list[tuple[str, str]] = []
+    team.recovery.on_failure = lambda role, kind: told.append((role, kind))
+    engine = team.groups["rollout"]
+    engine.call("go_wrong", "finish_weight_update", 2).get()
+    refused(1, lambda: team.publish(1))
+    assert told == [("rollout", "error")], "the first time"
+    with pytest.raises(WorkerError, match=r"StaleWeights: rollout-0 holds no published weights"):
+        team.generate("prompts", np.arange(2), 1).get()
+
+    engine.call("go_wrong", "finish_weight_update", 1).get()
+    assert team.publish(1).gap < 1e-5, "it is mended by sending them once more"
+    assert len(told) == 2
+    assert team.generate("prompts", np.arange(2), 1).get().versions == {1}
+
+
+def test_an_engine_that_computes_something_else_from_the_start_is_an_error(team: Team, tmp_path: Path) -> None:
+    start = make_model(tmp_path / "model", "llama", seed=1)
+    team.groups["rollout"].call("go_wrong", "load", 1).get()
+    refused(0, lambda: begin(team, start))
+    begin(team, start)
+
+
+def test_an_exported_folder_that_was_changed_is_not_what_was_trained(team: Team, tmp_path: Path) -> None:
+    """By the proof beside it, which chat and generate ask for."""
+    begin(team, make_model(tmp_path / "model", "llama", seed=1))
+    team.export("actor", trained := tmp_path / "trained")
+    engine, probe = team.groups["rollout"], Probe.load(trained)
+    assert probe
+    engine.call("load", str(trained), "object_store", 64).get()
+    assert engine.call("prove", 0, probe).get()[0] < 1e-5
+    tensors = load_file(trained / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.1
+    save_file(tensors, trained / "model.safetensors", metadata={"format": "pt"})
+    engine.call("load", str(trained), "object_store", 64).get()
+    refused(0, lambda: engine.call("prove", 0, probe).get())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +22,13 @@ from benchmarks.families.zoo import make
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
 from orchestrator.calls import WorkerGroup
 from orchestrator.failures import WorkerError
-from tests.hosts import Hosts
+from tests.hosts import Hosts, run_config
 from tests.models import encoded, make_model
 from workers import weights
 from workers.adapters import base_of
 from workers.data import Row
 from workers.export import write_settings, write_weights
+from workers.worker import environment
 
 pytestmark = pytest.mark.slow
 
@@ -97,6 +102,74 @@ def test_a_generation_config_is_exported_as_it_was(hosts: Hosts, tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.generation_config.temperature, model.generation_config.top_p) == (0.9, 0.6)
     np.testing.assert_allclose(outputs(model), expected, SAME, SAME)
+
+
+LONG = 48
+"""Tokens of an answer that nothing ends."""
+
+
+def made_to_end_soon(folder: Path, of_tokenizer: bool) -> int:
+    """A model of whose answers every third token, and each that is the most likely, is <|im_end|>, where its configs name another
+    end token, and the tokenizer that one or theirs. Returns its id."""
+    make_model(folder, "gpt2", tied=False, vocab_size=160)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    end = int(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    tokenizer.eos_token = "<|im_end|>" if of_tokenizer else tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[end] = 4.4 / model.config.n_embd
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 1 != end
+    model.save_pretrained(folder)
+    return end
+
+
+def written(folder: Path, **options: Any) -> list[int]:
+    """An answer by plain transformers."""
+    torch.manual_seed(3)
+    ids = AutoTokenizer.from_pretrained(folder)("It is", return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model.generate(ids, max_new_tokens=LONG, **options)[0, ids.shape[1] :].tolist()
+
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams, TokensPrompt
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, kv_cache_memory_bytes=2**25)
+asked = [llm.get_default_sampling_params(), SamplingParams(), SamplingParams(temperature=0.0)]
+for each in asked:
+    each.max_tokens = int(sys.argv[2])
+prompts = [TokensPrompt(prompt_token_ids=[5, 6, 7])] * len(asked)
+print(json.dumps([list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, asked, use_tqdm=False)]))
+"""
+
+
+@pytest.mark.parametrize("of_tokenizer", [True, False], ids=["the tokenizer's", "named by model.end_tokens"])
+def test_an_exported_folder_ends_its_answers_by_itself(hosts: Hosts, tmp_path: Path, of_tokenizer: bool) -> None:
+    """With end tokens that were trained and that the start model's configs do not name, in plain transformers and plain vLLM."""
+    end = made_to_end_soon(start := tmp_path / "start", of_tokenizer)
+    settings = {"path": str(start), "dtype": "float32", "end_tokens": None if of_tokenizer else ["<|im_end|>"]}
+    group = hosts.group("faulty_policy", "actor")
+    group.call("load", str(start), ModelSettings.model_validate(settings), OptimizerSettings(lr=0.03)).get()
+    group.call("export", str(out := tmp_path / "out")).get()
+    assert written(start) == [end] * LONG, "as it came it does not stop"
+    assert written(out) == [end]
+    assert written(start, do_sample=True).count(end) > 1
+    sampled = written(out, do_sample=True)
+    assert sampled.index(end) == len(sampled) - 1
+    if of_tokenizer:
+        return
+
+    env = environment(run_config(), "rollout", "cpu", 1) | {"VLLM_HOST_IP": "127.0.0.1"}
+    command = [sys.executable, "-c", VLLM, str(out), str(LONG)]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for answer in json.loads(done.stdout.splitlines()[-1]):
+        assert answer.index(end) == len(answer) - 1
 
 
 def test_what_an_export_would_refuse_is_refused_before_anything_is_trained(hosts: Hosts, tmp_path: Path) -> None:

@@ -459,8 +459,8 @@ def test_dropout_is_for_training_alone(llama: Path) -> None:
     torch.testing.assert_close(model(batch, per_token=False), wanted, atol=0, rtol=0)
 
     def trained(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return model.train()(batch, per_token=False)
+        seeds = [seed + k for k in range(len(ROWS))]
+        return model.train()(Batch(ROWS, CPU, seeds), per_token=False)
 
     assert torch.equal(trained(1), trained(1))
     assert not torch.equal(trained(1), trained(2))
@@ -470,12 +470,46 @@ def test_dropout_is_for_training_alone(llama: Path) -> None:
 
 def test_dropout_is_on_the_embeddings_and_before_the_head(llama: Path) -> None:
     """With all of it dropped nothing is left of either."""
-    model = scalar_model(llama, dropout=1.0).train()
+    model = scalar_model(llama, dropout=1 - 1e-9).train()
     seen: list[Tensor] = []
     model.hf.base_model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    scores = model(Batch(ROWS, CPU), per_token=False)
+    scores = model(Batch(ROWS, CPU, list(range(len(ROWS)))), per_token=False)
     assert not seen[0].any()
     assert not scores.any()
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean(llama: Path) -> None:
+    model, rows = scalar_model(llama, dropout=0.3).train(), sequences([(60, 60), (60, 60)])
+    whole = model.hf.get_input_embeddings().weight[Batch(rows, CPU).ids]
+    seen: list[Tensor] = []
+    model.hf.base_model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    model(Batch(rows, CPU, [3, 4]), per_token=False)
+    kept = seen[0] != 0
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.02)
+    torch.testing.assert_close(seen[0], torch.where(kept, whole / 0.7, 0))
+    assert not torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_dropout_of_a_row_depends_on_its_seed_alone(llama: Path, per_token: bool) -> None:
+    """Not on the rows beside it, its place among them or its padding; nor do the gradients."""
+    model = scalar_model(llama, dropout=0.3).train()
+
+    def found(*parts: list[int]) -> tuple[dict[int, Tensor], list[Tensor]]:
+        model.zero_grad()
+        of: dict[int, Tensor] = {}
+        for part in parts:
+            batch = Batch([ROWS[i] for i in part], CPU, [100 + i for i in part])
+            out = model(batch, per_token)
+            of |= {i: out[k][batch.mask[k]] if per_token else out[k] for k, i in enumerate(part)}
+        torch.cat([each.view(-1).square() for each in of.values()]).sum().backward()
+        return of, [p.grad for p in model.parameters() if p.grad is not None]
+
+    everything = list(range(len(ROWS)))
+    (values, gradients), cut = found(everything), found(*[[i] for i in reversed(everything)], [])
+    for i in everything:
+        torch.testing.assert_close(cut[0][i], values[i], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cut[1], gradients, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- loading

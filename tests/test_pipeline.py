@@ -392,6 +392,7 @@ def test_generate_and_chat(whole: Result, tmp_path: Path) -> None:
     )
     assert said.stderr == ""
     assert f"loading the sft model of {whole.folder}" in said.stdout
+    assert "begin a text, and it goes on" in said.stdout, "as it was trained"
     assert "> the cast" in said.stdout
     assert "longer than 16 tokens" in said.stdout
     assert "> the end" in said.stdout

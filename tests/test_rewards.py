@@ -18,11 +18,11 @@ from orchestrator.checks import column_checks
 from orchestrator.evaluation import combined, weighted_sum
 from orchestrator.ppo import reward_metrics
 from placement import Cluster
-from tests import reward_functions
+from tests import chat_templates, reward_functions
 from tests.hosts import DEADLINES
 from tests.models import VOCABULARY, make_model, make_tokenizer
 from tests.services import Service, says
-from workers.data import Codec, Row, load_tokenizer
+from workers.data import Codec, Prompt, Row, load_tokenizer
 from workers.function_process import FunctionProcess
 from workers.functions import RewardError, check_columns, find_function
 from workers.host import Host
@@ -294,6 +294,78 @@ def test_a_model_with_another_tokenizer_is_refused(scores: Scores, folder: Path,
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(RewardError, match=rf"^reward other: {tmp_path}/other has another tokenizer than .*{folder}"):
         scores(model("other", tmp_path / "other"))
+
+
+CONVERSATIONS: list[Prompt] = [
+    [{"role": "user", "content": "What is two and two?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One more?"},
+        {"role": "assistant", "content": "One more of what?"},
+        {"role": "user", "content": "Of films."},
+    ],
+    "Is this one text?",
+]
+SAID = ["Four.", "  It is\n\na film <of> {films}! ", "x", "No, and so on and on"]
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "end"), [("qwen2.5", "qwen2", "<|im_end|>"), ("llama3", "llama", "<|eot_id|>")]
+)
+def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transformers_would(
+    ray_here: Cluster, folder: Path, tmp_path: Path, family: str, architecture: str, end: str
+) -> None:
+    """Answers that ended and answers that were cut off, alone and beside longer ones."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    # ---- a reward model with other tokens and another template than the policy's
+    path = make_model(tmp_path / "reader", architecture, seed=3, vocab_size=300, max_position_embeddings=512)
+    torch.manual_seed(4)
+    plain = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).eval()
+    torch.nn.init.normal_(plain.score.weight)
+    plain.config.score_mean, plain.config.score_std = 0.5, 2.0
+    plain.save_pretrained(path)
+    chat_templates.save(family, path)
+
+    # ---- every answer to every prompt, each ended and cut off
+    policy = load_tokenizer(str(folder))
+    cases = [(i, said, ended) for i in range(len(CONVERSATIONS)) for said in SAID for ended in (True, False)]
+    answers = [[*policy(said)["input_ids"], *([policy.eos_token_id] if ended else [])] for _, said, ended in cases]
+    chunk = Chunk(
+        tokens=Ragged.of([np.array([5, 6, 7, *answer]) for answer in answers], np.int32),
+        log_probs=Ragged.of([np.zeros(len(answer)) for answer in answers], np.float32),
+        prompt_lengths=np.full(len(cases), 3, np.int32),
+    )
+    placed = Placed.of([ray.put(chunk)], [np.arange(len(cases))], len(cases))
+
+    def found(micro_batch_tokens: int) -> np.ndarray:
+        config = run_config(model("reader", path) | {"tokenizer": "own"})
+        assert config.ppo
+        config.model.dtype, config.ppo.micro_batch_tokens, config.chat_template = "float32", micro_batch_tokens, True
+        worker = RewardWorker(spec(config))
+        worker.load(str(folder), {"reader": str(path)})
+        worker.add_rows("prompts", [Row(prompt) for prompt in CONVERSATIONS])
+        prompts, ended = np.array([i for i, *_ in cases]), np.array([ended for *_, ended in cases])
+        asked = ScoringRequest("prompts", prompts, np.zeros_like(prompts), ended, 3)
+        return worker.scores(asked, placed, [np.arange(len(cases))], ["reader"])["reader"].values
+
+    # ---- the oracle: one conversation after the other, no batch, no padding
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    plain.config.pad_token_id = None
+    wanted = []
+    for (i, said, ended), answer in zip(cases, answers, strict=True):
+        assert policy.decode(answer, skip_special_tokens=True) == said
+        prompt = CONVERSATIONS[i]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        conversation = [*asked, {"role": "assistant", "content": said}]
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        text = text[: text.rindex(end)] + (end if ended else "")
+        with torch.no_grad():
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            wanted.append((float(plain(ids).logits[0, 0]) - 0.5) / 2.0)
+    assert len({round(score, 3) for score in wanted}) > len(wanted) * 0.9, "answers and ends make a difference"
+    for micro_batch_tokens in (1, 400, 100_000):
+        np.testing.assert_allclose(found(micro_batch_tokens), wanted, atol=1e-4)
 
 
 def test_the_reward_is_the_weighted_sum() -> None:

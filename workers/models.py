@@ -45,7 +45,8 @@ class Batch:
     their outputs have no row. Losses of it sum to 0, and so do its gradients, exactly: nothing is multiplied by a weight.
     """
 
-    def __init__(self, rows: list[Any], device: torch.device) -> None:
+    def __init__(self, rows: list[Any], device: torch.device, seeds: list[int] | None = None) -> None:
+        """seeds: of each row's dropout."""
         real, rows = len(rows), rows or [_STAND_IN]
         self.lengths = torch.tensor([len(r.ids) for r in rows])
         self.prompt_lengths = torch.tensor([r.prompt_length for r in rows])
@@ -68,6 +69,7 @@ class Batch:
         """Position whose hidden state predicts each answer token (flat, like rows)."""
         for name, value in vars(self).items():
             setattr(self, name, value.to(device))
+        self.seeds = seeds
 
     def padded(self, flat: Tensor) -> Tensor:
         """[answer tokens] -> [B, R], zeros outside the mask."""
@@ -247,6 +249,9 @@ class ScalarModel(nn.Module):
 
     Its output is (head - mean) / deviation; both numbers live in the model's config, so that they travel with it. The head
     computes in float32, whatever the type of its weights: bfloat16 has eight bits for a score.
+
+    Dropout is drawn row by row, with the seed that the batch has for each: what beside a row goes through the model, on this
+    rank or on another, does not change it.
     """
 
     def __init__(self, hf: PreTrainedModel, dropout: float = 0.0) -> None:
@@ -254,18 +259,48 @@ class ScalarModel(nn.Module):
         self.hf = hf
         hf.score.forward = partial(_in_float32, hf.score)
         self.dropout = dropout
+        self.draws: list[torch.Generator] = []
+        self.lengths: list[int] = []
+        """Of the rows of the pass that is under way: what draws their dropout, and their lengths."""
         if dropout:
-            hf.get_input_embeddings().register_forward_hook(lambda _m, _i, out: F.dropout(out, dropout, self.training))
+            hf.get_input_embeddings().register_forward_hook(self._drop_embeddings)
 
     @property
     def normalization(self) -> tuple[float, float]:
         return getattr(self.hf.config, "score_mean", 0.0), getattr(self.hf.config, "score_std", 1.0)
 
     def _at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        self.draws = self._generators(batch)
+        self.lengths = batch.lengths.tolist() if self.draws else []
         hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
-        hidden = F.dropout(hidden[rows, columns], self.dropout, self.training)
+        hidden = hidden[rows, columns]
+        if self.draws:
+            kept = self._kept(rows.bincount(minlength=len(self.draws)).tolist(), hidden.shape[-1])
+            hidden = hidden * torch.cat(kept).to(hidden.dtype) / (1 - self.dropout)
         mean, std = self.normalization
         return (self.hf.score(hidden).squeeze(-1) - mean) / std
+
+    def _generators(self, batch: Batch) -> list[torch.Generator]:
+        """None where nothing is to be dropped, as of a micro-batch without rows."""
+        if not (self.dropout and self.training):
+            return []
+        if batch.seeds is None:
+            raise ValueError("a scalar model with dropout trains on batches with seeds")
+        return [torch.Generator(batch.ids.device).manual_seed(seed) for seed in batch.seeds]
+
+    def _kept(self, counts: list[int], width: int) -> list[Tensor]:
+        """Of each row [count, width], which numbers are kept: the next that its generator draws."""
+        return [
+            torch.rand(count, width, generator=draw, device=draw.device) >= self.dropout
+            for count, draw in zip(counts, self.draws, strict=True)
+        ]
+
+    def _drop_embeddings(self, embeddings: nn.Module, args: tuple[Tensor, ...], found: Tensor) -> Tensor:
+        """[B, T, H] without what is dropped of each row's tokens; of the padding all is."""
+        if not self.draws:
+            return found
+        kept = torch.nn.utils.rnn.pad_sequence(self._kept(self.lengths, found.shape[-1]), batch_first=True)
+        return found * kept.to(found.dtype) / (1 - self.dropout)
 
     def forward(self, batch: Batch, per_token: bool) -> Tensor:
         """per_token: values of the states before each answer token, [B, R]. Else scores at the sequences' last tokens, [B].

@@ -190,7 +190,7 @@ class Trainer(Worker):
         losses: each runs a forward pass and returns its share of the loss, already divided by the global count, so that the
         sum over micro-batches and ranks is the loss of the whole batch, whatever way it was cut.
         at: the step, for the learning rate.
-        seed: draws dropout; with the rank added, so that a step repeated is the same step.
+        seed: draws the dropout of adapters; with the rank added, so that a step repeated is the same step.
         seen: what the losses are made of; asked for where the step is refused.
 
         A step whose loss or gradients are not finite, or whose gradients' norm is above `refuse_grad_norm`, is refused on

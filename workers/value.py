@@ -100,7 +100,7 @@ class ValueWorker(Trainer):
     def train_pairs(self, part: Part, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean pairwise loss."""
         right: list[Tensor] = []
-        losses = [partial(self._pair_loss, part, i, right) for i in part.micro_batches]
+        losses = [partial(self._pair_loss, part, i, right, seed) for i in part.micro_batches]
         metrics = self.optimize(losses, at, seed, partial(self._seen, part))
         return metrics | self.sum_over_ranks({"accuracy": float(sum(right))})
 
@@ -111,12 +111,16 @@ class ValueWorker(Trainer):
             loss = sum(float(self._pair_loss(part, i, right)) for i in part.micro_batches)
         return self.sum_over_ranks({"loss": loss, "accuracy": float(sum(right))})
 
-    def _pair_loss(self, part: Part, indices: Rows, right: list[Tensor]) -> Tensor:
-        """A micro-batch's share of the mean loss over the batch's pairs; its share of the accuracy goes to `right`."""
+    def _pair_loss(self, part: Part, indices: Rows, right: list[Tensor], seed: tuple[int, ...] = ()) -> Tensor:
+        """A micro-batch's share of the mean loss over the batch's pairs; its share of the accuracy goes to `right`.
+
+        seed: of the step; with it and a pair's row dropout is drawn, on whatever rank that is.
+        """
         settings = self.config.rm
         assert settings is not None
         pairs = [self.datasets[part.data][i] for i in indices]
-        batch = Batch([p.chosen for p in pairs] + [p.rejected for p in pairs], self.device)
+        seeds = [hash((*seed, int(i), side)) % 2**63 for side in (0, 1) for i in indices]
+        batch = Batch([p.chosen for p in pairs] + [p.rejected for p in pairs], self.device, seeds)
         chosen, rejected = self.module(batch, per_token=False).chunk(2)
         margin = settings.margin * torch.tensor([p.margin for p in pairs], device=self.device)
         right.append((chosen > rejected).sum() / part.count)
