@@ -605,7 +605,7 @@ class RolloutSettings(Settings):
     max_sequences: PositiveInt = 256
     """Sequences that an engine works on at a time."""
     kv_cache_gib: PositiveFloat = 1.0
-    """Memory of an engine's key-value cache on CPU, in GiB."""
+    """Memory of an engine's key-value cache on CPU, in GiB; one sequence of full length must fit."""
     gpu_memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     """Share of a GPU's memory that an engine may use."""
     compile: Literal["auto"] | bool = "auto"

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import psutil
 from rich.console import Console
@@ -41,7 +42,7 @@ def run_stages(config: RunConfig, stages: Sequence[Stage] | None = None, console
 
     console: where progress goes; none: standard output.
 
-    Raises ConfigError, DataError, PlanError, RewardError or RunError before anything starts, Stopped where the run was asked to
+    Raises ConfigError, PlanError, PreflightError or RunError before anything starts, Stopped where the run was asked to
     stop, WorkerError where a worker failed.
     """
     return go_on(Run.begin(config, stages or described(config)), console)
@@ -53,29 +54,29 @@ def go_on(
     """Run what is left of a run. classes: what runs each stage. Errors: see run_stages."""
     console = console or lasting_console()
     left = [stage for stage in run.stages if not run.finished(stage)]
-    jobs: list[StageRun] = []
     if left:
         jobs, report = checked(run, console, classes)
         report.raise_if_refused()
         for line in report.lines():
             console.print(line, style="dim", soft_wrap=True)
-    if jobs:
         console.print(f"checked in {report.seconds:.1f} s; connecting to Ray", style="dim")
-        _run_jobs(run, jobs, console)
+        _run_jobs(run, jobs, report, console)
     return Result.of(run)
 
 
-def _run_jobs(run: Run, jobs: Sequence[StageRun], console: Console) -> None:
+def _run_jobs(run: Run, jobs: Sequence[StageRun], report: Report, console: Console) -> None:
     stages = [job.name for job in jobs]
     # In this order: Ray sets signal handlers too.
     with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
         count_killed(run)
         config, why = with_chosen_dtype(run.config, cluster)
-        for words in run.choose(resolve(config, stages, cluster, run.taken(stages)), why):
+        taken = run.taken(stages)
+        for words in run.choose(resolve(config, stages, cluster, taken), why):
             console.print(words, style="dim", soft_wrap=True)
         check_offload(run.config)
-        plans = [make_plan(run.config, stage, cluster) for stage in stages]
+        plans = [make_plan(run.config, stage, cluster, taken) for stage in stages]
         _note_surroundings(run, cluster)
+        _note_data(run, report)
         print_opening(run, jobs, plans, console)
         if entrance := dashboard():
             console.print(entrance, style="dim", soft_wrap=True, highlight=False)
@@ -137,6 +138,13 @@ def start_team(config: RunConfig, stage: Stage = "ppo") -> Iterator[Team]:
             yield team
         finally:
             team.stop()
+
+
+def _note_data(run: Run, report: Report) -> None:
+    """What became of the rows of each dataset, by its setting; of finished stages what was noted stays."""
+    summary = run.read("summary.json")
+    summary["data"] = summary.get("data", {}) | {setting: asdict(counts) for setting, counts in report.counts.items()}
+    run.write("summary.json", summary)
 
 
 def _note_surroundings(run: Run, cluster: Cluster) -> None:

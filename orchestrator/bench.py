@@ -35,12 +35,11 @@ from orchestrator.run import Run, RunError
 from orchestrator.team import Team
 from placement.architecture import LADDER, Architecture, preset_config
 from placement.flops import SampleFlops
+from placement.forecast import KV_BLOCK
 
 PROMPTS = 1000
 _RUN_DRAWING = "import troupe.imports, runpy; runpy.run_module('workers.drawing', run_name='__main__', alter_sys=True)"
 """In place of `python -m workers.drawing`, which in a user's folder might be another module."""
-KV_BLOCK = 128
-"""Tokens of a block of the engine's key-value cache on CPU."""
 PHASES = ("generate", "score", "train", "publish")
 MODELS: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
 
@@ -249,7 +248,7 @@ def _draw_models(asked: Benchmark, folder: Path, shape: dict[str, Any], config: 
     if asked.shares_reward:
         _draw("reward", reward, model, asked.lora_rank, config.seed)
     else:
-        _draw("model", reward, dtype, config.seed + 1)
+        _draw("scorer", reward, dtype, config.seed + 1)
 
 
 def _draw(*args: Any) -> None:

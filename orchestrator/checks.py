@@ -156,11 +156,15 @@ def check_offload(config: RunConfig) -> None:
 
 
 def _check_model(path: str, setting: str) -> None:
-    """A folder must be there; one word, or two with a slash between, may be a hub name."""
-    looks_local = path[:1] in "./~" or path.count("/") > 1
-    where = Path(path).absolute() / "config.json"
-    if looks_local and not where.is_file():
+    if is_missing(path):
+        where = Path(path).absolute() / "config.json"
         raise RunError(f"{setting}: was {path!r}, which is no folder with a model; there is no {where}")
+
+
+def is_missing(path: str) -> bool:
+    """Whether a model's folder is not there; one word, or two with a slash between, may be a hub name."""
+    looks_local = path[:1] in "./~" or path.count("/") > 1
+    return looks_local and not (Path(path) / "config.json").is_file()
 
 
 def _check_quantize(config: RunConfig) -> None:

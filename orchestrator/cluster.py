@@ -66,6 +66,14 @@ def connected(config: RunConfig) -> Iterator[Cluster]:
         yield cluster
 
 
+def foreseen_cluster(config: RunConfig) -> Cluster | None:
+    """The cluster that `connected` would give, where this is known before: the one that this process is connected to, or one that
+    it would start on this machine. Starts and joins nothing."""
+    if ray.is_initialized():
+        return Cluster.of_ray()
+    return None if address_of(config)[0] else Cluster.of_new_ray()
+
+
 def address_of(config: RunConfig) -> tuple[str | None, str]:
     """The address of the running cluster to join, None where one is to be started; and the setting that it comes from.
 

@@ -80,29 +80,29 @@ def _quiet() -> Iterator[None]:
 
 
 def _joined(uses: Sequence[ModelUse]) -> list[ModelUse]:
-    """Each model once, with all that is needed of it."""
-    joined: dict[tuple[str, str], ModelUse] = {}
+    """Each model once, with all that is needed of it; twice where it is also used as it is, with a head that it must have."""
+    joined: dict[tuple[str, str, bool], ModelUse] = {}
     for use in uses:
-        key = use.path, use.settings.model_dump_json()
+        key = use.path, use.settings.model_dump_json(), use.learns
         known = joined.get(key, use)
         joined[key] = ModelUse(
             known.setting,
             use.path,
             use.settings,
             known.heads | use.heads,
-            learns=known.learns or use.learns,
+            learns=use.learns,
             served=known.served or use.served,
         )
     return list(joined.values())
 
 
-def check_serving(uses: Sequence[ModelUse], config: RunConfig, refuse: Refuse) -> None:
-    """Whether engines can serve the models that they are to serve, as far as this is known before there is a cluster."""
+def check_serving(uses: Sequence[ModelUse], config: RunConfig, cluster: Cluster | None, refuse: Refuse) -> None:
+    """Whether engines can serve the models that they are to serve. cluster: none: it is not known yet."""
     from transformers import AutoConfig
 
     from workers.served import why_no_adapter, why_not_served
 
-    device = _device(config)
+    device = _device(config, cluster)
     for use in (use for use in uses if use.served):
         try:
             found = AutoConfig.from_pretrained(use.path, trust_remote_code=use.settings.trust_remote_code)
@@ -124,10 +124,8 @@ def check_reader(policy: Codec, use: ModelUse, codec: Codec, form: Form, refuse:
         )
 
 
-def _device(config: RunConfig) -> Literal["cpu", "cuda"] | None:
+def _device(config: RunConfig, cluster: Cluster | None) -> Literal["cpu", "cuda"] | None:
     """Where engines will run; none where only the cluster knows."""
     if config.device != "auto":
         return config.device
-    if config.cluster.address:
-        return None
-    return "cuda" if Cluster.this_machine().gpus else "cpu"
+    return ("cuda" if cluster.gpus else "cpu") if cluster else None

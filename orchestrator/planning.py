@@ -48,7 +48,7 @@ def planned(config: RunConfig, cluster: Cluster) -> tuple[list[Plan], list[str]]
     run.stages = stages  # as if it were new
     taken = run.taken(stages)
     settings = resolve(with_dtype(config, foreseen(config, cluster)), stages, cluster, taken)
-    plans = [with_memory(settings, make_plan(settings, stage, cluster), taken) for stage in stages]
+    plans = [with_memory(settings, make_plan(settings, stage, cluster, taken), taken) for stage in stages]
     roles = [role for role in automatic(config) if any(role in plan.roles for plan in plans)]
     words = [f"strategy: auto is {settings.strategy_of(role)} for the {role}" for role in roles]
     if undecided(config):

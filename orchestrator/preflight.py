@@ -16,10 +16,15 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from configs.schema import DatasetSettings, ModelSettings
-from orchestrator.checks import Check
+from orchestrator.checks import Check, is_missing
+from orchestrator.cluster import foreseen_cluster
 from orchestrator.model_checks import ModelUse, check_models, check_reader, check_serving
 from orchestrator.run import Run, RunError
-from placement.shape import Stage
+from placement.choice import resolve, undecided_as_ddp
+from placement.cluster import Cluster
+from placement.plan import make_plan
+from placement.precision import foreseen, with_dtype
+from placement.shape import PlanError, Stage
 from workers.data import Codec, Counts, DataError, Row, RowKind, read_rows
 
 
@@ -88,7 +93,6 @@ class Report:
     """What a user should know, though it refuses nothing."""
     counts: dict[str, Counts] = field(default_factory=dict)
     """Setting of a dataset -> what became of its rows."""
-    nouns: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def refuse(self, setting: str, text: str) -> None:
@@ -101,6 +105,9 @@ class Report:
         """An error in the block that says what is wrong with the settings becomes a problem of the report."""
         try:
             yield
+        except PlanError as error:
+            for problem in error.problems:
+                self.refuse(*problem)
         except (RunError, ValueError, LookupError, OSError) as error:
             self.refuse(setting, str(error).strip() or type(error).__name__)
 
@@ -112,7 +119,7 @@ class Report:
     def lines(self) -> list[str]:
         """The datasets and the notes, a line each."""
         width = max(map(len, self.counts), default=0)
-        rows = [f"{setting.ljust(width)}  {c.describe(self.nouns[setting])}" for setting, c in self.counts.items()]
+        rows = [f"{setting.ljust(width)}  {c.describe()}" for setting, c in self.counts.items()]
         return [*rows, *(f"note: {note}" for note in self.notes)]
 
 
@@ -126,8 +133,9 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Iterable[Check]) -> Report:
     for job in jobs:
         setting, path, settings = job.text_model()
         codec: Codec | None = None
-        with report.collecting(setting):
-            codec = readers.codec(path, settings)
+        if not is_missing(path):  # else the checks of the settings have said so
+            with report.collecting(setting):
+                codec = readers.codec(path, settings)
         inputs: list[Input] = []
         with report.collecting():
             inputs = job.inputs()
@@ -142,7 +150,14 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Iterable[Check]) -> Report:
                     check()
         if codec is not None:
             _check_readers(report, readers, job, codec)
-    _check_models(report, readers, run, [use for job in jobs for use in job.models()])
+    cluster: Cluster | None = None
+    with report.collecting():
+        cluster = foreseen_cluster(run.config)
+    uses = [use for job in jobs for use in job.models() if not is_missing(use.path)]
+    _check_models(report, readers, run, cluster, uses)
+    if cluster:
+        _check_plans(report, run, cluster, [job.name for job in jobs])
+    _compare_forms(report, run)
     report.seconds = time.monotonic() - started
     return report
 
@@ -150,7 +165,7 @@ def preflight(run: Run, jobs: Sequence[Job], checks: Iterable[Check]) -> Report:
 def _check_readers(report: Report, readers: _Readers, job: Job, policy: Codec) -> None:
     """Whether reward models read what the policy writes, in the forms that the stage's rows have."""
     forms = {counts.form for setting, counts in report.counts.items() if setting.startswith(f"{job.name}.")}
-    for use in job.readers():
+    for use in (use for use in job.readers() if not is_missing(use.path)):
         with report.collecting(use.setting):
             codec = readers.codec(use.path, use.settings)
             for form in ("text", "chat"):
@@ -158,14 +173,45 @@ def _check_readers(report: Report, readers: _Readers, job: Job, policy: Codec) -
                     check_reader(policy, use, codec, form, report.refuse)
 
 
-def _check_models(report: Report, readers: _Readers, run: Run, uses: list[ModelUse]) -> None:
+def _check_models(report: Report, readers: _Readers, run: Run, cluster: Cluster | None, uses: list[ModelUse]) -> None:
     def codec_of(use: ModelUse) -> Codec | None:
         with suppress(DataError, ValueError, OSError):
             return readers.codec(use.path, use.settings)
         return None
 
     check_models(uses, codec_of, report.refuse)
-    check_serving(uses, run.config, report.refuse)
+    check_serving(uses, run.config, cluster, report.refuse)
+
+
+def _check_plans(report: Report, run: Run, cluster: Cluster, stages: Sequence[Stage]) -> None:
+    """Whether the stages can be placed, and what `strategy: auto` asks for."""
+    config, known = with_dtype(run.config, foreseen(run.config, cluster)), len(report.problems)
+    with report.collecting():
+        taken = run.taken(stages)
+        for stage in stages:
+            with report.collecting():
+                make_plan(undecided_as_ddp(config), stage, cluster, taken)
+        if len(report.problems) == known:
+            resolve(config, stages, cluster, taken)
+
+
+def _compare_forms(report: Report, run: Run) -> None:
+    """Note where PPO asks in another form than the policy has learnt to answer."""
+    asked = report.counts.get("ppo.prompts")
+    if asked is None:
+        return
+    with suppress(RunError):  # which another check says
+        owner = run.owner("sft")
+        mine = report.counts.get("sft.train")
+        learnt = mine.form if mine else owner.form("sft") if owner and owner.finished("sft") else asked.form
+        if learnt != asked.form:
+            report.notes.append(
+                f"ppo.prompts: {_FORMS[asked.form]}, but the demonstrations that the policy learns from in its SFT stage are "
+                f"{_FORMS[learnt]}: it is asked in another form than it was taught (chat_template)"
+            )
+
+
+_FORMS = {"text": "plain text", "chat": "conversations in the chat template", "mixed": "of both forms, text and chat"}
 
 
 def _encode(report: Report, readers: _Readers, job: Job, wanted: Input, codec: Codec, rows: list[Row]) -> None:
@@ -174,7 +220,6 @@ def _encode(report: Report, readers: _Readers, job: Job, wanted: Input, codec: C
         raise DataError(f"{wanted.data.name}: no row is left: {counts.describe()}")
     job.take(wanted.name, encoded, counts)
     report.counts[wanted.setting] = counts
-    report.nouns[wanted.setting] = {"preference": "pairs", "prompt": "prompts"}.get(wanted.kind, "rows")
 
 
 class _Readers:

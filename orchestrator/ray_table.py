@@ -135,6 +135,11 @@ TABLE = (
         "troupe_log_prob_gap_nats",
         "Mean difference of engine and trainer in the log-probability of a token, in the first mini-batch.",
     ),
+    gauge(
+        "probe_gap",
+        "troupe_probe_gap_nats",
+        "Mean difference of engine and trainer in the log-probability of a probe's token, after the latest update.",
+    ),
     gauge("length/prompt", "troupe_prompt_tokens_mean", "Mean length of the prompts of the latest step."),
     gauge("length/answer", "troupe_answer_tokens_mean", "Mean length of the answers of the latest step."),
     gauge("missing_eos", "troupe_cut_off_answers_ratio", "Share of answers that were cut off at the token limit."),

@@ -21,6 +21,7 @@ from orchestrator.number_text import MINUS, clock, percent, signed
 from orchestrator.outcome import scored_pairs
 from orchestrator.report_files import Pair, RunFiles
 from orchestrator.report_stages import STAGES, sections, without_first
+from workers.data.tokens import Counts
 
 SHOWN_ANSWERS = 4
 """Answers of training on the page."""
@@ -31,7 +32,8 @@ def write_report(run_folder: Path) -> Path:
 
     Reads config.yaml, and of the following what there is (a run may be unfinished): metrics.jsonl; samples/ppo.jsonl;
     status.json; summary.json,
-    `{"stages": {stage: {name: number}}, "hardware": {..}, "versions": {..}, "seconds": {part of the run: seconds}}`;
+    `{"stages": {stage: {name: number}}, "data": {setting of a dataset: its Counts}, "hardware": {..}, "versions": {..},
+    "seconds": {part of the run: seconds}}`;
     evaluation/before.jsonl and after.jsonl, one line per held-out prompt, in the same order:
     `{"prompt", "answer", "reward", "judges": {name: score}, "kl": nats per token, "tokens"}`.
 
@@ -84,6 +86,7 @@ def _facts(run: RunFiles) -> dict[str, str]:
     facts = {
         "Model": " · ".join(model),
         "Data": " · ".join(_datasets(config, trained)),
+        "Rows": " · ".join(_rows(run, trained)),
         "Stages": " → ".join(f"{STAGES[stage]} ({_steps(run, stage)})" for stage in trained),
     }
     if run.seconds:
@@ -110,6 +113,16 @@ def _datasets(config: RunConfig, stages: Sequence[str]) -> list[str]:
     if "ppo" in stages and config.ppo:
         used.append(config.ppo.prompts)
     return list(dict.fromkeys(data.name + (f" [{data.split}]" if data.split else "") for data in used))
+
+
+def _rows(run: RunFiles, stages: Sequence[str]) -> list[str]:
+    """What became of the rows of the datasets of stages, as it was printed when the run began."""
+    noted: dict[str, dict[str, Any]] = run.summary.get("data", {})
+    return [
+        f"{setting}: {Counts(**counts).describe()}"
+        for setting, counts in noted.items()
+        if setting.partition(".")[0] in stages
+    ]
 
 
 def _placement(config: RunConfig) -> str:

@@ -180,14 +180,12 @@ class RewardModel(Supervised):
 
     def inputs(self) -> list[Input]:
         sft = self.config.sft
-        setting, data = (
-            ("rm.normalize_on", self.normalize_on) if self.normalize_on or not sft else ("sft.train", sft.train)
-        )
+        data = self.normalize_on or (sft.train if sft else None)
         if data is None:
             return super().inputs()
         most = self.settings.max_length
         encode = partial(encode_demonstrations, max_length=most, overlong="cut", turns="last")
-        return [*super().inputs(), Input("demonstrations", setting, data, "demonstration", encode)]
+        return [*super().inputs(), Input("demonstrations", "rm.normalize_on", data, "demonstration", encode)]
 
     def complete(self) -> None:
         """Give the scores mean 0 and deviation 1 on the demonstrations: the exported config says how."""

@@ -32,6 +32,11 @@ def automatic(config: RunConfig) -> tuple[Role, ...]:
     return tuple(role for role in ROLES if role != "rollout" and config.strategy_of(role) == "auto")
 
 
+def undecided_as_ddp(config: RunConfig) -> RunConfig:
+    """The settings with ddp in place of each `auto`: whether a stage can be placed does not depend on what it becomes."""
+    return _with(config, dict.fromkeys(automatic(config), "ddp"))
+
+
 def resolve(
     config: RunConfig, stages: Sequence[Stage], cluster: Cluster, taken: Mapping[Stage, Path] = NOTHING
 ) -> RunConfig:
@@ -44,8 +49,7 @@ def resolve(
     roles = automatic(config)
     if not roles:
         return config
-    plain = _with(config, dict.fromkeys(roles, "ddp"))
-    plans = [make_plan(plain, stage, cluster) for stage in stages]
+    plans = [make_plan(undecided_as_ddp(config), stage, cluster, taken) for stage in stages]
     try:
         known = [(plan, read_shapes(config, plan.stage, taken)) for plan in plans]
     except ValueError as error:

@@ -102,6 +102,14 @@ class Cluster:
         return cls(tuple(_ray_node(node, unique=hosts[node["NodeName"]] == 1) for node in alive))
 
     @classmethod
+    def of_new_ray(cls) -> Self:
+        """This machine as a Ray cluster that `ray.init` starts on it would count it."""
+        from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+        found = ResourceAndLabelSpec().resolve(is_head=True, node_ip_address="127.0.0.1")
+        return cls((_ray_node({"Resources": found.to_resource_dict(), "NodeName": os.uname().nodename}, unique=True),))
+
+    @classmethod
     def this_machine(cls) -> Self:
         """This machine alone: the cores that this process may use and the GPUs that it may see."""
         gpus = list(_visible_gpus())

@@ -5,6 +5,7 @@ It warns and refuses nothing: docs/memory.md says what it was checked against, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,7 +33,7 @@ from placement.phases import (
     trainer,
 )
 from placement.places import GIB, MIB, Bytes, Use
-from placement.shape import TRAINED, GroupPlan, Plan, Stage, transport_of
+from placement.shape import TRAINED, Device, GroupPlan, Plan, Stage, transport_of
 from placement.turns import by_turns
 
 STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
@@ -48,6 +49,8 @@ BUSY: dict[Phase, tuple[Role, ...]] = {
 }
 """Who works in a phase; in the others those that learn. Roles of one group take turns, but publishing takes both ends."""
 SIZES = {"float32": 4, "bfloat16": 2}
+KV_BLOCK = 128
+"""Tokens of a block of an engine's keys and values on CPU."""
 
 
 @dataclass(frozen=True)
@@ -248,26 +251,28 @@ def _engine(config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> Uses:
     return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, arriving, reserved, beside, turns)
 
 
+def least_cache(config: RunConfig, policy: Architecture, device: Device) -> int:
+    """Bytes of the keys and values of one sequence of full length, without which vLLM starts no engine. On CPU its blocks are
+    large, and one is never used (measured with 24 and 129 tokens: it starts with 2 and 3 blocks, and not with 1 and 2)."""
+    tokens = longest_row(config, "ppo")
+    if device == "cpu":
+        tokens = (math.ceil(tokens / KV_BLOCK) + 1) * KV_BLOCK
+    return tokens * policy.kv_bytes(SIZES[config.model.dtype])
+
+
 def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> tuple[str, ...]:
-    """An engine needs room for the keys and values of one sequence at least."""
-    if "rollout" not in roles:
+    """An engine on a GPU needs room for the keys and values of one sequence at least: how much there is can only be predicted.
+    On CPU a setting says it, and `make_plan` refuses what is too little."""
+    if "rollout" not in roles or _gpu_bytes(plan, plan.group(plan.roles["rollout"].group)) is None:
         return ()
-    on_gpu, rollout = plan.device == "cuda", config.rollout
-    if on_gpu and _gpu_bytes(plan, plan.group(plan.roles["rollout"].group)) is None:
-        return ()
-    use = roles["rollout"].uses["generate"]
-    cache = (use.device if on_gpu else use.host).kv_cache * plan.roles["rollout"].devices_per_rank
-    longest = longest_row(config, "ppo")
-    needed = longest * shapes.policy.kv_bytes(SIZES[config.model.dtype])
+    cache = roles["rollout"].uses["generate"].device.kv_cache * plan.roles["rollout"].devices_per_rank
+    needed = least_cache(config, shapes.policy, plan.device)
     if cache >= needed:
         return ()
-    setting = (
-        f"gpu_memory_share: was {rollout.gpu_memory_share:g}"
-        if on_gpu
-        else f"kv_cache_gib: was {rollout.kv_cache_gib:g}"
+    return (
+        f"rollout.gpu_memory_share: was {config.rollout.gpu_memory_share:g}, which leaves {cache / GIB:.3f} GiB for keys and "
+        f"values, and one sequence of {longest_row(config, 'ppo')} tokens takes {needed / GIB:.3f}",
     )
-    text = f"leaves {cache / GIB:.3f} GiB for keys and values, and one sequence of {longest} tokens takes {needed / GIB:.3f}"
-    return (f"rollout.{setting}, which {text}",)
 
 
 def _work(role: Role, config: RunConfig, plan: Plan) -> Work:

@@ -1,17 +1,22 @@
 """The plan of a stage: role -> group -> bundles -> nodes, made before anything starts. It fits or says what would.
 
-Pure: it takes settings and a cluster's description and touches neither Ray nor torch.
+It takes settings and a cluster's description, reads the policy's config.json, and touches neither Ray nor torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from configs.schema import Role, RunConfig
 from configs.strategies import ZERO
+from placement.architecture import Architecture
 from placement.batch import plan_batch
 from placement.cluster import Cluster
+from placement.forecast import NOTHING, least_cache, longest_row
 from placement.layout import Share, crews_of, partition, roles_of, strategy_in, with_engines
+from placement.places import GIB
 from placement.shape import PHASES, BatchPlan, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
 from placement.site import Laid, Site, floor_to
 from placement.table import render
@@ -19,8 +24,8 @@ from placement.table import render
 __all__ = ["BatchPlan", "GroupPlan", "Plan", "PlanError", "Problem", "RolePlan", "make_plan", "render"]
 
 
-def make_plan(config: RunConfig, stage: Stage, cluster: Cluster) -> Plan:
-    """Place a stage's roles on a cluster.
+def make_plan(config: RunConfig, stage: Stage, cluster: Cluster, taken: Mapping[Stage, Path] = NOTHING) -> Plan:
+    """Place a stage's roles on a cluster. taken: see read_shapes.
 
     Raises:
         PlanError: the stage cannot be placed; lists every reason with its setting and what would fit.
@@ -37,6 +42,7 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster) -> Plan:
     problems += _quantize_problems(config, stage, device)
     if stage == "ppo":
         problems += _engine_problems(config, shares, device, cluster) + _publish_problems(config, shares, device)
+        problems += _cache_problems(config, device, taken)
         if not any(problem.setting == "rollout.tensor_parallel" for problem in problems):
             shares = with_engines(shares, config.rollout.tensor_parallel)
     batch, uneven = plan_batch(config, stage, {role: share.ranks(role) for share in shares for role in share.roles})
@@ -143,6 +149,29 @@ def _engine_problems(config: RunConfig, shares: Sequence[Share], device: Device,
         text += f"at most {most} would fit"
         problems.append(Problem(setting, text))
     return problems
+
+
+def _cache_problems(config: RunConfig, device: Device, taken: Mapping[Stage, Path]) -> list[Problem]:
+    """A cache of keys and values that is smaller than one sequence, where a setting says its size and the policy's shape is
+    known."""
+    if device == "cuda" or config.model.dtype == "auto":
+        return []
+    try:
+        policy = Architecture.of(taken.get("sft", config.model.path))
+    except ValueError:
+        return []
+    given = config.rollout.kv_cache_gib
+    needed = least_cache(config, policy, device) / config.rollout.tensor_parallel / GIB
+    if given >= needed:
+        return []
+    text = f"{given:g}, but one sequence of {longest_row(config, 'ppo')} tokens (ppo.max_prompt_tokens + rollout.max_new_tokens)"
+    return [Problem("rollout.kv_cache_gib", f"{text} needs {_rounded_up(needed):g} GiB for its keys and values")]
+
+
+def _rounded_up(value: float) -> float:
+    """To three digits."""
+    scale = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / scale) * scale
 
 
 def _quantize_problems(config: RunConfig, stage: Stage, device: Device) -> list[Problem]:

@@ -167,7 +167,8 @@ def _check_training(report: Report) -> None:
     )
     for stage, metric, digits in shown:
         step, last = report.values(stage, metric)[-1]
-        text = f"{100 * last:.1f}%" if digits == 1 else f"{last:.{digits}f}".replace("-", "−")
+        percent = "100%" if last == 1.0 else f"{100 * last:.1f}%"
+        text = percent if digits == 1 else f"{last:.{digits}f}".replace("-", "−")
         assert re.search(rf"{re.escape(text)}[^·]*\(step {step:,}\)", report.leads[stage]), report.leads[stage]
 
 

@@ -33,11 +33,9 @@ pytestmark = pytest.mark.slow
 
 KINDS = {
     "gpt2": ("gpt2", True, False),
-    "opt": ("opt", True, False),
     "bloom": ("bloom", True, False),
     "llama, tied, grouped": ("llama", True, True),
     "qwen2, untied": ("qwen2", False, True),
-    "qwen3, untied": ("qwen3", False, False),
     "qwen3_moe": ("qwen3_moe", False, False),
     "gemma2": ("gemma2", True, False),
 }

@@ -23,6 +23,7 @@ COMMANDS = (
     "resume",
     "status",
     "list",
+    "check",
     "plan",
     "config",
     "report",
@@ -39,7 +40,8 @@ def troupe(*args: object) -> Result:
 
 @pytest.fixture
 def micro(tmp_path: Path) -> Path:
-    return write_micro(tmp_path)
+    """It fits on one core: what is refused is not for want of cores."""
+    return write_micro(tmp_path, placement={"cpus_per_device": 0.2})
 
 
 def refused(*args: object) -> str:
@@ -121,7 +123,9 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused(micro: Path, overrides: list[str], message: str) -> None:
-    assert refused("pipeline", micro, *overrides).startswith(message)
+    said = refused("pipeline", micro, *overrides)
+    assert said.startswith(message)
+    assert len(said.splitlines()) == (2 if "quantize" in message else 1), "4bit cannot be computed on a CPU either"
     assert not (micro.parent / "runs").exists()
 
 

@@ -325,7 +325,7 @@ def test_pairs_that_are_equal_are_left_out() -> None:
     limit = len(codec.prompt_ids([user("a")])) + 20
     made, counts = encode_preferences(codec, rows, limit, "cut")
     assert (len(made), counts.kept, counts.equal) == (1, 1, 2), "of the second, what differs was cut off"
-    assert "2 left out with two equal answers" in counts.describe("pairs")
+    assert "2 left out with two equal answers" in counts.describe()
 
 
 def test_rows_that_are_too_long_are_left_out_or_refused() -> None:

@@ -21,7 +21,7 @@ from tests.runs import ROOT, TWO_ENGINES, assert_same_model, command
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ORDER: tuple[Stage, ...] = ("sft", "rm", "ppo")
-KILLED_IN: tuple[Stage, ...] = ("sft",) * 5 + ("rm",) * 3 + ("ppo",) * 2
+KILLED_IN: tuple[Stage, ...] = ("sft", "rm", "ppo")
 MOMENT: dict[Stage, float] = {"sft": 0.15, "rm": 0.15, "ppo": 0.8}
 """Seconds, at most, from the record of a step to the kill: about three steps. PPO's first record comes before its first step."""
 

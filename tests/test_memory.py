@@ -16,7 +16,7 @@ from rich.console import Console
 
 from configs.schema import RunConfig, Strategy
 from configs.strategies import ZERO
-from placement import Cluster, Plan, make_plan, render, with_memory
+from placement import Cluster, Plan, PlanError, make_plan, render, with_memory
 from placement.activations import Adapters, saved
 from placement.architecture import LADDER, Architecture
 from placement.forecast import Forecast, Place
@@ -360,8 +360,21 @@ def test_an_engine_without_room_for_a_sequence_is_told(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x8xA100-80GB,host=1TB", rollout={"gpu_memory_share": 0.01})
     assert any(line.startswith("rollout.gpu_memory_share: was 0.01") for line in known(plan).warnings)
     assert "rollout.gpu_memory_share: was 0.01" in text(plan)
-    cpu = planned(tmp_path, "1x4cpu", rollout={"kv_cache_gib": 0.001})
-    assert any(line.startswith("rollout.kv_cache_gib: was 0.001") for line in known(cpu).warnings)
+
+
+@pytest.mark.parametrize(("dtype", "needed"), [("bfloat16", 0.011), ("float32", 0.022)])
+def test_a_cache_without_room_for_a_sequence_is_refused_on_cpu(tmp_path: Path, dtype: str, needed: float) -> None:
+    """384 tokens in blocks of 128, and one block that vLLM keeps empty, of 30 layers with 3 heads of 64 each."""
+    exact = 4 * 128 * 2 * 30 * 3 * 64 * (2 if dtype == "bfloat16" else 4) / GIB
+    assert exact == pytest.approx(needed, abs=1e-4)
+    model = {"dtype": dtype}
+    assert planned(tmp_path, "1x8cpu", rollout={"kv_cache_gib": exact}, model=model)
+    with pytest.raises(PlanError) as refused:
+        planned(tmp_path, "1x8cpu", rollout={"kv_cache_gib": 0.99 * exact}, model=model)
+    (problem,) = refused.value.problems
+    assert problem.setting == "rollout.kv_cache_gib"
+    said = f"{0.99 * exact:g}, but one sequence of 384 tokens (ppo.max_prompt_tokens + rollout.max_new_tokens) needs {needed:g} "
+    assert problem.text.startswith(said)
 
 
 @pytest.mark.parametrize(("micro_batch_tokens", "times"), [(4096, 1), (512, 2), (1, 2)])

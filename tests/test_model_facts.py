@@ -134,5 +134,8 @@ def test_a_hub_name_that_was_not_downloaded_is_built_from_its_config(
 ) -> None:
     config = AutoConfig.from_pretrained(make_model(tmp_path, "llama"))
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_args, **_options: config)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # or it asks again and again where there is no hub
     found = facts("somebody/something", "language")
     assert not found.weights_checked and found.parameters and not found.problems

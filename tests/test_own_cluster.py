@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
+from placement.cluster import Cluster
 from tests.micro import write_micro
 from tests.terminals import Terminal
 
@@ -103,8 +104,9 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
     assert done.errors == ""
     lines = done.output.splitlines()
     shape = [
-        r"data read and checked; connecting to Ray",
-        r"micro in .*/runs/micro, on cpu: 1 node with \d+ CPU cores, .*",
+        r"sft\.(train|validation) +\d+ rows, [\d,]+ tokens, longest \d+",
+        r"checked in \d+\.\d s; connecting to Ray",
+        rf"micro in .*/runs/micro, on cpu: 1 node with {Cluster.of_new_ray().cpus:g} CPU cores, .*",
         r"Ray's dashboard: http://127\.0\.0\.1:\d+; it asks for the token in /.*/token",
         r"  sft  120 steps · actor: 1 x \(.* CPU\) · 20 rows in an optimizer step: 20 on the actor rank",
         r"sft: starting workers",
@@ -116,6 +118,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
         r"micro is finished",
         r"SFT +perplexity \d+\.\d on held-out demonstrations · 120 steps in \d:\d\d",
         r"report +/.*/runs/micro/report\.html",
+        r"curves +tensorboard --logdir /.*/runs/micro/tensorboard",
         r"model +/.*/runs/micro/models/sft",
         r"talk to it +troupe chat /.*/runs/micro",
     ]

@@ -59,6 +59,17 @@ def test_a_run_leaves_what_it_promises(whole: Result) -> None:
     assert not list(whole.folder.rglob("*.partial"))
     assert not list(whole.folder.glob("checkpoints/*/*"))
     assert list(whole.models) == ["sft", "rm", "ppo"]
+    counts = json.loads((whole.folder / "summary.json").read_text())["data"]
+    assert {setting: (of["rows"], of["kept"], of["equal"]) for setting, of in counts.items()} == {
+        "sft.train": (60, 60, 0),
+        "sft.validation": (10, 10, 0),
+        "rm.train": (60, 40, 20),
+        "rm.validation": (10, 7, 3),
+        "rm.normalize_on": (60, 60, 0),
+        "ppo.prompts": (60, 60, 0),
+        "ppo.evaluation.prompts": (6, 6, 0),
+    }
+    assert "rm.train: 40 of 60 pairs, 20 left out with two equal answers" in whole.report.read_text()
     weights = {stage: load_file(model / "model.safetensors") for stage, model in whole.models.items()}
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not weights["sft"][name].equal(weights["ppo"][name])

@@ -154,6 +154,26 @@ def write_evaluation(folder: Path, count: int = 256) -> tuple[list[dict], list[d
 def write_summary(folder: Path) -> None:
     summary = {
         "stages": {"sft": {"steps": 200, "final loss": 5.1234567}, "rm": {"pairs": 4321}, "ppo": {"samples": 7680}},
+        "data": {
+            "sft.train": {
+                "noun": "rows",
+                "rows": 4321,
+                "kept": 4321,
+                "tokens": 12345,
+                "longest": 40,
+                "conversations": 7,
+            },
+            "rm.train": {
+                "noun": "pairs",
+                "rows": 90,
+                "kept": 80,
+                "cut": 5,
+                "dropped": 7,
+                "equal": 3,
+                "tokens": 9,
+                "longest": 99,
+            },
+        },
         "hardware": {"CPU cores": 2, "GiB of memory": 8.0},
         "versions": {"torch": "2.13.0", "vllm": "0.32.0"},
         "seconds": {"sft": 75.2, "rm": 71.9, "ppo": 233.0},
@@ -271,6 +291,8 @@ def test_the_numbers_are_those_of_the_files(whole: Path, whole_page: tuple[str, 
     assert "5.123" in page.text
     assert "4,321" in page.text
     assert "CPU cores: 2" in page.text
+    assert "sft.train: 4,321 rows, 12,345 tokens, longest 40 · rm.train: 80 of 90 pairs, 5 cut to length, " in page.text
+    assert "7 left out as too long, 3 left out with two equal answers, 9 tokens, longest 99" in page.text
     check_report(whole)
 
 

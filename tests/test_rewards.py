@@ -380,9 +380,6 @@ def test_a_source_without_weight_does_not_decide_which_answers_have_a_score() ->
     assert ppo is not None
     given = {"length": Scored.of([1.0, None]), "vowels": Scored.of([None, None])}
     np.testing.assert_array_equal(combined(given, ppo), [2.0, np.nan])
-    alone = run_config(function("vowels", 0.0)).ppo
-    assert alone is not None
-    assert combined(given, alone).tolist() == [0.0, 0.0]
 
 
 def test_a_sum_beyond_float32_is_no_score_and_counts() -> None:
@@ -456,7 +453,7 @@ def check_all(ppo: PPOSettings, prompts: list[Row], held_out: list[Row]) -> None
 def test_rewards_are_checked_against_both_datasets_and_judges_against_their_own() -> None:
     """By what the driver calls once the rows are read."""
     training, held_out = [Row("p", columns={"label": 1, "note": ""})], [Row("p", columns={"label": 1})]
-    ppo = run_config(function("by_label"), judges=("length",)).ppo
+    ppo = run_config(function("by_label"), judges=("vowels",)).ppo
     assert ppo is not None
     check_all(ppo, training, training)
     with pytest.raises(
@@ -540,15 +537,20 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
 
 
 @pytest.mark.parametrize(
-    ("names", "judges", "taken"), [(("mean", "f"), (), "mean"), (("f", "f_std"), (), "f_std"), (("f",), ("kl",), "kl")]
+    ("names", "judges", "error"),
+    [
+        (("mean", "f"), (), "rewards: the name mean is that of a metric"),
+        (("f", "f_std"), (), "rewards: the name f_std is that of a metric"),
+        (("f",), ("kl",), "evaluation.judges: the name kl is that of a metric"),
+    ],
 )
 def test_names_that_would_give_two_metrics_one_name_are_refused(
-    names: tuple[str, ...], judges: tuple[str, ...], taken: str
+    names: tuple[str, ...], judges: tuple[str, ...], error: str
 ) -> None:
     rewards = [{"kind": "function", "name": name, "function": f"{FUNCTIONS}:length"} for name in names]
     named = [{"name": name, "function": f"{FUNCTIONS}:length"} for name in judges]
     evaluation = {"prompts": {"path": "p"}, "judges": named}
-    with pytest.raises(ValueError, match=f"rewards: the name {taken} would give two metrics the same name"):
+    with pytest.raises(ValueError, match=error):
         PPOSettings.model_validate(
             {"prompts": {"path": "p"}, "steps": 1, "actor_optimizer": {"lr": 1}, "critic_optimizer": {"lr": 1}}
             | {"rewards": rewards, "evaluation": evaluation}

@@ -32,14 +32,16 @@ SHARD_BYTES = 2**28
 """Of a file of weights, unless one tensor is larger: no more than that is held at a time."""
 
 
-def draw_model(folder: Path, dtype: torch.dtype, seed: int) -> int:
-    """Write weights and tokenizer beside a config.json. Returns the number of parameters.
+def draw_model(folder: Path, dtype: torch.dtype, seed: int, scalar: bool = False) -> int:
+    """Write weights and tokenizer beside a config.json; scalar: of a model that scores. Returns the number of parameters.
 
     Matrices are normal with the deviation `initializer_range`, norms 1, biases 0: what the decoders that we know start from.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **({"num_labels": 1} if scalar else {}))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_config(
+            config, dtype=dtype
+        )
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     shapes = dict(model.named_parameters())  # tied ones once
@@ -86,7 +88,7 @@ def draw_reward_model(folder: Path, base: Path, rank: int, seed: int) -> None:
 
 if __name__ == "__main__":
     command, folder, *rest = sys.argv[1:]
-    if command == "model":
-        draw_model(Path(folder), getattr(torch, rest[0]), int(rest[1]))
+    if command in ("model", "scorer"):
+        draw_model(Path(folder), getattr(torch, rest[0]), int(rest[1]), scalar=command == "scorer")
     else:
         draw_reward_model(Path(folder), Path(rest[0]), int(rest[1]), int(rest[2]))

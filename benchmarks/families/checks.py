@@ -261,7 +261,15 @@ def policy(
 
 def plain_model(folder: Path) -> PreTrainedModel:
     """As the product loads it, since sdpa leaves out the cap that some models put on their attention."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return _with_caps(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def plain_scorer(folder: Path) -> PreTrainedModel:
+    """The same with a scalar head, which is drawn where the folder has none."""
+    return _with_caps(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1))
+
+
+def _with_caps(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
     return model
@@ -363,14 +371,12 @@ def scalar(folder: Path, out: Path, lora: LoraSettings | None) -> Found:
     batch = Batch(DEMONSTRATIONS, torch.device("cpu"))
     with torch.no_grad():
         scores = critic.model.eval()(batch, per_token=False).numpy()
-        exported = AutoModelForSequenceClassification.from_pretrained(out)
-        found["scalar export"] = float(np.abs(scores - last_scores(exported)).max())
+        found["scalar export"] = float(np.abs(scores - last_scores(plain_scorer(out))).max())
         read = load_hf(ModelSettings(path=str(out), dtype="float32"), str(out), scalar=True, seed=0)
         found["scalar export"] = max(found["scalar export"], float(np.abs(scores - last_scores(read)).max()))
         if lora:
             with chdir("/"):
-                base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-                adapted = PeftModel.from_pretrained(base, str(out / "adapter"))
+                adapted = PeftModel.from_pretrained(plain_scorer(folder), str(out / "adapter"))
             found["scalar adapter"] = float(np.abs(scores - last_scores(adapted)).max())
     return found
 
@@ -391,10 +397,7 @@ def value_gradient(critic: ValueWorker, folder: Path, lora: LoraSettings | None)
     critic.engine.set_gradient_accumulation_boundary(False)
     critic.engine.backward(values.square().sum())
     torch.manual_seed(critic.config.seed)
-    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    if getattr(plain.config, "attn_logit_softcapping", None):
-        plain.set_attn_implementation("eager")
-    model: Any = as_plain(critic, plain, lora)
+    model: Any = as_plain(critic, plain_scorer(folder), lora)
     found = 0.0
     for row, mine, mask in zip(DEMONSTRATIONS, values, batch.mask, strict=True):
         ids = torch.from_numpy(row.ids.astype(np.int64))[None]

@@ -44,7 +44,7 @@ def encode_prompts(codec: Codec, rows: Items[Row], max_tokens: int, overlong: Ov
     tokens = codec.tokens_of(prompts=texts)
     kept: list[Row] = []
     made: list[np.ndarray] = []
-    counts = Counts(rows=len(rows))
+    counts = Counts("prompts", len(rows))
     with _placed(rows) as placed:
         for row, text in zip(placed, texts, strict=True):
             ids = codec.encode_prompt(text, codec.is_chat(row.prompt), tokens)
@@ -77,7 +77,7 @@ def encode_demonstrations(
     tokens = _tokens_of(codec, [exchange for exchange in exchanges if exchange])
     kept: list[Row] = []
     made: list[Sequence] = []
-    counts = Counts(rows=len(rows))
+    counts = Counts("rows", len(rows))
     with _placed(rows) as placed:
         for row, exchange in zip(placed, exchanges, strict=True):
             sequence = (
@@ -108,7 +108,7 @@ def encode_preferences(
     tokens = _tokens_of(codec, [exchange for pair in pairs for exchange in pair])
     kept: list[Row] = []
     made: list[tuple[Sequence, Sequence]] = []
-    counts = Counts(rows=len(rows))
+    counts = Counts("pairs", len(rows))
     with _placed(rows) as placed:
         for row, pair in zip(placed, pairs, strict=True):
             sides = [codec.encode(exchange, tokens) for exchange in pair]
@@ -166,7 +166,6 @@ def _tokens_of(codec: Codec, exchanges: Items[Exchange]) -> Tokens:
 def _counted(counts: Counts, codec: Codec, kept: Items[Row], ids: np.ndarray, learnt: int) -> Counts:
     counts.kept, counts.tokens, counts.learnt = len(kept), len(ids), learnt
     counts.dropped = counts.rows - counts.kept - counts.equal
-    counts.largest_id = int(ids.max()) if len(ids) else 0
     counts.conversations = sum(codec.is_chat(row.prompt) for row in kept)
     return counts
 

@@ -109,6 +109,8 @@ class Preferences:
 class Counts:
     """What became of a dataset's rows."""
 
+    noun: str = "rows"
+    """What its rows are called: rows, pairs or prompts."""
     rows: int = 0
     """Rows that were read."""
     kept: int = 0
@@ -121,8 +123,6 @@ class Counts:
     """Pairs left out because both answers have the same tokens."""
     longest: int = 0
     """Tokens of the longest row, before anything was cut."""
-    largest_id: int = 0
-    """Largest token id."""
     tokens: int = 0
     """Tokens of all rows that are used."""
     learnt: int = 0
@@ -135,9 +135,10 @@ class Counts:
         """text, chat or mixed: whether rows went through the chat template."""
         return "text" if not self.conversations else "chat" if self.conversations == self.kept else "mixed"
 
-    def describe(self, noun: str = "rows") -> str:
-        """`8,320 rows, 12 cut, 3 left out as too long, 0.2M tokens, longest 81`."""
-        parts = [f"{self.kept:,} {noun}"]
+    def describe(self) -> str:
+        """`8,317 of 8,320 rows, 12 cut to length, 3 left out as too long, 204,310 tokens, longest 81`."""
+        kept = f"{self.kept:,}" if self.kept == self.rows else f"{self.kept:,} of {self.rows:,}"
+        parts = [f"{kept} {self.noun}"]
         for count, text in (
             (self.cut, "cut to length"),
             (self.dropped, "left out as too long"),
