@@ -33,9 +33,9 @@ DERIVABLE = {
         "parameters": "of the model",
         "order": "a function of seed, lengths and batch size",
     },
-    "SFT": {"settings model_settings turns": "config"},
+    "SFT": {"settings turns": "config"},
     "RewardModel": {
-        "settings model_settings dropout margin normalize_on": "config",
+        "settings dropout margin normalize_on": "config",
         "normalization": "of the model that is exported",
     },
     "PPO": {
