@@ -56,7 +56,10 @@ def test_a_shape_without_weights_is_built(tmp_path: Path) -> None:
         ("gemma2", AfterHead(cap=3.0)),
         ("cohere", AfterHead(scale=0.5)),
         ("granite", AfterHead(scale=0.5)),
+        ("hyperclovax", AfterHead(scale=2.0)),
+        ("minicpm3", AfterHead(scale=0.5)),
         ("olmo", AfterHead()),
+        ("opt", AfterHead()),
     ],
 )
 def test_what_comes_after_the_head_is_known(tmp_path: Path, family: str, after: AfterHead) -> None:

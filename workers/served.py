@@ -24,6 +24,7 @@ NO_DELTA = "vLLM computes its gated delta nets on CPU in bfloat16 only"
 
 UNSERVED: dict[str, str] = {
     "phimoe": "vLLM's Transformers backend cannot route to its experts",
+    "vaultgemma": "vLLM does not load new weights of its head",
 }
 """Model type -> why vLLM does not serve it on any device."""
 
@@ -45,7 +46,7 @@ UNSERVED_ON_CPU: dict[str, str] = {
 }
 """Model type -> why it is not served on CPU."""
 
-NO_ADAPTERS = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
+NO_ADAPTERS = ("bloom", "falcon", "glm4", "gpt2", "gpt_bigcode", "gptj", "stablelm")
 """Model types whose adapters engines get merged only (publish.lora). Mixtures of experts are others: with adapters of whatever
 layers vLLM takes kernels for their experts that a CPU does not have."""
 
