@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster as RayCluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from orchestrator import load_config, run_stages
-from orchestrator.access import private_cluster
 from orchestrator.metrics import repeatable as lines
 from orchestrator.run import Run
 from placement.groups import PlacementError
 from tests.models import make_reward_model
+from tests.nodes import simulated_cluster
 from tests.runs import assert_same_model, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,15 +28,8 @@ STORE = {"object_store_memory": 150 * 2**20}
 def cluster() -> Iterator[RayCluster]:
     """The head has room for two of the five workers; each node added to it for three."""
     quick = {"enable_worker_prestart": False, "health_check_period_ms": 500}  # a lost node is known sooner
-    head: dict[str, Any] = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
-    with private_cluster() as temp:
-        started = RayCluster(initialize_head=True, head_node_args=STORE | head | {"temp_dir": str(temp)})
-        try:
-            ray.init(started.address, log_to_driver=False, namespace="troupe")
-            yield started
-        finally:
-            ray.shutdown()
-            started.shutdown()
+    with simulated_cluster(STORE | {"num_cpus": 2, "_system_config": quick}, namespace="troupe") as started:
+        yield started
 
 
 @pytest.fixture

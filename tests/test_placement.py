@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import ray
 from ray.actor import ActorHandle
-from ray.cluster_utils import Cluster as RayCluster
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.schema import ROLES, Role, RunConfig
-from orchestrator.access import private_cluster
 from placement import Cluster, Plan, PlanError, make_plan
 from placement.groups import PlacementError, bundle_of, create_groups, remove_groups
+from tests.nodes import simulated_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -30,17 +29,10 @@ DATA, ADAM = {"path": "rows.jsonl"}, {"lr": 1e-4}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     node: dict[str, Any] = {"num_cpus": CPUS, "num_gpus": GPUS, "object_store_memory": 80 * 2**20}
-    head = node | {"include_dashboard": False, "_system_config": {"enable_worker_prestart": False}}
-    with private_cluster() as temp:
-        started = RayCluster(initialize_head=True, head_node_args=head | {"temp_dir": str(temp)})
-        try:
-            for _ in range(NODES - 1):
-                started.add_node(**node)
-            ray.init(started.address, log_to_driver=False)
-            yield Cluster.of_ray()
-        finally:
-            ray.shutdown()
-            started.shutdown()
+    with simulated_cluster(node | {"_system_config": {"enable_worker_prestart": False}}) as started:
+        for _ in range(NODES - 1):
+            started.add_node(**node)
+        yield Cluster.of_ray()
 
 
 @pytest.fixture(autouse=True)
