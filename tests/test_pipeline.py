@@ -26,7 +26,7 @@ from orchestrator.ray_table import row_of
 from orchestrator.run import Run
 from placement.cluster import Cluster
 from tests.report_oracle import check_report
-from tests.runs import ROOT, TWO_ENGINES, begun, command, flip_bit, wait_for
+from tests.runs import ROOT, TWO_ENGINES, begun, command, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -204,37 +204,6 @@ def test_sft_stopped_by_a_signal_goes_on(whole: Result, micro: Path, tmp_path: P
     assert Condition.of(run).state == "finished"
 
 
-def test_ppo_stopped_by_a_signal_goes_on_though_the_newest_checkpoint_is_damaged(
-    whole: Result, micro: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    folder = begun(whole, tmp_path, without=("ppo",))
-    options = [TWO_ENGINES, f"runs={tmp_path}", "checkpoint.every=1", "checkpoint.keep=2"]
-    process = subprocess.Popen(
-        command("pipeline", str(micro), *options), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: len(lines(folder, "ppo")) >= 3 or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    done = lines(folder, "ppo")[-1]["step"]
-    assert f"stopped after step {done} of 6 of ppo; go on with: troupe resume {folder}" in output
-    assert "finished before: sft, rm" in output
-    kept = sorted(int(path.name) for path in (folder / "checkpoints" / "ppo").iterdir())
-    assert kept == [done - 1, done]
-
-    newest = folder / "checkpoints" / "ppo" / str(done)
-    flip_bit(next(newest.glob("actor/**/*.pt")))
-    resumed = subprocess.run(
-        command("resume", str(folder)), cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert f"warning:{newest}:damaged,sotheonebeforeserves" in "".join(resumed.stdout.split())  # lines are wrapped
-    assert f"resuming after step {done - 1}" in resumed.stdout
-    assert "micro is finished" in resumed.stdout
-    assert "held-out prompts" in resumed.stdout
-    assert resumed.stderr == ""
-    assert lines(folder, "ppo") == lines(whole.folder, "ppo")
-
-
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """Of a run that has not begun: the folder of its checkpoints is a disk that is smaller than one of them."""
@@ -324,6 +293,7 @@ def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
         micro,
         tmp_path,
         "ppo.steps=3",
+        "ppo.actor_optimizer.lr=0.01",  # so far that the estimate of the KL is positive, whatever the answers
         f"ppo.rewards=[{{kind: model, path: {whole.models['rm']}}}, {sources}]",
         "ppo.max_unscored=0.9",
         "ppo.refuse_kl=1e-6",

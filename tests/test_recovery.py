@@ -41,15 +41,11 @@ def records(folder: Path) -> list[str]:
 PPO_FAULTS = [
     ("rollout-0", "generate", 12),  # in the evaluation before the first step
     ("actor-0", "forward", 2),  # in the first step: nothing is kept yet
-    ("rollout-0", "publish", 2),
-    ("reference-0", "score", 3),
     ("actor-0", "publish", 2),
     ("reward-0", "score", 5),
     ("critic-0", "backward", 7),
-    ("rollout-1", "generate", 40),
-    ("actor-0", "optimizer", 5),
 ]
-"""A role's points come one after the other, each in the life of the next process."""
+"""A role's points come one after the other, each in the life of the next process. More of them: `benchmarks.chaos`."""
 
 
 def test_ppo_is_as_without_the_faults(micro: Path, whole: Result, tmp_path: Path) -> None:
