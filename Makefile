@@ -29,7 +29,7 @@ check: install
 	@$(BIN)/lint-imports
 
 test: check
-	@$(BIN)/pytest
+	@$(BIN)/python -m tests
 
 fast: check
 	@$(BIN)/pytest -m "not slow"
