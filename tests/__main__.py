@@ -1,4 +1,5 @@
-"""All tests, in two processes side by side: those on the cluster that tests share, and all others, which are shown afterwards.
+"""All tests but long ones, in two processes side by side: those on the cluster that tests share, and all others, which are shown
+afterwards.
 
     python -m tests
 
@@ -16,8 +17,8 @@ def main() -> int:
     print("tests: those on the shared cluster, and beside them all others, which are shown afterwards", flush=True)
     run = [sys.executable, "-m", "pytest", "-m"]
     with tempfile.TemporaryFile() as output:
-        others = subprocess.Popen([*run, "not shared"], stdout=output, stderr=subprocess.STDOUT)
-        shared = subprocess.Popen([*run, "shared"])
+        others = subprocess.Popen([*run, "not shared and not long"], stdout=output, stderr=subprocess.STDOUT)
+        shared = subprocess.Popen([*run, "shared and not long"])
         interrupted = False
         for process in (shared, others):
             try:

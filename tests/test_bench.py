@@ -217,6 +217,7 @@ def test_a_failed_attempt_says_why_in_one_line(log: str, said: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_capacity_under_a_limit_that_nothing_passes() -> None:
     """The smallest model's weights fit into the limit, and its run does not: it is ended whole."""
     with tempfile.TemporaryDirectory(prefix="t-") as name:  # short: Ray's sockets may lie below it

@@ -20,7 +20,7 @@ from orchestrator.sessions import stage_seconds
 from placement.shape import Stage
 from tests.runs import ROOT, TWO_ENGINES, assert_same_model, command, flip_bit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 ORDER: tuple[Stage, ...] = ("sft", "rm", "ppo")
 KILLED_AFTER: dict[Stage, int] = {"sft": 3, "ppo": 4}

@@ -19,7 +19,7 @@ from tests.models import make_reward_model
 from tests.nodes import simulated_cluster
 from tests.runs import assert_same_model, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 STORE = {"object_store_memory": 150 * 2**20}
 

@@ -48,6 +48,7 @@ PPO_FAULTS = [
 """A role's points come one after the other, each in the life of the next process. More of them: `benchmarks.chaos`."""
 
 
+@pytest.mark.long
 def test_ppo_is_as_without_the_faults(micro: Path, whole: Result, tmp_path: Path) -> None:
     for who, point, count in PPO_FAULTS:
         fault(tmp_path, who, point, count)
