@@ -8,36 +8,27 @@ import pytest
 
 from examples import reinforce, run_ppo
 from orchestrator.metrics import read_metrics
-from orchestrator.result import Result
-from tests.runs import begun
+from placement.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def started(whole: Result, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a run whose stages before PPO are finished."""
-    folder = begun(whole, tmp_path_factory.mktemp("examples"), without=("ppo",))
-    return [f"name={folder.name}", f"runs={folder.parent}"]
-
-
 def test_reinforce_raises_the_reward_and_leaves_a_model(
-    micro: Path, started: list[str], capsys: pytest.CaptureFixture[str]
+    micro: Path, ray_here: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ppo = ["ppo.steps=12", "ppo.prompts_per_step=16", "ppo.actor_optimizer.lr=3e-3"]
-    rewards = reinforce.main(str(micro), *started, *ppo)
+    rewards = reinforce.main(str(micro), "ppo.steps=12", "ppo.prompts_per_step=16", "ppo.actor_optimizer.lr=3e-3")
     assert len(rewards) == 12
     assert sum(rewards[-3:]) > sum(rewards[:3])
-    run = Path(started[1].partition("=")[2]) / started[0].partition("=")[2]
-    assert (run / "models" / "reinforce" / "model.safetensors").exists()
+    assert (micro.parent / "runs" / "reinforce" / "models" / "reinforce" / "model.safetensors").exists()
     assert "reward on held-out prompts: " in capsys.readouterr().out
 
 
-def test_run_ppo_tells_what_it_achieved(micro: Path, started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_ppo_tells_what_it_achieved(micro: Path, ray_here: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the first step lacks a score, and the second has none."""
+    # The example before has trained the stages before PPO.
     fails = "{kind: function, name: fails, function: 'tests.reward_functions:fewer_and_fewer'}"
     rewards = ["ppo.max_unscored=1", f"ppo.rewards=[{{kind: model}}, {fails}]"]
-    result = run_ppo.main(str(micro), *started, "ppo.steps=2", *rewards)
+    result = run_ppo.main(str(micro), "name=reinforce", "ppo.steps=2", *rewards)
     assert result.report.exists()
     assert (result.models["ppo"] / "model.safetensors").exists()
     out = capsys.readouterr().out
