@@ -33,7 +33,7 @@ test: check
 	@$(BIN)/python -m tests
 
 fast: check
-	@$(BIN)/pytest -m "not slow and not long"
+	@$(BIN)/pytest -m "not slow"
 
 long: install
 	@$(BIN)/pytest -m long

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ class Run:
         self.keep()
         words = []
         if types:
-            words.append(f"model.dtype: auto is {config.model.dtype}: {why}")
-            self.write("run.json", self.read("run.json") | {"dtype": {"is": config.model.dtype, "why": why}})
+            dtype = attrgetter(types[0])(config)
+            words.append(f"{types[0]}: auto is {dtype}: {why}")
+            self.write("run.json", self.read("run.json") | {"dtype": {"is": dtype, "why": why}})
         if roles:
             words.append(
                 f"strategy: auto is {', '.join(f'{config.strategy_of(role)} for the {role}' for role in roles)}"

@@ -39,7 +39,7 @@ class Supervised(StageRun):
 
     @property
     def model_settings(self) -> ModelSettings:
-        """Asked for anew each time: what is `auto` is known once there is a cluster."""
+        """Not kept: what `auto` stands for is known once there is a cluster."""
         return self.config.model
 
     def trained(self) -> list[Role]:

@@ -79,8 +79,8 @@ def resolve(
 
 def kept(config: RunConfig, old: RunConfig) -> RunConfig:
     """The settings with what a run has begun with in place of each `auto`."""
-    if old.model.dtype != "auto":
-        config = with_dtype(config, old.model.dtype)
+    own = old.rm.model.dtype if old.rm and old.rm.model else None
+    config = with_dtype(config, old.model.dtype, own)
     return _with(config, {role: old.strategy_of(role) for role in automatic(config)})
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from configs.schema import RunConfig
 from placement.cluster import Cluster
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 """Of CPUs that multiply bfloat16, as /proc/cpuinfo names them."""
 
@@ -21,14 +21,14 @@ def undecided(config: RunConfig) -> list[str]:
     return [setting for setting, dtype in asked.items() if dtype == "auto"]
 
 
-def with_dtype(config: RunConfig, dtype: Dtype) -> RunConfig:
-    """The settings with a type in place of each `auto`."""
+def with_dtype(config: RunConfig, dtype: Dtype, own: Dtype | None = None) -> RunConfig:
+    """The settings with a type in place of each `auto`; own: that of `rm.model`, where it is another."""
     settings = undecided(config)
     if "model.dtype" in settings:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     if "rm.model.dtype" in settings and config.rm and config.rm.model:
-        own = config.rm.model.model_copy(update={"dtype": dtype})
-        config = config.model_copy(update={"rm": config.rm.model_copy(update={"model": own})})
+        model = config.rm.model.model_copy(update={"dtype": own or dtype})
+        config = config.model_copy(update={"rm": config.rm.model_copy(update={"model": model})})
     return config
 
 

@@ -68,6 +68,19 @@ def test_what_cannot_be_predicted_is_refused() -> None:
         chosen("5x8xA100", run())
 
 
+def test_a_run_that_began_keeps_the_type_of_each_model() -> None:
+    adam, data = {"lr": 1e-4}, {"path": "p"}
+
+    def config(policy: str, reward: str) -> RunConfig:
+        model = {"path": "preset:s", "dtype": policy}
+        rm = {"train": data, "optimizer": adam, "model": {"path": "preset:s", "dtype": reward}}
+        return RunConfig.model_validate({"name": "run", "model": model, "rm": rm})
+
+    for policy, reward in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        old = config(policy, reward)
+        assert kept(config("auto", "auto"), old) == kept(config(policy, "auto"), old) == old
+
+
 def test_a_run_that_began_keeps_its_strategies() -> None:
     old = run(strategy="zero2", strategies={"critic": "zero1"})
     made = kept(run(), old)
