@@ -61,7 +61,7 @@ class Pair:
             self.actor.call("load", str(folder), settings, OptimizerSettings(lr=0.03)),
             self.engine.call("load", str(folder), transport, LENGTH),
         )
-        self.engine.call("add_rows", "prompts", encoded([Row(prompt=text) for text in PROMPTS], "prompt")).get()
+        self.engine.call("add_rows", "prompts", encoded([Row(prompt=text) for text in PROMPTS], "prompt", LENGTH)).get()
         demonstrations = encoded(DEMONSTRATIONS, "demonstration", LENGTH)
         self.actor.call("add_rows", "sft", demonstrations).get()
         self.completions = demonstrations.learnt
