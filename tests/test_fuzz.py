@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -348,3 +349,15 @@ def test_damaged_saved_datasets(tmp_path: Path, data: st.DataObject) -> None:
         refused_or_read(folder, "demonstration")
     finally:
         path.write_bytes(whole)
+
+
+def test_a_saved_dataset_whose_offsets_lead_out_of_it(tmp_path: Path) -> None:
+    """Arrow would follow them: the process would end with a segmentation fault."""
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([{"prompt": "a" * 1234, "completion": "b"}]).save_to_disk(str(folder))
+    file = next(folder.glob("*.arrow"))
+    right, wrong = struct.pack("<2i", 0, 1234), struct.pack("<2i", 0, 2**30)
+    head, _, rest = file.read_bytes().rpartition(right)  # the first stand in the header
+    file.write_bytes(head + wrong + rest)
+    with pytest.raises(DataError, match="a damaged dataset: .* offset"):
+        read_rows(DatasetSettings(path=str(folder)), "demonstration")

@@ -236,9 +236,10 @@ def _loaded(name: str, data: DatasetSettings, loaded: Any) -> Iterator[Record]:
         raise DataError(f"{name}: split {data.split}: this folder holds a single dataset; leave it out")
     where = f"{name} {data.split}" if data.split else name
     try:
+        loaded.data.table.validate(full=True)  # Arrow trusts the offsets in a file: wrong ones would end the process
         for number, record in enumerate(loaded, start=1):
             yield f"{where}: row {number}", record
-    except Exception as error:  # as above
+    except Exception as error:  # of damaged bytes the library makes errors of many types
         raise DataError(f"{where}: a damaged dataset: {_reason(error)}") from error
 
 

@@ -1,0 +1,97 @@
+"""How long a recipe takes in bfloat16 against float32.
+
+    python -m examples.movies prepare --model smollm2 && python -m benchmarks.dtypes
+
+Runs the recipe's three stages in float32, then in bfloat16, with a tenth of the steps of SFT and reward model and five of PPO's, two
+of which train the critic alone; validation and evaluation are whole. What a stage takes in whole is what it took, and its median step
+for each step that was left out; PPO's are those that train the actor. The last line is the ratio of the whole recipes' times; the
+exit status is 1 where it is above 0.7, the bar on GPUs and on CPUs that multiply bfloat16, for which `model.dtype: auto` takes it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from configs import ConfigError, RunConfig, load_config
+from orchestrator import Result, run_stages
+from orchestrator.metrics import read_metrics
+from placement.precision import instructions
+from placement.shape import Stage
+
+DTYPES = ("float32", "bfloat16")
+SHARE = 0.1
+"""Of the epochs of SFT and reward model."""
+ACTOR_STEPS = 3
+MOST = 0.7
+
+
+def main(
+    recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = Path("configs/movies/smollm2.yaml"),
+) -> None:
+    """Run both, and compare."""
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        whole = _settings(recipe, [f"runs={folder}"])
+        seconds = {dtype: _whole(whole, run_stages(_short(whole, dtype), console=console)) for dtype in DTYPES}
+    sys.exit(_report(console, seconds))
+
+
+def _settings(recipe: Path, overrides: list[str]) -> RunConfig:
+    try:
+        config = load_config(recipe, overrides)
+    except ConfigError as error:
+        raise typer.BadParameter(f"{recipe}: {error}", param_hint="--recipe") from error
+    if config.sft is None or config.rm is None or config.ppo is None:
+        raise typer.BadParameter(f"{recipe}: must describe all three stages, sft, rm and ppo", param_hint="--recipe")
+    if config.ppo.steps < config.ppo.critic_warmup + ACTOR_STEPS:
+        raise typer.BadParameter(f"{recipe}: ppo.steps was {config.ppo.steps}; too few", param_hint="--recipe")
+    return config
+
+
+def _short(config: RunConfig, dtype: str) -> RunConfig:
+    assert config.sft and config.rm and config.ppo
+    settings = config.model_dump()
+    settings["name"] = f"{config.name}-{dtype}"
+    settings["model"]["dtype"] = dtype
+    settings["sft"]["epochs"] *= SHARE
+    settings["rm"]["epochs"] *= SHARE
+    settings["ppo"]["steps"] = config.ppo.critic_warmup + ACTOR_STEPS
+    return RunConfig.model_validate(settings)
+
+
+def _whole(config: RunConfig, result: Result) -> dict[Stage, float]:
+    """Seconds of each stage at its full length."""
+    assert config.ppo
+    steps: dict[str, list[float]] = {}
+    for line in read_metrics(result.folder):
+        if "seconds/step" in line:
+            steps.setdefault(line["stage"], []).append(line["seconds/step"])
+    left_out = {stage: len(steps[stage]) * (1 / SHARE - 1) for stage in ("sft", "rm")}
+    left_out["ppo"] = config.ppo.steps - len(steps["ppo"])
+    steps["ppo"] = steps["ppo"][config.ppo.critic_warmup :]
+    return {stage: took + left_out[stage] * statistics.median(steps[stage]) for stage, took in result.seconds.items()}
+
+
+def _report(console: Console, seconds: dict[str, dict[Stage, float]]) -> int:
+    table = Table("seconds", *DTYPES, "ratio")
+    full, half = (seconds[dtype] for dtype in DTYPES)
+    rows = {str(stage): (full[stage], half[stage]) for stage in full} | {"all": (sum(full.values()), sum(half.values()))}
+    for name, (a, b) in rows.items():
+        table.add_row(name, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}")
+    console.print(table)
+    console.print(f"instructions for bfloat16: {instructions() or 'none'}")
+    a, b = rows["all"]
+    console.print(f"the recipe in bfloat16 takes {b / a:.2f} of its time in float32 (at most {MOST:g})")
+    return int(b / a > MOST)
+
+
+if __name__ == "__main__":
+    typer.run(main)
