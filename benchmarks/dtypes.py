@@ -83,7 +83,9 @@ def _whole(config: RunConfig, result: Result) -> dict[Stage, float]:
 def _report(console: Console, seconds: dict[str, dict[Stage, float]]) -> int:
     table = Table("seconds", *DTYPES, "ratio")
     full, half = (seconds[dtype] for dtype in DTYPES)
-    rows = {str(stage): (full[stage], half[stage]) for stage in full} | {"all": (sum(full.values()), sum(half.values()))}
+    rows = {str(stage): (full[stage], half[stage]) for stage in full} | {
+        "all": (sum(full.values()), sum(half.values()))
+    }
     for name, (a, b) in rows.items():
         table.add_row(name, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}")
     console.print(table)

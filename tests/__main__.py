@@ -28,6 +28,9 @@ def main() -> int:
                 process.wait()
         output.seek(0)
         sys.stdout.buffer.write(output.read())
+    for name, process in (("the tests on the shared cluster", shared), ("all other tests", others)):
+        if process.returncode < 0:
+            print(f"tests: the process of {name} was ended by signal {-process.returncode}")
     return int(interrupted or bool(shared.returncode or others.returncode))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 from vllm import TokensPrompt
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
 from tests.learners import OpenPolicy
 from workers.host import KINDS
@@ -39,7 +40,8 @@ class FaultyEngine(ObjectStoreEngine):
     def start_weight_update(self) -> None:
         self.received = {}
         if self.without == "fresh start":
-            initialize_layerwise_reload(self.model)
+            with patch("workers.reloading.finalize_layerwise_reload"):
+                super().start_weight_update()
         elif self.without != "layerwise reload":
             super().start_weight_update()
 

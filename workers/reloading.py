@@ -7,9 +7,8 @@ silently wrong with
 - experts on CPU: they are packed when the engine starts, and not again;
 - tied word embeddings on CPU: the head keeps the packed copy of its old weights;
 - tensors that a model's `load_weights` writes by itself rather than by the parameter's loader (gpt_oss: experts, sinks);
-- an update that broke off: its layers would count as loaded;
 
-and would fail of loaders that are partial functions (minimax_m2).
+and would fail of loaders that are partial functions (minimax_m2), and after an update that broke off, whose layers stay half loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from vllm.platforms import current_platform
 
 def begin_reload(model: nn.Module, config: ModelConfig) -> None:
     """Let the model take new weights through `load_weights`, in any number of calls."""
-    finalize_layerwise_reload(model, config)  # else what an update that broke off left behind would count as loaded
+    finalize_layerwise_reload(model, config)  # what an update that broke off left half loaded
     _name_loaders(model)
     initialize_layerwise_reload(model)
     for layer in model.modules():
