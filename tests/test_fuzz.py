@@ -359,5 +359,5 @@ def test_a_saved_dataset_whose_offsets_lead_out_of_it(tmp_path: Path) -> None:
     right, wrong = struct.pack("<2i", 0, 1234), struct.pack("<2i", 0, 2**30)
     head, _, rest = file.read_bytes().rpartition(right)  # the first stand in the header
     file.write_bytes(head + wrong + rest)
-    with pytest.raises(DataError, match="a damaged dataset: .* offset"):
+    with pytest.raises(DataError, match=r"a damaged dataset: .* offset"):
         read_rows(DatasetSettings(path=str(folder)), "demonstration")
