@@ -2,10 +2,10 @@
 
     python -m examples.movies prepare --model smollm2 && python -m benchmarks.dtypes
 
-Runs the recipe's three stages in float32, then in bfloat16, with a tenth of the steps of SFT and reward model and five of PPO's, two
-of which train the critic alone; validation and evaluation are whole. What a stage takes in whole is what it took, and its median
-step for each step that was left out (PPO's are those that train the actor). The last line is the ratio of the whole recipes' times;
-the exit status is 1 where it is above 0.7, the bar where `model.dtype: auto` takes bfloat16.
+Runs the recipe's three stages in float32, then in bfloat16, with a tenth of the steps of SFT and reward model and five of
+PPO's, two of which train the critic alone; validation and evaluation are whole. What a stage takes in whole is what it took,
+and its median step for each step that was left out (PPO's are those that train the actor). The last line is the ratio of the
+whole recipes' times; the exit status is 1 where it is above 0.7, the bar where `model.dtype: auto` takes bfloat16.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ silently wrong with
 - tied word embeddings on CPU: the head keeps the packed copy of its old weights;
 - tensors that a model's `load_weights` writes by itself rather than by the parameter's loader (gpt_oss: experts, sinks);
 
-and would fail of loaders that are partial functions (minimax_m2), and after an update that broke off (its layers stay half loaded).
+and would fail of loaders that are partial functions (minimax_m2), and after an update that broke off: its layers are half loaded.
 """
 
 from __future__ import annotations
