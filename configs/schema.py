@@ -618,8 +618,9 @@ class VerifySettings(Settings):
 
     float32: PositiveFloat = 1e-4
     """Largest mean |difference| in nats per token for models in float32."""
-    bfloat16: PositiveFloat = 0.05
-    """The same for models in bfloat16, whose products are rounded to 8 bits."""
+    bfloat16: PositiveFloat = 0.25
+    """The same for models in bfloat16, whose products are rounded to 8 bits: two ways to compute the same SmolLM2-135M differ by
+    0.09 for random tokens, whose log-probabilities are about -15, and by 0.03 for likely ones."""
 
 
 class PublishSettings(Settings):
