@@ -1,4 +1,5 @@
-"""Tiny random models of real architectures, as Hugging Face folders: 2 layers, width 64, head size 32, 128 tokens."""
+"""Tiny random models of real architectures, as Hugging Face folders: 2 layers, width 64, heads of 32, 120 tokens (not 128, which
+vLLM would not have to pad)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt", "bloom")
 GROUPED = ("llama", "qwen2", "qwen3")
 """Those that can share key-value heads between query heads."""
 
-VOCABULARY, LAYERS, WIDTH, HEADS, POSITIONS = 128, 2, 64, 2, 256
+VOCABULARY, LAYERS, WIDTH, HEADS, POSITIONS = 120, 2, 64, 2, 256
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<eos>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

@@ -140,7 +140,7 @@ def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: i
     folder = make_model(tmp_path, architecture, seed=1, pad_token_id=padding)
     plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), language_model(folder)
     assert ours.hf.get_input_embeddings().padding_idx == padding
-    batches = [Batch(ROWS, CPU), Batch(sequences([(4, 9), (60, 60)], seed=2), CPU)]
+    batches = [Batch(ROWS, CPU), Batch(sequences([(4, 9), (60, 60)], seed=4), CPU)]
     assert any((batch.ids == 7).any() for batch in batches)
     losses = [ours(batch)[0].sum() for batch in batches]
     with TablesMade() as made:

@@ -77,13 +77,24 @@ def _is_lacking(model: nn.Module, layer: nn.Module) -> bool:
     info = get_layerwise_info(layer)
     if not info.can_load() or is_deferred_attention_layer(layer):
         return False  # it is whole already; or it has scales, which there may be or not
-    assert info.kernel_tensors is not None
-    parameters = info.kernel_tensors[0].values()
+    parameters = _serving(layer)
     if not isinstance(layer, VocabParallelEmbedding):
         return bool(parameters) and info.load_numel < (info.load_numel_total or 0)
-    others = [other for other in model.modules() if isinstance(other, VocabParallelEmbedding) and other is not layer]
-    shared = any(mine is theirs for other in others for theirs in other.parameters() for mine in parameters)
+    others = [other for other in model.modules() if isinstance(other, VocabParallelEmbedding) and _has_loaded(other)]
+    shared = any(mine is theirs for other in others for theirs in _serving(other) for mine in parameters)
     return not info.load_numel and not shared
+
+
+def _has_loaded(layer: nn.Module) -> bool:
+    """Whether it got weights: if all of them, it is processed already."""
+    info = get_layerwise_info(layer)
+    return not info.can_load() or bool(info.load_numel)
+
+
+def _serving(layer: nn.Module) -> list[Tensor]:
+    """The parameters that a layer computes with when an update is over: until it is whole they are put aside."""
+    aside = get_layerwise_info(layer).kernel_tensors
+    return list((aside[0] if aside else dict(layer.named_parameters(recurse=False))).values())
 
 
 def by_expert(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

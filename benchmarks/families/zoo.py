@@ -1,8 +1,8 @@
 """Tiny random models of many families of language models, as Hugging Face folders.
 
-Two layers (four where the family alternates between kinds of layer), width 64, heads of size 32, 128 tokens. No tensor has a
-value that would hide a fault: biases and correction biases are not 0, norms are not 1, and the next token is far from evenly
-distributed.
+Two layers (four where the family alternates between kinds of layer), width 64, heads of size 32, 120 tokens, which vLLM pads.
+No tensor has a value that would hide a fault: biases and correction biases are not 0, norms are not 1, and the next token is
+far from evenly distributed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.models import make_tokenizer
 
-VOCABULARY, LAYERS, WIDTH, HEADS, HEAD_SIZE, INNER, POSITIONS = 128, 2, 64, 2, 32, 128, 256
+VOCABULARY, LAYERS, WIDTH, HEADS, HEAD_SIZE, INNER, POSITIONS = 120, 2, 64, 2, 32, 128, 256
 
 _GPT = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS}
 _COMMON = {
