@@ -48,7 +48,7 @@ def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec 
             with _quiet():
                 facts = model_facts(use.path, use.settings, use.heads, learns=use.learns)
         except (OSError, ValueError) as error:
-            refuse(use.setting, f"was {use.path!r}: {str(error).strip().splitlines()[0]}")
+            refuse(use.setting, unreadable(use.path, error))
             continue
         for problem in facts.problems:
             refuse(use.setting, problem)
@@ -60,6 +60,11 @@ def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec 
         if codec is not None and (tokens := len(codec.tokenizer)) > facts.vocabulary:
             text = f"{use.path}: its tokenizer has {tokens} tokens, but its embeddings have {facts.vocabulary} rows"
             refuse(use.setting, text)
+
+
+def unreadable(path: str, error: Exception) -> str:
+    """Why there is no such model: what the library says first."""
+    return f"was {path!r}: {str(error).strip().splitlines()[0]}"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from configs.schema import DatasetSettings, ModelSettings
 from orchestrator.checks import Check, is_missing
 from orchestrator.cluster import foreseen_cluster
-from orchestrator.model_checks import ModelUse, check_models, check_reader, check_serving
+from orchestrator.model_checks import ModelUse, check_models, check_reader, check_serving, unreadable
 from orchestrator.run import Run, RunError
 from placement.choice import resolve, undecided_as_ddp
 from placement.cluster import Cluster
@@ -234,7 +234,10 @@ class _Readers:
     def codec(self, path: str, settings: ModelSettings) -> Codec:
         key = path, settings.model_dump_json()
         if key not in self._codecs:
-            self._codecs[key] = Codec.load(path, self._run.config, settings, self._run.started)
+            try:
+                self._codecs[key] = Codec.load(path, self._run.config, settings, self._run.started)
+            except OSError as error:
+                raise DataError(unreadable(path, error)) from error
         return self._codecs[key]
 
     def rows(self, wanted: Input) -> list[Row]:
