@@ -171,7 +171,7 @@ class LogitsSeen(TorchDispatchMode):
 @pytest.mark.parametrize("chunk", [1, 3, 26])
 def test_chunks_of_tokens_change_nothing(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the chunk, and no operation gives more logits than a chunk's: none for prompts and padding."""
-    folder = make_model(tmp_path, "gpt2", seed=1)  # of its widths only the vocabulary is 128
+    folder = make_model(tmp_path, "gpt2", seed=1)  # of its widths only the vocabulary is 120
     rows = [*ROWS, *sequences([(60, 1)])]
     answers = sum(len(row.ids) - row.prompt_length for row in rows)
     monkeypatch.setattr(models, "LOGITS_CHUNK", answers)
@@ -204,7 +204,7 @@ def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
 ) -> None:
     """The peak of the critic and the reward model does not grow with the vocabulary; that of the reference by a chunk; and the
     actor keeps none of it for its backward pass, except the head and the room of one chunk."""
-    folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # of its widths only the vocabulary is 128
+    folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # of its widths only the vocabulary is 120
     monkeypatch.setattr(models, "LOGITS_CHUNK", 2)
     values, policy = scalar_model(folder), language_model(folder)
     with LogitsSeen() as seen:

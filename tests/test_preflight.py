@@ -126,7 +126,7 @@ def test_a_tokenizer_larger_than_the_embeddings(folder: Path, tmp_path: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens(["<one>", "<more>"])
     tokenizer.save_pretrained(path)
-    said = f"model.path: {path}: its tokenizer has 130 tokens, but its embeddings have 128 rows"
+    said = f"model.path: {path}: its tokenizer has {VOCABULARY + 2} tokens, but its embeddings have {VOCABULARY} rows"
     assert told(folder, f"model.path={path}", stages=["sft"]) == [said]
 
 
@@ -200,7 +200,7 @@ def other_end(folder: Path) -> None:
     [
         (other_template, "another form of a conversation: 'user> How was the film?<eos>assistant> Great.<eos>'; the policy has "
             "'user: How was the film?<eos>assistant: Great.<eos>'"),
-        (other_vocabulary, "another vocabulary (128 tokens; the policy has 128)"),
+        (other_vocabulary, f"another vocabulary ({VOCABULARY} tokens; the policy has {VOCABULARY})"),
         (other_end, "other end tokens (<eos>, <unk>; the policy has <eos>)"),
     ],
 )  # fmt: skip
