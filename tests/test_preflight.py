@@ -28,7 +28,7 @@ from orchestrator.run import Run, described
 from placement.cluster import Cluster
 from placement.shape import Stage
 from tests.micro import write_micro
-from tests.models import CHAT_TEMPLATE, make_model, make_reward_model
+from tests.models import CHAT_TEMPLATE, VOCABULARY, make_model, make_reward_model
 
 FUNCTION = "{kind: function, name: points, function: 'tests.micro:short'}"
 ON_ONE_CORE = {"cpus_per_device": 0.2}
