@@ -1,12 +1,13 @@
-"""A Ray cluster of several nodes, simulated on this machine."""
+"""Nodes: a cluster of several, simulated on this machine, and where processes of one listen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private.utils import get_ray_address_file
 from ray.cluster_utils import Cluster
@@ -29,3 +30,13 @@ def simulated_cluster(head: dict[str, Any], **options: Any) -> Iterator[Cluster]
         finally:
             ray.shutdown()
             started.shutdown()
+
+
+def listening(processes: Iterable[psutil.Process]) -> list[tuple[psutil.Process, str, int]]:
+    """Process, address and port of all that they listen on; of those that ended meanwhile, nothing."""
+    found = []
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            taken = [c.laddr for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            found += [(one, host.removeprefix("::ffff:"), port) for host, port in taken]
+    return found

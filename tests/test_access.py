@@ -26,6 +26,7 @@ from configs.schema import RunConfig
 from orchestrator.cluster import connected, dashboard, local_cluster
 from orchestrator.run import RunError
 from placement.cluster import Cluster
+from tests.nodes import listening
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.slow
@@ -76,8 +77,7 @@ def address() -> str:
 def listeners() -> dict[int, str]:
     """Port -> address of whatever this process and those below it listen on."""
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    found = [each.laddr for one in mine for each in one.net_connections("inet") if each.status == psutil.CONN_LISTEN]
-    return {port: host.removeprefix("::ffff:") for host, port in found}
+    return {port: address for _, address, port in listening(mine)}
 
 
 def join(**environment: str) -> str:

@@ -18,6 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from orchestrator.access import private_cluster
 from orchestrator.metrics import read_metrics
 from tests.micro import write_micro
+from tests.nodes import listening
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -54,10 +55,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{port}"
             below = psutil.Process(head.pid).children(recursive=True)
-            listening = [
-                c.laddr.ip for one in below for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN
-            ]
-            assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+            assert {address for _, address, _ in listening(below)} == {"127.0.0.1"}
         finally:
             below = psutil.Process(head.pid).children(recursive=True)
             head.terminate()

@@ -18,6 +18,7 @@ import pytest
 
 from placement.cluster import Cluster
 from tests.micro import write_micro
+from tests.nodes import listening
 from tests.terminals import Terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -58,13 +59,11 @@ def look(process: subprocess.Popen[Any], config: Path) -> Seen:
         assert time.monotonic() < end
         time.sleep(0.05)
     below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    listening: dict[str, set[str]] = {}
-    for one in below:
-        for connection in one.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                listening.setdefault(connection.laddr.ip.removeprefix("::ffff:"), set()).add(one.cmdline()[0])
+    names: dict[str, set[str]] = {}
+    for one, address, _ in listening(below):
+        names.setdefault(address, set()).add(one.cmdline()[0])
     file = Path(next(one.environ()["RAY_AUTH_TOKEN_PATH"] for one in below))
-    return Seen(below, listening, (file, file.read_text()))
+    return Seen(below, names, (file, file.read_text()))
 
 
 def run(config: Path, *overrides: str, stop_with: int | None = None) -> Finished:

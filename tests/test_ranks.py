@@ -129,7 +129,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
         versions=frozenset([0]),
     )
     scores, ptx = draw.normal(0, 1, SAMPLES), [np.arange(5), np.arange(5, 7)]
-    return Experience(rollouts, column(3.0), column(0.5), scores, kl_coefficient=0.05, ptx=ptx)
+    return Experience(rollouts, column(2.0), column(0.5), scores, kl_coefficient=0.05, ptx=ptx)
 
 
 def of_step(experience: Experience, step: int) -> Experience:
