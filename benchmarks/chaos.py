@@ -32,7 +32,8 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 from benchmarks.adversary import damage_mark
-from configs import ConfigError, RunConfig, load_config
+from benchmarks.recipes import whole_recipe
+from configs import RunConfig
 from orchestrator.metrics import read_metrics, repeatable
 
 SETTLED, COMPARED = 20, 5
@@ -95,7 +96,7 @@ def main(
     """Run, attack, compare."""
     console, draw = Console(), random.Random(seed)
     base = [*SETTINGS, f"ppo.steps={steps}", f"seed={seed}"]
-    quiet, attacked = (_settings(recipe, [*base, f"name=chaos-{seed}{kind}"]) for kind in ("-quiet", ""))
+    quiet, attacked = (whole_recipe(recipe, [*base, f"name=chaos-{seed}{kind}"]) for kind in ("-quiet", ""))
     for config in (quiet, attacked):
         shutil.rmtree(Path(config.runs) / config.name, ignore_errors=True)
     log = Path(quiet.runs) / f"chaos-{seed}.log"
@@ -124,25 +125,6 @@ def main(
         console.print(difference, markup=False)
     console.print("equal to the quiet run, bit for bit" if not differences else "NOT equal to the quiet run")
     raise SystemExit(1 if differences or max(grew.values()) > 0.05 else 0)
-
-
-def _settings(recipe: Path, overrides: list[str]) -> RunConfig:
-    """Refuses what the runs would fail of after minutes, or say in their log alone."""
-    try:
-        config = load_config(recipe, overrides)
-    except ConfigError as error:
-        raise typer.BadParameter(f"{recipe}: {error}", param_hint="--recipe") from error
-    if config.sft is None or config.rm is None or config.ppo is None:
-        raise typer.BadParameter(f"{recipe}: must describe all three stages, sft, rm and ppo", param_hint="--recipe")
-    datasets = (config.sft.train, config.rm.train, config.ppo.prompts)
-    for path in (config.model.path, *(path for data in datasets for path in data.paths)):
-        looks_local = path[:1] in "./~" or path.count("/") > 1
-        if looks_local and not Path(path).exists():
-            raise typer.BadParameter(
-                f"{recipe}: {path} is not there; python -m examples.movies prepare makes what the recipes need",
-                param_hint="--recipe",
-            )
-    return config
 
 
 def _draw_kind(draw: random.Random) -> str:

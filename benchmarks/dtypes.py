@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from configs import ConfigError, RunConfig, load_config
+from benchmarks.recipes import whole_recipe
+from configs import RunConfig
 from orchestrator import Result, run_stages
 from orchestrator.metrics import read_metrics
 from placement.precision import instructions
@@ -39,21 +40,9 @@ def main(
     """Run both, and compare."""
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        whole = _settings(recipe, [f"runs={folder}"])
+        whole = whole_recipe(recipe, [f"runs={folder}"])
         seconds = {dtype: _whole(whole, run_stages(_short(whole, dtype), console=console)) for dtype in DTYPES}
     sys.exit(_report(console, seconds))
-
-
-def _settings(recipe: Path, overrides: list[str]) -> RunConfig:
-    try:
-        config = load_config(recipe, overrides)
-    except ConfigError as error:
-        raise typer.BadParameter(f"{recipe}: {error}", param_hint="--recipe") from error
-    if config.sft is None or config.rm is None or config.ppo is None:
-        raise typer.BadParameter(f"{recipe}: must describe all three stages, sft, rm and ppo", param_hint="--recipe")
-    if config.ppo.steps < config.ppo.critic_warmup + ACTOR_STEPS:
-        raise typer.BadParameter(f"{recipe}: ppo.steps was {config.ppo.steps}; too few", param_hint="--recipe")
-    return config
 
 
 def _short(config: RunConfig, dtype: str) -> RunConfig:
@@ -63,7 +52,7 @@ def _short(config: RunConfig, dtype: str) -> RunConfig:
     settings["model"]["dtype"] = dtype
     settings["sft"]["epochs"] *= SHARE
     settings["rm"]["epochs"] *= SHARE
-    settings["ppo"]["steps"] = config.ppo.critic_warmup + ACTOR_STEPS
+    settings["ppo"]["steps"] = min(config.ppo.steps, config.ppo.critic_warmup + ACTOR_STEPS)
     return RunConfig.model_validate(settings)
 
 

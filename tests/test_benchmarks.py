@@ -17,6 +17,7 @@ REFUSED = [
     ("chaos", "--faults=0", "greater than or equal to 1"),
     ("chaos", "--recipe=nowhere.yaml", "does not exist"),
     ("chaos", "--recipe=README.md", "not YAML"),
+    ("dtypes", "--recipe=nowhere.yaml", "does not exist"),
     ("logits", "--repetitions=0", "greater than or equal to 1"),
     ("logits", "--side=half", "is not one of 'chunks'"),
     ("predicted", "--only=nothing", "no case's name contains 'nothing'"),
