@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.schema import RunConfig
-from workers.host import KINDS
+from workers.process.worker_process import KINDS
 
 
 def damage_mark(config: RunConfig) -> Path:

@@ -34,7 +34,7 @@ from safetensors.numpy import load_file
 from benchmarks.adversary import damage_mark
 from benchmarks.recipes import whole_recipe
 from configs import RunConfig
-from orchestrator.metrics import read_metrics, repeatable
+from orchestrator.storage.metrics_file import read_metrics, repeatable
 
 SETTLED, COMPARED = 20, 5
 """Memory in the last so many steps is compared with that in as many steps after the 20th, before which it still grows."""

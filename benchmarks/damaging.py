@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from benchmarks.adversary import damage_mark
-from workers.policy import PolicyWorker
+from workers.training.policy import PolicyWorker
 
 
 class DamagingPolicy(PolicyWorker):

@@ -23,9 +23,9 @@ from rich.table import Table
 from benchmarks.recipes import whole_recipe
 from configs import RunConfig
 from orchestrator import Result, run_stages
-from orchestrator.metrics import read_metrics
-from placement.precision import instructions
-from placement.shape import Stage
+from orchestrator.storage.metrics_file import read_metrics
+from placement.plan.auto_dtype import instructions
+from placement.types import Stage
 
 DTYPES = ("float32", "bfloat16")
 SHARE = 0.1

@@ -4,10 +4,10 @@
 
 The actor's training step of PPO (clipped loss and the mean entropy that is reported, backward pass, AdamW) on one row of 2,048
 tokens: a Llama of random weights with the width, heads and vocabulary (49,152, tied) of SmolLM2-135M and 4 of its 30 layers, all
-weights trained, float32, gradient checkpointing, on CPU. One side is workers.models.LanguageModel. The other is the same
+weights trained, float32, gradient checkpointing, on CPU. One side is workers.models.heads.LanguageModel. The other is the same
 transformer with the logits of all positions and a log_softmax over them, by which it gets the same numbers. Each side runs in
-fresh processes that keep their memory as workers do (workers.heap), the two by turns; the kernel counts the peak of resident
-memory (VmHWM, reset before the steps that count).
+fresh processes that keep their memory as workers do (workers.process.malloc), the two by turns; the kernel counts the peak of
+resident memory (VmHWM, reset before the steps that count).
 
 "Held" is what a process has between steps: weights, AdamW's states and the runtime. "The step" is what it takes beyond that:
 gradients, activations, logits. Prints medians and their ratios; exits with 1 where the step's memory is not at least 4 times
@@ -44,12 +44,12 @@ def measure(side: Side) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from workers import heap
     from workers.data import Sequence
-    from workers.losses import masked_sum, policy_losses
-    from workers.models import Batch, LanguageModel
+    from workers.models.heads import Batch, LanguageModel
+    from workers.process import malloc
+    from workers.rl.losses import masked_sum, policy_losses
 
-    heap.keep_tensors_apart()
+    malloc.keep_tensors_apart()
     torch.manual_seed(0)
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
@@ -83,7 +83,7 @@ def measure(side: Side) -> dict[str, float]:
 
     for _ in range(WARM_UP):
         step()
-    heap.give_back()  # what was freed is not held
+    malloc.give_back()  # what was freed is not held
     held = peaks.resident()
     peaks.begin_anew()
     seconds, cpu = [], []

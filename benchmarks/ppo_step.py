@@ -30,7 +30,7 @@ from rich.console import Console
 from configs import RunConfig
 from configs.schema import ROLES
 from orchestrator.api import run_stages
-from orchestrator.metrics import read_metrics
+from orchestrator.storage.metrics_file import read_metrics
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 41, 48
 WARM_UP, TIMED = 1, 3

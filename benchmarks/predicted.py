@@ -4,7 +4,8 @@
 
 Each case is a trainer (an optimizer step over two micro-batches of 4 rows of 256 tokens, twice, after one that was not
 measured) or an engine (16 answers of 64 tokens) with a random model, in processes of their own without Ray, which keep their
-memory as workers do (workers.heap). Peak: the highest resident set of that time less what other processes share of it, so the
+memory as workers do (workers.process.malloc). Peak: the highest resident set of that time less what other processes share of
+it, so the
 proportional set size at its peak. Fixed: the same of a model of 0.2 million parameters, less what is predicted for that; it is
 the runtime's share, and left out on both sides.
 The last line is the largest error; it exits with an error where that is above 12%.
@@ -26,14 +27,14 @@ import typer
 
 from benchmarks import peaks
 from configs.schema import Role, RunConfig, Strategy
-from placement.activations import Adapters
-from placement.architecture import Architecture
-from placement.memory import Model, Sharding
-from placement.phases import ENGINE_RUNTIME, TRAINER_RUNTIME, Work, engine, trainer
-from placement.places import GIB, MIB
-from workers import heap
-from workers.schedule import StageStep
-from workers.worker import WorkerSpec, environment
+from placement.memory.phases import ENGINE_RUNTIME, TRAINER_RUNTIME, Work, engine, trainer
+from placement.memory.states import Model, Sharding
+from placement.models.activations import Adapters
+from placement.models.architecture import Architecture
+from placement.types import GIB, MIB
+from workers.process import malloc
+from workers.process.worker import WorkerSpec, environment
+from workers.training.schedule import StageStep
 
 ROWS, LENGTH, ANSWERS, NEW_TOKENS, KV_CACHE = 4, 256, 16, 64, 0.25
 STEPS = 3
@@ -182,7 +183,7 @@ def measure(case: Case) -> tuple[int, int]:
         os.environ |= environment(config, ROLES[case.kind], "cpu", threads)
         context = get_context("spawn" if case.kind == "engine" else "forkserver")
         if case.kind != "engine":
-            context.set_forkserver_preload(["workers.policy", "workers.value"])
+            context.set_forkserver_preload(["workers.training.policy", "workers.training.value"])
         ends = []
         for rank in range(case.ranks):
             ours, theirs = context.Pipe(duplex=False)
@@ -200,7 +201,7 @@ def measure(case: Case) -> tuple[int, int]:
 
 def run(kind: str, spec: WorkerSpec, port: int, end: Any) -> None:
     """One rank, in a process of its own."""
-    heap.suit(spec.role)
+    malloc.suit(spec.role)
     import torch
 
     torch.set_num_threads(spec.threads)
@@ -210,7 +211,7 @@ def run(kind: str, spec: WorkerSpec, port: int, end: Any) -> None:
 
 
 def _write_model(folder: Path, shape: str) -> None:
-    from tests.models import make_tokenizer
+    from tests.support.models import make_tokenizer
 
     (folder / "config.json").write_text(json.dumps(_CONFIGS[shape] | {"eos_token_id": 1, "pad_token_id": 0}))
     make_tokenizer().save_pretrained(folder)
@@ -229,8 +230,8 @@ def policy(spec: WorkerSpec) -> Step:
     """Learns from demonstrations."""
     import numpy as np
 
-    from workers.policy import PolicyWorker
-    from workers.work import Part
+    from workers.data.step_inputs import Part
+    from workers.training.policy import PolicyWorker
 
     worker = PolicyWorker(spec)
     assert spec.config.sft
@@ -246,8 +247,8 @@ def value(spec: WorkerSpec) -> Step:
     import numpy as np
 
     from workers.data import Preference
-    from workers.value import ValueWorker
-    from workers.work import Part
+    from workers.data.step_inputs import Part
+    from workers.training.value import ValueWorker
 
     worker = ValueWorker(spec)
     assert spec.config.rm
@@ -264,8 +265,8 @@ def serving(spec: WorkerSpec) -> Step:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from workers.rollout import RolloutWorker
-    from workers.sequences import Ragged
+    from workers.data.samples import Ragged
+    from workers.rollout.engine import RolloutWorker
 
     path, dtype = spec.config.model.path, getattr(torch, spec.config.model.dtype)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype).save_pretrained(path)
@@ -279,12 +280,12 @@ def serving(spec: WorkerSpec) -> Step:
 def _watch(step: Step) -> tuple[int, int]:
     """One step to settle, then those that are measured: bytes at the peak, and held."""
     step(1)
-    heap.give_back()
+    malloc.give_back()
     peaks.begin_anew()
     for k in range(2, STEPS + 1):
         step(k)
     peak = peaks.highest()
-    heap.give_back()
+    malloc.give_back()
     others = peaks.resident() - _proportional()
     return peak - others, _proportional()
 

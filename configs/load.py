@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from configs.kinds import Kind, choices, in_words, kind_of, kind_of_child
+from configs.annotations import Kind, choices, in_words, kind_of, kind_of_child
 from configs.schema import RunConfig
-from configs.typed import (
+from configs.yaml_values import (
     DEEPEST,
     MOST,
     TooMuch,

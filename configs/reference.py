@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from configs.kinds import Kind, in_words, kind_of, kind_of_field
+from configs.annotations import Kind, in_words, kind_of, kind_of_field
 from configs.schema import RunConfig
 
 

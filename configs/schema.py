@@ -24,9 +24,9 @@ from pydantic import (
     model_validator,
 )
 
-from configs.kinds import Called
-from configs.strategies import ZERO
-from configs.strategies import Strategy as Strategy
+from configs.annotations import Called
+from configs.zero import ZERO
+from configs.zero import Strategy as Strategy
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")

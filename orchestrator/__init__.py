@@ -8,14 +8,14 @@ import troupe.imports  # noqa: F401  before any other import of ours
 if TYPE_CHECKING:
     from configs import ConfigError, RunConfig, load_config
     from orchestrator.api import run_stages, start_team
-    from orchestrator.calls import together
-    from orchestrator.evaluation import evaluate
-    from orchestrator.failures import WorkerError
-    from orchestrator.result import Result
-    from orchestrator.rollouts import Experience, Rollouts
-    from orchestrator.run import RunError
-    from orchestrator.stopping import Stopped
-    from orchestrator.team import Team
+    from orchestrator.evaluation.evaluate import evaluate
+    from orchestrator.run.result import Result
+    from orchestrator.run.run_dir import RunError
+    from orchestrator.run.stop_signal import Stopped
+    from orchestrator.worker_groups.calls import together
+    from orchestrator.worker_groups.failures import WorkerError
+    from orchestrator.worker_groups.rollouts import Experience, Rollouts
+    from orchestrator.worker_groups.team import Team
     from workers.data import read_rows
 
 __all__ = [
@@ -39,14 +39,14 @@ __all__ = [
 _HOMES = {
     "configs": ("ConfigError", "RunConfig", "load_config"),
     "orchestrator.api": ("run_stages", "start_team"),
-    "orchestrator.calls": ("together",),
-    "orchestrator.evaluation": ("evaluate",),
-    "orchestrator.failures": ("WorkerError",),
-    "orchestrator.result": ("Result",),
-    "orchestrator.rollouts": ("Experience", "Rollouts"),
-    "orchestrator.run": ("RunError",),
-    "orchestrator.stopping": ("Stopped",),
-    "orchestrator.team": ("Team",),
+    "orchestrator.worker_groups.calls": ("together",),
+    "orchestrator.evaluation.evaluate": ("evaluate",),
+    "orchestrator.worker_groups.failures": ("WorkerError",),
+    "orchestrator.run.result": ("Result",),
+    "orchestrator.worker_groups.rollouts": ("Experience", "Rollouts"),
+    "orchestrator.run.run_dir": ("RunError",),
+    "orchestrator.run.stop_signal": ("Stopped",),
+    "orchestrator.worker_groups.team": ("Team",),
     "workers.data": ("read_rows",),
 }
 

@@ -12,26 +12,26 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from orchestrator.checks import check_offload, check_start, settings_checks
-from orchestrator.cluster import connected, dashboard, session_logs
-from orchestrator.failures import WorkerError
-from orchestrator.opening import print_opening
-from orchestrator.ppo import PPO
-from orchestrator.precision import with_chosen_dtype
-from orchestrator.preflight import Report, preflight
-from orchestrator.report import write_report
-from orchestrator.result import Result
-from orchestrator.run import Run, described
-from orchestrator.sessions import add_seconds, count_killed
-from orchestrator.stage import StageRun
-from orchestrator.stopping import Stopped, StopSignal
-from orchestrator.supervised import SFT, RewardModel
-from orchestrator.team import Team
-from orchestrator.terminal import lasting_console
-from orchestrator.versions import versions
+from orchestrator.algorithms.ppo import PPO
+from orchestrator.algorithms.runner import StageRun
+from orchestrator.algorithms.supervised import SFT, RewardModel
+from orchestrator.console.run_header import print_opening
+from orchestrator.console.terminal import lasting_console
+from orchestrator.preflight.auto_dtype import with_chosen_dtype
+from orchestrator.preflight.preflight import Report, preflight
+from orchestrator.preflight.settings_checks import check_offload, check_start, settings_checks
+from orchestrator.report.report import write_report
+from orchestrator.run.ray_cluster import connected, dashboard, session_logs
+from orchestrator.run.result import Result
+from orchestrator.run.run_dir import Run, described
+from orchestrator.run.sessions import add_seconds, count_killed
+from orchestrator.run.stop_signal import Stopped, StopSignal
+from orchestrator.run.versions import versions
+from orchestrator.worker_groups.failures import WorkerError
+from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan, resolve
-from placement.shape import Stage
-from workers.remote_error import summary
+from placement.types import Stage
+from workers.process.remote_error import summary
 
 CLASSES: dict[Stage, type[StageRun]] = {"sft": SFT, "rm": RewardModel, "ppo": PPO}
 

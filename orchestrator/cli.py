@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from orchestrator.run import Run
-    from placement.shape import Stage
+    from orchestrator.run.run_dir import Run
+    from placement.types import Stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -46,7 +46,7 @@ def _dashed(name: str, text: str, least: int = 1) -> Any:
 
 def _print_versions(asked: bool) -> None:
     if asked:
-        from orchestrator.versions import versions
+        from orchestrator.run.versions import versions
 
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit
@@ -62,7 +62,7 @@ def main(
     ] = False,
 ) -> None:
     """Train chat models from human feedback: supervised fine-tuning, reward model, PPO."""
-    from orchestrator.terminal import make_output_last
+    from orchestrator.console.terminal import make_output_last
 
     make_output_last()
 
@@ -95,7 +95,7 @@ def pipeline(config: Config, overrides: Overrides = None, accept_changes: Accept
 def resume(run: RunFolder, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Go on with a run that was stopped or cut short; on other devices, if need be."""
     with _errors():
-        from orchestrator.run import Run
+        from orchestrator.run.run_dir import Run
 
         opened = Run.open(run, overrides or [], accept_changes)
         if opened.go_to_working_folder():
@@ -107,8 +107,8 @@ def resume(run: RunFolder, overrides: Overrides = None, accept_changes: Accept =
 def status(run: RunFolder) -> None:
     """Show what a run is doing, or how it ended and how to go on with it."""
     with _errors():
-        from orchestrator.run import Run
-        from orchestrator.status_text import print_status
+        from orchestrator.console.status_text import print_status
+        from orchestrator.run.run_dir import Run
 
         print_status(Run.open(run), Console())
 
@@ -119,7 +119,7 @@ def list_(
 ) -> None:
     """List the runs in a folder: stage, step, state, result, age."""
     with _errors():
-        from orchestrator.listing import print_runs
+        from orchestrator.console.listing import print_runs
 
         print_runs(folder.expanduser(), Console())
 
@@ -130,7 +130,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     with _errors():
         from configs import load_config
         from orchestrator.api import checked
-        from orchestrator.run import Run, described
+        from orchestrator.run.run_dir import Run, described
 
         settings, console = load_config(config, overrides or []), Console()
         _, report = checked(Run.begin(settings, described(settings)), console)
@@ -167,7 +167,7 @@ def plan(
     with _errors():
         import json
 
-        from orchestrator.planning import asked_for, cluster_of, planned
+        from orchestrator.console.plan_command import asked_for, cluster_of, planned
 
         if picture:
             _check_place(picture, "--picture")
@@ -175,17 +175,17 @@ def plan(
             raise typer.BadParameter(f"was {picture}; must end in .svg, .png, .html", param_hint="--picture")
         where = cluster_of(cluster)
         asked = asked_for(config, model, [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])], where)
-        plans, chosen = planned(asked, where)
+        reports, chosen = planned(asked, where)
         if as_json:
-            print(json.dumps({p.stage: p.as_dict() for p in plans}, indent=1))
+            print(json.dumps({report.plan.stage: report.as_dict() for report in reports}, indent=1))
         else:
             from placement import render
 
-            Console().print(*chosen, *(render(each) for each in plans), sep="\n")
+            Console().print(*chosen, *(render(report.plan, report.memory) for report in reports), sep="\n")
         if picture:
-            from orchestrator.pictures import draw
+            from orchestrator.report.memory_chart import draw
 
-            draw(plans, picture)
+            draw(reports, picture)
 
 
 @app.command()
@@ -209,8 +209,8 @@ def config(search: Annotated[str, typer.Argument(help="Show settings whose path 
 def report(run: RunFolder) -> None:
     """Write report.html anew."""
     with _errors():
-        from orchestrator.report import write_report
-        from orchestrator.run import Run
+        from orchestrator.report.report import write_report
+        from orchestrator.run.run_dir import Run
 
         print(write_report(Run.open(run).folder))
 
@@ -229,7 +229,7 @@ def generate(
 ) -> None:
     """Answer the prompts of a file with the trained model."""
     with _errors():
-        from orchestrator.answer import Sampling, answer_file
+        from orchestrator.chat import Sampling, answer_file
 
         count = answer_file(run, stage, prompts, output, Sampling(temperature, max_new_tokens))
         print(f"{count} answers in {output}")
@@ -244,7 +244,7 @@ def chat(
 ) -> None:
     """Talk to the trained model. An empty line or Ctrl-D ends."""
     with _errors():
-        from orchestrator.answer import Sampling, converse
+        from orchestrator.chat import Sampling, converse
 
         converse(run, stage, Console(), Sampling(temperature, max_new_tokens))
 
@@ -286,8 +286,8 @@ def bench(
 ) -> None:
     """PPO on random prompts and random models: throughput, TFLOPS, memory. The original benchmark's flags and defaults."""
     with _errors():
-        from orchestrator.bench import Benchmark, bench
-        from orchestrator.bench_text import print_bench
+        from orchestrator.bench.bench import Benchmark, bench
+        from orchestrator.bench.tables import print_bench
 
         prompt, total = _lengths(lengths)
         if json_file and json_file != "-":
@@ -311,7 +311,7 @@ def bench(
         )
         console = Console(stderr=json_file == "-")
         if capacity:
-            from orchestrator import capacity as search
+            from orchestrator.bench import capacity as search
 
             limit = search.memory_of(memory) if memory else None
             found = search.capacity(search.ways(asked, overrides or []), limit, console)
@@ -351,7 +351,7 @@ def _write_json(value: Any, file: str | None) -> None:
 def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None, accept_changes: bool) -> None:
     with _errors():
         from configs import load_config
-        from orchestrator.run import Run, described
+        from orchestrator.run.run_dir import Run, described
 
         settings = load_config(path, overrides or [])
         _go_on(Run.begin(settings, stages or described(settings), accept_changes))
@@ -359,7 +359,7 @@ def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None, ac
 
 def _go_on(run: Run) -> None:
     from orchestrator.api import go_on
-    from orchestrator.closing import print_result
+    from orchestrator.console.run_summary import print_result
 
     console = Console()
     print_result(go_on(run, console), console)

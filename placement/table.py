@@ -8,20 +8,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from placement.forecast import Forecast, Place
-from placement.packing import written
-from placement.places import GIB, Bytes, Use
-from placement.shape import TRAINED, GroupPlan, Plan
-from placement.turns import in_words
+from placement.cluster.bin_packing import written
+from placement.memory.estimate import Forecast, Place
+from placement.memory.usage import Bytes, Use
+from placement.plan.time_sharing import in_words
+from placement.types import GIB, TRAINED, GroupPlan, Plan
 
 
-def render(plan: Plan) -> RenderableType:
-    """Roles, bundles and nodes as tables, the batch arithmetic in words."""
+def render(plan: Plan, memory: Forecast | str | None = None) -> RenderableType:
+    """Roles, bundles and nodes as tables, the batch arithmetic in words, and predicted memory where it is given."""
     note = f" ({plan.cluster.note})" if plan.cluster.note else ""
     head = Text(f"stage {plan.stage} on {plan.device}: {plan.cluster.describe()}{note}")
     batch = Text("\n".join(f"  {line}" for line in plan.batch.words))
     turns = [Text(words) for words in [in_words(plan)] if words]
-    return Group(head, _roles(plan), _groups(plan), *turns, Text("batch", style="italic"), batch, *_memory(plan))
+    return Group(
+        head, _roles(plan), _groups(plan), *turns, Text("batch", style="italic"), batch, *_memory(plan, memory)
+    )
 
 
 def _roles(plan: Plan) -> Table:
@@ -53,13 +55,11 @@ def _where(group: GroupPlan) -> str:
 # ---------------------------------------------------------------- memory
 
 
-def _memory(plan: Plan) -> list[RenderableType]:
-    title = Text("memory", style="italic")
-    if plan.memory is None:
+def _memory(plan: Plan, known: Forecast | str | None) -> list[RenderableType]:
+    if known is None:
         return []
-    if isinstance(plan.memory, str):
-        return [title, Text(f"  {plan.memory}")]
-    known = plan.memory
+    if isinstance(known, str):
+        return [Text("memory", style="italic"), Text(f"  {known}")]
     lines = [_tightest(role, [known.roles[role].uses[p] for p in known.phases], known) for role in known.roles]
     lines += [_verdict(place) for place in known.places]
     lines += known.warnings

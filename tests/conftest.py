@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from placement.cluster import Cluster
+from placement.cluster.spec import Cluster
 
 if TYPE_CHECKING:
     from orchestrator import Result
-    from tests.hosts import Hosts
-    from tests.services import Service
+    from tests.support.hosts import Hosts
+    from tests.support.services import Service
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not name
@@ -33,7 +33,7 @@ def ray_here() -> Iterator[Cluster]:
     It claims 8 CPUs whatever the machine has; set `placement.cpus_per_device: 1`, so that each worker gets one thread.
     It has no dashboard. Runs and teams that are started while it lives use it; so can the tests' child processes, by RAY_ADDRESS.
     """
-    from orchestrator.cluster import local_cluster
+    from orchestrator.run.ray_cluster import local_cluster
 
     with local_cluster(num_cpus=8, num_gpus=0, include_dashboard=False, object_store_memory=500 * 2**20) as cluster:
         yield cluster
@@ -41,17 +41,18 @@ def ray_here() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a run so small that its stages take seconds (tests/micro.py), and that may have faults (tests/dying.py)."""
-    from tests.micro import write_micro
+    """The config of a run so small that its stages take seconds (tests/support/micro.py), and that may have faults
+    (tests/support/dying.py)."""
+    from tests.support.micro import write_micro
 
-    return write_micro(tmp_path_factory.mktemp("micro"), plugins=["tests.dying"])
+    return write_micro(tmp_path_factory.mktemp("micro"), plugins=["tests.support.dying"])
 
 
 @pytest.fixture(scope="session")
 def whole(micro: Path, ray_here: Cluster) -> Result:
     """All its stages, never interrupted, with two engines."""
     from orchestrator import load_config, run_stages
-    from tests.runs import TWO_ENGINES
+    from tests.support.runs import TWO_ENGINES
 
     return run_stages(load_config(micro, [TWO_ENGINES]))
 
@@ -59,7 +60,7 @@ def whole(micro: Path, ray_here: Cluster) -> Result:
 @pytest.fixture(scope="module")
 def hosts(ray_here: Cluster) -> Iterator[Hosts]:
     """Groups of workers that the tests of a file share."""
-    from tests.hosts import Hosts
+    from tests.support.hosts import Hosts
 
     started = Hosts()
     try:
@@ -71,7 +72,7 @@ def hosts(ray_here: Cluster) -> Iterator[Hosts]:
 @pytest.fixture
 def service() -> Iterator[Service]:
     """A service for `http` rewards that answers well until the test plans otherwise."""
-    from tests.services import Service
+    from tests.support.services import Service
 
     with Service().running() as started:
         yield started

@@ -59,7 +59,7 @@ def main(
 def _prepare() -> None:
     """The environment of workers, before anything heavy is imported."""
     from configs.schema import RunConfig
-    from workers.worker import environment
+    from workers.process.worker import environment
 
     config = RunConfig.model_validate({"name": "families", "model": {"path": "model", "dtype": "float32"}})
     os.environ.update(environment(config, "rollout", "cpu", threads=1))

@@ -1,7 +1,7 @@
 """What is checked of a family, in one process: our trainer and a vLLM engine against plain transformers and PEFT.
 
 The classes are those that run in Ray actors; only the calls between them go without Ray. Each check gives the largest difference
-that it found; what a check refuses is refused by the product itself (`workers.model_facts`).
+that it found; what a check refuses is refused by the product itself (`workers.models.model_facts`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from vllm import SamplingParams, TokensPrompt
 from benchmarks.families.limits import MOVED
 from benchmarks.families.zoo import VOCABULARY
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, RunConfig
-from workers.model_facts import model_facts
-from workers.models import LEARNS, Batch, load_hf
-from workers.policy import PolicyWorker
-from workers.rollout import RolloutWorker
-from workers.schedule import StageStep
-from workers.sending import ObjectStoreSender
-from workers.sequences import Sample
-from workers.trainer import Trainer
-from workers.value import ValueWorker
-from workers.weights import GatheredWeights
-from workers.work import Part
-from workers.worker import WorkerSpec
+from workers.data.samples import Sample
+from workers.data.step_inputs import Part
+from workers.models.heads import LEARNS, Batch, load_hf
+from workers.models.model_facts import model_facts
+from workers.process.worker import WorkerSpec
+from workers.rollout.engine import RolloutWorker
+from workers.training.policy import PolicyWorker
+from workers.training.schedule import StageStep
+from workers.training.trainer import Trainer
+from workers.training.value import ValueWorker
+from workers.weight_sync.gather import GatheredWeights
+from workers.weight_sync.senders import ObjectStoreSender
 
 LORA = LoraSettings(rank=4, alpha=16.0)
 LENGTH, NEW_TOKENS = 96, 8

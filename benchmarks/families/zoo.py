@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.models import make_tokenizer
+from tests.support.models import make_tokenizer
 
 VOCABULARY, LAYERS, WIDTH, HEADS, HEAD_SIZE, INNER, POSITIONS = 120, 2, 64, 2, 32, 128, 256
 

@@ -13,11 +13,11 @@ import numpy as np
 from configs.schema import Overlong
 from workers.data.messages import Message, Prompt, as_messages
 from workers.data.rows import Answer, Row
+from workers.data.samples import Ragged
 from workers.data.sources import DataError
 from workers.data.templates import Tools
 from workers.data.tokenization import Codec, Exchange, Tokens
 from workers.data.tokens import Counts, Preferences, Sequence, Sequences
-from workers.sequences import Ragged
 
 Turns = Literal["all", "last"]
 

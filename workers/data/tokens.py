@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from workers.sequences import Ragged
+from workers.data.samples import Ragged
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,0 +1,277 @@
+"""Stage 3: PPO with an actor and a critic. `step` is the algorithm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from configs.schema import ModelReward, ModelSettings, Role
+from orchestrator.algorithms.kl_controller import make_controller
+from orchestrator.algorithms.reward_shaping import shape_scores
+from orchestrator.algorithms.runner import StageRun
+from orchestrator.evaluation.before_after import outcome
+from orchestrator.evaluation.evaluate import DATA, evaluate, record_faults, weighted_sum
+from orchestrator.evaluation.sample_log import keep_samples
+from orchestrator.preflight.model_checks import Head, ModelUse
+from orchestrator.preflight.preflight import Input
+from orchestrator.preflight.settings_checks import Check, column_checks
+from orchestrator.run.run_dir import Run, local
+from orchestrator.worker_groups.calls import together
+from orchestrator.worker_groups.rollouts import Experience, Rollouts
+from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
+from workers.rewards.result import Scored
+
+
+class LogProbGapError(RuntimeError):
+    """The engines do not compute what the trainer computes."""
+
+
+class PPO(StageRun):
+    """Reinforcement learning against the reward, held near the reference by a KL penalty."""
+
+    name = "ppo"
+    learns_from = "prompts"
+
+    @property
+    def steps(self) -> int:
+        return self.ppo.steps
+
+    def trained(self) -> list[Role]:
+        return ["actor", "critic"] if "critic" in self.plan.roles else ["actor"]
+
+    # ------------------------------------------------------------ the algorithm
+
+    def step(self, step: int) -> dict[str, float]:
+        team, ppo = self.team, self.ppo
+        started = time.monotonic()
+        with self.phase("generate"):
+            rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
+        with self.phase("score"):
+            reference, values, scores = together(
+                team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
+            )
+        self._record_faults(scores)
+        reward = weighted_sum(scores, ppo)
+        kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
+        sane = kl <= ppo.refuse_kl  # nan is not
+        learns = step > ppo.warmup_steps and sane
+        scored = ~np.isnan(reward)
+        shaped = np.full(len(reward), np.nan, np.float32)
+        shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
+        experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
+        with self.phase("train"):
+            learnt = self._train(step, experience, update=learns, sane=sane)
+        learnt["refused/actor"] += not sane
+        if not sane and "critic" in team.groups:
+            learnt["refused/critic"] = 1.0
+        if learnt["updates"]:
+            with self.phase("publish"):
+                self.version += 1
+                published = team.publish(self.version)
+            learnt |= {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
+            self.seconds["prove"] = published.proof_seconds
+            self.seconds["publish"] -= published.proof_seconds
+        metrics = self._measure(rollouts, kl, scores, reward) | learnt
+        keep_samples(self.recorder, team, step, rollouts, reference, scores, reward)
+        metrics["seconds/step"] = time.monotonic() - started
+        metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
+        if learnt["updates"]:
+            self.kl.update(kl, len(rollouts))
+        return metrics | self._evaluation(step)
+
+    def _train(self, step: int, experience: Experience, update: bool, sane: bool) -> dict[str, float]:
+        """What actor and critic report of their updates. Where no answer has a score there is none, and the step says so."""
+        if not len(experience.scored):
+            self.warn(
+                f"step {step}: none of its {len(experience.rollouts)} answers has a score: nothing is learnt from it"
+            )
+            return {"updates": 0.0, "refused/actor": 0.0}
+        actor, critic = together(
+            self.team.train_actor(experience, step, self.steps, update),
+            self.team.train_critic(experience, step, self.steps) if sane else None,
+        )
+        if not actor["refused/actor"]:
+            self._check_gap(step, actor["log_prob_gap"])
+        return actor | (critic or {})
+
+    def _prompts(self, step: int) -> np.ndarray:
+        """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
+        first, count, n = (step - 1) * self.ppo.prompts_per_step, self.ppo.prompts_per_step, self.counts["prompts"].kept
+        epochs = range(first // n, (first + count - 1) // n + 1)
+        stream = np.concatenate([epoch_order(n, self.config.seed, epoch) for epoch in epochs])
+        return stream[first - epochs[0] * n :][:count]
+
+    def _demonstrations(self, step: int) -> list[np.ndarray]:
+        """Rows of demonstrations beside each mini-batch (PPO-ptx); likewise a function of the step."""
+        if self.ppo.ptx is None:
+            return []
+        first = (step - 1) * self.ppo.mini_batches
+        return [self.ptx_batches[k % len(self.ptx_batches)] for k in range(first, first + self.ppo.mini_batches)]
+
+    def _check_gap(self, step: int, gap: float) -> None:
+        bound = self.ppo.max_log_prob_gap or self.config.gap_bound(self.config.model)
+        if not gap <= bound:
+            raise LogProbGapError(
+                f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same "
+                f"tokens (ppo.max_log_prob_gap: {bound:g}). The engine does not serve the actor's weights, or "
+                f"computes in another precision (model.dtype {self.config.model.dtype})."
+            )
+
+    def _measure(
+        self, rollouts: Rollouts, kl: float, scores: dict[str, Scored], reward: np.ndarray
+    ) -> dict[str, float]:
+        return {
+            **reward_metrics(reward, scores),
+            "left_out": float(np.isnan(reward).sum()),
+            **{f"timeouts/{name}": float(scored.timeouts) for name, scored in scores.items()},
+            **{f"errors/{name}": float(scored.errors) for name, scored in scores.items()},
+            "kl": kl,
+            "kl_coefficient": self.kl.coefficient,
+            "length/prompt": float(rollouts.prompt_lengths.mean()),
+            "length/answer": float(rollouts.answer_lengths.mean()),
+            "missing_eos": float(1 - rollouts.ended.mean()),
+            "policy_version": float(max(rollouts.versions)),
+            "samples": float(len(rollouts)),
+            "tokens": float(rollouts.answer_lengths.sum()),
+            **self.spent(),
+        }
+
+    # ------------------------------------------------------------ before and after
+
+    def __init__(self, run: Run, console: Console) -> None:
+        super().__init__(run, console)
+        assert self.config.ppo is not None
+        self.ppo = self.config.ppo
+        self.sources = [source.name for source in self.ppo.rewards]
+        self.kl = make_controller(self.ppo.kl.control)
+        self.version = 0
+
+    def inputs(self) -> list[Input]:
+        ppo, sft = self.ppo, self.config.sft
+        prompts = partial(encode_prompts, max_tokens=ppo.max_prompt_tokens, overlong=ppo.overlong)
+        wanted = [Input("prompts", "ppo.prompts", ppo.prompts, "prompt", prompts)]
+        if ppo.evaluation:
+            wanted.append(Input(DATA, "ppo.evaluation.prompts", ppo.evaluation.prompts, "prompt", prompts))
+        if ppo.ptx:
+            data = ppo.ptx.data or (sft.train if sft else None)
+            assert data is not None  # RunConfig refuses it
+            longest = ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
+            encode = partial(
+                encode_demonstrations, max_length=longest, overlong="cut", turns=sft.turns if sft else "all"
+            )
+            wanted.append(Input("sft", "ppo.ptx.data", data, "demonstration", encode))
+        return wanted
+
+    def models(self) -> list[ModelUse]:
+        longest = self.ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
+        said = "ppo.max_prompt_tokens + rollout.max_new_tokens"
+        rewards = self.readers()
+        heads: list[Head] = ["language"]
+        if self.ppo.critic and all(use.reads_text for use in rewards):
+            heads.append("scalar")  # the critic starts from it
+        policy = self.start_use(heads, served=True, longest=longest, longest_settings=said)
+        there = [use for use in rewards if use.heads]
+        return [
+            policy,
+            *(use if use.reads_text else replace(use, longest=longest, longest_settings=said) for use in there),
+        ]
+
+    def readers(self) -> list[ModelUse]:
+        """The reward models; one that this run is about to train as what it is trained from, with no head needed yet."""
+        uses = []
+        paths = self.run.reward_models()
+        for i, source in enumerate(self.ppo.rewards):
+            if not isinstance(source, ModelReward):
+                continue
+            path, heads = paths.get(source.name), frozenset[Head](["scalar"])
+            if path is None or not (source.path or Path(path).is_dir()):
+                own = self.config.rm.model if self.config.rm else None
+                path, heads = local(own.path) if own else self.run.text_model("rm"), frozenset()
+            own_tokenizer, policy = source.tokenizer == "own", self.config.model
+            settings = ModelSettings(
+                path=path,
+                dtype=policy.dtype,
+                end_tokens=None if own_tokenizer else policy.end_tokens,
+                trust_remote_code=policy.trust_remote_code,
+            )
+            uses.append(ModelUse(f"ppo.rewards.{i}.path", path, settings, heads, reads_text=own_tokenizer))
+        return uses
+
+    def data_checks(self) -> Iterable[Check]:
+        held_out = self.data[DATA].rows if DATA in self.data else []
+        return column_checks(self.ppo, self.data["prompts"].rows, held_out)
+
+    def load(self) -> None:
+        """Load models and data."""
+        team, ppo = self.team, self.ppo
+        team.load(self.run.starting_model("ppo"), self.run.reward_models())
+        for name in ("prompts", DATA):
+            if name in self.data:
+                team.add_encoded_prompts(name, self.data[name])
+        if ppo.ptx:
+            team.add_data("sft", self.data["sft"], "actor")
+            self.ptx_batches = batches(team.lengths["sft"][0], ppo.ptx.batch_size, 1.0, self.config.seed)
+
+    def begin(self) -> None:
+        if DATA in self.data:
+            self.progress.phase("answering the held-out prompts")
+            self._evaluate("before")
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self.version = state["version"]
+        self.kl.load(state["kl"])
+        self.team.publish(self.version)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"version": self.version, "kl": self.kl.state()}
+
+    def _evaluation(self, step: int) -> dict[str, float]:
+        every = self.ppo.evaluation.every if self.ppo.evaluation else None
+        if step == self.steps:
+            return self._evaluate("after")
+        return self._evaluate(f"step-{step}") if every and step % every == 0 else {}
+
+    def _evaluate(self, when: str) -> dict[str, float]:
+        """Metrics of an evaluation; none where one during or after the training failed, which goes on without it."""
+        metrics: dict[str, float] = {}
+        if DATA not in self.data:
+            return metrics
+        with self.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
+            with self.phase("evaluate"):
+                found = evaluate(self.team, self.counts[DATA].kept)
+            self._record_faults(found.scores)
+            found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
+            metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
+        if when == "before":
+            self.recorder.record(0, metrics)
+        return metrics
+
+    def _record_faults(self, scores: dict[str, Scored]) -> None:
+        for text in record_faults(self.run.failures, scores):
+            self.warn(f"{text} ({self.run.failures.folder})")
+
+    def result(self) -> dict[str, float]:
+        return {"steps": float(self.steps), **outcome(self.run.folder)}
+
+
+def reward_metrics(reward: np.ndarray, scores: Mapping[str, Scored]) -> dict[str, float]:
+    """Mean and deviation of the reward and of each source over the answers [samples] that it has a number for (nan: it has
+    none), and the means of the other numbers that sources measure; nothing of one that has no number at all."""
+    columns = [("mean", "std", reward), *((name, f"{name}_std", scored.values) for name, scored in scores.items())]
+    metrics: dict[str, float] = {}
+    for mean, deviation, values in columns:
+        known = values[~np.isnan(values)]
+        if len(known):
+            metrics |= {f"reward/{mean}": float(known.mean()), f"reward/{deviation}": float(known.std())}
+    for name, scored in scores.items():
+        metrics |= scored.means(f"reward/{name}")
+    return metrics

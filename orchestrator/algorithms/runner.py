@@ -1,0 +1,442 @@
+"""What every stage does around its loop: plan, workers, progress, metrics, checkpoints, the finished model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayError
+from rich.console import Console
+
+from configs.schema import ModelSettings, Role, RunConfig
+from orchestrator.loggers.console import Progress
+from orchestrator.loggers.recorder import Recorder
+from orchestrator.preflight.model_checks import Head, ModelUse
+from orchestrator.preflight.preflight import Input
+from orchestrator.preflight.settings_checks import Check
+from orchestrator.run.run_dir import Run, RunError, local
+from orchestrator.run.status import Status
+from orchestrator.run.stop_signal import Stopped, StopSignal
+from orchestrator.storage.atomic_files import DiskError, whole_folder
+from orchestrator.worker_groups.calls import together
+from orchestrator.worker_groups.failure_policy import Recovery
+from orchestrator.worker_groups.failures import WorkerError
+from orchestrator.worker_groups.snapshot import Snapshot
+from orchestrator.worker_groups.team import Team
+from placement.types import Plan
+from placement.types import Stage as StageName
+from workers.data import Counts
+from workers.process.inspection import proportional_memory
+from workers.process.remote_error import summary
+
+MOST_BATCHES = 20
+"""Refused batches that are kept in a run's folder."""
+
+
+class RefusedError(RuntimeError):
+    """Training steps were refused again and again: the run has nothing left to learn from."""
+
+
+class StageRun:
+    """One stage of a run. Subclasses say what is read, loaded and done."""
+
+    name: StageName
+    learns_from: str
+    """Name of the dataset that the stage learns from."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run, self.console = run, console
+        self.plan: Plan
+        self.seconds: dict[str, float] = {}
+        self.data: dict[str, Any] = {}
+        """Tokenised datasets by name."""
+        self.counts: dict[str, Counts] = {}
+        """What became of their rows."""
+        self.team: Team = None  # type: ignore[assignment]  # until it is started
+        self.loaded = False
+        """Whether the team has all that it needs to begin."""
+        self.snapshots: list[Snapshot] = []
+        """The newest first; after it those that are needed until its copies on other nodes have arrived."""
+        self.refused = 0
+        """Steps in a row, up to now, in which a training step was refused."""
+        self.first_state: dict[str, Any] = {}
+        self.recovery: Recovery
+        self.status: Status
+        self.progress: Progress
+        self.recorder: Recorder
+        self.stop: StopSignal
+        self.done = 0
+        """Steps that are done."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    # ------------------------------------------------------------ for subclasses
+
+    @property
+    def steps(self) -> int:
+        raise NotImplementedError
+
+    def inputs(self) -> list[Input]:
+        """The datasets that the stage needs; the preflight reads and tokenises them."""
+        raise NotImplementedError
+
+    def text_model(self) -> tuple[str, str, ModelSettings]:
+        """Setting, path and settings of the model whose tokenizer reads the data."""
+        return "model", self.run.text_model(self.name), self.config.model
+
+    def models(self) -> list[ModelUse]:
+        """The models that the stage needs and that are there before the run starts."""
+        raise NotImplementedError
+
+    def readers(self) -> list[ModelUse]:
+        """The models that are to read the policy's tokens, or will be trained from these."""
+        return []
+
+    def start_use(self, heads: Iterable[Head], **needs: Any) -> ModelUse:
+        """What is needed of the model that the stage starts from, or that one before it will have been trained from."""
+        setting, path, settings = self.text_model()
+        if path != local(settings.path):  # a finished stage's model, which has weights
+            settings = settings.model_copy(update={"init": "pretrained"})
+        return ModelUse(f"{setting}.path", path, settings, frozenset(heads), learns=True, **needs)
+
+    def data_checks(self) -> Iterable[Check]:
+        """Further checks of the datasets, once all are kept; each raises an error of what is wrong."""
+        return ()
+
+    def take(self, name: str, encoded: Any, counts: Counts) -> None:
+        """Keep a dataset's token ids until they are loaded."""
+        self.data[name], self.counts[name] = encoded, counts
+
+    def load(self) -> None:
+        """Load models and data into the workers."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """What comes before the first step."""
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do a step; its metrics. A function of the step and of what `state`, models and optimizers hold: after a fault the
+        steps since the latest snapshot are done again, and must give the same."""
+        raise NotImplementedError
+
+    def complete(self) -> None:
+        """What the trained model still needs before it is exported."""
+
+    def result(self) -> dict[str, float]:
+        """Final numbers, for the summary; the model is exported."""
+        raise NotImplementedError
+
+    def trained(self) -> list[Role]:
+        """The roles that learn; the first one's model is the stage's result."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What steers the run and is not a function of the step."""
+        return {"refused": self.refused}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.refused = state["refused"]
+
+    # ------------------------------------------------------------ the stage
+
+    def execute(self, plan: Plan, stop: StopSignal) -> None:
+        """Run the stage from its latest checkpoint, or from the start, to its end; export the model, note the numbers.
+
+        Raises Stopped after the step in which the run was asked to stop, with a checkpoint where a step was done.
+        """
+        self.plan, self.stop = plan, stop
+        self.done = self.run.sound_checkpoint(self.name, lambda text: self.console.print(f"warning: {text}")) or 0
+        self.recovery = Recovery(self.config.recovery, self.run.failures, lambda text: self.progress.note(text))
+        with Status(self.run.folder, self.name, self.steps, self.done) as self.status:
+            try:
+                with (
+                    Progress(self.name, self.steps, self.console, self.done, self.status.begin_phase) as self.progress,
+                    Recorder(self.run.folder, self.config.name, self.name, self.done or None) as self.recorder,
+                ):
+                    self.recovery.on_failure = self.recorder.ray.failed
+                    self._carry_out()
+            except DiskError as error:
+                if not self.run.finished(self.name):
+                    raise
+                self.run.failures.write_exception(error)
+                self.console.print(
+                    f"warning: {self.name} is finished, but not all of its metrics were written: {error}"
+                )
+
+    def _carry_out(self) -> None:
+        """All of the stage; where it fails, the latest snapshot is kept."""
+        try:
+            self._survive()
+            self._finish()
+        except Exception:
+            try:
+                self._keep_snapshot()
+            except (DiskError, RayError) as error:
+                self.warn(f"the latest snapshot was not kept: {error}")
+            raise
+        finally:
+            self._end_team()
+
+    def _survive(self) -> None:
+        """Start, work and export the model; after a fault go back and do again what it undid, for as long as the policy
+        allows."""
+        todo: Callable[[], None] = self._start
+        self.run.failures.where = f"{self.name}, before step {self.done + 1}"
+        while True:
+            try:
+                todo()
+                self._work()
+                self.run.failures.where = f"{self.name}, after step {self.steps} of {self.steps}"
+                self.complete()
+                self._export()
+                return
+            except WorkerError as error:
+                if error.final:
+                    raise
+                todo = partial(self._go_back if self.loaded else self._start_again, error)
+
+    def _finish(self) -> None:
+        """What is done once the model is exported. None of it may end the stage, which is finished."""
+        with self.sparing("its numbers in summary.json are left out"):
+            self.run.summarize(self.name, self.result())
+        with self.sparing("its checkpoints, which are no longer needed, were not removed"):
+            self.run.prune(self.name, 0)
+
+    @contextmanager
+    def sparing(self, consequence: str) -> Iterator[None]:
+        """For what the trained model does not depend on: an error in the block is recorded, and the stage goes on without it.
+
+        Raises the WorkerError of a worker that is to be replaced, and of the role that learns, whose ranks may wait for one
+        another: the model could not be exported then.
+        """
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:
+            if isinstance(error, WorkerError):
+                if not error.final and (error.failure.survivable or error.failure.role in self.trained()):
+                    raise
+                reason = error.failure.text
+                if not error.final:
+                    self.recovery.record(error.failure, consequence)
+            else:
+                reason = summary(error)
+                self.run.failures.write_exception(error)
+            self.warn(f"{self.name}: {consequence}: {reason}")
+
+    def _start(self) -> None:
+        """Workers, models and data; the latest checkpoint, where there is one."""
+        self.progress.phase("starting workers")
+        self.team = Team.start(
+            self.config, self.plan, self.recovery, self._changed, self.run.started, self.progress.note
+        )
+        self._check_folder()
+        self.progress.phase("loading")
+        self.load()
+        self.loaded = True
+        self.first_state = self.state()
+        if self.done:
+            self._restore()
+
+    def _start_again(self, error: WorkerError) -> None:
+        self.recovery.consider(error)
+        self._end_team()
+        self._start()
+
+    def _go_back(self, error: WorkerError) -> None:
+        """Replace what failed, and go on from the latest snapshot or checkpoint, or from the stage's start."""
+        snapshot = self._latest_snapshot()
+        saved = None if snapshot else self.run.sound_checkpoint(self.name, self.warn)
+        self.progress.phase("replacing workers")
+        self.team.replace(error, anew=[] if snapshot or saved else self.trained())
+        self.seconds = {}
+        if snapshot:
+            del self.snapshots[0]  # it may turn out to be lost
+            self.done = snapshot.step
+            self.team.restore(snapshot)
+            self.set_state(snapshot.state)
+            self.snapshots.insert(0, snapshot)
+        elif saved:
+            self.done = saved
+            self._restore()
+        else:
+            self.done = 0
+            self.set_state(self.first_state)
+        self.recorder.rewind(self.done or -1)
+        self.status.update(step=self.done)
+
+    def _work(self) -> None:
+        if not self.done:
+            self.begin()
+        if self.done < self.steps:
+            self.stop.heed(f"before step {self.done + 1} of {self.steps} of {self.name}")
+        while self.done < self.steps:
+            self.run.failures.where = f"{self.name}, step {self.done + 1} of {self.steps}"
+            self.finish_step(self.done + 1, self.step(self.done + 1))
+
+    def _end_team(self) -> None:
+        if self.team:
+            self.team.stop()
+        self.team = None  # type: ignore[assignment]
+
+    def _changed(self, team: Team) -> None:
+        """The workers are others than before."""
+        self.status.watch(team)
+        self.recorder.ray.workers(team.workers())
+
+    def warn(self, text: str) -> None:
+        self.progress.note(f"warning: {text}")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of a step."""
+        started = time.monotonic()
+        self.status.begin_phase(name)
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+    def spent(self) -> dict[str, float]:
+        """Seconds of the phases since the step before was recorded, a snapshot or checkpoint of that one among them; memory
+        of each role and of this process."""
+        memory = self.team.memory() | {"driver": proportional_memory()}
+        return {
+            **{f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()},
+            **{f"memory_gib/{who}": size / 2**30 for who, size in memory.items()},
+        }
+
+    def finish_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
+        self.done = step
+        self.seconds = {}
+        self._count_refusals(metrics)
+        with self.run.tolerating(self.warn):
+            self.recorder.record(step, metrics)
+        self.recorder.ray.spent(self.team.deadlines.taken())
+        self.progress.update(step, metrics)
+        self.status.update(step=step, version=self.team.version)
+        every = self.config.checkpoint.every
+        if step == self.steps:
+            return  # the model is about to be exported, and the stage is over
+        if self.stop.asked or (every and step % every == 0):
+            with self.phase("save"), self.run.tolerating(self.warn):
+                self.save()
+        if (often := self.config.recovery.snapshot_every) and step % often == 0:
+            with self.phase("snapshot"):
+                self.snapshots.insert(0, self.team.snapshot(step, self.state(), self.trained()))
+        for k, snapshot in enumerate(self.snapshots[:-1], start=1):
+            if snapshot.safe():
+                del self.snapshots[k:]
+                break
+        self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
+
+    def _count_refusals(self, metrics: dict[str, float]) -> None:
+        """Save what a refused training step saw. Raises RefusedError after too many in a row."""
+        refused = [role for role in self.trained() if metrics.get(f"refused/{role}", metrics.get("refused"))]
+        self.refused = self.refused + 1 if refused else 0
+        for role in refused:
+            self._record_refusal(role, metrics)
+        if self.refused >= self.config.recovery.refused_steps:
+            raise RefusedError(
+                f"{self.name}, step {self.done}: a training step was refused in {self.refused} steps in a row "
+                "(recovery.refused_steps): loss, gradient or KL are not finite or beyond all measure "
+                f"(refuse_grad_norm, ppo.refuse_kl); what they saw is in {self.run.failures.folder}"
+            )
+
+    def _record_refusal(self, role: Role, metrics: dict[str, float]) -> None:
+        """A text, and the batch that each rank refused, where it was the rank that refused it."""
+        folder = self.run.failures.folder
+        loss = {"actor": "loss/policy", "critic": "loss/value"}.get(role, "loss")
+        names = dict.fromkeys(("kl", "loss", loss, "grad_norm", f"grad_norm/{role}"))
+        numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+        text = f"train: {role}: a training step was refused and not applied: {numbers}"
+        self.run.failures.write(f"{role}-refused", text, key=("refused", role))
+        for rank, batch in enumerate(self.team.groups[role].call("refused_batch").get()):
+            if batch is not None and len(list(folder.glob("*.npz"))) < MOST_BATCHES:
+                path = folder / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
+                with self.sparing(f"what {role} saw in step {self.done} was not written"):
+                    np.savez(path, **batch)
+                    self.warn(f"step {self.done}: {role} refused a training step; what it saw: {path}")
+
+    # ------------------------------------------------------------ saving
+
+    def save(self) -> None:
+        with self.run.saving(self.name, self.done) as folder:
+            together(*(self.team.groups[role].call("save", str((folder / role).absolute())) for role in self.trained()))
+            for role in self.trained():
+                self._must_see(folder / role)
+            self._write_state(folder, self.done, self.state())
+        self.run.prune(self.name, self.config.checkpoint.keep)
+
+    def _latest_snapshot(self) -> Snapshot | None:
+        """The newest that is whole; newer ones are given up."""
+        while self.snapshots and not self.snapshots[0].whole():
+            del self.snapshots[0]
+        return self.snapshots[0] if self.snapshots else None
+
+    def _keep_snapshot(self) -> None:
+        """Where the run ends before its time: what is in memory becomes a checkpoint."""
+        saved = max(self.run.checkpoints(self.name), default=0)
+        while (snapshot := self._latest_snapshot()) and snapshot.step > saved:
+            try:
+                with self.run.saving(self.name, snapshot.step) as folder:
+                    snapshot.write(folder)
+                    self._write_state(folder, snapshot.step, snapshot.state)
+                return
+            except RayError as error:
+                self.warn(f"the snapshot after step {snapshot.step} was not kept: {error}")
+                del self.snapshots[0]
+
+    def _write_state(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+
+    def _restore(self) -> None:
+        folder = self.run.checkpoint(self.name, self.done)
+        self.progress.phase(f"resuming after step {self.done}")
+        together(*(self.team.groups[role].call("restore", str((folder / role).absolute())) for role in self.trained()))
+        self.set_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+    def _export(self) -> None:
+        """Write the trained model. Where that cannot be done, its state becomes a checkpoint: a resumed run only exports."""
+        self.progress.phase("exporting")
+        try:
+            with whole_folder(self.run.model(self.name)) as folder:
+                self.team.export(self.trained()[0], folder)
+                self._must_see(folder / "config.json")
+        except Exception as error:
+            if not isinstance(error, Stopped) and not (isinstance(error, WorkerError) and error.failure.survivable):
+                self._keep_trained()
+            raise
+
+    def _keep_trained(self) -> None:
+        if self.done in self.run.checkpoints(self.name):
+            return
+        try:
+            self.save()
+        except (DiskError, RunError, WorkerError) as error:
+            self.warn(f"the trained state was not kept either: {summary(error)}")
+        else:
+            self.warn(f"not exported, but what was trained is kept: `troupe resume {self.run.folder}` exports it")
+
+    def _check_folder(self) -> None:
+        """Whether the driver sees what workers write in the run's folder: else no checkpoint and no model can be had."""
+        for role in self.trained():
+            for name in self.team.groups[role].call("mark", str(self.run.folder.absolute())).get():
+                self._must_see(self.run.folder / name)
+                (self.run.folder / name).unlink()
+
+    def _must_see(self, path: Path) -> None:
+        """A worker on another node may have written elsewhere."""
+        if not path.exists():
+            raise RunError(
+                f"runs: was {self.config.runs!r}, where the driver does not see what the workers wrote ({path.name})"
+            )

@@ -1,0 +1,204 @@
+"""The two supervised stages: fine-tuning on demonstrations, and a reward model from preferences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from configs.schema import BatchSettings, ModelSettings, OptimizerSettings, Role
+from orchestrator.algorithms.runner import StageRun
+from orchestrator.preflight.model_checks import Head, ModelUse
+from orchestrator.preflight.preflight import Input
+from orchestrator.run.run_dir import Run, local
+from orchestrator.storage.metrics_file import read_metrics
+from orchestrator.worker_groups.calls import Call
+from orchestrator.worker_groups.deadlines import BACKWARD, Workload
+from orchestrator.worker_groups.team import pretrained
+from workers.data import Counts, DataError, RowKind, batches, encode_demonstrations, encode_preferences
+from workers.data.batching import Rows
+from workers.training.schedule import StageStep
+
+
+class Supervised(StageRun):
+    """A loop over batches of dataset rows. Subclasses name the role, the kind of rows and the workers' methods."""
+
+    role: Role
+    kind: RowKind
+    learns_from = "train"
+    train_method: str
+    validate_method: str
+    settings: BatchSettings
+    sequences_per_row = 1
+    """Sequences of a row's length that go through the model together."""
+    dropout = 0.0
+
+    @property
+    def model_settings(self) -> ModelSettings:
+        """Not kept: what `auto` stands for is known once there is a cluster."""
+        return self.config.model
+
+    def trained(self) -> list[Role]:
+        return [self.role]
+
+    def encode(self) -> Callable[..., Any]:
+        """What makes token ids of the stage's rows."""
+        raise NotImplementedError
+
+    def inputs(self) -> list[Input]:
+        named = {"train": self.settings.train, "validation": self.settings.validation}
+        return [
+            Input(name, f"{self.name}.{name}", data, self.kind, self.encode()) for name, data in named.items() if data
+        ]
+
+    def models(self) -> list[ModelUse]:
+        head: Head = "language" if self.role == "actor" else "scalar"
+        setting = f"{self.name}.max_length"
+        return [self.start_use([head], longest=self.settings.max_length, longest_settings=setting)]
+
+    @property
+    def steps(self) -> int:
+        rows = self.counts["train"].kept
+        return max(1, math.ceil(self.settings.epochs * rows / self.settings.batch_size - 1e-9))
+
+    def load(self) -> None:
+        optimizer: OptimizerSettings = self.settings.optimizer
+        path = self.run.starting_model(self.name)
+        settings = pretrained(self.model_settings) if path == str(self.run.trained("sft")) else self.model_settings
+        group = self.team.groups[self.role]
+        self.parameters = group.prepare("load", path, settings, optimizer, self.dropout).get()[0]
+        for name in ("train", "validation"):
+            if name in self.data:
+                self.team.add_data(name, self.data[name], self.role)
+        lengths, _ = self.team.lengths["train"]
+        self.order = batches(lengths, self.settings.batch_size, self.settings.epochs, self.config.seed)
+
+    def step(self, step: int) -> dict[str, float]:
+        rows, every = self.order[step - 1], self.settings.validate_every
+        with self.phase("train"):
+            at, seed = StageStep(step, self.steps), (self.config.seed, step)
+            metrics = self.call(self.train_method, "train", rows, at, seed).get()
+        tokens = float(self.team.lengths["train"][0][rows].sum())
+        metrics |= {"samples": float(len(rows)), "tokens": tokens, "seconds/step": self.seconds["train"]}
+        metrics["tokens_per_second"] = tokens / metrics["seconds/step"]
+        if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
+            with self.phase("validate"):
+                metrics |= self.validate()
+        return self.shown(metrics) | self.spent()
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of all validation rows."""
+        found = self.call(self.validate_method, "validation", np.arange(len(self.data["validation"]))).get()
+        return {f"validation/{name}": value for name, value in self.shown(found).items()}
+
+    def call(self, method: str, data: str, rows: Rows, *args: Any) -> Call[dict[str, float]]:
+        parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens // self.sequences_per_row)
+        passes = BACKWARD if method == self.train_method else 1.0
+        work = Workload(passes * float(self.team.lengths[data][0][rows].sum()), len(parts[0].micro_batches))
+        return self.team.groups[self.role].scatter(
+            method, [(part, *args) for part in parts], work=work, then=lambda results: results[0]
+        )
+
+    def shown(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics
+
+    def result(self) -> dict[str, float]:
+        return {"parameters": self.parameters, "steps": self.steps, **self._last_validation()}
+
+    def _last_validation(self) -> dict[str, float]:
+        """From the metrics, where it is too for a process that only exports what another has trained."""
+        lines = [line for line in read_metrics(self.run.folder) if line["stage"] == self.name]
+        found = [{k: v for k, v in line.items() if k.startswith("validation/") and v is not None} for line in lines]
+        return next(filter(None, reversed(found)), {})
+
+
+class SFT(Supervised):
+    """Stage 1."""
+
+    name = "sft"
+    role = "actor"
+    kind = "demonstration"
+    train_method, validate_method = "train_demonstrations", "demonstration_loss"
+
+    def __init__(self, run: Run, console: Console) -> None:
+        super().__init__(run, console)
+        assert self.config.sft is not None
+        self.settings, self.turns = self.config.sft, self.config.sft.turns
+
+    def encode(self) -> Callable[..., Any]:
+        most, overlong = self.settings.max_length, self.settings.overlong
+        return partial(encode_demonstrations, max_length=most, overlong=overlong, turns=self.turns)
+
+    def shown(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics | {
+            "perplexity": math.exp(min(metrics["loss"], 50.0)) if math.isfinite(metrics["loss"]) else math.nan
+        }
+
+
+class RewardModel(Supervised):
+    """Stage 2."""
+
+    name = "rm"
+    role = "reward"
+    kind = "preference"
+    train_method, validate_method = "train_pairs", "pair_accuracy"
+    sequences_per_row = 2
+    """Both sides of a pair, padded to the longer one."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        super().__init__(run, console)
+        settings = self.config.rm
+        assert settings is not None
+        self.settings = settings
+        self.dropout, self.margin = settings.dropout, settings.margin
+        self.normalize_on = settings.normalize_on
+
+    @property
+    def model_settings(self) -> ModelSettings:
+        own = self.config.rm.model if self.config.rm else None
+        return own or super().model_settings
+
+    def text_model(self) -> tuple[str, str, ModelSettings]:
+        assert self.config.rm is not None
+        own = self.config.rm.model
+        return ("rm.model", local(own.path), own) if own else super().text_model()
+
+    def take(self, name: str, encoded: Any, counts: Counts) -> None:
+        super().take(name, encoded, counts)
+        if name == "train" and self.margin and not any(pair.margin for pair in encoded):
+            raise DataError(
+                f"no row of {self.settings.train.name} has a margin (column `margin`, or the one that rm.train.columns names for "
+                f"it), but rm.margin was {self.margin:g}; 0 would fit"
+            )
+
+    def encode(self) -> Callable[..., Any]:
+        return partial(encode_preferences, max_length=self.settings.max_length, overlong=self.settings.overlong)
+
+    def inputs(self) -> list[Input]:
+        sft = self.config.sft
+        data = self.normalize_on or (sft.train if sft else None)
+        if data is None:
+            return super().inputs()
+        most = self.settings.max_length
+        encode = partial(encode_demonstrations, max_length=most, overlong="cut", turns="last")
+        return [*super().inputs(), Input("demonstrations", "rm.normalize_on", data, "demonstration", encode)]
+
+    def complete(self) -> None:
+        """Give the scores mean 0 and deviation 1 on the demonstrations: the exported config says how."""
+        self.normalization: dict[str, float] = {}
+        if "demonstrations" not in self.data:
+            return
+        self.team.add_data("demonstrations", self.data["demonstrations"], "reward")
+        rows = np.arange(len(self.data["demonstrations"]))
+        parts = self.team.parts("reward", "demonstrations", rows, self.settings.micro_batch_tokens)
+        args = [(part.data, part.micro_batches) for part in parts]
+        call: Call[list[tuple[float, float]]] = self.team.groups["reward"].scatter("normalize", args)
+        mean, std = call.get()[0]
+        self.normalization = {"raw_score_mean": mean, "raw_score_std": std}
+
+    def result(self) -> dict[str, float]:
+        return super().result() | self.normalization

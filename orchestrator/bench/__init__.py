@@ -1,0 +1,1 @@
+"""`troupe bench`: one PPO step measured, and the largest model that fits."""

@@ -1,0 +1,1 @@
+"""Evaluations on held-out prompts, sampled answers, and the statistics over them."""

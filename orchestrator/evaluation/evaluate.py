@@ -1,0 +1,145 @@
+"""Answers to held-out prompts: their rewards, an independent judge's scores, their distance from the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.schema import PPOSettings
+from orchestrator.evaluation.statistics import distinct_share, mean_interval
+from orchestrator.storage.atomic_files import write_text, writing
+from orchestrator.storage.failure_log import FailureLog
+from orchestrator.worker_groups.calls import together
+from orchestrator.worker_groups.team import Team
+from workers.rewards.function import RewardError
+from workers.rewards.result import Scored
+
+DATA = "evaluation"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One answer to each held-out prompt; arrays are [prompts]."""
+
+    prompts: list[str]
+    answers: list[str]
+    reward: np.ndarray
+    """nan: a source gave no score."""
+    scores: dict[str, Scored]
+    """By source of the reward and by judge."""
+    judges: list[str]
+    """Names of the judges among the scores."""
+    kl: np.ndarray
+    """Nats per token of each answer."""
+    tokens: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """Those of which there are numbers: what no answer has a score for is left out."""
+        found = {
+            "evaluation/kl": float((self.kl * self.tokens).sum() / self.tokens.sum()),
+            "evaluation/length": float(self.tokens.mean()),
+            "evaluation/distinct": distinct_share(self.answers),
+            "evaluation/unscored": float(np.isnan(self.reward).sum()),
+        }
+        scored = self.reward[~np.isnan(self.reward)]
+        if len(scored):
+            interval = mean_interval(scored.tolist())
+            found |= {
+                "evaluation/reward": interval.mean,
+                "evaluation/reward_ci_low": interval.low,
+                "evaluation/reward_ci_high": interval.high,
+                "evaluation/reward_std": float(scored.std(ddof=1)) if len(scored) > 1 else 0.0,
+            }
+        for name, scores in self.scores.items():
+            means = scores.means(f"evaluation/{name}")
+            if name not in self.judges:
+                means.pop(f"evaluation/{name}", None)  # a source's own scores are in the reward
+            found |= means
+        return found
+
+    def write(self, path: Path) -> None:
+        """A JSON line for each prompt. Raises DiskError."""
+        rows = [
+            {
+                "prompt": prompt,
+                "answer": answer,
+                "reward": _or_null(self.reward[i]),
+                "judges": {name: _or_null(self.scores[name].values[i]) for name in self.judges},
+                "kl": float(self.kl[i]),
+                "tokens": int(self.tokens[i]),
+            }
+            for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True))
+        ]
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def combined(scores: Mapping[str, Scored], ppo: PPOSettings) -> np.ndarray:
+    """[samples] float64 the reward: each source times its weight; nan where a source that weighs gave no score, and where the
+    sum is no finite float32."""
+    weighing = [(source.weight, scores[source.name].values) for source in ppo.rewards if source.weight]
+    samples = len(scores[ppo.rewards[0].name].values)
+    # In float64: 1e38 times a weight may lie beyond float32, and come back into it by another source.
+    reward = np.zeros(samples) + sum(weight * values.astype(np.float64) for weight, values in weighing)
+    reward[~(np.abs(reward) <= np.finfo(np.float32).max)] = np.nan
+    return reward
+
+
+def weighted_sum(scores: Mapping[str, Scored], ppo: PPOSettings) -> np.ndarray:
+    """`combined`, for training: raises RewardError where more than `ppo.max_unscored` of the samples lack a score."""
+    reward = combined(scores, ppo)
+    lacking = int(np.isnan(reward).sum())
+    if lacking > ppo.max_unscored * len(reward):
+        weighing = [source.name for source in ppo.rewards if source.weight]
+        causes = [
+            f"{name}: {s.timeouts} timeouts, {s.errors} errors, for example: {s.example}"
+            for name, s in scores.items()
+            if name in weighing and (s.timeouts or s.errors)
+        ] or ["the weighted sum is beyond float32 (ppo.rewards, weight)"]
+        raise RewardError(
+            f"{lacking} of {len(reward)} answers have no score (ppo.max_unscored: {ppo.max_unscored:g}). {'; '.join(causes)}"
+        )
+    return reward
+
+
+def record_faults(log: FailureLog, scores: Mapping[str, Scored]) -> list[str]:
+    """Write down why answers have no score. Returns a line for each reason that was not there before."""
+    new = []
+    for name, scored in scores.items():
+        for fault in scored.faults:
+            text = f"{name} gave no score for {len(fault.samples)} of {len(scored.values)} answers: {fault.why}"
+            if log.write_of_source(name, f"score: {text}\n{fault.detail}", fault.why):
+                new.append(text)
+    return new
+
+
+def evaluate(team: Team, prompts: int) -> Evaluation:
+    """Answer every held-out prompt once with the engines' present weights; the same seeds every time, so answers pair up.
+
+    Answers without a score are no error here: nothing is trained on them.
+    """
+    ppo = team.config.ppo
+    assert ppo is not None and ppo.evaluation is not None
+    rollouts = team.generate(DATA, np.arange(prompts), step=0).get()
+    judges = [judge.name for judge in ppo.evaluation.judges]
+    names = [source.name for source in ppo.rewards] + judges
+    reference, scores = together(team.log_probs(rollouts), team.scores(rollouts, names))
+    texts = team.texts(rollouts)
+    return Evaluation(
+        prompts=[prompt for prompt, _ in texts],
+        answers=[answer for _, answer in texts],
+        reward=combined(scores, ppo),
+        scores=scores,
+        judges=judges,
+        kl=reference.per_answer / rollouts.answer_lengths,
+        tokens=rollouts.answer_lengths,
+    )
+
+
+def _or_null(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,84 @@
+"""Answers of training that are kept to be read: a few of some steps, in samples/ppo.jsonl of a run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.loggers.recorder import Recorder
+from orchestrator.storage.metrics_file import SAMPLES, read_lines
+from orchestrator.worker_groups.rollouts import Column, Rollouts
+from orchestrator.worker_groups.team import Team
+from workers.rewards.result import Scored
+
+
+def keep_samples(
+    recorder: Recorder,
+    team: Team,
+    step: int,
+    rollouts: Rollouts,
+    reference: Column,
+    scores: Mapping[str, Scored],
+    reward: np.ndarray,
+) -> None:
+    """Keep some of a step's answers, if `ppo.answer_log` wants some of this step; which ones, is drawn with seed and step.
+
+    reward: [samples] the weighted sum of the scores, nan where there is none.
+    """
+    config = team.config
+    assert config.ppo is not None
+    log = config.ppo.answer_log
+    if log is None or (step % log.every and step not in (1, config.ppo.steps)):
+        return
+    drawn = np.sort(np.random.default_rng((config.seed, step)).permutation(len(rollouts))[: log.answers])
+    answers = _lines(drawn, team.texts(rollouts, drawn), rollouts, reference, scores, reward)
+    recorder.keep_answers(step, answers, log.most_mib * 2**20)
+
+
+def _lines(
+    drawn: np.ndarray,
+    texts: Sequence[tuple[str, str]],
+    rollouts: Rollouts,
+    reference: Column,
+    scores: Mapping[str, Scored],
+    reward: np.ndarray,
+) -> list[dict[str, Any]]:
+    """A dict for each of the drawn samples.
+
+    `row`: of the dataset of prompts, from 0. `reward`: the weighted sum of `rewards`, the sources' scores; none is no score.
+    `kl`: to the reference, nats per token. `tokens`: of the answer. `ended`: by itself, not at the limit.
+    """
+    return [
+        {
+            "row": int(rollouts.prompts[i]),
+            "prompt": prompt,
+            "answer": answer,
+            "reward": _number(reward[i]),
+            "rewards": {name: _number(scored.values[i]) for name, scored in scores.items()},
+            "kl": _number(reference.per_answer[i] / rollouts.answer_lengths[i]),
+            "tokens": int(rollouts.answer_lengths[i]),
+            "ended": bool(rollouts.ended[i]),
+        }
+        for i, (prompt, answer) in zip(drawn, texts, strict=True)
+    ]
+
+
+def last_samples(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """Of a run's folder the kept answers of the last step that has some; none where there are none.
+
+    Raises MetricsError where a line cannot be read.
+    """
+    path = folder / SAMPLES / f"{stage}.jsonl"
+    steps = (
+        [list(lines) for _, lines in groupby(read_lines(path), key=lambda line: line["step"])] if path.exists() else []
+    )
+    return steps[-1] if steps else []
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,113 @@
+"""Metrics of a running stage on Ray's metrics port, where Prometheus finds them.
+
+orchestrator.loggers.ray_table says what becomes of each metric that a stage records, and of what happens to its workers. Ray
+puts `ray_` before the names. Every metric has the labels `run` and `stage`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+from configs.schema import Role
+from orchestrator.loggers.ray_table import Row, row_of
+from orchestrator.periodic import Repeating
+
+SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
+"""Upper bounds of the buckets of a histogram."""
+_ROLE_OF: dict[str, str] = {"sft": "actor", "rm": "reward"}
+"""Stages in which one role learns: its learning rate, norm and refusals are recorded without its name."""
+_OF_ROLE = ("lr", "grad_norm", "refused")
+
+
+class RayMetrics:
+    """What the metrics port shows of a stage until `close`; nothing where Ray is not initialised.
+
+    Gauges show the latest finite values. Counters and histograms begin when the driver's process does.
+    """
+
+    def __init__(self, run: str, stage: str) -> None:
+        self._labels = {"run": run, "stage": stage}
+        self._metrics: dict[str, Any] = {}
+        self._lock = Lock()
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._refreshing: Repeating | None = None
+        self._restarts: Counter[str] = Counter()
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Show what a step recorded."""
+        self._show({"step": float(step), **self._named(values)})
+
+    def failed(self, role: str, kind: str) -> None:
+        """Count a call that failed."""
+        self._show({f"failures/{role}/{kind}": 1.0})
+
+    def spent(self, seconds: Mapping[tuple[Role, str], float]) -> None:
+        """Count seconds of calls: (role, method) -> seconds."""
+        self._show({f"role_seconds/{role}/{method}": value for (role, method), value in seconds.items()})
+
+    def workers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Count restarts. rows: role and restarts so far of every worker of the team."""
+        now: Counter[str] = Counter()
+        for row in rows:
+            now[row["role"]] += row["restarts"]
+        new = now - self._restarts  # of another team, which has begun anew, there are fewer
+        self._restarts = now
+        self._show({f"restarts/{role}": float(count) for role, count in new.items()})
+
+    def close(self) -> None:
+        """Take the gauges off the port: what they say is over."""
+        if self._refreshing is not None:
+            self._refreshing.stop()
+        with self._lock:
+            for name, labels in self._gauges:
+                self._metrics[name].set(math.nan, tags=dict(labels))
+            self._gauges.clear()
+
+    def _named(self, values: Mapping[str, float]) -> dict[str, float]:
+        role = _ROLE_OF.get(self._labels["stage"])
+        return {f"{name}/{role}" if role and name in _OF_ROLE else name: value for name, value in values.items()}
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        import ray  # half a second, which readers of metrics.jsonl need not spend
+
+        if not ray.is_initialized():
+            return
+        if self._refreshing is None:
+            # Ray takes a gauge off the port that was not set for two of its reports.
+            self._refreshing = Repeating(self._refresh, max(ray._config.metrics_report_interval_ms() / 1000, 1.0) / 2)
+        with self._lock:
+            for metric, value in values.items():
+                row, labels = row_of(metric, values)
+                self._set(row, {**self._labels, **labels}, value * row.scale)
+
+    def _set(self, row: Row, labels: dict[str, str], value: float) -> None:
+        if row.name not in self._metrics:
+            self._metrics[row.name] = _made(row)
+        metric, key = self._metrics[row.name], (row.name, tuple(labels.items()))
+        if row.kind == "gauge":
+            if math.isfinite(value):
+                self._gauges[key] = value
+            else:
+                self._gauges.pop(key, None)
+            metric.set(value, tags=labels)
+        elif row.kind == "counter" and 0.0 < value < math.inf:
+            metric.inc(value, tags=labels)
+        elif row.kind == "histogram" and math.isfinite(value):
+            metric.observe(value, tags=labels)
+
+    def _refresh(self) -> None:
+        with self._lock:
+            for (name, labels), value in self._gauges.items():
+                self._metrics[name].set(value, tags=dict(labels))
+
+
+def _made(row: Row) -> Any:
+    from ray.util import metrics
+
+    if row.kind == "histogram":
+        return metrics.Histogram(row.name, row.help, boundaries=list(SECONDS), tag_keys=row.labels)
+    return {"gauge": metrics.Gauge, "counter": metrics.Counter}[row.kind](row.name, row.help, tag_keys=row.labels)

@@ -1,0 +1,362 @@
+"""report.html: one self-contained page that shows what a run did and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from configs.schema import DatasetSettings, RunConfig
+from orchestrator.evaluation.before_after import scored_pairs
+from orchestrator.evaluation.statistics import Interval, distinct_share, mean_interval, paired_interval
+from orchestrator.number_text import MINUS, clock, percent, signed
+from orchestrator.report.charts import Chart, distributions, effects
+from orchestrator.report.history import history
+from orchestrator.report.run_files import Pair, RunFiles
+from orchestrator.report.stages import STAGES, sections, without_first
+from orchestrator.storage.atomic_files import write_text
+from workers.data.tokens import Counts
+
+SHOWN_ANSWERS = 4
+"""Answers of training on the page."""
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write report.html into the run folder from what lies there, and return its path.
+
+    Reads config.yaml, and of the following what there is (a run may be unfinished): metrics.jsonl; samples/ppo.jsonl;
+    status.json; summary.json,
+    `{"stages": {stage: {name: number}}, "data": {setting of a dataset: its Counts}, "hardware": {..}, "versions": {..},
+    "seconds": {part of the run: seconds}}`;
+    evaluation/before.jsonl and after.jsonl, one line per held-out prompt, in the same order:
+    `{"prompt", "answer", "reward", "judges": {name: score}, "kl": nats per token, "tokens"}`.
+
+    Raises:
+        ValueError: the two evaluations are not of the same prompts, or a line is not JSON; names file and line.
+    """
+    run = RunFiles.read(run_folder)
+    page = _environment().get_template("report.html.j2").render(
+        name=run.config.name,
+        facts=_facts(run) | history(run_folder),
+        tiles=[*_outcome_tiles(run), *_training_tiles(run)],
+        comparison=_comparison(run) if run.pairs else None,
+        stages=sections(run),
+        samples=_samples(run),
+        training=_training_answers(run),
+        names=run.names(),
+        started=run.started_from(),
+        numbers={STAGES.get(stage, stage): _shown(numbers) for stage, numbers in run.summary.get("stages", {}).items()},
+        hardware=_shown(run.summary.get("hardware", {})),
+        versions=_shown(run.summary.get("versions", {})),
+        settings=run.config_text,
+    )  # fmt: skip
+    path = run_folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+# ---------------------------------------------------------------- header
+
+
+def _facts(run: RunFiles) -> dict[str, str]:
+    """What was run, on what, and for how long."""
+    config, summary = run.config, run.summary
+    model = [config.model.path, config.model.dtype]
+    if config.model.init == "random":
+        model.append("from scratch")
+    if config.model.lora:
+        model.append(f"LoRA rank {config.model.lora.rank}")
+    trained = [stage for stage in STAGES if run.steps(stage)]
+    facts = {
+        "Model": " · ".join(model),
+        "Data": " · ".join(_datasets(config, trained)),
+        "Rows": " · ".join(_rows(run, trained)),
+        "Stages": " → ".join(f"{STAGES[stage]} ({_steps(run, stage)})" for stage in trained),
+    }
+    if run.seconds:
+        parts = ", ".join(f"{STAGES.get(part, part)} {clock(value)}" for part, value in run.seconds.items())
+        facts["Duration"] = f"{clock(sum(run.seconds.values()))} ({parts})"
+    facts["Roles"] = _placement(config) if "ppo" in trained else ""
+    facts["Hardware"] = " · ".join(f"{name}: {value}" for name, value in _shown(summary.get("hardware", {})).items())
+    facts["Versions"] = " · ".join(f"{name} {value}" for name, value in _shown(summary.get("versions", {})).items())
+    facts["Seed"] = str(config.seed)
+    if run.metrics:
+        facts["Last record"] = f"{datetime.fromtimestamp(run.metrics[-1]['time'], UTC):%Y-%m-%d %H:%M} UTC"
+    return {name: text for name, text in facts.items() if text}
+
+
+def _steps(run: RunFiles, stage: str) -> str:
+    return f"{run.steps(stage):,} steps" + ("" if run.finished(stage) else ", not finished")
+
+
+def _datasets(config: RunConfig, stages: Sequence[str]) -> list[str]:
+    """What the stages trained on, each dataset once."""
+    used: list[DatasetSettings] = [
+        section.train for key in ("sft", "rm") if key in stages and (section := getattr(config, key))
+    ]
+    if "ppo" in stages and config.ppo:
+        used.append(config.ppo.prompts)
+    return list(dict.fromkeys(data.name + (f" [{data.split}]" if data.split else "") for data in used))
+
+
+def _rows(run: RunFiles, stages: Sequence[str]) -> list[str]:
+    """What became of the rows of the datasets of stages, as it was printed when the run began."""
+    noted: dict[str, dict[str, Any]] = run.summary.get("data", {})
+    return [
+        f"{setting}: {Counts(**counts).describe()}"
+        for setting, counts in noted.items()
+        if setting.partition(".")[0] in stages
+    ]
+
+
+def _placement(config: RunConfig) -> str:
+    if groups := config.placement.groups:
+        return " | ".join(f"{' + '.join(group.roles)} on {group.devices}" for group in groups)
+    return f"{config.placement.layout} placement groups"
+
+
+# ---------------------------------------------------------------- headline numbers
+
+
+@dataclass(frozen=True)
+class _Tile:
+    label: str
+    value: str
+    detail: str
+
+
+def _outcome_tiles(run: RunFiles) -> list[_Tile]:
+    if not run.pairs:
+        return []
+    tiles = []
+    before, after = _scores(run.pairs)
+    if len(before) > 1 and stdev(before) > 0:
+        gain = (fmean(after) - fmean(before)) / stdev(before)
+        tiles.append(_Tile("Reward gain, held out", f"{signed(gain, 2)} SD", _from_to(before, after)))
+    for judge in _judges(run.pairs):
+        before, after = _scores(run.pairs, judge)
+        if before:
+            gain = fmean(after) - fmean(before)
+            tiles.append(_Tile(f"Judge {judge}, held out", signed(gain, 3), _from_to(before, after)))
+    answers = _answers(run.pairs, "after")
+    kl = f"{_kl_per_token(run.pairs, 'after'):z.3f}"
+    tiles.append(_Tile("KL to the reference", kl, "nats per token, held out, after PPO"))
+    shown = f"of the {len(answers):,} held-out answers after PPO"
+    tiles.append(_Tile("Distinct answers", percent(distinct_share(answers)), shown))
+    return tiles
+
+
+def _training_tiles(run: RunFiles) -> list[_Tile]:
+    tiles = []
+    if accuracy := run.last("rm", "validation/accuracy"):
+        step, value = accuracy
+        tiles.append(_Tile("Held-out pairs ranked right", percent(value), f"reward model, after step {step:,}"))
+    steps, perplexity = run.curve("sft", "validation/perplexity")
+    if perplexity:
+        earlier = f"; {perplexity[0]:,.1f} after step {steps[0]:,}" if len(perplexity) > 1 else ""
+        tiles.append(
+            _Tile("Validation perplexity", f"{perplexity[-1]:,.1f}", f"SFT, after step {steps[-1]:,}{earlier}")
+        )
+    if gap := run.curve("ppo", "log_prob_gap")[1]:
+        largest = f"engine against trainer, mean |Δ|, largest of {len(gap):,} steps"
+        tiles.append(_Tile("Largest log-prob gap", f"{max(gap):.1e}", largest))
+    if lines := [line for line in run.lines("ppo") if line.get("tokens_per_second") is not None]:
+        counted, which = without_first(lines)
+        speed = median(line["tokens_per_second"] for line in counted)
+        tiles.append(_Tile("PPO speed", f"{speed:,.0f} tokens/s", f"of answers, {which}"))
+    return tiles
+
+
+# ---------------------------------------------------------------- before and after
+
+
+@dataclass(frozen=True)
+class _Row:
+    measure: str
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    count: int
+    rows: Sequence[_Row]
+    charts: Sequence[Chart]
+
+
+def _comparison(run: RunFiles) -> _Comparison:
+    pairs, names = run.pairs, run.names()
+    measures = {"Reward": _scores(pairs)} | {f"Judge: {judge}": _scores(pairs, judge) for judge in _judges(pairs)}
+    measures = {name: values for name, values in measures.items() if values[0]}
+    rows = [_row(_of(name, len(values[0]), len(pairs)), *values, digits=3) for name, values in measures.items()]
+    tokens = [float(pair.before["tokens"]) for pair in pairs], [float(pair.after["tokens"]) for pair in pairs]
+    rows.append(_row("Tokens per answer", *tokens, digits=1))
+    before, after = (f"{_kl_per_token(pairs, side):z.3f}" for side in ("before", "after"))
+    rows.append(_Row("KL to the reference, nats per token", before, after, "—"))
+    before, after = (percent(distinct_share(_answers(pairs, side))) for side in ("before", "after"))
+    rows.append(_Row("Distinct answers", before, after, "—"))
+
+    charts = []
+    if "Reward" in measures:
+        caption = "Each held-out prompt answered once by either model; dashed: the means. Outermost 1% in the end bars."
+        charts.append(distributions("Rewards of the answers", caption, *measures["Reward"], names=names))
+    scaled = {name: _standardised(*values) for name, values in measures.items()}
+    if known := {name: change for name, change in scaled.items() if change is not None}:
+        caption = (
+            f"Mean paired change with its 95% interval, in standard deviations of the scores of {run.started_from()}."
+        )
+        charts.append(effects("Change on held-out prompts", caption, known))
+    return _Comparison(len(pairs), rows, charts)
+
+
+def _of(measure: str, scored: int, prompts: int) -> str:
+    return measure if scored == prompts else f"{measure} ({scored:,} of {prompts:,} prompts have both scores)"
+
+
+def _row(measure: str, before: Sequence[float], after: Sequence[float], digits: int) -> _Row:
+    return _Row(
+        measure,
+        _interval(mean_interval(before), digits),
+        _interval(mean_interval(after), digits),
+        _interval(paired_interval(before, after), digits, plus=True),
+    )
+
+
+def _standardised(before: Sequence[float], after: Sequence[float]) -> Interval | None:
+    """The paired change in deviations of `before`; None where they are all alike, or there is one only."""
+    if len(before) < 2 or stdev(before) == 0:
+        return None
+    change, scale = paired_interval(before, after), stdev(before)
+    return Interval(change.mean / scale, change.low / scale, change.high / scale)
+
+
+def _judges(pairs: Sequence[Pair]) -> list[str]:
+    return list(pairs[0].before["judges"])
+
+
+def _scores(pairs: Sequence[Pair], judge: str | None = None) -> tuple[list[float], list[float]]:
+    """The rewards, or a judge's scores, of the prompts whose two answers have one."""
+    return scored_pairs([pair.before for pair in pairs], [pair.after for pair in pairs], judge)
+
+
+def _answers(pairs: Sequence[Pair], side: str) -> list[str]:
+    return [getattr(pair, side)["answer"] for pair in pairs]
+
+
+def _kl_per_token(pairs: Sequence[Pair], side: str) -> float:
+    """KL summed over all answers / their tokens, nats."""
+    lines = [getattr(pair, side) for pair in pairs]
+    return sum(line["kl"] * line["tokens"] for line in lines) / max(1, sum(line["tokens"] for line in lines))
+
+
+# ---------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prompt: str
+    before: str
+    before_reward: str
+    after: str
+    after_reward: str
+    tone: str
+    """better, worse or empty: how the reward after compares with the one before."""
+
+
+def _samples(run: RunFiles) -> list[_Sample]:
+    """The first held-out prompts, as many as the settings ask for."""
+    evaluation = run.config.ppo.evaluation if run.config.ppo else None
+    shown = run.pairs[: evaluation.samples if evaluation else 0]
+    return [
+        _Sample(
+            prompt=pair.before["prompt"],
+            before=pair.before["answer"],
+            before_reward=_score(pair.before["reward"]),
+            after=pair.after["answer"],
+            after_reward=_score(pair.after["reward"]),
+            tone=_tone(pair.before["reward"], pair.after["reward"]),
+        )
+        for pair in shown
+    ]
+
+
+def _tone(before: float | None, after: float | None) -> str:
+    if before is None or after is None or before == after:
+        return ""
+    return "better" if after > before else "worse"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    prompt: str
+    answer: str
+    reward: str
+    details: str
+
+
+@dataclass(frozen=True)
+class _TrainingAnswers:
+    step: int
+    answers: Sequence[_Answer]
+
+
+def _training_answers(run: RunFiles) -> _TrainingAnswers | None:
+    """Some of what was kept of the last step's answers."""
+    if not run.samples:
+        return None
+    answers = []
+    for line in run.samples[:SHOWN_ANSWERS]:
+        details = [f"KL {line['kl']:z.3f} nats per token", f"{line['tokens']:,} tokens"]
+        details += [] if line["ended"] else ["cut off at the token limit"]
+        if len(line["rewards"]) > 1:
+            details += [f"{name} {_score(value)}" for name, value in line["rewards"].items()]
+        answers.append(_Answer(line["prompt"], line["answer"], _score(line["reward"]), " · ".join(details)))
+    return _TrainingAnswers(run.samples[0]["step"], answers)
+
+
+# ---------------------------------------------------------------- numbers as text
+
+
+def _score(value: float | None) -> str:
+    return "no score" if value is None else signed(value, 2)
+
+
+def _interval(interval: Interval, digits: int, plus: bool = False) -> str:
+    """Mean [low, high]; the mean alone where the interval is infinite."""
+    sign = "+" if plus else ""
+    mean, low, high = (f"{value:{sign}z,.{digits}f}".replace("-", MINUS) for value in interval)
+    return mean if "inf" in low else f"{mean} [{low}, {high}]"
+
+
+def _from_to(before: Sequence[float], after: Sequence[float]) -> str:
+    return f"{signed(fmean(before), 3)} → {signed(fmean(after), 3)}, {len(before):,} prompts"
+
+
+def _shown(values: Mapping[str, Any]) -> dict[str, str]:
+    """Values as text: numbers rounded to four digits."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        if isinstance(value, int) and not isinstance(value, bool):
+            return f"{value:,}"
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return {name: show(value) for name, value in values.items()}

@@ -1,0 +1,137 @@
+"""Files of JSON lines that grow record by record: metrics.jsonl of a run, and the sampled answers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.storage.atomic_files import sync, writing
+
+FILE = "metrics.jsonl"
+SAMPLES = "samples"
+"""Folder of the sampled answers, `<stage>.jsonl`."""
+VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
+
+
+class MetricsError(ValueError):
+    """A file of lines that cannot be read: says which line, and why."""
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in the order written; a non-finite value is None. Errors: see read_lines."""
+    path = folder / FILE
+    return read_lines(path) if path.exists() else []
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file.
+
+    A last line without its newline is still being written, or was cut off by a crash: it is left out.
+
+    Raises:
+        MetricsError: another line is not a JSON object; names file and line.
+    """
+    return [parsed for _, parsed in _lines_of(path)]
+
+
+def repeatable(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """A stage's lines without what no two runs have in common: the clock, and memory."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
+        for line in read_metrics(folder)
+        if line["stage"] == stage
+    ]
+
+
+class AppendedFile:
+    """A file that grows by whole records: what cannot be written waits, and the file ends with its last whole record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[tuple[int, bytes]] = []
+        self._file: io.FileIO | None = None
+
+    def add(self, step: int, record: bytes) -> None:
+        self._waiting.append((step, record))
+
+    def forget_after(self, step: int) -> None:
+        """Drop what waits of later steps."""
+        self._waiting = [(at, record) for at, record in self._waiting if at <= step]
+
+    def flush(self) -> None:
+        """Raises DiskError; what could not be written still waits."""
+        if not self._waiting:
+            return
+        with writing(self.path):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            while self._waiting:
+                end = os.fstat(self._file.fileno()).st_size
+                rest = memoryview(self._waiting[0][1])
+                try:
+                    while rest:
+                        rest = rest[self._file.write(rest) :]
+                except OSError:
+                    self._file.truncate(end)
+                    raise
+                del self._waiting[0]
+
+    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Of a file of JSON lines leave those to keep; it is whole at every moment. Raises DiskError."""
+        if self.path.exists():
+            with writing(self.path):
+                self._rewrite([raw for raw, line in _lines_of(self.path) if keep(line)])
+
+    def drop_oldest(self, most_bytes: int) -> None:
+        """Where the file of JSON lines is larger than that, drop its oldest steps down to half of it. Raises DiskError."""
+        if not self.path.exists() or self.path.stat().st_size <= most_bytes:
+            return
+        by_step: dict[int, list[bytes]] = {}
+        for raw, line in _lines_of(self.path):
+            by_step.setdefault(line["step"], []).append(raw)
+        kept: list[list[bytes]] = []
+        size = 0
+        for lines in reversed(by_step.values()):
+            size += sum(len(raw) + 1 for raw in lines)
+            if kept and size > most_bytes // 2:
+                break
+            kept.append(lines)
+        with writing(self.path):
+            self._rewrite([raw for lines in reversed(kept) for raw in lines])
+
+    def _rewrite(self, lines: Sequence[bytes]) -> None:
+        partial = self.path.with_name(self.path.name + ".partial")
+        try:
+            partial.write_bytes(b"".join(line + b"\n" for line in lines))
+            sync(partial)
+            partial.replace(self.path)
+            sync(self.path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+        self.close()  # the next record goes into the file that now has the name
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _lines_of(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a JSON-lines file, as they stand there and parsed. Errors: see read_lines."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return [(line, _parsed(path, number, line)) for number, line in enumerate(whole.split(b"\n"), start=1) if line]
+
+
+def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number or nesting beyond all measure
+        raise MetricsError(f"{path}:{number}: not JSON ({error}): {line[:80]!r}") from error
+    if not isinstance(parsed, dict):
+        raise MetricsError(f"{path}:{number}: expected a JSON object, found {line[:80]!r}")
+    return parsed

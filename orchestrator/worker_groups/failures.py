@@ -1,0 +1,159 @@
+"""What went wrong in a worker, as far as can be found out: who, where, doing what, and what its process shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RpcError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from configs.schema import Role
+from troupe.imports import call
+from workers.process import inspection
+from workers.process.inspection import Finding, State, Whereabouts
+
+LOG_LINES = 30
+LOOK = 60.0
+"""Seconds for looking at the processes of a node."""
+
+LOST = (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RpcError,
+    WorkerCrashedError,
+)
+"""What Ray itself loses, so that the same work may succeed another time. Its other errors (a result that cannot be read, no
+memory in the object store, an exception that could not be pickled) come again."""
+
+Kind = Literal["error", "died", "hung", "lost"]
+
+Rank = tuple[Role, int]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call to a worker that did not end well."""
+
+    kind: Kind
+    """error: it raised. died: its process is gone. hung: it gave no answer in time. lost: Ray lost its answer, or what it was to
+    work on, though all processes live."""
+    role: Role
+    ranks: tuple[int, ...]
+    method: str
+    phase: str
+    text: str
+    """What happened, in a line."""
+    cause: Exception | None = None
+    """What the worker raised, where it did."""
+    detail: str = ""
+    """What Ray says: a traceback, a cause of death."""
+    casualties: tuple[Rank, ...] = ()
+    """Workers that must be replaced, of whatever role: what one suffers another may report."""
+    places: dict[Rank, Whereabouts] = field(default_factory=dict)
+    findings: dict[Rank, Finding] = field(default_factory=dict)
+    """Of the casualties; of those that raised where there are none."""
+
+    @property
+    def survivable(self) -> bool:
+        """Whether a replaced worker and the same call again may do: an error that a worker raised by itself comes again."""
+        return bool(self.casualties) or self.kind == "lost"
+
+    def __str__(self) -> str:
+        parts = [self.text]
+        if self.detail:
+            parts.append(_indent(self.detail))
+        for rank, found in self.findings.items():
+            place = self.places[rank]
+            parts.append(
+                f"  {_named(rank)}: node {place.host} ({place.node[:6]}), pid {place.pid}, process {found.state}"
+            )
+            if found.stack:
+                parts.append(f"  its stack:\n{_indent(found.stack)}")
+            if found.log:
+                parts.append(f"  the end of its output:\n{_indent(found.log)}")
+        return "\n".join(parts)
+
+
+class WorkerError(RuntimeError):
+    """A worker failed, died or did not answer in time; the message says all that could be found out."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+        self.final = False
+        """Whether it was decided that the run ends of it."""
+
+
+def look(places: dict[Rank, Whereabouts], stacks: Collection[Rank] = ()) -> dict[Rank, Finding]:
+    """Examine workers' processes, on their nodes. stacks: those whose Python stacks are wanted too, which takes seconds."""
+    nodes = _by_node(places)
+    tasks = {
+        node: on_node(
+            node, inspection.examine, [places[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
+        )
+        for node, ranks in nodes.items()
+    }
+    found: dict[Rank, Finding] = {}
+    for node, ranks in nodes.items():
+        try:
+            found |= zip(ranks, ray.get(tasks[node], timeout=LOOK), strict=True)
+        except GetTimeoutError:
+            # A node without a free moment is not lost: its workers are healthy as far as anybody knows.
+            state: State = "running" if node in alive_nodes() else "node lost"
+            found |= dict.fromkeys(ranks, Finding(state, f"(the node could not be looked at in {LOOK:.0f} s)"))
+        except RayError:  # the task cannot be run there
+            found |= dict.fromkeys(ranks, Finding("node lost"))
+    return {rank: found[rank] for rank in places}
+
+
+def alive_nodes() -> set[str]:
+    """Ray's ids of the nodes that live."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def end(places: dict[Rank, Whereabouts]) -> None:
+    """Kill workers' processes, which Ray cannot do with a stopped one."""
+    for node, ranks in _by_node(places).items():
+        try:
+            ray.get(on_node(node, inspection.end, [places[rank] for rank in ranks]), timeout=LOOK)
+        except RayError:
+            continue  # with the node they are gone too
+
+
+def _by_node(places: dict[Rank, Whereabouts]) -> dict[str, list[Rank]]:
+    ranks = sorted(places, key=lambda rank: places[rank].node)
+    return {node: list(group) for node, group in groupby(ranks, key=lambda rank: places[rank].node)}
+
+
+def on_node(node: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function of a module of ours as a Ray task on a node, beside whatever else runs there; the result's reference."""
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"name": function.__name__, "num_cpus": 0, "max_retries": 0, "scheduling_strategy": where}
+    return ray.remote(call).options(**options).remote(f"{function.__module__}:{function.__name__}", *args)
+
+
+def named(ranks: Sequence[Rank]) -> str:
+    return ", ".join(_named(rank) for rank in ranks)
+
+
+def _named(rank: Rank) -> str:
+    return f"{rank[0]}-{rank[1]}"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().splitlines())

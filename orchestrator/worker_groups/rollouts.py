@@ -1,0 +1,63 @@
+"""What the driver holds of a step: references to where answers and numbers lie, and one or two numbers per answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from workers.data.samples import Placed
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A step's answers: where they lie, and what the driver may know of them. Arrays are [samples]."""
+
+    data: str
+    prompts: np.ndarray
+    """Rows of the dataset."""
+    numbers: np.ndarray
+    """Of the answers to its prompt, which one each is, from 0."""
+    step: int
+    """0: of an evaluation."""
+    placed: Placed
+    prompt_lengths: np.ndarray
+    answer_lengths: np.ndarray
+    ended: np.ndarray
+    """Which answers ended by themselves."""
+    versions: frozenset[int]
+    """Policy versions that wrote them."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.prompt_lengths + self.answer_lengths
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A value per answer token, where it lies, and one number per answer."""
+
+    placed: Placed
+    per_answer: np.ndarray
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Scored rollouts."""
+
+    rollouts: Rollouts
+    reference: Column
+    values: Column | None
+    scores: np.ndarray
+    """[samples] as they are trained on; nan: no score, so that nothing is learnt from the sample."""
+    kl_coefficient: float
+    ptx: list[np.ndarray] = field(default_factory=list)
+    """Rows of demonstrations beside each mini-batch."""
+
+    @property
+    def scored(self) -> np.ndarray:
+        """The samples that are trained on: those with a score."""
+        return np.flatnonzero(~np.isnan(self.scores))

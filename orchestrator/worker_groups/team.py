@@ -1,0 +1,605 @@
+"""The worker groups of a stage, and what the driver asks of them.
+
+    team = Team.start(config, plan)
+    team.load(model, {"model": reward_model})
+    team.add_prompts("prompts", rows)
+    rollouts = team.generate("prompts", picked, step).get()               # references and lengths, no tokens
+    reference, values, scores = together(team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"]))
+    together(team.train_actor(...), team.train_critic(...))
+    team.publish(version)
+
+`generate`, `log_probs`, `values`, `scores` and `train_...` give a Call, to be run alone (`.get()`) or with others (`together`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from configs.schema import ModelReward, ModelSettings, Role, RunConfig
+from configs.zero import ZERO
+from orchestrator.run.run_dir import local
+from orchestrator.worker_groups.calls import Call, WorkerGroup, together
+from orchestrator.worker_groups.deadlines import BACKWARD, Deadlines, Workload
+from orchestrator.worker_groups.failure_policy import Recovery
+from orchestrator.worker_groups.failures import Rank, WorkerError, alive_nodes, end, on_node
+from orchestrator.worker_groups.rollouts import Column, Experience, Rollouts
+from orchestrator.worker_groups.snapshot import RankFiles, Snapshot
+from placement.plan.fit import floor_to
+from placement.plan.placement_groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
+from placement.plan.time_sharing import by_turns
+from placement.types import Plan, transport_of
+from troupe.imports import Actor
+from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
+from workers.data.batching import Rows, aligned_micro_batches, balance, mini_batches
+from workers.data.samples import Placed
+from workers.data.step_inputs import DifferentModel, MiniBatch, Part, ScoringRequest, StaleWeights, Work, Written
+from workers.process.state_files import copy_files
+from workers.process.worker import WorkerSpec, environment
+from workers.rewards.result import Scored
+from workers.training.schedule import StageStep
+from workers.weight_sync.probe import Probe
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What came of an update of the engines."""
+
+    nbytes: int
+    """Bytes of one copy of the weights."""
+    gap: float
+    """Mean |difference| of the probe's log-probabilities between the actor and the engine that is furthest from it."""
+    proof_seconds: float
+    """Seconds that the comparison took."""
+
+
+Changed = Callable[["Team"], None]
+
+KINDS: dict[Role, str] = {
+    "actor": "policy",
+    "reference": "policy",
+    "critic": "value",
+    "reward": "rewards",
+    "rollout": "rollout",
+}
+
+
+class Team:
+    """The worker groups of one stage."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        recovery: Recovery | None,
+        changed: Changed | None,
+        started: datetime | None = None,
+    ) -> None:
+        self.config = config
+        self.started = started or datetime.now()
+        """The time that chat templates may write."""
+        self.model = config.model.path
+        """What the actor starts from."""
+        self.plan = plan
+        self._changed = changed or (lambda team: None)
+        self.recovery = recovery or Recovery(config.recovery)
+        self.deadlines = Deadlines(config.deadlines)
+        self.groups: dict[Role, WorkerGroup] = {}
+        self.lengths: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.version = 0
+        """Policy version that the engines serve."""
+        self._places: dict[str, PlacementGroup] = {}
+        self._starts: Counter[tuple[Role, int]] = Counter()
+        self.transport = transport_of(config, plan)
+
+    # ------------------------------------------------------------ life
+
+    @classmethod
+    def start(
+        cls,
+        config: RunConfig,
+        plan: Plan,
+        recovery: Recovery | None = None,
+        changed: Changed | None = None,
+        started: datetime | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Team:
+        """Reserve the placement groups and start every worker; nothing is loaded yet.
+
+        recovery: which failures are survived, and where they are written; none: as the config says, and nowhere.
+        changed: called with the team when there are new workers. started: when the run began; none: now.
+        say: called with a line that says who holds the room that the run waits for.
+        """
+        team = cls(config, plan, recovery, changed, started)
+        try:
+            team._places = create_groups(plan, config.name, config.placement.timeout, say)
+            fellows: list[WorkerGroup] = []
+            for role, planned in plan.roles.items():
+                group = WorkerGroup(role, [], planned.group, team.deadlines, fellows=fellows)
+                if role == "rollout" or (role in ("reference", "reward") and plan.stage == "ppo"):
+                    # With a process that serves others too, what those had learned is gone.
+                    group.mend = team._mend if planned.crew == (role,) else None
+                    group.collective = role == "reference" or len(planned.crew) > 1
+                team.groups[role] = group
+                fellows.append(group)
+            team._spawn({role: range(planned.ranks) for role, planned in plan.roles.items()})
+            team._meet({role: list(range(len(group))) for role, group in team.groups.items()})
+        except BaseException:
+            team.stop()
+            raise
+        return team
+
+    def _spawn(self, ranks: Mapping[Role, Sequence[int]]) -> None:
+        """Start the processes of these ranks of roles; roles that share a process stand there with the same ranks."""
+        for crew in dict.fromkeys(self.plan.roles[role].crew for role in ranks):
+            for rank in ranks[crew[0]]:
+                handle = self._start_process(crew, rank)
+                for role in crew:
+                    handles = self.groups[role].handles
+                    handles[rank : rank + 1] = [handle]
+
+    def _start_process(self, crew: tuple[Role, ...], rank: int) -> ActorHandle:
+        """The process of a rank of one role, or of several that share one."""
+        plans = [self.plan.roles[role] for role in crew]
+        first, device = plans[0], self.plan.device
+        place, bundle = bundle_of(self.plan, first.role, rank)
+        started = self._starts[crew[0], rank]
+        self._starts.update((role, rank) for role in crew)
+        options: dict[str, Any] = {
+            "name": f"{self.config.name}/{'+'.join(crew)}-{rank}" + (f" restart {started}" if started else ""),
+            "namespace": "troupe",
+            "num_cpus": floor_to(sum(planned.cpus for planned in plans), 4),
+            "num_gpus": floor_to(sum(planned.gpus for planned in plans), 4),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._places[place], bundle),
+            "runtime_env": {"env_vars": environment(self.config, first.role, device, first.threads)},
+        }
+        hosted = [
+            (
+                "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role],
+                WorkerSpec(
+                    self.config, role, rank, first.ranks, device, first.threads, by_turns(self.plan, role), self.started
+                ),
+            )
+            for role in crew
+        ]
+        return ray.remote(Actor).options(**options).remote("workers.process.worker_process:Host", hosted)
+
+    def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
+        """Find out where new workers are, and tell the ranks of each role where they meet."""
+        found = together(*(self.groups[role].to(ranks, "whereabouts") for role, ranks in new.items()))
+        for (role, ranks), places in zip(new.items(), found, strict=True):
+            self.groups[role].whereabouts |= dict(zip(ranks, places, strict=True))
+        self._changed(self)
+        addresses = together(*(self.groups[role].to(ranks, "address") for role, ranks in new.items()))
+        meet = {role: each[0] for role, each in zip(new, addresses, strict=True)}
+        together(*(self.groups[role].to(ranks, "join", meet[role]) for role, ranks in new.items()))
+
+    def stop(self) -> None:
+        """End the workers and give their placement groups back."""
+        for handle in {handle for group in self.groups.values() for handle in group.handles}:
+            ray.kill(handle)
+        try:
+            remove_groups(self._places)
+        except PlacementError as error:  # an end that is slow must not hide why it came
+            logging.getLogger("troupe").warning("%s", error)
+        self.groups, self._places = {}, {}
+
+    # ------------------------------------------------------------ recovery
+
+    def replace(self, error: WorkerError, anew: Sequence[Role] = ()) -> None:
+        """Replace the casualties of a failure, all ranks of a role that compute together, and tell the new ones all that the
+        old ones were told. What those had learned since is gone: see `restore`. `anew`: roles that begin anew as well.
+
+        Raises the error where it is not to be survived, PlacementError where a lost node leaves no room.
+        """
+        try:
+            self.recovery.consider(error)
+        except WorkerError:
+            end(error.failure.places)  # a stopped process would outlive the run
+            raise
+        lost: dict[Role, list[int]] = {}
+        for role, rank in self._due(error):
+            lost.setdefault(role, []).append(rank)
+        for role in [*lost, *anew]:
+            if role in anew or self.groups[role].collective:
+                lost |= {fellow: list(range(len(self.groups[fellow]))) for fellow in self.plan.roles[role].crew}
+        lost = {role: lost[role] for role in self.groups if role in lost}  # they load in the order of a start
+        gone = [(role, rank) for role, ranks in lost.items() for rank in ranks]
+        known = {place: where for role in lost for place, where in self.groups[role].places().items()}
+        end({rank: known[rank] for rank in gone if rank in known})
+        for role, rank in gone:
+            ray.kill(self.groups[role].handles[rank])
+        await_groups(self.plan, self.config.name, self._places, self.config.recovery.node_timeout)
+        self._spawn(lost)
+        self._meet(lost)
+        for calls in zip_longest(*(self.groups[role].prepared(ranks) for role, ranks in lost.items())):
+            together(*calls)
+        if "rollout" in self.groups and lost.keys() & {"actor", "rollout"}:
+            self._connect()
+            if not self.version:
+                self.publish(0)
+
+    def _due(self, error: WorkerError) -> list[Rank]:
+        """The casualties that were not replaced since, because of another error that named them too."""
+        known = error.failure.places
+        return [
+            (role, rank)
+            for role, rank in error.failure.casualties
+            if (role, rank) not in known or known[role, rank] == self.groups[role].whereabouts.get(rank)
+        ]
+
+    def _mend(self, error: WorkerError) -> None:
+        """Replace workers without state. New engines get the weights that the others have."""
+        if due := self._due(error):
+            self.replace(error)
+            if self.version and any(role == "rollout" for role, _ in due):
+                self.publish(self.version)
+
+    def snapshot(self, step: int, state: dict[str, Any], roles: Sequence[Role]) -> Snapshot:
+        """Copy what roles have learned into the object store; where there are several nodes, onto another node too."""
+        groups = [self.groups[role] for role in roles]
+        found = together(*(group.scatter("snapshot", [()] * len(group), keep=1) for group in groups))
+        nodes = sorted(alive_nodes())
+        files: dict[Role, list[RankFiles]] = {role: [] for role in roles}
+        for group, ranks in zip(groups, found, strict=True):
+            for rank, (ref, names) in enumerate(ranks):
+                node = group.whereabouts[rank].node
+                others = [other for other in nodes if other != node]
+                copies = {node: ref}
+                if others:
+                    other = others[rank % len(others)]
+                    copies[other] = on_node(other, copy_files, ref)
+                files[group.role].append(RankFiles(names, node, copies))
+        return Snapshot(step, state, files)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Give roles back what they had learned."""
+        calls: list[Call[Any]] = []
+        alive = alive_nodes()
+        for role, ranks in snapshot.files.items():
+            names = sorted({name for rank in ranks for name in rank.names})
+            copies = [rank.copy_on(alive) for rank in ranks]
+            calls.append(self.groups[role].scatter("restore_snapshot", [(mine, copies[0], names) for mine in copies]))
+        together(*calls)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Role, rank, node, pid and restarts of every worker."""
+        return [
+            {"role": role, "rank": rank, "node": place.host, "pid": place.pid, "restarts": self._starts[role, rank] - 1}
+            for role, group in self.groups.items()
+            for rank, place in sorted(group.whereabouts.items())
+        ]
+
+    # ------------------------------------------------------------ models and data
+
+    def load(self, model: str, reward_models: Mapping[str, str]) -> None:
+        """Load every role of the PPO stage at the same time, and let the actor meet the engines. May be done again.
+
+        model: folder that the actor, the reference and the engines start from. reward_models: name in `ppo.rewards` ->
+        folder; the critic starts from the first that reads the policy's tokens, or from `model` where there is none.
+        """
+        groups, ppo = self.groups, self.config.ppo
+        assert ppo is not None
+        self.version = 0
+        self.model = model
+        model, paths = local(model), {name: local(path) for name, path in reward_models.items()}
+        actor = pretrained(self.config.model)
+        if actor.lora:  # the policy that learns must be the policy that sampled
+            actor = actor.model_copy(update={"lora": actor.lora.model_copy(update={"dropout": 0.0})})
+        own = {s.name for s in ppo.rewards if isinstance(s, ModelReward) and s.tokenizer == "own"}
+        critic = next((path for name, path in paths.items() if name not in own), model)
+        together(
+            groups["actor"].prepare("load", model, actor, ppo.actor_optimizer),
+            groups["critic"].prepare("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
+            groups["reference"].prepare("load", model, actor, None),
+            groups["reward"].prepare("load", model, paths),
+            groups["rollout"].prepare("load", model, self.transport, self._longest),
+        )
+        self._connect()
+        if not self.config.model.quantize:  # then the actor has other weights than the folder
+            self._prove(0, groups["actor"].call("probe", 0).get()[0])
+        # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
+        self.publish(0)
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest sequence that an engine takes."""
+        assert self.config.ppo is not None
+        return self.config.ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
+
+    def export(self, role: Role, folder: str | Path) -> None:
+        """Write a role's model as a plain Hugging Face folder: adapters merged, and the adapter beside it."""
+        self.groups[role].call("export", str(Path(folder).absolute())).get()
+
+    def add_prompts(self, name: str, rows: Sequence[Row]) -> None:
+        """Tokenise prompts and give them to the engines, and to the reward role, whose functions get the rows' other columns.
+
+        Raises DataError where a prompt is longer than `ppo.max_prompt_tokens` and `ppo.overlong` refuses it.
+        """
+        assert self.config.ppo is not None
+        codec = Codec.load(self.model, self.config, self.config.model, self.started)
+        prompts, _ = encode_prompts(codec, rows, self.config.ppo.max_prompt_tokens, self.config.ppo.overlong)
+        self.add_encoded_prompts(name, prompts)
+
+    def add_encoded_prompts(self, name: str, prompts: Prompts) -> None:
+        """The same for prompts that are tokenised already."""
+        self._give(name, prompts.ids, "rollout")
+        self._give(name, prompts.rows, "reward")
+        self.lengths[name] = (prompts.lengths, np.zeros_like(prompts.lengths))
+
+    def add_data(self, name: str, rows: Sequences | Preferences, role: Role) -> None:
+        """Give tokenised demonstrations or preferences to a role's workers, which `parts` then refers to."""
+        self._give(name, rows, role)
+        self.lengths[name] = (rows.lengths, rows.learnt)
+
+    def _give(self, name: str, data: Any, role: Role) -> None:
+        """Through the object store, and to those that replace its workers too."""
+        self.groups[role].prepare("add_rows", name, ray.put(data)).get()
+
+    def memory(self) -> dict[Role, int]:
+        """Bytes of each role's workers, proportional set size; of a process that serves several roles, each has an equal part."""
+        roles = list(self.groups)
+        found = together(*(self.groups[role].call("memory") for role in roles))
+        return {role: sum(each) // len(self.plan.roles[role].crew) for role, each in zip(roles, found, strict=True)}
+
+    # ------------------------------------------------------------ rollouts
+
+    def generate(self, data: str, rows: np.ndarray, step: int, samples: int = 1) -> Call[Rollouts]:
+        """Answer each of the dataset's rows `samples` times; answers to one prompt stand side by side."""
+        group = self.groups["rollout"]
+        times = [int((rows[:i] == row).sum()) for i, row in enumerate(rows)]  # a prompt may come twice in a step
+        prompts = np.repeat(rows, samples)
+        numbers = np.concatenate([np.arange(samples) + samples * before for before in times])
+        shares = self._share_out(self.lengths[data][0][prompts], len(group))
+
+        def gather(results: list[tuple[Any, Written]]) -> Rollouts:
+            def ordered(name: str) -> np.ndarray:
+                return _in_order(shares, [getattr(written, name) for _, written in results], len(prompts))
+
+            placed = Placed.of([ref for ref, _ in results], shares, len(prompts))
+            return Rollouts(
+                data,
+                prompts,
+                numbers,
+                step,
+                placed,
+                prompt_lengths=ordered("prompt_lengths"),
+                answer_lengths=ordered("answer_lengths"),
+                ended=ordered("ended"),
+                versions=frozenset(written.version for _, written in results),
+            )
+
+        args = [(data, prompts[share], numbers[share], step, self.version) for share in shares]
+        longest, asked = self.config.rollout.max_new_tokens, float(self.lengths[data][0][prompts].sum())
+        turns = -(-max(map(len, shares)) // self.config.rollout.max_sequences)  # an engine's answers, so many at a time
+        work = Workload(asked + len(prompts) * longest, turns * longest)
+
+        def done(results: list[tuple[Any, Written]]) -> Workload:
+            lengths = np.concatenate([written.answer_lengths for _, written in results])
+            return Workload(asked + float(lengths.sum()), float(turns * lengths.max(initial=0)))
+
+        return group.scatter("generate", args, keep=1, work=work, then=gather, done=done)
+
+    def _share_out(self, prompt_lengths: np.ndarray, engines: int) -> list[np.ndarray]:
+        """Give each answer, the longest first, to the engine with the fewest tokens outstanding."""
+        outstanding = [0] * engines
+        shares: list[list[int]] = [[] for _ in range(engines)]
+        for i in np.argsort(-prompt_lengths, kind="stable"):
+            engine = outstanding.index(min(outstanding))
+            outstanding[engine] += int(prompt_lengths[i]) + self.config.rollout.max_new_tokens
+            shares[engine].append(int(i))
+        return [np.sort(np.array(share, np.intp)) for share in shares]
+
+    # ------------------------------------------------------------ scores
+
+    def log_probs(self, rollouts: Rollouts) -> Call[Column]:
+        """The reference's log-probabilities; per answer, the sum of log(actor / reference)."""
+        return self._column("reference", "log_probs", rollouts)
+
+    def values(self, rollouts: Rollouts) -> Call[Column] | None:
+        """The critic's values, where there is a critic."""
+        return self._column("critic", "values", rollouts) if "critic" in self.groups else None
+
+    def _column(self, role: Role, method: str, rollouts: Rollouts) -> Call[Column]:
+        shards, micro_batches = self._shards(role, rollouts.lengths)
+
+        def gather(results: list[tuple[Any, np.ndarray]]) -> Column:
+            placed = Placed.of([ref for ref, _ in results], shards, len(rollouts))
+            return Column(placed, _in_order(shards, [numbers for _, numbers in results], len(rollouts)))
+
+        args = [(rollouts.placed.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)]
+        work = Workload(float(rollouts.lengths.sum()), len(micro_batches[0]))
+        return self.groups[role].scatter(method, args, keep=1, work=work, then=gather)
+
+    def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, Scored]]:
+        """What each of the named sources (rewards or judges) says of the answers: of each a score, a timeout or an error."""
+        shards, micro_batches = self._shards("reward", rollouts.lengths)
+
+        def gather(results: list[dict[str, Scored]]) -> dict[str, Scored]:
+            return {name: Scored.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
+
+        args = [
+            (self._request(rollouts, rows), rollouts.placed.take(rows), micro, list(names))
+            for rows, micro in zip(shards, micro_batches, strict=True)
+        ]
+        assert self.config.ppo is not None
+        models = [source.name for source in self.config.ppo.rewards if isinstance(source, ModelReward)]
+        passes = sum(name in models for name in names)
+        work = Workload(passes * float(rollouts.lengths.sum()), 1 + passes * len(micro_batches[0]))
+        call = self.groups["reward"].scatter("scores", args, work=work, then=gather)
+        call.allowance = self.config.ppo.longest_scoring(max(map(len, shards)))
+        return call
+
+    def _request(self, rollouts: Rollouts, rows: Rows) -> ScoringRequest:
+        return ScoringRequest(
+            rollouts.data, rollouts.prompts[rows], rollouts.numbers[rows], rollouts.ended[rows], rollouts.step
+        )
+
+    def texts(self, rollouts: Rollouts, samples: np.ndarray | None = None) -> list[tuple[str, str]]:
+        """(prompt, answer) as text, for people to read: of each sample, or of some."""
+        samples = np.arange(len(rollouts)) if samples is None else samples
+        work = Workload(float(rollouts.lengths[samples].sum()))
+        return Call(self.groups["reward"], "texts", {0: (rollouts.placed.take(samples),)}, work=work).get()[0]
+
+    def _shards(self, role: Role, lengths: np.ndarray) -> tuple[list[Rows], list[list[Rows]]]:
+        """Samples of each rank and its micro-batches of them, balanced by tokens."""
+        assert self.config.ppo is not None
+        shards = balance(lengths, len(self.groups[role]))
+        return shards, aligned_micro_batches([lengths[s] for s in shards], self.config.ppo.micro_batch_tokens)
+
+    # ------------------------------------------------------------ training
+
+    def train_actor(self, experience: Experience, step: int, steps: int, update: bool = True) -> Call[dict[str, float]]:
+        """The policy's updates of a step, counted from 1, of as many as the learning rate's schedule is to have.
+
+        Each sample that has a score is trained on once per epoch. Without `update` the weights stay and only the log-prob gap
+        is measured. Raises ValueError where no sample has a score.
+        """
+        return self._train("actor", "train_answers", experience, StageStep(step, steps), update)
+
+    def train_critic(self, experience: Experience, step: int, steps: int) -> Call[dict[str, float]] | None:
+        """The critic's updates of a step, where there is a critic. See `train_actor`."""
+        if "critic" not in self.groups:
+            return None
+        return self._train("critic", "train_values", experience, StageStep(step, steps), True)
+
+    def _train(
+        self, role: Role, method: str, experience: Experience, at: StageStep, update: bool
+    ) -> Call[dict[str, float]]:
+        works = self._works(role, experience, at.step, update)
+        seed = (self.config.seed, at.step)
+        args = [(work, at, seed) for work in works]
+        asked = self._training_work(role, experience, update)
+
+        def done(results: list[dict[str, float]]) -> Workload:
+            """Of the actor, which may stop before its last update (`ppo.target_kl`)."""
+            updates = results[0].get("updates", 0.0) + results[0].get("refused/actor", 0.0)
+            return Workload(asked.tokens * updates / asked.steps, updates) if role == "actor" and update else asked
+
+        return self.groups[role].scatter(method, args, work=asked, then=lambda results: results[0], done=done)
+
+    def _training_work(self, role: Role, experience: Experience, update: bool) -> Workload:
+        """All updates of a step; without `update` the one forward pass, over the first mini-batch, that measures the gap."""
+        ppo, rollouts = self.config.ppo, experience.rollouts
+        assert ppo is not None
+        tokens = float(rollouts.lengths[experience.scored].sum())
+        if not update:
+            return Workload(tokens / ppo.mini_batches, 0.0)
+        if role == "actor":
+            tokens += sum(float(self.lengths["sft"][0][rows].sum()) for rows in experience.ptx)
+        return Workload(BACKWARD * ppo.epochs * tokens, ppo.epochs * ppo.mini_batches)
+
+    def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[Work]:
+        """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
+        ppo, rollouts, ranks = self.config.ppo, experience.rollouts, len(self.groups[role])
+        assert ppo is not None
+        if not len(experience.scored):
+            raise ValueError(
+                f"step {step}: none of the {len(rollouts)} samples has a score: there is nothing to train on"
+            )
+        order = np.random.default_rng((self.config.seed, step)).permutation(experience.scored)
+        mine: list[list[Rows]] = [[] for _ in range(ranks)]
+        minis: list[list[MiniBatch]] = [[] for _ in range(ranks)]
+        for k, samples in enumerate(mini_batches(order, ppo.mini_batches)):
+            shards = [samples[part] for part in balance(rollouts.lengths[samples], ranks)]
+            micro_batches = aligned_micro_batches([rollouts.lengths[s] for s in shards], ppo.micro_batch_tokens)
+            ptx = (
+                self.parts("actor", "sft", experience.ptx[k], ppo.micro_batch_tokens)
+                if role == "actor" and experience.ptx
+                else None
+            )
+            tokens = int(rollouts.answer_lengths[samples].sum())
+            for rank, (rows, micro) in enumerate(zip(shards, micro_batches, strict=True)):
+                before = sum(map(len, mine[rank]))
+                minis[rank].append(MiniBatch([before + m for m in micro], tokens, ptx[rank] if ptx else None))
+                mine[rank].append(rows)
+        return [
+            self._work(experience, np.concatenate(rows), mini, update) for rows, mini in zip(mine, minis, strict=True)
+        ]
+
+    def _work(self, experience: Experience, rows: Rows, minis: list[MiniBatch], update: bool) -> Work:
+        return Work(
+            rollouts=experience.rollouts.placed.take(rows),
+            reference=experience.reference.placed.take(rows),
+            values=experience.values.placed.take(rows) if experience.values else None,
+            scores=experience.scores[rows].astype(np.float32),
+            groups=experience.rollouts.prompts[rows],
+            kl_coefficient=experience.kl_coefficient,
+            mini_batches=minis,
+            update=update,
+        )
+
+    def parts(self, role: Role, name: str, rows: np.ndarray, max_tokens: int) -> list[Part]:
+        """Each rank's part of a batch of dataset rows, balanced by tokens."""
+        lengths, completions = self.lengths[name]
+        shards = [rows[part] for part in balance(lengths[rows], len(self.groups[role]))]
+        micro_batches = aligned_micro_batches([lengths[s] for s in shards], max_tokens)
+        count = int(completions[rows].sum())
+        return [Part(name, [s[m] for m in micro], count) for s, micro in zip(shards, micro_batches, strict=True)]
+
+    # ------------------------------------------------------------ weights
+
+    def _connect(self) -> None:
+        """Let the actor's ranks meet the engines."""
+        actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
+        address = actor.call("address").get()[0]
+        actor.call("connect", engines, self.transport, address).get()
+
+    def _prove(self, version: int, probe: Probe) -> float:
+        """Let every engine show that it computes what the actor does; the largest gap. Raises WorkerError."""
+        return max(self.groups["rollout"].call("prove", version, probe).get())
+
+    def publish(self, version: int) -> Publication:
+        """Give the actor's weights to every engine under a version, and let them show that they compute with them.
+
+        Engines that die meanwhile are replaced; weights that do not arrive as they were sent, or do not compute as the actor's
+        do, are sent once more.
+        """
+        damaged = 0
+        while True:
+            try:
+                size, probe = self.groups["actor"].call("publish", version).get()[0]
+                started = time.monotonic()
+                gap = self._prove(version, probe)
+            except WorkerError as error:
+                if isinstance(error.failure.cause, StaleWeights | DifferentModel) and not damaged:
+                    damaged += 1
+                    self.recovery.record(error.failure, "sent once more")
+                elif self._only_engines(error):
+                    self.replace(error)
+                else:
+                    raise
+            else:
+                self.version = version
+                return Publication(size, gap, probe.seconds + time.monotonic() - started)
+
+    def _only_engines(self, error: WorkerError) -> bool:
+        """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""
+        alone = len(self.groups["actor"]) == 1 or ZERO[self.config.strategy_of("actor")].stage < 3
+        roles = {role for role, _ in error.failure.casualties}
+        return alone and roles == {"rollout"}
+
+
+def pretrained(settings: ModelSettings) -> ModelSettings:
+    """The same for a model that has weights."""
+    return settings.model_copy(update={"init": "pretrained"})
+
+
+def _in_order(shards: list[Rows], parts: list[np.ndarray], count: int) -> np.ndarray:
+    out = np.empty(count, parts[0].dtype)
+    for rows, part in zip(shards, parts, strict=True):
+        out[rows] = part
+    return out

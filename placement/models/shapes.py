@@ -1,0 +1,67 @@
+"""The shapes of a stage's models, the longest sequence that they see, and an engine's least cache of keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from configs.schema import ModelReward, ModelSettings, RunConfig
+from placement.models.architecture import Architecture
+from placement.types import Device, Stage
+
+SIZES = {"float32": 4, "bfloat16": 2}
+KV_BLOCK = 128
+"""Tokens of a block of an engine's keys and values on CPU."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a stage's roles hold: the policy's shape, and those of the models with a scalar head; the critic's is the first's."""
+
+    policy: Architecture
+    scalars: tuple[Architecture, ...]
+
+
+NOTHING: Mapping[Stage, Path] = MappingProxyType({})
+"""No models are taken from other runs."""
+
+
+def read_shapes(config: RunConfig, stage: Stage, taken: Mapping[Stage, Path] = NOTHING) -> Shapes:
+    """taken: folders of the models that stages take from another run, by the stage that trained them there.
+
+    Raises ValueError where a model's config.json cannot be read."""
+    read = Architecture.of
+    policy = str(taken.get("sft", config.model.path)) if stage != "sft" else config.model.path
+    scored = config.rm.model.path if config.rm and config.rm.model else policy
+    if stage != "ppo":
+        shape = read(policy if stage == "sft" else scored)
+        return Shapes(shape, (shape,) if stage == "rm" else ())
+    assert config.ppo is not None
+    trained = str(taken.get("rm", scored))
+    paths = [source.path or trained for source in config.ppo.rewards if isinstance(source, ModelReward)]
+    return Shapes(read(policy), tuple(read(path) for path in paths))
+
+
+def model_settings(config: RunConfig, stage: Stage) -> ModelSettings:
+    return config.rm.model if stage == "rm" and config.rm and config.rm.model else config.model
+
+
+def longest_row(config: RunConfig, stage: Stage) -> int:
+    """Tokens of the longest row, of a pair those of both sides: a smaller micro-batch changes nothing."""
+    if stage == "ppo":
+        assert config.ppo is not None
+        return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
+    length: int = getattr(config, stage).max_length
+    return 2 * length if stage == "rm" else length
+
+
+def least_cache(config: RunConfig, policy: Architecture, device: Device) -> int:
+    """Bytes of the keys and values of one sequence of full length, without which vLLM starts no engine. On CPU its blocks are
+    large, and one is never used (measured with 24 and 129 tokens: it starts with 2 and 3 blocks, and not with 1 and 2)."""
+    tokens = longest_row(config, "ppo")
+    if device == "cpu":
+        tokens = (math.ceil(tokens / KV_BLOCK) + 1) * KV_BLOCK
+    return tokens * policy.kv_bytes(SIZES[config.model.dtype])

@@ -1,0 +1,131 @@
+"""Trainers that tests can look into and whose steps they can spoil. With the plugin `tests.support.learners` they are a team's
+actor and critic, and kinds of worker by names of their own; it does without vLLM, which takes long to import.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import zero
+from torch import Tensor
+
+from configs.schema import OffloadSettings, Strategy
+from workers.process.time_sharing import Turns
+from workers.process.worker_process import KINDS
+from workers.training.policy import PolicyWorker
+from workers.training.trainer import Trainer
+from workers.training.value import ValueWorker
+
+POLICY, VALUE = "tests.support.learners:OpenPolicy", "tests.support.learners:OpenValue"
+KINDS |= {"policy": POLICY, "open_policy": POLICY, "value": VALUE, "open_value": VALUE}
+
+
+def _nan_gradients(loss: Tensor) -> Tensor:
+    """The same loss, whose gradients are NaN."""
+    loss.register_hook(lambda gradient: gradient * math.nan)
+    return loss
+
+
+SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
+    "nan loss": lambda loss: loss * math.nan,
+    "infinite loss": lambda loss: loss * math.inf,
+    "infinite loss, finite gradients": lambda loss: loss + math.inf,
+    "finite loss, nan gradients": _nan_gradients,
+    "overflow": lambda loss: loss * 1e30,
+    "explosion": lambda loss: loss * 1e8,
+}
+
+
+class Open(Trainer):
+    """A trainer that can change its model, and whose weights and outputs a test can reach."""
+
+    spoiled: str = ""
+
+    def spoil(self, how: str) -> None:
+        """Something happens to the loss of this rank's last micro-batch, in the next optimizer step. See SPOILED."""
+        self.spoiled = how
+
+    def optimize(self, losses: Iterable[Callable[[], Tensor]], *args: Any) -> dict[str, float]:
+        how, self.spoiled = self.spoiled, ""
+        *others, last = losses
+        return super().optimize([*others, (lambda: SPOILED[how](last())) if how else last], *args)
+
+    def become(self, strategy: Strategy, offload: dict[str, str]) -> None:
+        """Train under another strategy from the next `load` on."""
+        settings: dict[str, Any] = {
+            "strategy": strategy,
+            "strategies": {},
+            "offload": OffloadSettings.model_validate(offload),
+        }
+        self.config = self.config.model_copy(update=settings)
+
+    def stage(self) -> int:
+        """Stage of ZeRO that DeepSpeed is at."""
+        assert self.engine is not None
+        return int(self.engine.zero_optimization_stage())
+
+    def held(self) -> dict[str, np.ndarray]:
+        """Everything that learning changes, as this rank holds it: weights, and AdamW's own copies and states."""
+        assert self.engine is not None
+        adam = self.engine.basic_optimizer
+        tensors = {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}
+        for i, master in enumerate(self._masters()):
+            tensors |= {f"master {i}": master, **{f"{name} {i}": v for name, v in adam.state.get(master, {}).items()}}
+        # A clone, since memory that numpy knows can no longer be given back.
+        return {name: tensor.detach().float().clone().numpy() for name, tensor in tensors.items()}
+
+    def gradients(self) -> list[int]:
+        """Where those lie that have memory now."""
+        return [p.grad.data_ptr() for p in self.model.parameters() if p.grad is not None]
+
+    def rest_and_wake(self) -> tuple[int, int]:
+        """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
+        turns = Turns([self], "cpu")
+        # On CPU some have memory that is not theirs to give back, such as a file's.
+        tensors = [t for t in self.tensors() if t.untyped_storage().resizable()]
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        before = sum(storage.nbytes() for storage in held.values())
+        turns.rest(tensors)
+        meanwhile = sum(storage.nbytes() for storage in held.values())
+        turns.wake()
+        return before, meanwhile
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that AdamW moves."""
+        assert self.engine is not None
+        whole = [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+        return list(getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", whole))
+
+    def dtypes(self) -> tuple[set[str], set[str]]:
+        """Types of the weights, and of AdamW's weights and moments."""
+        assert self.engine is not None
+        adams = self._masters()
+        adams += [state[name] for state in self._adam_states() for name in ("exp_avg", "exp_avg_sq")]
+        return {str(p.dtype) for p in self.model.parameters()}, {str(tensor.dtype) for tensor in adams}
+
+    def add_noise(self, scale: float, seed: int) -> None:
+        """Move every parameter that is trained."""
+        torch.manual_seed(seed)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        sharded = hasattr(trained[0], "ds_id")
+        with torch.no_grad(), zero.GatheredParameters(trained, modifier_rank=0) if sharded else nullcontext():
+            for parameter in trained:
+                parameter.add_(scale * torch.randn_like(parameter))
+
+    def logits(self, ids: list[list[int]]) -> np.ndarray:
+        """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: what the Hugging Face model itself gives."""
+        with self.evaluating():
+            return self.model.hf(input_ids=torch.tensor(ids)).logits.float().numpy()
+
+
+class OpenPolicy(Open, PolicyWorker):
+    """A language model."""
+
+
+class OpenValue(Open, ValueWorker):
+    """A scalar model."""

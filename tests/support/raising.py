@@ -1,0 +1,57 @@
+"""A plugin with a worker that raises what it is told to. Where the environment says so, the plugin itself cannot be imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+import pydantic
+
+from workers.data.step_inputs import StaleWeights
+from workers.process.worker import Worker
+from workers.process.worker_process import KINDS
+
+KINDS["raising"] = "tests.support.raising:Raising"
+
+if os.environ.get("TESTS_RAISING") == "broken":
+    raise ImportError("the plugin lacks a library\nwhich one might install")
+
+
+class OfThePlugin(Exception):
+    """Of a module that the driver need not have."""
+
+
+class RaisesWhenPickled(Exception):
+    """Ray's own code for the exceptions of a worker dies of it."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not to be pickled")
+
+
+class Shape(pydantic.BaseModel):
+    width: int
+    source: Any = None
+
+
+class Raising(Worker):
+    def fail(self, how: str) -> None:
+        match how:
+            case "lock":
+                error = OSError("no model gpt-9 is here\nCheck your internet connection")
+                error.lock = threading.Lock()  # type: ignore[attr-defined]
+                raise error
+            case "pydantic":  # which holds what it was given, as vLLM's configs do
+                Shape.model_validate({"width": "wide", "source": threading.Lock()})
+            case "plugin":
+                raise OfThePlugin("first line\nsecond line") from LookupError("its cause")
+            case "pickled":
+                raise RaisesWhenPickled("of no type that Ray knows")
+            case "exit":
+                sys.exit("the library gave up")
+            case "ours":
+                raise StaleWeights("version 3")
+
+    def ping(self) -> int:
+        return os.getpid()

@@ -1,0 +1,313 @@
+"""Calls to worker groups, on a real Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import ObjectLostError
+
+import orchestrator.run.ray_cluster  # noqa: F401  its environment must be there before Ray is used
+from configs.schema import DeadlineSettings, Role
+from orchestrator.worker_groups.calls import Call, WorkerGroup, together
+from orchestrator.worker_groups.deadlines import Deadlines
+from orchestrator.worker_groups.failures import WorkerError
+from placement.cluster.spec import Cluster
+from tests.support.runs import wait_for
+from workers.process.inspection import Whereabouts, whereabouts
+
+pytestmark = pytest.mark.slow
+
+
+class Unloadable(Exception):
+    """Can be pickled, and not be loaded again: its arguments are others than its constructor's."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"of {a} and {b}\nand more")
+
+
+class Unreadable:
+    """A result that the driver cannot load."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("not a number",)
+
+
+class Rank:
+    """What a group needs of an actor: `call`. Here the role does not matter."""
+
+    def call(self, role: Role, method: str, *args: Any) -> Any:
+        return getattr(self, method)(*args)
+
+    def ping(self) -> int:
+        return os.getpid()
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
+
+    def echo(self, *args: Any) -> Any:
+        return args
+
+    def nap(self, seconds: float) -> tuple[float, float]:
+        """When it began and ended."""
+        began = time.time()
+        time.sleep(seconds)
+        return began, time.time()
+
+    def two(self, seconds: float, size: int) -> tuple[np.ndarray, int]:
+        time.sleep(seconds)
+        return np.full(size, size), size
+
+    def fail(self) -> None:
+        raise LookupError("no such thing as 42")
+
+    def fail_with_a_lock(self) -> None:
+        error = ValueError("holds a lock\nwhich no pickle carries")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+
+    def fail_unloadable(self) -> None:
+        raise Unloadable(1, 2)
+
+    def answer_unreadably(self) -> Unreadable:
+        return Unreadable()
+
+    def lose(self) -> None:
+        raise ObjectLostError("00" * 28, None, "")
+
+    def fail_or_hang(self, rank: int) -> None:
+        if rank == 1:
+            self.fail()
+        time.sleep(600)
+
+    def hang(self, words: str, seconds: float) -> None:
+        print(f"out: {words}", flush=True)
+        time.sleep(seconds)
+
+    def die(self, words: str) -> None:
+        print(f"out: {words}", flush=True)
+        print(f"err: {words}", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_here: Cluster) -> None:
+    """Ranks ask for no CPUs, so that there may be many."""
+
+
+Start = Callable[..., WorkerGroup]
+Handles = list[ray.actor.ActorHandle]
+
+
+@pytest.fixture(scope="module")
+def idle(cluster: None) -> Handles:
+    """Ranks that wait for work: a process takes a second to start."""
+    return []
+
+
+def group_of(idle: Handles, taken: Handles) -> Start:
+    def start(role: Role, ranks: int = 1, place: str | None = None, timeout: float = 60.0) -> WorkerGroup:
+        while len(idle) < ranks:
+            idle.append(ray.remote(Rank).options(num_cpus=0).remote())
+        mine = [idle.pop() for _ in range(ranks)]
+        taken.extend(mine)
+        places = ray.get([handle.call.remote(role, "whereabouts") for handle in mine])
+        deadlines = Deadlines(DeadlineSettings(start=timeout, train=timeout))
+        return WorkerGroup(role, mine, place or role, deadlines, whereabouts=dict(enumerate(places)))
+
+    return start
+
+
+@pytest.fixture
+def start(idle: Handles) -> Iterator[Start]:
+    """start(role, ranks, place, timeout): a group whose ranks are up; others use them afterwards."""
+    taken: Handles = []
+    yield group_of(idle, taken)
+    idle += taken
+
+
+@pytest.fixture
+def spend(idle: Handles) -> Iterator[Start]:
+    """The same for groups that hang or die."""
+    taken: Handles = []
+    yield group_of(idle, taken)
+    for handle in taken:
+        ray.kill(handle)
+
+
+def overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Seconds that two spans have in common."""
+    return min(a[1], b[1]) - max(a[0], b[0])
+
+
+# ---------------------------------------------------------------- what calls give
+
+
+def test_every_rank_gets_its_arguments(start: Start) -> None:
+    group = start("actor", ranks=3)
+    assert len(group) == 3
+    assert group.call("echo", 1, "a").get() == [(1, "a")] * 3
+    assert group.scatter("echo", [(rank, rank**2) for rank in range(3)]).get() == [(0, 0), (1, 1), (2, 4)]
+    assert group.scatter("echo", [(rank,) for rank in range(3)], then=lambda r: sum(x for (x,) in r)).get() == 3
+    assert group.first("ping") == group.call("ping").get()[0]
+    with pytest.raises(ValueError, match="shorter"):
+        group.scatter("echo", [(0,)]).get()
+
+
+def test_kept_values_stay_in_the_store(start: Start) -> None:
+    """Results are in the order of the ranks, not of their answers."""
+    call: Call[list[tuple[ray.ObjectRef, int]]] = start("actor", ranks=2).scatter("two", [(0.3, 5), (0.0, 7)], keep=1)
+    (first, small), (second, large) = call.get()
+    assert (small, large) == (5, 7)
+    assert isinstance(first, ray.ObjectRef)
+    assert (ray.get(first).tolist(), ray.get(second).tolist()) == ([5] * 5, [7] * 7)
+
+
+def test_the_ranks_of_a_group_run_at_once(start: Start) -> None:
+    spans = start("actor", ranks=3).call("nap", 0.5).get()
+    assert overlap(spans[0], spans[1]) > 0.2
+    assert overlap(spans[1], spans[2]) > 0.2
+
+
+def test_groups_on_other_devices_run_at_once_and_on_the_same_in_turn(start: Start) -> None:
+    actor, reference, critic = start("actor", place="a"), start("reference", 2, place="a"), start("critic", place="b")
+    calls: list[Call[Any] | None] = [actor.call("nap", 0.6), None, reference.call("nap", 0.3), critic.call("nap", 0.6)]
+    [mine], nothing, theirs, [other] = together(*calls)
+    assert nothing is None
+    assert overlap(mine, other) > 0.3
+    for span in theirs:
+        assert mine[1] <= span[0], "the second call on the same devices waits for the first"
+    assert overlap(*theirs) > 0.1, "ranks of one group do not"
+
+
+def test_a_place_goes_on_when_it_is_free_though_others_are_not(start: Start) -> None:
+    groups = [start("actor", place="a"), start("reference", place="a"), start("critic", place="b")]
+    [first], [second], [long] = together(*(g.call("nap", s) for g, s in zip(groups, (0.2, 0.2, 1.5), strict=True)))
+    assert first[1] <= second[0]
+    assert second[1] < long[1]
+
+
+def test_what_is_waited_for_can_be_seen_from_outside(start: Start) -> None:
+    group = start("actor", ranks=2, timeout=50)
+    deadlines = group.deadlines
+    thread = threading.Thread(target=group.scatter("nap", [(0.0,), (2.0,)]).get)
+    thread.start()
+    wait_for(lambda: deadlines.awaited is not None and deadlines.awaited.ranks == (1,), 30)
+    awaited = deadlines.awaited
+    assert awaited is not None
+    assert (awaited.role, awaited.method, awaited.setting) == ("actor", "nap", "deadlines.train")
+    assert awaited.until - awaited.since == pytest.approx(50, abs=0.01)
+    assert abs(awaited.since - time.time()) < 30
+    thread.join()
+    assert deadlines.awaited is None
+    assert deadlines.taken() == {("actor", "nap"): pytest.approx(2.0, abs=1.5)}
+    assert deadlines.taken() == {}
+
+
+# ---------------------------------------------------------------- what fails
+
+
+def never(error: WorkerError) -> None:
+    pytest.fail(f"replaced because of: {error}")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "text"),
+    [
+        ("fail_with_a_lock", "error", "ValueError: holds a lock"),
+        ("fail_unloadable", "error", "Unloadable: of 1 and 2"),
+        ("answer_unreadably", "error", "ValueError: invalid literal for int() with base 10: 'not a number'"),
+        ("lose", "lost", "ObjectLostError: Failed to retrieve object"),
+    ],
+)
+def test_what_would_come_again_is_told_once_and_not_asked_again(
+    start: Start, method: str, kind: str, text: str
+) -> None:
+    """In a role whose ranks are replaced in the middle of a call: these are not, and asked again they would answer the same."""
+    group = start("reference")
+    group.mend = never
+    with pytest.raises(WorkerError) as e:
+        group.call(method).get()
+    assert e.value.failure.text.startswith(f"reference rank 0 failed in {method}: {text}")
+    assert e.value.failure.kind == kind
+    assert e.value.failure.survivable == (kind == "lost")
+
+
+def test_a_process_that_raises_has_its_first_line_shown(start: Start) -> None:
+    with pytest.raises(WorkerError) as e:
+        start("actor").call("fail_with_a_lock").get()
+    assert str(e.value).splitlines()[0] == "actor rank 0 failed in fail_with_a_lock: ValueError: holds a lock"
+    assert "which no pickle carries" in str(e.value), "further down"
+
+
+def test_an_error_names_role_rank_and_call(start: Start) -> None:
+    with pytest.raises(
+        WorkerError, match=r"^actor rank 0 failed in fail: LookupError: 'no such thing as 42'|42\n"
+    ) as e:
+        start("actor", ranks=2).call("fail").get()
+    assert 'raise LookupError("no such thing as 42")' in str(e.value), "it shows where"
+
+
+def test_a_rank_that_fails_is_told_of_at_once_though_the_other_hangs(spend: Start) -> None:
+    group = spend("reference", ranks=2)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"^reference rank 1 failed in fail_or_hang: LookupError: "):
+        group.scatter("fail_or_hang", [(0,), (1,)]).get()
+    assert time.monotonic() - began < 10
+
+
+def test_a_failure_of_one_group_is_told_of_though_another_hangs(spend: Start) -> None:
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"^critic rank 0 failed in fail: LookupError: "):
+        together(spend("actor").call("nap", 600.0), spend("critic").call("fail"))
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_killed_process_is_named_with_the_end_of_its_log(spend: Start, keep: int) -> None:
+    group = spend("critic", ranks=2)
+    with pytest.raises(WorkerError, match=r"^critic rank [01] failed in die: its process died\n") as e:
+        group.scatter("die", [("last words",)] * 2, keep=keep).get()
+    assert "out: last words" in str(e.value)
+    assert "err: last words" in str(e.value)
+    assert "not to be had" not in str(e.value)
+
+
+def test_a_call_to_a_dead_process_says_so(spend: Start) -> None:
+    group = spend("reward")
+    with pytest.raises(WorkerError, match="reward rank 0 failed in die: its process died"):
+        group.call("die", "bye").get()
+    with pytest.raises(WorkerError, match="reward rank 0 failed in ping: its process died"):
+        group.call("ping").get()
+
+
+def test_a_passed_deadline_names_who_did_not_answer(spend: Start) -> None:
+    group = spend("rollout", ranks=3, timeout=1.0)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"^rollout rank 1, 2: no answer to hang in 1 s \(deadlines\.train\)") as e:
+        group.scatter("hang", [("rank 0", 0.0), ("rank 1", 600.0), ("rank 2", 600.0)]).get()
+    assert time.monotonic() - began < 20
+    assert "out: rank 1" in str(e.value)
+    assert "out: rank 2" in str(e.value)
+    assert "out: rank 0" not in str(e.value)
+
+
+def test_a_deadline_begins_when_the_call_does(start: Start) -> None:
+    """A call that waits for its turn is not late."""
+    first, second = start("actor", place="a", timeout=2.0), start("reference", place="a", timeout=2.0)
+    together(first.call("nap", 1.2), second.call("nap", 1.2))
+
+
+def test_each_call_has_its_own_deadline(spend: Start) -> None:
+    patient, hasty = spend("critic", timeout=60.0), spend("reward", timeout=1.0)
+    with pytest.raises(WorkerError, match=r"^reward rank 0: no answer to nap in 1 s"):
+        together(patient.call("nap", 600.0), hasty.call("nap", 600.0))

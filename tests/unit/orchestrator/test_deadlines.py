@@ -1,0 +1,232 @@
+"""How long a call may take, and how often a worker may be replaced."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.schema import DeadlineSettings, RecoverySettings, Role, RunConfig
+from orchestrator.storage.failure_log import FailureLog
+from orchestrator.worker_groups.calls import Call, WorkerGroup
+from orchestrator.worker_groups.deadlines import Deadlines, Workload
+from orchestrator.worker_groups.failure_policy import Recovery
+from orchestrator.worker_groups.failures import Failure, Kind, WorkerError
+from orchestrator.worker_groups.rollouts import Column, Experience, Rollouts
+from orchestrator.worker_groups.team import Team
+from placement import Cluster, make_plan
+from placement.cluster.spec import Node
+from workers.data.samples import Placed
+from workers.data.step_inputs import Written
+
+# ---------------------------------------------------------------- what is learnt
+
+
+def test_a_phase_that_is_named_gets_what_it_says() -> None:
+    deadlines = Deadlines(DeadlineSettings(generate=7))
+    deadlines.observe("generate", Workload(), 500)
+    deadlines.missed("generate")
+    assert deadlines.seconds("generate", Workload(1000)) == 7
+    assert deadlines.setting("generate") == "deadlines.generate"
+
+
+def test_other_calls_go_by_what_they_took_before() -> None:
+    deadlines = Deadlines(DeadlineSettings(first=100, least=20, patience=10))
+    assert deadlines.seconds("values", Workload(50, 1)) == 100
+    deadlines.observe("values", Workload(1000, 4), 4.0)
+    assert deadlines.seconds("values", Workload(1000, 4)) == 40
+    assert deadlines.seconds("values", Workload(5000, 4)) == 200, "more tokens"
+    assert deadlines.seconds("values", Workload(1000, 8)) == 80, "more micro-batches, which have their fixed costs"
+    assert deadlines.seconds("values", Workload(10, 1)) == 40, "a small call has fixed costs, of which nothing is known"
+    assert deadlines.seconds("log_probs", Workload(1000, 4)) == 100, "another call is another matter"
+    deadlines.observe("values", Workload(1000, 4), 0.1)
+    assert deadlines.seconds("values", Workload(1000, 4)) == 40, "the slowest of them"
+    for _ in range(20):
+        deadlines.observe("values", Workload(1000, 4), 3.0)
+    assert deadlines.seconds("values", Workload(1000, 4)) == 30, "of the latest"
+
+
+def test_a_call_that_does_what_none_did_before_is_a_first_call() -> None:
+    """A critic's warm-up measures the actor's log-probabilities and updates nothing."""
+    deadlines = Deadlines(DeadlineSettings(first=100, least=1, patience=10))
+    deadlines.observe("train_answers", Workload(500, steps=0), 1.0)
+    assert deadlines.seconds("train_answers", Workload(500, steps=0)) == 10
+    assert deadlines.seconds("train_answers", Workload(6000, steps=4)) == 100
+    deadlines.observe("train_answers", Workload(6000, steps=4), 60.0)
+    assert deadlines.seconds("train_answers", Workload(6000, steps=4)) == 600
+
+
+def test_after_a_missed_deadline_the_next_attempt_has_twice_the_time() -> None:
+    deadlines = Deadlines(DeadlineSettings(first=100, least=60, patience=10))
+    deadlines.missed("values")
+    assert deadlines.seconds("values", Workload()) == 100, "what a setting names stays"
+    deadlines.observe("values", Workload(), 1.0)
+    assert deadlines.seconds("values", Workload()) == 60
+    deadlines.missed("values")
+    deadlines.missed("values")
+    assert deadlines.seconds("values", Workload()) == 240
+    deadlines.observe("values", Workload(), 100.0)
+    assert deadlines.seconds("values", Workload()) == 1000
+
+
+COSTS = st.floats(1e-4, 10.0)
+AMOUNTS = st.tuples(st.floats(1, 1e6), st.floats(1, 1e4))
+
+
+@given(st.lists(AMOUNTS, min_size=1, max_size=5), AMOUNTS, COSTS, COSTS, COSTS)
+def test_whoever_works_as_fast_as_before_is_not_taken_for_hung(
+    before: list[tuple[float, float]], now: tuple[float, float], token: float, step: float, fixed: float
+) -> None:
+    """Whatever a token, a step and a call cost, and whatever sizes the calls had."""
+
+    def seconds(work: tuple[float, float]) -> float:
+        return fixed + token * work[0] + step * work[1]
+
+    deadlines = Deadlines(DeadlineSettings(first=1, least=1e-6, patience=3))
+    for work in before:
+        deadlines.observe("scores", Workload(*work), seconds(work))
+    assert seconds(now) <= deadlines.seconds("scores", Workload(*now)) * (1 + 1e-9)
+
+
+# ---------------------------------------------------------------- what the calls of a team have to do
+
+SAMPLES, PROMPT, ANSWER = 8, 10, 50
+"""Answers of a step, and tokens of each."""
+
+
+@pytest.fixture(scope="module")
+def team() -> Team:
+    """A team that has started nothing: its calls can be looked at."""
+    data, adam = {"path": "rows.jsonl"}, {"lr": 1e-4}
+    ppo = {"prompts": data, "steps": 5, "prompts_per_step": SAMPLES, "epochs": 2, "mini_batches": 2, "critic_warmup": 2}
+    settings = {
+        "name": "deadlines",
+        "model": {"path": "model"},
+        "ppo": ppo | {"actor_optimizer": adam, "critic_optimizer": adam},
+        "rollout": {"max_new_tokens": 1000, "max_sequences": 4},
+    }
+    config = RunConfig.model_validate(settings)
+    made = Team(config, make_plan(config, "ppo", Cluster((Node(8.0),))), None, None)
+    for role in made.plan.roles:
+        made.groups[role] = WorkerGroup(role, [None], role, made.deadlines)
+    made.lengths["prompts"] = np.full(SAMPLES, PROMPT), np.zeros(SAMPLES)
+    return made
+
+
+def experience() -> Experience:
+    placed = Placed((None,), np.zeros((SAMPLES, 2), np.int32))
+    prompts, answers = np.full(SAMPLES, PROMPT), np.full(SAMPLES, ANSWER)
+    ended, numbers = np.ones(SAMPLES, bool), np.zeros(SAMPLES, int)
+    rollouts = Rollouts("prompts", np.arange(SAMPLES), numbers, 1, placed, prompts, answers, ended, frozenset())
+    column = Column(placed, np.zeros(SAMPLES))
+    return Experience(rollouts, column, column, np.zeros(SAMPLES), 0.1)
+
+
+def done(call: Call[Any], *results: Any) -> Workload:
+    assert call.done is not None
+    return call.done(list(results))
+
+
+def test_a_warm_up_is_not_the_measure_of_a_training_step(team: Team) -> None:
+    """It runs over the first of two mini-batches once, forward; a step over both twice, backward too, with four updates."""
+    warm_up = team.train_actor(experience(), 1, 5, update=False)
+    step = team.train_actor(experience(), 3, 5)
+    tokens = SAMPLES * (PROMPT + ANSWER)
+    assert warm_up.work == done(warm_up, {"updates": 0.0, "refused/actor": 0.0}) == Workload(tokens / 2, 0)
+    assert step.work == done(step, {"updates": 3.0, "refused/actor": 1.0}) == Workload(3 * 2 * tokens, 4)
+    critic = team.train_critic(experience(), 1, 5)
+    assert critic is not None
+    assert critic.work == done(critic, {}) == step.work
+
+
+def test_a_step_cut_short_counts_for_what_it_did(team: Team) -> None:
+    step = team.train_actor(experience(), 3, 5)
+    short = done(step, {"updates": 1.0, "refused/actor": 0.0})
+    assert short == Workload(step.work.tokens / 4, 1)
+    assert step.work.times(short) == 4
+
+
+def test_answers_that_grow_longer_are_not_taken_for_a_hang(team: Team) -> None:
+    """Asked for are 1,000 tokens each; what was written is what was done. Four at a time, eight answers take two turns."""
+    call = team.generate("prompts", np.arange(SAMPLES), step=1)
+    prompts = SAMPLES * PROMPT
+    assert call.work == Workload(prompts + SAMPLES * 1000, 2 * 1000)
+    lengths = np.array([5] * 7 + [20])
+    written = Written(np.full(SAMPLES, PROMPT), lengths, np.ones(SAMPLES, bool), 0)
+    assert done(call, ("reference", written)) == Workload(prompts + lengths.sum(), 2 * 20)
+
+
+def test_few_long_answers_take_no_less_than_many_short_ones(team: Team) -> None:
+    """An evaluation of one prompt after steps of eight: an engine writes no faster than token by token."""
+    many = team.generate("prompts", np.arange(SAMPLES), step=1)
+    short = done(
+        many, ("reference", Written(np.full(SAMPLES, PROMPT), np.full(SAMPLES, 100), np.ones(SAMPLES, bool), 0))
+    )
+    one = team.generate("prompts", np.arange(1), step=0)
+    assert one.work.tokens < 2 * short.tokens
+    assert one.work.times(short) == 1000 / 200
+
+
+# ---------------------------------------------------------------- how often a worker is replaced
+
+
+def failure(kind: Kind, role: Role, ranks: tuple[int, ...] = (0,)) -> WorkerError:
+    casualties = () if kind in ("error", "lost") else tuple((role, rank) for rank in ranks)
+    return WorkerError(Failure(kind, role, ranks, "values", "score", f"{role} failed", casualties=casualties))
+
+
+def test_an_error_of_its_own_is_not_survived(tmp_path: Path) -> None:
+    error = failure("error", "critic")
+    with pytest.raises(WorkerError) as raised:
+        Recovery(RecoverySettings(), FailureLog(tmp_path)).consider(error)
+    assert raised.value is error
+    [record] = tmp_path.iterdir()
+    assert record.name == "0001-critic-error.txt"
+    assert record.read_text().endswith("not survivable\n")
+
+
+def test_each_role_has_its_budget(tmp_path: Path) -> None:
+    said: list[str] = []
+    recovery = Recovery(RecoverySettings(restarts=2), FailureLog(tmp_path), said.append)
+    for role in ("critic", "actor"):
+        recovery.consider(failure("died", role))
+        recovery.consider(failure("hung", role))
+    with pytest.raises(
+        WorkerError, match=r"actor failed\n  not replaced again: 2 restarts in 3600 s, or in one step, are"
+    ):
+        recovery.consider(failure("died", "actor"))
+    assert len(list(tmp_path.iterdir())) == 5
+    assert said == ["critic failed"] * 2 + ["actor failed"] * 2, "the last is raised"
+
+
+def test_what_was_lost_without_casualties_counts_too() -> None:
+    recovery = Recovery(RecoverySettings(restarts=2))
+    for _ in range(2):
+        recovery.consider(failure("lost", "reward"))
+    with pytest.raises(WorkerError, match="not replaced again"):
+        recovery.consider(failure("lost", "reward"))
+
+
+def test_restarts_are_counted_over_a_window() -> None:
+    recovery = Recovery(RecoverySettings(restarts=1, window=0.2))
+    recovery.consider(failure("died", "critic"))
+    time.sleep(0.3)
+    recovery.consider(failure("died", "critic"))
+    with pytest.raises(WorkerError, match="not replaced again"):
+        recovery.consider(failure("died", "critic"))
+
+
+def test_a_step_is_not_tried_for_ever_though_each_attempt_outlasts_the_window(tmp_path: Path) -> None:
+    log = FailureLog(tmp_path)
+    recovery = Recovery(RecoverySettings(restarts=1, window=0.01), log)
+    for step in (1, 2):
+        log.where = f"ppo, step {step} of 5"
+        recovery.consider(failure("hung", "actor"))
+        time.sleep(0.02)
+    with pytest.raises(WorkerError, match="not replaced again"):
+        recovery.consider(failure("hung", "actor"))

@@ -1,0 +1,110 @@
+"""What a worker's process sends of its exceptions: their type, their whole text and where they were raised, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import ray
+
+from orchestrator.worker_groups.calls import WorkerGroup
+from orchestrator.worker_groups.failures import WorkerError
+from placement import Cluster
+from tests.support.hosts import DEADLINES, run_config
+from workers.data.step_inputs import StaleWeights
+from workers.process.remote_error import RemoteError, headline, headline_of_traceback
+from workers.process.worker import WorkerSpec
+from workers.process.worker_process import Host
+
+Start = Callable[..., WorkerGroup]
+
+
+@pytest.fixture(scope="module")
+def start(ray_here: Cluster) -> Iterator[Start]:
+    """start(**environment): a group of one process with the plugin tests.support.raising."""
+    groups: list[WorkerGroup] = []
+
+    def get(**environment: str) -> WorkerGroup:
+        spec = WorkerSpec(run_config(plugins=["tests.support.raising"]), "reference", 0, 1, "cpu", 1)
+        actor = ray.remote(Host).options(num_cpus=0, runtime_env={"env_vars": environment})
+        groups.append(WorkerGroup("reference", [actor.remote([("raising", spec)])], "reference", DEADLINES))
+        groups[-1].mend = lambda error: pytest.fail(f"replaced because of: {error}")
+        return groups[-1]
+
+    yield get
+    for handle in (handle for group in groups for handle in group.handles):
+        ray.kill(handle)
+
+
+@pytest.fixture(scope="module")
+def group(start: Start) -> WorkerGroup:
+    return start()
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "more"),
+    [
+        ("lock", "OSError: no model gpt-9 is here", "Check your internet connection"),
+        (
+            "pydantic",
+            "ValidationError: 1 validation error for Shape width Input should be a valid integer",
+            "input_value",
+        ),
+        ("plugin", "OfThePlugin: first line", "LookupError: its cause"),
+        ("pickled", "RaisesWhenPickled: of no type that Ray knows", "tests.support.raising.RaisesWhenPickled"),
+        ("exit", "SystemExit: the library gave up", "sys.exit("),
+    ],
+)
+def test_any_exception_reaches_the_driver_with_type_text_and_traceback(
+    group: WorkerGroup, how: str, text: str, more: str
+) -> None:
+    before = group.first("ping")
+    with pytest.raises(WorkerError) as e:
+        group.first("fail", how)
+    failure = e.value.failure
+    assert failure.text.startswith(f"reference rank 0 failed in fail: {text}")
+    assert failure.kind == "error" and not failure.survivable
+    assert isinstance(failure.cause, RemoteError)
+    assert more in failure.detail and "raising.py" in failure.detail
+    assert failure.detail.count("Error: first line") <= 1, "told once"
+    assert group.first("ping") == before, "the process lives"
+
+
+def test_the_exceptions_of_ours_arrive_as_they_are(group: WorkerGroup) -> None:
+    with pytest.raises(WorkerError, match=r"^reference rank 0 failed in fail: StaleWeights: version 3\n") as e:
+        group.first("fail", "ours")
+    assert isinstance(e.value.failure.cause, StaleWeights)
+
+
+def test_a_process_that_cannot_begin_says_why(start: Start) -> None:
+    """And is no process that died, of which one would start another."""
+    with pytest.raises(WorkerError) as e:
+        start(TESTS_RAISING="broken").first("ping")
+    assert e.value.failure.text == "reference rank 0 failed in ping: ImportError: the plugin lacks a library"
+    assert e.value.failure.kind == "error"
+
+
+def test_the_headline_of_a_message() -> None:
+    assert headline("") == headline(" \n ") == ""
+    assert headline("one\ntwo") == "one"
+    assert headline("\n  Errors:\n  a\n\n  b\n  c") == "Errors: a b"
+    assert headline("x" * 1000) == "x" * 400 + "..."
+
+
+def test_the_headline_of_a_traceback() -> None:
+    chained = """Traceback (most recent call last):
+  File "a.py", line 1, in f
+    raise KeyError(1)
+KeyError: 1
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a.py", line 3, in f
+    raise package.Broken("x")
+    ^^^^^^^^^^^^^^^^^^^^^^^^^
+package.Broken: first: line
+last line"""
+    assert headline_of_traceback(chained) == "Broken: first: line"
+    assert headline_of_traceback("Traceback (most recent call last):\n  File\nKeyboardInterrupt") == "KeyboardInterrupt"
+    assert headline_of_traceback("no traceback") == ""

@@ -1,0 +1,391 @@
+"""Several ranks learn what one learns, whatever is sharded over them and however batches are cut.
+
+Each set-up trains the same things from the same start: demonstrations, pairs with dropout, and the policy and the critic on
+the same answers. One rank with everything whole is what the others must agree with. No number of rows divides among the ranks,
+some answers have no score, and some batches have fewer rows than there are ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
+from configs.zero import ZERO, Strategy
+from orchestrator.worker_groups.rollouts import Column, Experience, Rollouts
+from orchestrator.worker_groups.team import Team
+from placement import Cluster, make_plan
+from tests.support.models import VOCABULARY, encoded, make_model
+from workers.data import Row, RowKind
+from workers.data.samples import Chunk, Placed, Ragged, Sample
+from workers.models.heads import Batch, LanguageModel, load_hf
+from workers.training.schedule import StageStep
+
+pytestmark = pytest.mark.slow
+
+Ranks = tuple[int, int]
+"""Of the actor and of the critic."""
+Setup = tuple[Strategy, Ranks, int]
+"""What is sharded, the ranks, and the tokens of a micro-batch."""
+SETUPS: dict[str, Setup] = {
+    "ddp, one rank, small micro-batches": ("ddp", (1, 1), 48),
+    "ddp": ("ddp", (2, 2), 160),
+    "zero2": ("zero2", (2, 2), 160),
+    "ddp, more ranks, small micro-batches": ("ddp", (3, 4), 48),
+    "zero1, more ranks": ("zero1", (3, 4), 160),
+    "zero2, more ranks": ("zero2", (3, 4), 160),
+    "zero3, more ranks": ("zero3", (3, 4), 160),
+}
+WHOLE: Setup = ("ddp", (1, 1), 100_000)
+JOBS = ("demonstrations", "pairs", "policy", "critic")
+ADAM = OptimizerSettings(lr=1e-3, warmup=0.0, weight_decay=0.01, max_grad_norm=2.0)
+SAMPLES = 12
+SCORED = (SAMPLES - 1, 3, 1)
+"""Answers that have a score in each step of PPO."""
+BATCHES = (7, 5, 2)
+"""Rows of each step of the supervised jobs."""
+
+
+@dataclass
+class Trained:
+    """What a job reported, step after step, and the model that it ended with."""
+
+    steps: list[dict[str, float]]
+    weights: dict[str, Tensor]
+
+
+# ---------------------------------------------------------------- what is trained on
+
+
+def text(draw: np.random.Generator, low: int, high: int) -> str:
+    return "".join(draw.choice(list("abcdefgh ")) for _ in range(draw.integers(low, high)))
+
+
+def demonstrations(count: int) -> list[Row]:
+    """Lengths differ, and one row has no prompt."""
+    draw = np.random.default_rng(1)
+    rows = [Row(text(draw, 1, 20), completion=text(draw, 1, 20)) for _ in range(count - 1)]
+    return [*rows, Row("", completion=text(draw, 5, 10))]
+
+
+def pairs(count: int) -> list[Row]:
+    draw = np.random.default_rng(2)
+    return [
+        Row(text(draw, 1, 9), chosen=text(draw, 0, 30), rejected=text(draw, 0, 30), margin=float(draw.random()))
+        for _ in range(count)
+    ]
+
+
+def fake_experience(folder: Path, config: RunConfig) -> Experience:
+    """Answers as two engines would have left them in the object store, and scores of every kind."""
+    draw = np.random.default_rng(3)
+    prompt_lengths, answer_lengths = draw.integers(1, 12, SAMPLES), draw.integers(1, 20, SAMPLES)
+    ids = [draw.integers(1, VOCABULARY, n).astype(np.int32) for n in prompt_lengths + answer_lengths]
+    samples = [Sample(row, int(n), np.empty(0)) for row, n in zip(ids, prompt_lengths, strict=True)]
+    batch = Batch(samples, torch.device("cpu"))
+    with torch.no_grad():
+        found, _ = LanguageModel(load_hf(config.model, str(folder), scalar=False, seed=1)).eval()(batch)
+    log_probs = [
+        (row[mask].numpy() + draw.normal(0, 0.2, int(mask.sum()))).astype(np.float32)
+        for row, mask in zip(found, batch.mask, strict=True)
+    ]
+    engines = [np.arange(0, SAMPLES, 2), np.arange(1, SAMPLES, 2)]
+    chunks = [
+        Chunk(
+            Ragged.of([ids[i] for i in share], np.int32),
+            Ragged.of([log_probs[i] for i in share], np.float32),
+            prompt_lengths[share].astype(np.int32),
+        )
+        for share in engines
+    ]
+
+    def column(scale: float) -> Column:
+        rows = [draw.normal(0, scale, n).astype(np.float32) for n in answer_lengths]
+        return Column(placed([Ragged.of([rows[i] for i in share], np.float32) for share in engines]), np.zeros(SAMPLES))
+
+    def placed(parts: list[Any]) -> Placed:
+        return Placed.of([ray.put(part) for part in parts], engines, SAMPLES)
+
+    rollouts = Rollouts(
+        "prompts",
+        prompts=np.arange(SAMPLES) // 2,
+        numbers=np.arange(SAMPLES) % 2,
+        step=1,
+        placed=placed(chunks),
+        prompt_lengths=prompt_lengths,
+        answer_lengths=answer_lengths,
+        ended=np.ones(SAMPLES, bool),
+        versions=frozenset([0]),
+    )
+    scores, ptx = draw.normal(0, 1, SAMPLES), [np.arange(5), np.arange(5, 7)]
+    return Experience(rollouts, column(2.0), column(0.5), scores, kl_coefficient=0.05, ptx=ptx)
+
+
+def of_step(experience: Experience, step: int) -> Experience:
+    """The same with as many scores as the step has."""
+    unscored = np.random.default_rng(step).permutation(SAMPLES)[SCORED[step - 1] :]
+    scores = experience.scores.copy()
+    scores[unscored] = np.nan
+    return replace(experience, scores=scores)
+
+
+# ---------------------------------------------------------------- training
+
+
+def run_config(folder: Path, strategy: Strategy, ranks: Ranks, micro_batch_tokens: int) -> RunConfig:
+    data, devices = {"path": "rows.jsonl"}, dict(zip(("actor", "critic"), ranks, strict=True))
+    ppo = {
+        "prompts": data,
+        "steps": len(SCORED),
+        "prompts_per_step": SAMPLES,
+        "epochs": 2,
+        "mini_batches": 2,
+        "micro_batch_tokens": micro_batch_tokens,
+        "entropy_coefficient": 0.01,
+        "kl": {"place": "loss", "estimator": "k3"},
+        "ptx": {"data": data, "coefficient": 0.5, "batch_size": 4},
+        "actor_optimizer": ADAM,
+        "critic_optimizer": ADAM,
+    }
+    return RunConfig.model_validate({
+        "name": f"{max(ranks)}-ranks",
+        "seed": 7,
+        "plugins": ["tests.support.learners"],
+        "strategies": {"actor": strategy, "critic": strategy},
+        "model": {"path": str(folder), "dtype": "float32"},
+        "rm": {"train": data, "optimizer": ADAM, "margin": 0.3, "center": 0.01},
+        "ppo": ppo,
+        "placement": {"devices": devices, "cpus_per_device": 0.5},
+        "deadlines": {"first": 240},
+    })  # fmt: skip
+
+
+@contextmanager
+def learners(config: RunConfig, cluster: Cluster) -> Iterator[Team]:
+    """A team of the actor and the critic alone, with the data that they learn from."""
+    plan = make_plan(config, "ppo", cluster)
+    learning: tuple[Role, ...] = ("actor", "critic")
+    roles = {role: plan.roles[role] for role in learning}
+    groups = tuple(plan.group(planned.group) for planned in roles.values())
+    team = Team.start(config, replace(plan, roles=roles, groups=groups))
+    try:
+        yield team
+    finally:
+        team.stop()
+
+
+def evaluate(team: Team, experience: Experience) -> dict[str, float]:
+    """What the untrained models say of the data, without training."""
+    settings = team.config
+    assert settings.ppo is not None
+    tokens = settings.ppo.micro_batch_tokens
+    found: dict[str, float] = {}
+
+    def measure(role: Role, name: str, rows: list[Row], kind: RowKind, method: str) -> list[Any]:
+        team.add_data(name, encoded(rows, kind, 40), role)
+        parts = team.parts(role, name, np.arange(len(rows)), tokens)
+        args = [(part.data, part.micro_batches) if method == "normalize" else (part,) for part in parts]
+        results: list[Any] = team.groups[role].scatter(method, args).get()
+        assert all(result == results[0] for result in results), "every rank reports the whole"
+        return results
+
+    for role in ("actor", "critic"):
+        team.groups[role].call("load", settings.model.path, settings.model, ADAM).get()
+    [loss, *_] = measure("actor", "sft", demonstrations(13), "demonstration", "demonstration_loss")
+    [pair, *_] = measure("critic", "pairs", pairs(3), "preference", "pair_accuracy")
+    found |= {"demonstrations": loss["loss"], "pairs": pair["loss"], "accuracy": pair["accuracy"]}
+    [(mean, deviation), *_] = measure("critic", "demonstrations", demonstrations(13), "demonstration", "normalize")
+    found |= {"mean": mean, "deviation": deviation}
+    rollouts = experience.rollouts  # all but one: they do not divide among the ranks
+    some = {name: getattr(rollouts, name)[:-1] for name in ("prompts", "prompt_lengths", "answer_lengths", "ended")}
+    call = team.values(replace(rollouts, placed=rollouts.placed.take(np.arange(SAMPLES - 1)), **some))
+    assert call is not None
+    values = call.get()
+    for i, row in enumerate(values.placed.fetch()):
+        assert len(row) == rollouts.answer_lengths[i]
+        assert row[0] == values.per_answer[i]
+        found |= {f"value {t} of {i}": float(value) for t, value in enumerate(row)}
+    return found
+
+
+def train(team: Team, job: str, experience: Experience, exported: Path, dropout: float) -> Trained:
+    """Do three steps of a job from the start."""
+    role: Role = "actor" if job in ("demonstrations", "policy") else "critic"
+    group, settings = team.groups[role], team.config
+    assert settings.ppo is not None
+    tokens = settings.ppo.micro_batch_tokens
+    group.call("load", settings.model.path, settings.model, ADAM, dropout).get()
+    kind: RowKind
+    rows, kind = (pairs(8), "preference") if job == "pairs" else (demonstrations(13), "demonstration")
+    name = "sft" if role == "actor" else "pairs"
+    if job != "critic":
+        team.add_data(name, encoded(rows, kind, 40), role)
+    steps: list[dict[str, float]] = []
+    if job in ("policy", "critic"):
+        for step in range(1, len(SCORED) + 1):
+            call = team.train_actor if job == "policy" else team.train_critic
+            found = call(of_step(experience, step), step, len(SCORED))
+            assert found is not None
+            steps.append(found.get())
+    else:
+        draw, method = np.random.default_rng(4), {"demonstrations": "train_demonstrations", "pairs": "train_pairs"}[job]
+        for step, size in enumerate(BATCHES, start=1):
+            parts = team.parts(role, name, draw.permutation(len(rows))[:size], tokens)
+            args = [(part, StageStep(step, len(BATCHES)), (settings.seed, step)) for part in parts]
+            results: list[dict[str, float]] = group.scatter(method, args).get()
+            first, *others = results
+            assert all(other == first for other in others), "every rank reports the whole"
+            steps.append(first)
+    group.call("export", str(exported)).get()
+    return Trained(steps, load_file(exported / "model.safetensors"))
+
+
+@dataclass
+class Found:
+    """What a set-up gave."""
+
+    jobs: dict[str, Trained]
+    evaluation: dict[str, float]
+    repeated: list[Trained]
+    """Pairs once more from the same start, and without dropout."""
+
+
+Learn = Callable[[Setup], Found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "llama", tied=True, grouped=True, seed=5)
+
+
+@pytest.fixture(scope="module")
+def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
+    """What a set-up gives; each is run once. A team takes up one set-up of its numbers of ranks after another, and then makes
+    room for the next team."""
+    experience = fake_experience(folder, run_config(folder, *WHOLE))
+    with ExitStack() as stack:
+        teams: dict[Ranks, Team] = {}
+
+        def team_of(ranks: Ranks) -> Team:
+            if ranks not in teams:
+                stack.close()
+                teams.clear()
+                teams[ranks] = stack.enter_context(learners(run_config(folder, "ddp", ranks, 160), ray_here))
+            return teams[ranks]
+
+        @cache
+        def get(setup: Setup) -> Found:
+            strategy, ranks, _ = setup
+            team = team_of(ranks)
+            team.config = run_config(folder, *setup)
+            for group in team.groups.values():
+                group.call("become", strategy, {}).get()
+
+            def run(job: str, dropout: float = 0.3) -> Trained:
+                """dropout: of pairs."""
+                dropout = dropout if job == "pairs" else 0.0
+                return train(team, job, experience, tmp_path_factory.mktemp("exported"), dropout)
+
+            jobs = {job: run(job) for job in JOBS}
+            for group in team.groups.values():
+                assert group.call("stage").get() == [ZERO[strategy].stage] * len(group)
+            return Found(
+                jobs=jobs,
+                evaluation=evaluate(team, experience),
+                repeated=[run("pairs"), run("pairs", dropout=0.0)] if setup == SETUPS["ddp"] else [],
+            )
+
+        yield get
+
+
+def same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    assert len(found) == len(wanted)
+    for step, (a, b) in enumerate(zip(found, wanted, strict=True), start=1):
+        assert a.keys() == b.keys()
+        for name in b:
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), f"{name} of step {step}"
+
+
+def test_the_jobs_learn(learned: Learn, folder: Path) -> None:
+    """What the set-ups are compared by says something."""
+    for job, result in learned(WHOLE).jobs.items():
+        assert result.weights.keys() >= {"model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"}
+        before = load_file(folder / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
+        moved = (result.weights["model.layers.1.self_attn.q_proj.weight"] - before).abs()
+        assert float(moved.median()) > 3e-4, job
+        assert all(np.isfinite(value) for step in result.steps for value in step.values()), job
+    policy = learned(WHOLE).jobs["policy"].steps
+    assert 0.1 < policy[0]["log_prob_gap"] < 0.25, "the noise that was added, 0.2 * sqrt(2 / pi)"
+    assert 3 < policy[0]["loss/ptx"] < 10, "nats per token of demonstrations"
+    assert all(step["clip_fraction"] > 0 for step in policy)
+    assert [step["updates"] for step in policy] == [4, 4, 2], "one answer is one mini-batch"
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("job", JOBS)
+def test_every_set_up_learns_the_same(learned: Learn, setup: str, job: str) -> None:
+    found, wanted = learned(SETUPS[setup]).jobs[job], learned(WHOLE).jobs[job]
+    same_numbers(found.steps, wanted.steps)
+    assert found.weights.keys() == wanted.weights.keys()
+    for name, weight in wanted.weights.items():
+        # Adam moves a weight by about lr a step whatever its gradient: where that is all rounding, weights may part.
+        apart = (found.weights[name] - weight).abs()
+        assert float(apart.mean()) < 2e-6, name
+        assert float(apart.max()) < 1e-3, name
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_set_up_says_the_same_without_training(learned: Learn, setup: str) -> None:
+    same_numbers([learned(SETUPS[setup]).evaluation], [learned(WHOLE).evaluation])
+
+
+def test_a_step_repeated_is_the_same_step_with_the_same_dropout(learned: Learn) -> None:
+    found = learned(SETUPS["ddp"])
+    first, (second, without) = found.jobs["pairs"], found.repeated
+    assert first.steps == second.steps
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+    assert first.steps[0]["loss"] != pytest.approx(without.steps[0]["loss"], rel=1e-3), "there was dropout"
+
+
+def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, folder: Path) -> None:
+    """With nothing to be gained, the actor comes nearer to log-probabilities that it did not have."""
+    config = run_config(folder, *WHOLE)
+    assert config.ppo is not None
+    changes = {"entropy_coefficient": 0.0, "ptx": None, "kl": KLSettings(place="loss", estimator="k2")}
+    config = config.model_copy(update={"name": "penalty", "ppo": config.ppo.model_copy(update=changes)})
+    answers = fake_experience(folder, config)
+    samples = answers.rollouts.placed.fetch()
+
+    def column(rows: list[np.ndarray]) -> Column:
+        return Column(
+            Placed.of([ray.put(Ragged.of(rows, np.float32))], [np.arange(SAMPLES)], SAMPLES), np.zeros(SAMPLES)
+        )
+
+    reference = [sample.log_probs + 2 for sample in samples]
+    values, scores = column([0 * row for row in reference]), np.zeros(SAMPLES)
+    experience = replace(answers, reference=column(reference), values=values, scores=scores, kl_coefficient=1.0, ptx=[])
+
+    with learners(config, ray_here) as team:
+        actor = team.groups["actor"]
+
+        def distance() -> float:
+            placed = experience.rollouts.placed
+            results: list[tuple[Ragged, Any]] = actor.scatter("log_probs", [(placed, [np.arange(SAMPLES)])]).get()
+            found, _ = results[0]
+            return float(np.square(found.values - np.concatenate(reference)).mean())
+
+        actor.call("load", str(folder), config.model, ADAM).get()
+        before = distance()
+        team.train_actor(experience, 1, 1).get()
+        assert distance() < 0.9 * before

@@ -1,0 +1,171 @@
+"""A step gone wrong on one rank is applied on none, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from orchestrator.worker_groups.calls import WorkerGroup
+from tests.support.hosts import Held, Hosts, load, same_held, train
+from tests.support.learners import SPOILED
+from tests.support.models import VOCABULARY, make_model
+from workers.data.batching import NO_ROWS
+from workers.data.samples import Chunk, Placed, Ragged
+from workers.data.step_inputs import MiniBatch, Part, Work
+from workers.training.schedule import StageStep
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(params=["ddp", "zero1", "zero2", "zero3"])
+def group(hosts: Hosts, request: pytest.FixtureRequest) -> WorkerGroup:
+    """Two ranks under each strategy."""
+    return hosts.group("open_policy", "actor", request.param, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_spoiled_step_is_as_if_it_had_never_been(group: WorkerGroup, model: Path, dtype: str) -> None:
+    load(group, model, dtype=dtype)
+    wanted = [train(group, step) for step in (1, 2, 3)]
+    after: Held = group.call("held").get()
+    assert all(step["refused"] == 0.0 for step in wanted)
+
+    load(group, model, dtype=dtype)
+    assert train(group, 1, spoil="nan loss")["refused"] == 1.0, "before AdamW has any state"
+    found = [train(group, step) for step in (1, 2)]
+    before: Held = group.call("held").get()
+    for how in SPOILED:
+        assert train(group, 3, spoil=how)["refused"] == 1.0, how
+        same_held(group.call("held").get(), before)
+    found.append(train(group, 3))
+    assert found == wanted
+    same_held(group.call("held").get(), after)
+    with pytest.raises(AssertionError):
+        same_held(after, before)
+    assert all(group.call("refused_batch").get())
+    assert group.call("refused_batch").get() == [None, None], "told once"
+
+
+def test_weights_wait_for_the_first_step(group: WorkerGroup, model: Path) -> None:
+    """One of DeepSpeed's optimizers takes a step to build its states, in which weights would decay."""
+    load(group, model, dtype="bfloat16")
+    before: Held = group.call("held").get()
+    train(group, 1, spoil="nan loss")
+    after: Held = group.call("held").get()
+    for a, b in zip(after, before, strict=True):
+        for name, value in a.items():
+            if name.startswith(("step", "exp_avg")):
+                assert not value.any(), name
+            else:
+                np.testing.assert_array_equal(value, b[name], name)
+
+
+def test_each_rank_keeps_what_it_saw(hosts: Hosts, model: Path) -> None:
+    group = hosts.group("open_policy", "actor", "ddp", 2)
+    load(group, model)
+    metrics = train(group, 5, spoil="finite loss, nan gradients")
+    first, second = group.call("refused_batch").get()
+    rows = np.random.default_rng(5).permutation(16)[:8].reshape(2, 4)
+    for found, mine in zip((first, second), rows, strict=True):
+        assert found["micro_batch"].tolist() == [0, 0, 1, 1]
+        assert found["loss"] == metrics["loss"] == pytest.approx(first["losses"].sum() + second["losses"].sum())
+        assert not np.isfinite(found["grad_norm"])
+        lengths = [len(f"{i} and {i} is ") for i in mine]
+        assert found["prompt_lengths"].tolist() == lengths
+        assert np.diff(found["offsets"]).tolist() == [
+            n + len(f"{2 * i}") + 1 for n, i in zip(lengths, mine, strict=True)
+        ]
+        assert found["offsets"][-1] == len(found["ids"])
+
+    train(group, 5, spoil="nan loss")
+    first, second = group.call("refused_batch").get()
+    assert np.isfinite(first["losses"]).all(), "the other rank's were good"
+    assert np.isnan(second["losses"]).tolist() == [False, True]
+
+
+def test_a_rank_without_rows_refuses_with_the_others(hosts: Hosts, model: Path) -> None:
+    """It computes padding, and saw nothing."""
+    group = hosts.group("open_policy", "actor", "ddp", 2)
+    load(group, model)
+    parts = [Part("rows", [np.array([k]) for k in (3, 5)], 8), Part("rows", [NO_ROWS, NO_ROWS], 8)]
+    args = [(part, StageStep(1, 1), (1, 1)) for part in parts]
+    good: list[dict[str, float]] = group.scatter("train_demonstrations", args).get()
+    assert good[0] == good[1] and good[0]["refused"] == 0.0 and good[0]["grad_norm"] > 0.0
+    group.scatter("spoil", [("explosion",), ("",)]).get()
+    bad: list[dict[str, float]] = group.scatter("train_demonstrations", args).get()
+    assert bad[0] == bad[1] and bad[0]["refused"] == 1.0
+    first, second = group.call("refused_batch").get()
+    assert first["micro_batch"].tolist() == [0, 1]
+    assert second["losses"].tolist() == [0.0, 0.0]
+    assert [len(second[name]) for name in ("micro_batch", "ids", "prompt_lengths", "offsets")] == [0, 0, 0, 1]
+
+
+def test_each_rank_keeps_the_pairs_it_saw(hosts: Hosts, model: Path) -> None:
+    group = hosts.group("open_value", "reward", "ddp", 2)
+    load(group, model, "preference")
+    assert train(group, 5, "train_pairs", spoil="explosion")["refused"] == 1.0
+    for found in group.call("refused_batch").get():
+        assert len(found["margins"]) == len(found["chosen_prompt_lengths"]) == len(found["rejected_offsets"]) - 1 == 4
+    assert train(group, 5, "train_pairs")["refused"] == 0.0
+
+
+def work(rank: int) -> Work:
+    """A rank's part of a PPO step: four answers in two mini-batches of two micro-batches."""
+    draw = np.random.default_rng(rank)
+    count = SAMPLES // 2
+    answers = draw.integers(2, 9, count)
+
+    def placed(content: Any) -> Placed:
+        return Placed.of([ray.put(content)], [np.arange(count)], count)
+
+    def column(scale: float, shift: float = 0.0) -> Ragged:
+        return Ragged.of([shift + scale * draw.standard_normal(n) for n in answers], np.float32)
+
+    ids = Ragged.of([draw.integers(1, VOCABULARY, 3 + n) for n in answers], np.int32)
+    chunk = Chunk(ids, column(0.1, -5.0), np.full(count, 3, np.int32))
+    minis = [MiniBatch([np.array([k]), np.array([k + 1])], 20) for k in (0, 2)]
+    scores, groups = draw.standard_normal(count).astype(np.float32), np.arange(count)
+    return Work(placed(chunk), placed(column(0.1, -5.0)), placed(column(1.0)), scores, groups, 0.1, minis)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "role"),
+    [("open_policy", "train_answers", "actor"), ("open_value", "train_values", "critic")],
+)
+def test_a_spoiled_mini_batch_is_counted_and_the_others_are_learned(
+    hosts: Hosts, model: Path, kind: str, method: str, role: str
+) -> None:
+    group = hosts.group(kind, "actor" if role == "actor" else "reward", "ddp", 2)
+    load(group, model, "demonstration" if role == "actor" else "preference")
+    works = [work(rank) for rank in range(2)]
+    calls = [(one, StageStep(1, 1), (1, 1)) for one in works]
+    loss = {"actor": "loss/policy", "critic": "loss/value"}[role]
+
+    group.scatter("spoil", [("",), ("nan loss",)]).get()
+    metrics: dict[str, float] = group.scatter(method, calls).get()[0]
+    assert metrics[f"refused/{role}"] == 1.0
+    assert metrics.get("updates", 1.0) == 1.0
+    assert np.isfinite(metrics[loss]), "of the mini-batch that was applied"
+    for one, found in zip(works, group.call("refused_batch").get(), strict=True):
+        samples = one.rollouts.fetch()[:2]
+        assert found["ids"].tolist() == np.concatenate([s.ids for s in samples]).tolist()
+        assert found["micro_batch"].tolist() == [0, 1]
+        assert found["log_probs"].tolist() == np.concatenate([s.log_probs for s in samples]).tolist()
+        answer_tokens = sum(len(s.log_probs) for s in samples)
+        assert all(found[name].shape == (answer_tokens,) for name in ("advantages", "returns", "values"))
+        assert np.isnan(found["loss"])
+
+    metrics = group.scatter(method, calls).get()[0]
+    assert metrics[f"refused/{role}"] == 0.0
+    assert metrics.get("updates", 2.0) == 2.0

@@ -1,0 +1,259 @@
+"""Roles that share a frozen base do what the same roles do apart, and one base is all the memory that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from configs.schema import Role, RunConfig
+from orchestrator.worker_groups.calls import together
+from orchestrator.worker_groups.team import Team
+from placement import Cluster, make_plan
+from tests.support.models import WIDTH, encoded, make_model
+from tests.unit.workers.test_ranks import ADAM, SAMPLES, demonstrations, fake_experience
+from workers.models.lora import base_of
+
+pytestmark = pytest.mark.slow
+
+ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
+LEARNING: tuple[Role, ...] = ("actor", "critic")
+STEPS = 2
+
+
+def run_config(folder: Path) -> RunConfig:
+    data = {"path": "rows.jsonl"}
+    ppo = {
+        "prompts": data,
+        "steps": STEPS,
+        "prompts_per_step": SAMPLES,
+        "mini_batches": 2,
+        "micro_batch_tokens": 160,
+        "actor_optimizer": ADAM,
+        "critic_optimizer": ADAM,
+    }
+    return RunConfig.model_validate({
+        "name": "shared",
+        "seed": 7,
+        "plugins": ["tests.support.sharing"],
+        "strategies": {"actor": "zero2", "critic": "zero1"},
+        "share": list(ROLES),
+        "model": {"path": str(folder), "dtype": "float32", "lora": {"rank": 4}, "gradient_checkpointing": True},
+        "ppo": ppo,
+        "placement": {"devices": {"actor": 2}, "cpus_per_device": 1},
+        "deadlines": {"first": 240},
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "llama", tied=False, seed=5)
+
+
+@pytest.fixture(scope="module")
+def team(ray_here: Cluster, folder: Path) -> Iterator[Team]:
+    """All roles but the engines, on two ranks."""
+    plan = make_plan(run_config(folder), "ppo", ray_here)
+    roles: dict[Role, Any] = {role: planned for role, planned in plan.roles.items() if role != "rollout"}
+    groups = tuple(group for group in plan.groups if "rollout" not in group.roles)
+    team = Team.start(run_config(folder), replace(plan, roles=roles, groups=groups))
+    try:
+        yield team
+    finally:
+        team.stop()
+
+
+@pytest.fixture(scope="module")
+def reward_model(team: Team, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model with an adapter on the policy, whose head and scores are like no other's."""
+    out, critic = tmp_path_factory.mktemp("rm") / "rm", team.groups["critic"]
+    critic.call("leave", True).get()
+    critic.call("load", str(folder), team.config.model, ADAM).get()
+    critic.call("add_noise", 0.05, 1).get()
+    team.add_data("rows", encoded(demonstrations(12), "demonstration", 40), "critic")
+    critic.call("normalize", "rows", [np.arange(6)]).get()
+    critic.call("export", str(out)).get()
+    return out
+
+
+def test_plain_peft_reads_the_reward_models_adapter_with_its_head(reward_model: Path, folder: Path) -> None:
+    ids = torch.tensor(np.random.default_rng(0).integers(3, 100, (3, 17)))
+    whole = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert base_of(reward_model / "adapter") == str(folder.resolve())
+    with torch.no_grad():
+        wanted = whole.eval()(ids).logits
+        found = PeftModel.from_pretrained(base, reward_model / "adapter").eval()(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert float(wanted.std()) > 0.01
+    said = AutoConfig.from_pretrained(reward_model / "adapter")
+    assert (said.num_labels, said.score_mean, said.score_std) == (1, whole.config.score_mean, whole.config.score_std)
+    assert said.score_std != 1.0
+
+
+@dataclass
+class Found:
+    """What the roles say before and after PPO steps, what these report, and the actor as it is exported."""
+
+    before: dict[str, np.ndarray]
+    steps: list[dict[str, float]]
+    after: dict[str, np.ndarray]
+    weights: dict[str, Tensor]
+
+
+def load(team: Team, reward_model: Path, alone: bool) -> None:
+    ppo, model = team.config.ppo, team.config.model
+    assert ppo is not None
+    for role in ROLES:
+        team.groups[role].call("leave", alone).get()
+    together(
+        team.groups["actor"].call("load", model.path, model, ppo.actor_optimizer),
+        team.groups["critic"].call("load", str(reward_model), model, ppo.critic_optimizer),
+        team.groups["reference"].call("load", model.path, model, None),
+        team.groups["reward"].call("load", model.path, {"model": str(reward_model)}),
+    )
+
+
+def outputs(team: Team, experience: Any) -> dict[str, np.ndarray]:
+    rollouts = experience.rollouts
+    own = team._column("actor", "log_probs", rollouts)
+    policy, reference, values, scores = together(
+        own, team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"])
+    )
+    columns = {"actor": policy, "reference": reference, "critic": values}
+    said = {name: np.concatenate(column.placed.fetch()) for name, column in columns.items()}
+    return said | {"reward": scores["model"].values}
+
+
+def learn(team: Team, experience: Any, step: int) -> dict[str, float]:
+    actor, critic = together(team.train_actor(experience, step, STEPS), team.train_critic(experience, step, STEPS))
+    return {**actor, **critic}
+
+
+@pytest.fixture(scope="module")
+def experience(folder: Path, ray_here: Cluster) -> Any:
+    return replace(fake_experience(folder, run_config(folder)), ptx=[])
+
+
+@pytest.fixture(scope="module")
+def find(team: Team, reward_model: Path, experience: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def get(alone: bool) -> Found:
+        load(team, reward_model, alone)
+        before = outputs(team, experience)
+        steps = [learn(team, experience, step) for step in range(1, STEPS + 1)]
+        out = tmp_path_factory.mktemp("exported")
+        team.groups["actor"].call("export", str(out)).get()
+        return Found(before, steps, outputs(team, experience), load_file(out / "model.safetensors"))
+
+    return get
+
+
+def test_they_are_one_process(team: Team) -> None:
+    handles = {handle for role in ROLES for handle in team.groups[role].handles}
+    assert len(handles) == 2
+    assert len({place.pid for role in ROLES for place in team.groups[role].whereabouts.values()}) == 2
+    [group] = team.plan.groups
+    assert group.roles == ROLES
+    memory = team.memory()
+    assert memory["actor"] == pytest.approx(memory["reward"], rel=0.1), "each has its part of the process"
+
+
+def test_shared_roles_do_what_they_do_apart(find: Any) -> None:
+    shared, apart = find(False), find(True)
+    for role in ROLES:
+        np.testing.assert_allclose(shared.before[role], apart.before[role], rtol=1e-4, atol=2e-5, err_msg=role)
+        np.testing.assert_allclose(shared.after[role], apart.after[role], rtol=1e-3, atol=2e-4, err_msg=role)
+    for a, b in zip(shared.steps, apart.steps, strict=True):
+        assert a == pytest.approx(b, rel=2e-4, abs=2e-5)
+    assert shared.weights.keys() == apart.weights.keys()
+    for name, weight in apart.weights.items():
+        torch.testing.assert_close(shared.weights[name], weight, rtol=0, atol=1e-4)
+
+
+def test_what_one_learns_the_others_do_not(find: Any) -> None:
+    found: Found = find(False)
+    for role in ("reference", "reward"):
+        np.testing.assert_array_equal(found.before[role], found.after[role], role)
+    for role in ("actor", "critic"):
+        assert np.abs(found.before[role] - found.after[role]).max() > 1e-3, role
+    np.testing.assert_array_equal(
+        found.before["actor"], found.before["reference"], "the adapter has learned nothing yet"
+    )
+
+
+def test_only_who_trains_changes(team: Team, reward_model: Path, experience: Any) -> None:
+    load(team, reward_model, alone=False)
+    first = outputs(team, experience)
+    critic = team.train_critic(experience, 1, STEPS)
+    assert critic is not None
+    critic.get()
+    second = outputs(team, experience)
+    team.train_actor(experience, 1, STEPS).get()
+    third = outputs(team, experience)
+    assert [role for role in ROLES if not np.array_equal(first[role], second[role])] == ["critic"]
+    assert [role for role in ROLES if not np.array_equal(second[role], third[role])] == ["actor"]
+
+
+def test_one_base_is_all_the_memory(team: Team, reward_model: Path) -> None:
+    def bytes_of(alone: bool) -> tuple[int, dict[str, int]]:
+        load(team, reward_model, alone)
+        found = dict(zip(ROLES, (team.groups[role].first("storage") for role in ROLES), strict=True))
+        every = {address: size for held in found.values() for address, size in held.items()}
+        return sum(every.values()), {role: sum(held.values()) for role, held in found.items()}
+
+    together_, each = bytes_of(alone=False)
+    apart, _ = bytes_of(alone=True)
+    base, head = each["reference"], 4 * WIDTH
+    adapter = each["actor"] - base
+    assert together_ == base + 4 * adapter + 2 * head, "one base, and the adapters and heads of three roles"
+    assert apart > 2.5 * together_, "four bases"
+
+
+def test_a_checkpoint_holds_the_roles_own_and_is_gone_on_from(
+    team: Team, reward_model: Path, experience: Any, tmp_path: Path
+) -> None:
+    load(team, reward_model, alone=False)
+    learn(team, experience, 1)
+    for role in LEARNING:
+        team.groups[role].call("save", str(tmp_path / role)).get()
+        saved: set[str] = team.groups[role].first("saved")
+        assert saved and all(".default." in name or ".score." in name for name in saved)
+    wanted = learn(team, experience, 2)
+    said = outputs(team, experience)
+    load(team, reward_model, alone=False)
+    for role in LEARNING:
+        team.groups[role].call("restore", str(tmp_path / role)).get()
+    assert learn(team, experience, 2) == wanted
+    for who, values in outputs(team, experience).items():
+        np.testing.assert_array_equal(values, said[who], who)
+
+    load(team, reward_model, alone=True)  # `share` may change when a run is taken up again
+    for role in LEARNING:
+        team.groups[role].call("restore", str(tmp_path / role)).get()
+    assert learn(team, experience, 2) == pytest.approx(wanted, rel=2e-4, abs=2e-5)
+
+
+def test_a_reward_model_that_is_no_adapter_is_refused(team: Team, folder: Path, tmp_path: Path) -> None:
+    critic = team.groups["critic"]
+    critic.call("leave", True).get()
+    critic.call("load", str(folder), team.config.model.model_copy(update={"lora": None}), ADAM).get()
+    critic.call("export", str(tmp_path / "full")).get()
+    with pytest.raises(Exception, match=r"full has no adapter with a head"):
+        load(team, tmp_path / "full", alone=False)
+    other = make_model(tmp_path / "other")
+    critic.call("leave", True).get()
+    critic.call("load", str(other), team.config.model, ADAM).get()
+    critic.call("export", str(tmp_path / "elsewhere")).get()
+    with pytest.raises(Exception, match=r"other: the roles of this process share .* as base"):
+        load(team, tmp_path / "elsewhere", alone=False)

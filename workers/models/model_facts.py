@@ -1,0 +1,183 @@
+"""What is known of a model before its weights are read: it is built without any, on the meta device.
+
+For a check before anything starts. It takes about a second for each model once transformers is imported, reads of weight files
+their headers only, and needs neither Ray nor a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from configs.schema import ModelSettings
+from workers.data import end_tokens, load_tokenizer
+from workers.models.export import write_settings
+from workers.models.heads import add_lora, has_scalar_head, load_config, load_hf
+from workers.models.logit_transforms import AfterHead
+from workers.models.served import Device, why_no_adapter, why_not_served
+
+Head = Literal["language", "scalar"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model is, and what stands against using it as asked."""
+
+    model_type: str
+    parameters: int
+    """With the first of the heads that were asked for, adapters not counted."""
+    vocabulary: int
+    """Rows of the word embeddings: token ids must be below."""
+    longest: int | None
+    """Tokens that a sequence may have: the trained positions, stretched as the config's rope scaling says, which is what vLLM
+    allows. None: there is no limit (ALiBi, state space models)."""
+    has_scalar_head: bool
+    """Whether transformers has this family with a scalar head: critics and reward models can be made of it."""
+    after_head: AfterHead
+    """What the model does with its head's output; of a scalar model nothing."""
+    weights_checked: bool
+    """Whether the names and shapes of the folder's weights were compared: not of a hub name that was not downloaded yet, and not
+    where `init` is random."""
+    problems: tuple[str, ...]
+    """Why it cannot be used as asked: one sentence each, which names the folder, the family or the setting below `model`. Empty:
+    nothing is known against it."""
+
+
+def model_facts(
+    path: str,
+    settings: ModelSettings,
+    heads: Collection[Head],
+    *,
+    learns: bool = False,
+    served_on: Device | None = None,
+    adapter_served: bool = False,
+) -> ModelFacts:
+    """Facts of a model, and all problems at once.
+
+    path: folder or hub name. settings: of the run's model; its path is not looked at.
+    heads: "language" for an actor, a reference or SFT; "scalar" for a critic or a reward model; both where both are made of it.
+    learns: adapters are tried where the settings have some, a scalar head may begin where the folder is a language model's, and
+    what an export writes beside weights is tried. served_on: device of the engines that will serve it. adapter_served: they get
+    its adapters alone (`publish.lora=adapter`).
+
+    Raises OSError or ValueError where there is no config to read; the text names the path.
+    """
+    settings = settings.model_copy(update={"dtype": "float32", "quantize": None})
+    config = load_config(path, settings, scalar=False)
+    problems: list[str] = []
+    checked = settings.init == "pretrained"
+    built: PreTrainedModel | None = None
+    after = AfterHead()
+    for head in sorted(heads):
+        model, was_checked = _built(path, settings, head == "scalar", learns, problems)
+        checked = checked and was_checked
+        if model is None:
+            continue
+        built = built or model
+        if head == "language":
+            after = _tried(problems, lambda: AfterHead.of(model)) or after  # noqa: B023  called at once
+        if learns:
+            _tried(problems, lambda: _write_dry(path, settings, model))  # noqa: B023
+            if settings.lora:
+                _tried(problems, lambda: _add_lora(model, settings))  # noqa: B023
+    if served_on and (reason := why_not_served(config, served_on)):
+        problems.append(reason)
+    if adapter_served and (reason := why_no_adapter(config)):
+        problems.append(f"publish.lora: was 'adapter', but {reason}; merged would fit")
+    embeddings = built.get_input_embeddings().weight if built is not None else None
+    return ModelFacts(
+        model_type=config.model_type,
+        parameters=sum(p.numel() for name, p in built.named_parameters() if ".lora_" not in name) if built else 0,
+        vocabulary=len(embeddings) if embeddings is not None else config.vocab_size,
+        longest=longest_context(config),
+        has_scalar_head=has_scalar_head(config),
+        after_head=after,
+        weights_checked=checked,
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def longest_context(config: PreTrainedConfig) -> int | None:
+    """Tokens that a sequence may have (`ModelFacts.longest`). Follows vLLM's ModelConfig: of several limits the smallest, which
+    `model_max_length` overrides, times the factor of those kinds of rope scaling whose positions are not stretched already."""
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    longest = getattr(config, "model_max_length", None) or min((limit for limit in limits if limit), default=None)
+    if longest is None or "gemma3" in config.model_type:
+        return longest
+    factor = 1.0
+    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
+        if rope.get("rope_type") not in _STRETCHED:
+            factor = rope.get("factor") or factor
+    return int(longest * factor)
+
+
+_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+_STRETCHED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+
+
+def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rope parameters of all layers, or of each kind of layer."""
+    return (
+        [parameters] if "rope_type" in parameters else [each for each in parameters.values() if isinstance(each, dict)]
+    )
+
+
+def _built(
+    path: str, settings: ModelSettings, scalar: bool, learns: bool, problems: list[str]
+) -> tuple[PreTrainedModel | None, bool]:
+    """The model without values, and whether its weights' names and shapes were compared."""
+
+    def build(settings: ModelSettings, **options: Any) -> PreTrainedModel:
+        with torch.device("meta"):
+            return load_hf(settings, path, scalar, seed=0, begins_head=learns, **options)
+
+    here = settings.init == "pretrained"
+    if here and not Path(path).is_dir():
+        try:
+            return build(settings, device_map="meta", local_files_only=True), True
+        except OSError:  # it was not downloaded yet
+            here = False
+    if here:
+        return _tried(problems, lambda: build(settings, device_map="meta")), True
+    return _tried(problems, lambda: build(settings.model_copy(update={"init": "random"}))), False
+
+
+def _add_lora(model: PreTrainedModel, settings: ModelSettings) -> None:
+    assert settings.lora
+    with torch.device("meta"):
+        add_lora(model, settings.lora, seed=0)
+
+
+def _write_dry(path: str, settings: ModelSettings, model: PreTrainedModel) -> None:
+    """Write what an export writes beside weights to a folder that is removed again."""
+    tokenizer = load_tokenizer(path, settings.trust_remote_code)
+    with TemporaryDirectory() as folder:
+        write_settings(model, tokenizer, end_tokens(path, tokenizer, settings), Path(folder))
+
+
+Result = TypeVar("Result")
+
+
+def _tried(problems: list[str], work: Callable[[], Result]) -> Result | None:
+    """What it returns; None where it fails, whose text is noted."""
+    try:
+        return work()
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    except Exception as error:  # whatever libraries raise of a model that they do not understand
+        problems.append(f"{type(error).__name__}: {error}")
+    return None

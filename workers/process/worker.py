@@ -1,0 +1,128 @@
+"""The base of every worker: a Ray actor that is one rank of one role."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from configs.schema import Role, RunConfig
+from workers.process.inspection import Whereabouts, proportional_memory, whereabouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.models.shared_base import SharedBase
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Which worker this is."""
+
+    config: RunConfig
+    role: Role
+    rank: int
+    world_size: int
+    device: str
+    """cpu or cuda"""
+    threads: int
+    by_turns: bool = False
+    """Whether it shares its device with other processes, which hold it by turns."""
+    started: datetime | None = None
+    """When the run began, for chat templates that write the date; none: now."""
+
+
+class Worker:
+    """What all workers can do: say where and how they are, meet their group, keep datasets."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.config = spec.config
+        self.rank = spec.rank
+        self.datasets: dict[str, Any] = {}
+        self.base: SharedBase | None = None
+        """The frozen base that the roles of this process share; none: the role is alone in it."""
+
+    def __repr__(self) -> str:
+        return f"{self.spec.role}-{self.spec.rank}"
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
+
+    def address(self) -> tuple[str, int]:
+        """Host and a free port, for the group's rendezvous."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def join(self, address: tuple[str, int]) -> None:
+        """Set what torch.distributed and DeepSpeed read when the group meets."""
+        os.environ |= {
+            "MASTER_ADDR": address[0],
+            "MASTER_PORT": str(address[1]),
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.spec.world_size),
+            "LOCAL_RANK": "0",  # Ray shows each worker its own devices only
+            "LOCAL_SIZE": "1",
+        }
+        if address[0].startswith("127."):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
+
+    def add_rows(self, name: str, rows: Any) -> None:
+        """Keep a dataset under a name: tokenised (workers.data.Sequences, Preferences, or the ids of prompts) or, for reward
+        functions, as rows."""
+        self.datasets[name] = rows
+
+    def mark(self, folder: str) -> str:
+        """Make an empty file in a folder, for others to see whether it is theirs too; returns its name."""
+        name = f"{self!r}.partial"  # as everything is named that must not stay
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, name).touch()
+        return name
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that it holds on its device between calls."""
+        return ()
+
+    def memory(self) -> int:
+        """Bytes of this process."""
+        return proportional_memory()
+
+
+def compiles(config: RunConfig, device: str) -> bool:
+    """Whether engines compile what they compute."""
+    return device == "cuda" if config.rollout.compile == "auto" else config.rollout.compile
+
+
+def environment(config: RunConfig, role: Role, device: str, threads: int) -> dict[str, str]:
+    """Environment of a worker's process; must be there before torch is imported."""
+    common = {
+        "OMP_NUM_THREADS": str(threads),
+        # An idle thread looks for work for a moment, then sleeps. Spinning as long as by default, it slows the other workers
+        # tenfold; to sleep at once costs its own worker a fifth, between small operations.
+        "GOMP_SPINCOUNT": "10000",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0",
+    }
+    if device == "cpu":
+        common |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if role == "rollout":
+        common |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs inside the actor
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if not compiles(config, device):
+            # vLLM compiles parts of its sampler even when eager, for which a CPU needs a C++ compiler.
+            common["TORCH_COMPILE_DISABLE"] = "1"
+    return common

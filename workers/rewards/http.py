@@ -1,0 +1,198 @@
+"""A reward that a service gives over HTTP; docs/rewards.md has the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import aiohttp
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+
+from configs.schema import HttpReward
+from workers.rewards.function import RewardError, SampleRecord
+from workers.rewards.result import Scored, in_batches
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+"""Seconds: the bound on the pause before the second attempt, which doubles with each further one, and its end."""
+_OK, _TOO_MANY_REQUESTS, _SERVER_ERRORS = 200, 429, range(500, 600)
+
+
+class Request(BaseModel):
+    """What is posted: equally long lists."""
+
+    prompts: list[Any]
+    """Text, or a list of messages with role and content."""
+    answers: list[str]
+    columns: dict[str, list[Any]]
+    """The dataset's other columns."""
+    samples: list[SampleRecord] | None = None
+    """Records of the answers, where the settings ask for them; else the key is not there."""
+
+
+class Response(BaseModel):
+    """What must come back; other keys are ignored."""
+
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
+
+    scores: list[Annotated[float | dict[str, Any] | None, Field(union_mode="left_to_right")]]
+    """One per answer; null: no score; an object: the score under `score`, and other numbers to be reported."""
+
+
+class _Failure(Exception):
+    """A request without scores."""
+
+    def __init__(self, why: str, again: bool = False, late: bool = False) -> None:
+        """again: another attempt may do better. late: it was a timeout."""
+        super().__init__(why)
+        self.again = again
+        self.late = late
+
+
+def read_token(name: str, setting: str) -> str:
+    """The token in an environment variable. Raises RewardError that names the setting, and never shows the token."""
+    token = os.environ.get(name, "").strip()
+    if not token:
+        raise RewardError(f"{setting}: the environment variable {name} is not set")
+    if not (token.isascii() and token.isprintable()):
+        raise RewardError(f"{setting}: the environment variable {name} holds characters that no header may have")
+    return token
+
+
+def check_json(rows: Sequence[Mapping[str, Any]], setting: str, dataset: str) -> None:
+    """Check that rows of columns can be sent to a service.
+
+    setting: dotted path of the reward. dataset: dotted path of the rows' setting, and where they lie, for the error.
+
+    Raises:
+        RewardError: names the first row, counted from 1, and the column.
+    """
+    anything = TypeAdapter(Any)
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            try:
+                anything.dump_json(value)
+            except (PydanticSerializationError, ValueError) as error:
+                raise RewardError(
+                    f"{setting}: a service is sent JSON, which the column {name} of row {number} of {dataset} cannot be written "
+                    f"as: {error}; leave the column out of the dataset, or make it text or numbers"
+                ) from None
+
+
+class Endpoint:
+    """The service behind a `kind: http` reward."""
+
+    def __init__(self, settings: HttpReward, setting: str) -> None:
+        """setting: dotted path of the settings. Raises RewardError where the token is missing."""
+        self.settings = settings
+        self.setting = setting
+        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if settings.token_env:
+            self.headers["Authorization"] = f"Bearer {read_token(settings.token_env, f'{setting}.token_env')}"
+        self._random = random.Random()  # its own: pauses must not move the draws of anything else
+
+    @property
+    def wants_samples(self) -> bool:
+        """Whether the service is sent records of the answers."""
+        return self.settings.samples
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        answers: Sequence[str],
+        columns: dict[str, list],
+        samples: Sequence[SampleRecord] | None = None,
+    ) -> Scored:
+        """Scores of some answers, in several requests at a time. samples: where the service wants them."""
+        requests = [
+            Request(
+                prompts=list(some),
+                answers=list(theirs),
+                columns=cut,
+                samples=None if records is None else list(records),
+            )
+            for some, theirs, cut, records in in_batches(prompts, answers, columns, samples, self.settings.batch_size)
+        ]
+        return Scored.join(asyncio.run(self._ask_all(requests)))
+
+    async def _ask_all(self, requests: list[Request]) -> list[Scored]:
+        gate = asyncio.Semaphore(self.settings.concurrency)
+        async with aiohttp.ClientSession(
+            headers=self.headers,
+            timeout=aiohttp.ClientTimeout(total=self.settings.request_timeout),
+            auto_decompress=False,  # a small response could become a large one
+        ) as session:
+            return await asyncio.gather(*(self._ask(session, gate, request) for request in requests))
+
+    async def _ask(self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, request: Request) -> Scored:
+        count = len(request.answers)
+        try:
+            async with asyncio.timeout(self.settings.timeout), gate:
+                return await self._scores(session, request)
+        except _Failure as failure:
+            return Scored.nothing(count, f"{self.settings.url} {failure}", failure.late)
+        except TimeoutError:
+            why = f"{self.settings.url} gave no score in {self.settings.timeout:g} s ({self.setting}.timeout)"
+            return Scored.nothing(count, why, late=True)
+
+    async def _scores(self, session: aiohttp.ClientSession, request: Request) -> Scored:
+        try:
+            body = request.model_dump_json(exclude=None if self.wants_samples else {"samples"}).encode()
+        except PydanticSerializationError as error:
+            raise _Failure(f"cannot be sent the rows' columns as JSON: {error}") from None
+        for attempt in itertools.count():
+            try:
+                return _read(await self._post(session, body), len(request.answers))
+            except _Failure as failure:
+                if not failure.again or attempt == self.settings.retries:
+                    raise
+            await asyncio.sleep(self._random.uniform(0, min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)))
+        raise AssertionError("count() does not end")
+
+    async def _post(self, session: aiohttp.ClientSession, body: bytes) -> bytes:
+        """The body of the response. No error text shows it: a service may repeat there the token that it was sent."""
+        try:
+            async with session.post(self.settings.url, data=body, allow_redirects=False) as response:
+                if response.status != _OK:
+                    again = response.status == _TOO_MANY_REQUESTS or response.status in _SERVER_ERRORS
+                    raise _Failure(f"answered with status {response.status}", again)
+                content = bytearray()
+                async for part in response.content.iter_any():
+                    content += part
+                    if len(content) > self.settings.max_response_bytes:
+                        response.close()
+                        limit = f"{self.settings.max_response_bytes} bytes ({self.setting}.max_response_bytes)"
+                        raise _Failure(f"answered with more than {limit}")
+                return bytes(content)
+        except TimeoutError:
+            why = f"gave no answer in {self.settings.request_timeout:g} s ({self.setting}.request_timeout)"
+            raise _Failure(why, again=True, late=True) from None
+        except aiohttp.ClientError as error:
+            why = f": {error}" if isinstance(error, OSError) else ""  # others may quote the response
+            raise _Failure(f"failed: {type(error).__name__}{why}", again=True) from None
+
+
+def _read(content: bytes, count: int) -> Scored:
+    try:
+        scores = Response.model_validate_json(content).scores
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"][:2])) or "body"  # what follows names the kinds that were tried
+        raise _Failure(f"answered with something else than scores: {where}: {first['msg']}") from None
+    if len(scores) != count:
+        raise _Failure(f"answered with {len(scores)} scores for {count} answers")
+    names = dict.fromkeys(name for each in scores if isinstance(each, dict) for name in each if name != "score")
+    numbers = {name: [_number(each.get(name)) if isinstance(each, dict) else None for each in scores] for name in names}
+    return Scored.of(
+        [_number(each.get("score")) if isinstance(each, dict) else each for each in scores],
+        {name: values for name, values in numbers.items() if any(value is not None for value in values)},
+    )
+
+
+def _number(value: Any) -> float | None:
+    """What an object holds, where it is a number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,138 @@
+"""From scores to advantages.
+
+Per-token tensors are padded [B, T] over response tokens only, float32, with a bool mask [B, T] that is True on real
+tokens, contiguous from column 0. What stands outside the mask is never read (it may be nan) and comes out as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from workers.rl.registry import Registry
+
+EPSILON = 1e-8
+"""Added to variances: what does not vary whitens to 0."""
+
+Total = Callable[[Tensor], Tensor]
+"""Sums a tensor over the ranks that share a batch (an all-reduce), returning the sum."""
+
+
+def alone(x: Tensor) -> Tensor:
+    """The Total of a single rank."""
+    return x
+
+
+class AdvantageEstimator(Protocol):
+    """Advantages and returns of every response token.
+
+    rewards [B, T] per token; values [B, T] of the critic, None where there is none; mask [B, T]; groups [B], long: the
+    ids of the rows' prompts. Whatever reaches across rows goes through `total`, so that the number of ranks changes
+    nothing. The rows are those of one rank: ranks may have unequally many, or none (B = 0), but all of them call `total`.
+    Returns (advantages, returns), both [B, T] and 0 outside the mask.
+    """
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        mask: Tensor,
+        gamma: float,
+        lam: float,
+        groups: Tensor,
+        total: Total = alone,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+advantage_estimators: Registry[AdvantageEstimator] = Registry("ppo.advantage")
+
+
+@advantage_estimators.register("gae")
+def gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    groups: Tensor,
+    total: Total = alone,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16). After an answer's last token the value is 0."""
+    if values is None:
+        raise ValueError("ppo.advantage: 'gae' needs the values of a critic")
+    values = inside(values, mask)
+    following = pad(values[:, 1:], (0, 1))
+    advantages = discounted_suffix_sum(inside(rewards, mask) + gamma * following - values, gamma * lam)
+    return advantages, advantages + values
+
+
+@advantage_estimators.register("reinforce")
+def reinforce(
+    rewards: Tensor,
+    values: Tensor | None,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    groups: Tensor,
+    total: Total = alone,
+) -> tuple[Tensor, Tensor]:
+    """Discounted rewards to go, less the mean over the batch of what whole answers got (Williams 1992).
+
+    Looks neither at values nor at lam.
+    """
+    returns = discounted_suffix_sum(inside(rewards, mask), gamma)
+    answered = mask.any(dim=1)
+    gained, answers = total(torch.stack([returns[:, :1].double().sum(), answered.double().sum()]))
+    baseline = gained / answers
+    return inside(returns - baseline, mask), returns
+
+
+def discounted_suffix_sum(x: Tensor, factor: float) -> Tensor:
+    """y[:, t] = sum over k >= 0 of factor**k * x[:, t + k], for x [B, T].
+
+    A doubling scan (Hillis & Steele 1986): after n of its log2(T) passes each column holds the sum of 2**n terms.
+    """
+    shift = 1
+    while shift < x.shape[1]:
+        x = x + factor**shift * pad(x[:, shift:], (0, shift))
+        shift *= 2
+    return x
+
+
+def inside(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, T] with 0 outside the mask."""
+    return torch.where(mask, x, 0.0)
+
+
+# ---------------------------------------------------------------- whitening
+
+
+def moments(x: Tensor, mask: Tensor) -> Tensor:
+    """[count, sum, sum of squares] of x inside the mask: one float64 tensor, which ranks add up in one all-reduce."""
+    x = inside(x, mask).double()
+    return torch.stack([mask.sum().double(), x.sum(), x.square().sum()])
+
+
+def mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (of the whole, not of a sample) from what `moments` returns."""
+    count, total, squares = sums
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0.0)
+
+
+def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """x [B, T] less `mean`, over the root of `var`. Given the moments over all ranks, all ranks scale alike."""
+    return inside((x - mean) * (var + EPSILON).rsqrt(), mask)
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """Reward of each token [B, T]: -kl_coefficient * kl [B, T], and on an answer's last token also its score [B]."""
+    last = mask & ~pad(mask[:, 1:], (0, 1))
+    return inside(-kl_coefficient * kl, mask) + inside(scores[:, None], last)

@@ -1,0 +1,1 @@
+"""The rollout engines: vLLM in a Ray actor."""

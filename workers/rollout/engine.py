@@ -1,0 +1,242 @@
+"""A vLLM engine inside a Ray actor: token ids in, token ids and log-probabilities out."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, get_args
+
+import numpy as np
+import ray
+import torch.distributed as dist
+from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.config.lora import MaxLoRARanks
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+
+from configs.schema import LoraSettings
+from workers.data import end_tokens, load_tokenizer
+from workers.data.samples import Chunk, Ragged
+from workers.data.step_inputs import StaleWeights, Written
+from workers.models.heads import load_config
+from workers.models.served import engine_options, why_not_served
+from workers.process.worker import Worker, compiles
+from workers.weight_sync.checksums import Checksums
+from workers.weight_sync.probe import Probe
+from workers.weight_sync.receivers import ADAPTER_ID
+
+
+def sample_seed(run: int, step: int, prompt: int, sample: int) -> int:
+    """Seed of one answer, the same whatever engine writes it, in whatever batch."""
+    digest = hashlib.blake2b(f"{run}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
+
+
+def _adapter_options(lora: LoraSettings) -> dict[str, Any]:
+    """Room for one adapter, of the least rank that vLLM has kernels for."""
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(r for r in get_args(MaxLoRARanks) if r >= lora.rank),
+    }
+
+
+def _in_peft_words(lora: LoraSettings) -> dict[str, Any]:
+    return {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.targets, "use_rslora": lora.rslora}
+
+
+class RolloutWorker(Worker):
+    """One engine. It serves exactly one policy version; while an update is under way, or after one failed, it serves none."""
+
+    engine: LLMEngine
+    version: int | None = None
+    adapter: LoRARequest | None = None
+    """What requests ask for once an adapter was published."""
+
+    def load(self, path: str, transport: str, max_length: int) -> None:
+        """Start the engine on the model in a folder; one that was there before ends."""
+        if hasattr(self, "engine"):
+            self.engine.engine_core.shutdown()
+            del self.engine
+            self.adapter = None
+            cleanup_dist_env_and_memory()
+        self.longest = max_length
+        settings, model = self.config.rollout, self.config.model
+        sends_adapter = self.config.publish.lora == "adapter"
+        config = load_config(path, model, scalar=False)
+        if reason := why_not_served(config, "cuda" if self.spec.device == "cuda" else "cpu"):
+            raise ValueError(f"{path}: {reason}")
+        self.ends = end_tokens(path, load_tokenizer(path, model.trust_remote_code), model)
+        on_gpu = self.spec.device == "cuda"
+        memory: dict[str, Any] = (
+            {"gpu_memory_utilization": settings.gpu_memory_share}
+            if on_gpu
+            else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30)}
+        )
+        args = EngineArgs(
+            model=path,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # no end tokens and no sampling settings but those of each request
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype,
+            seed=self.config.seed,
+            max_model_len=max_length,
+            max_num_seqs=settings.max_sequences,
+            tensor_parallel_size=settings.tensor_parallel,
+            # In a placement group vLLM's own default would be its Ray executor, which would place workers itself.
+            distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
+            enforce_eager=not compiles(self.config, self.spec.device),
+            # A prompt cut in two would set back its request's random generator, which a CPU's cannot do.
+            enable_chunked_prefill=None if on_gpu else False,
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(
+                backend=f"verified_{'adapter' if sends_adapter else 'weights'}_{transport}"
+            ),
+            worker_extension_cls="troupe.vllm.Witness",
+            enable_sleep_mode=self.spec.by_turns,
+            disable_log_stats=True,
+            **memory,
+            **(_adapter_options(model.lora) if sends_adapter and model.lora else {}),
+            **engine_options(config, "cuda" if on_gpu else "cpu"),
+        )
+        # By itself vLLM would open a rendezvous store, which listens on every interface.
+        if settings.tensor_parallel == 1 and not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
+        self.engine = LLMEngine.from_engine_args(args)
+        self.version = 0
+        self._sleep()
+
+    def _sleep(self) -> None:
+        """Leave the device to others: the weights go to host memory, and the cache of keys and values is thrown away."""
+        if self.spec.by_turns:
+            self.engine.sleep(level=1)
+
+    def _wake(self, *parts: str) -> None:
+        """parts: weights, kv_cache; none: all that sleeps. vLLM does nothing where one of several is awake already."""
+        if self.spec.by_turns and self.engine.is_sleeping():
+            self.engine.wake_up(list(parts) or None)
+
+    def generate(
+        self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int, version: int | None = None
+    ) -> tuple[Chunk, Written]:
+        """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset.
+
+        Raises StaleWeights where the engine's weights are not those of `version` (none: whatever it serves).
+        """
+        if self.version is None:
+            raise StaleWeights(f"{self!r} holds no published weights: it serves nothing until an update succeeds")
+        if version not in (None, self.version):
+            raise StaleWeights(f"{self!r} holds version {self.version}, and was asked to serve {version}")
+        self._wake()
+        for i, (prompt, sample) in enumerate(zip(prompts.tolist(), samples.tolist(), strict=True)):
+            ids = self.datasets[data].row(prompt).tolist()
+            seed = sample_seed(self.config.seed, step, prompt, sample)
+            self.engine.add_request(
+                str(i), TokensPrompt(prompt_token_ids=ids), self._sampling(seed), lora_request=self.adapter
+            )
+        answers: list[Any] = [None] * len(prompts)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    answers[int(output.request_id)] = output
+        self._sleep()
+        return self._chunk(answers)
+
+    def prove(self, version: int, probe: Probe) -> float:
+        """Show that the engine computes what the trainer does: log-probabilities of the same tokens. Returns their gap.
+
+        Raises DifferentModel where it is beyond the bound; the engine then serves nothing until another update succeeds.
+        """
+        probe = probe.within(self.longest - 1)  # beside the one token that an engine cannot but write
+        self._wake()
+        asked = SamplingParams(
+            prompt_logprobs=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        for i, ids in enumerate(probe.ids.tolist()):
+            self.engine.add_request(str(i), TokensPrompt(prompt_token_ids=ids), asked, lora_request=self.adapter)
+        found = np.empty_like(probe.values)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+                    found[int(output.request_id)] = [at[token].logprob for at, token in pairs]
+        self._sleep()
+        served, self.version = self.version, None
+        gap = probe.require(found, self.config.gap_bound(self.config.model), f"{self!r}, version {version},")
+        self.version = served
+        return gap
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        settings = self.config.rollout
+        return SamplingParams(
+            temperature=settings.temperature,
+            max_tokens=settings.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            ignore_eos=settings.ignore_eos,
+            stop_token_ids=[] if settings.ignore_eos else self.ends,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _chunk(self, answers: list[Any]) -> tuple[Chunk, Written]:
+        outputs = [a.outputs[0] for a in answers]
+        log_probs = [
+            np.array([at[token].logprob for at, token in zip(o.logprobs, o.token_ids, strict=True)], np.float32)
+            for o in outputs
+        ]
+        tokens = [
+            np.array([*a.prompt_token_ids, *o.token_ids], np.int32) for a, o in zip(answers, outputs, strict=True)
+        ]
+        prompt_lengths = np.array([len(a.prompt_token_ids) for a in answers], np.int32)
+        chunk = Chunk(Ragged.of(tokens, np.int32), Ragged.of(log_probs, np.float32), prompt_lengths)
+        assert self.version is not None
+        written = Written(
+            prompt_lengths=prompt_lengths,
+            answer_lengths=np.array([len(o.token_ids) for o in outputs], np.int32),
+            ended=np.array([o.finish_reason == "stop" for o in outputs]),
+            version=self.version,
+        )
+        return chunk, written
+
+    # ------------------------------------------------------------ weights: called by the trainer's EngineClient
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self.version = None
+        self._wake("weights")  # until the next answers were written: beside them the publishing actor has the device
+        self.engine.collective_rpc("forget_weight_update")  # where a trainer died in the middle of one
+        self.engine.collective_rpc("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if isinstance(arrays := update_info.get("arrays"), ray.ObjectRef):
+            update_info = update_info | {"arrays": ray.get(arrays)}
+        self.engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+    def finish_weight_update(self, version: int, checksums: Checksums) -> None:
+        """Serve the new version if what arrived is what was sent."""
+        shown = self.engine.collective_rpc("weight_checksums")
+        self.engine.collective_rpc("finish_weight_update")
+        for received in shown:
+            if received != checksums:
+                wrong = sorted(n for n in checksums.keys() | received.keys() if checksums.get(n) != received.get(n))
+                raise StaleWeights(
+                    f"{self!r}: version {version} did not arrive as it was sent: {len(wrong)} of {len(checksums)} tensors "
+                    f"differ, first {wrong[0]}"
+                )
+        for lacking in self.engine.collective_rpc("layers_without_weights"):
+            if lacking:
+                raise RuntimeError(f"vLLM did not load the new weights of {len(lacking)} layers, first {lacking[0]}")
+        if self.config.publish.lora == "adapter":
+            assert self.config.model.lora is not None
+            self.engine.collective_rpc("apply_adapter", kwargs={"config": _in_peft_words(self.config.model.lora)})
+            self.adapter = LoRARequest("actor", ADAPTER_ID, "in memory")
+        if not self.engine.reset_prefix_cache():  # it was computed with the old weights
+            raise StaleWeights(
+                f"{self!r}: version {version} came while requests were running: they hold its prefix cache"
+            )
+        self.version = version

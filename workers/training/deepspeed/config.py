@@ -1,0 +1,60 @@
+"""What DeepSpeed is told of a strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from configs.schema import ModelSettings
+from configs.zero import ZERO, Home, Strategy
+from placement.memory.states import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENTS
+
+
+def deepspeed_settings(
+    strategy: Strategy, model: ModelSettings, device: torch.device, nvme_folder: str | None
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration, but for the clipping of gradients."""
+    zero, narrow = ZERO[strategy], model.optimizer_dtype == "bfloat16"
+    on_gpu = device.type == "cuda"
+
+    def home(where: Home) -> dict[str, Any]:
+        names = {"device": "none", "host": "cpu", "nvme": "nvme"}
+        return {"device": names[where], "pin_memory": on_gpu, "nvme_path": nvme_folder}
+
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "overlap_comm": on_gpu,
+            # DeepSpeed's own default is half a billion, and it takes several such buffers.
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "offload_optimizer": home(zero.optimizer),
+            # Of states on NVMe so many parameters' are in memory at a time.
+            "sub_group_size": SWAPPED_ELEMENTS if zero.optimizer == "nvme" else SUBGROUP_ELEMENTS,
+            "offload_param": home(zero.parameters),
+        },
+        "bf16": {
+            "enabled": model.dtype == "bfloat16",
+            "bf16_master_weights_and_grads": narrow,
+            "bf16_optimizer_states": narrow,
+        },
+        # Sums of gradients: over micro-batches (without ZeRO DeepSpeed takes no other type than the model's), and over ranks.
+        "data_types": {"grad_accum_dtype": "fp32" if zero.stage and not narrow else None},
+        "communication_data_type": None if narrow else "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def takes_over(now: Strategy, saved: Strategy) -> bool:
+    """Whether states that were saved under another strategy can be gone on from."""
+    if now == saved:
+        return True
+    zeros = [ZERO[now], ZERO[saved]]
+    sharded = [{1: 2}.get(zero.stage, zero.stage) for zero in zeros]
+    return sharded[0] == sharded[1] and all(zero.optimizer != "nvme" for zero in zeros)

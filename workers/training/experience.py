@@ -1,0 +1,75 @@
+"""From scored rollouts to what the actor and the critic learn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import PPOSettings
+from workers.data.batching import Rows, pad_right
+from workers.data.samples import Sample
+from workers.data.step_inputs import Work
+from workers.rl.advantages import Total, advantage_estimators, mean_and_variance, moments, token_rewards, whiten
+from workers.rl.kl import kl_estimate
+from workers.training.skipped_steps import Arrays, numbered, token_rows
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A rank's samples with what they are to teach; tensors are [B, T] over answer tokens, padded on the right."""
+
+    samples: list[Sample]
+    mask: Tensor
+    log_probs: Tensor
+    """Of the engine, when it sampled."""
+    reference: Tensor
+    """The reference's log-probabilities."""
+    values: Tensor | None
+    advantages: Tensor
+    returns: Tensor
+    kl_coefficient: float
+    metrics: dict[str, float]
+
+    def arrays(self, micro_batches: list[Rows]) -> Arrays:
+        """Some of the samples as arrays; what there is per answer token stands end to end, [answer tokens]."""
+        rows = np.concatenate(micro_batches)
+        columns = {
+            "log_probs": self.log_probs,
+            "reference": self.reference,
+            "advantages": self.advantages,
+            "returns": self.returns,
+        }
+        if self.values is not None:
+            columns["values"] = self.values
+        flat = {name: column[rows][self.mask[rows]].cpu().numpy() for name, column in columns.items()}
+        return token_rows([self.samples[i] for i in rows]) | {"micro_batch": numbered(micro_batches)} | flat
+
+
+def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) -> Answers:
+    """Per-token rewards, advantages and returns of a rank's samples; whitening reaches over all ranks through `total`.
+
+    A rank may have no sample: then tensors are [0, 1], and it takes part in the sums over ranks alone.
+    """
+    samples = work.rollouts.fetch()
+
+    def padded(rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(pad_right(rows, 0.0, np.float32)).to(device)
+
+    log_probs = padded([s.log_probs for s in samples])
+    reference = padded(work.reference.fetch())
+    values = padded(work.values.fetch()) if work.values is not None else None
+    mask = padded([np.ones(len(s.log_probs), np.float32) for s in samples]).bool()
+    kl = kl_estimate(log_probs - reference, ppo.kl.estimator)
+    coefficient = work.kl_coefficient if ppo.kl.place == "reward" else 0.0
+    rewards = token_rewards(torch.from_numpy(work.scores).to(device), kl, mask, coefficient)
+    groups = torch.from_numpy(work.groups).to(device)
+    estimate = advantage_estimators.get(ppo.advantage)
+    advantages, returns = estimate(rewards, values, mask, ppo.gamma, ppo.gae_lambda, groups, total)
+    mean, variance = mean_and_variance(total(moments(advantages, mask)))
+    metrics = {"advantage/mean": float(mean), "advantage/std": float(variance.sqrt())}
+    if ppo.whiten_advantages:
+        advantages = whiten(advantages, mask, mean.float(), variance.float())
+    return Answers(samples, mask, log_probs, reference, values, advantages, returns, work.kl_coefficient, metrics)

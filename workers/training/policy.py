@@ -1,0 +1,203 @@
+"""The actor and the reference: a language model that learns from demonstrations and from scored answers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from workers.data.batching import Rows
+from workers.data.samples import Placed, Ragged
+from workers.data.step_inputs import MiniBatch, Part, Work
+from workers.models.heads import LEARNS, Batch, load_hf
+from workers.rl.advantages import inside
+from workers.rl.kl import kl_estimate
+from workers.rl.losses import masked_sum, next_token, policy_losses
+from workers.training import experience
+from workers.training.schedule import StageStep
+from workers.training.skipped_steps import Arrays, numbered, token_rows
+from workers.training.trainer import Trainer
+from workers.weight_sync.gather import EngineClient, GatheredWeights
+from workers.weight_sync.probe import Probe, sequences
+from workers.weight_sync.senders import make_sender
+
+
+class PolicyWorker(Trainer):
+    """One rank of a language model."""
+
+    # ------------------------------------------------------------ scoring
+
+    def log_probs(self, rollouts: Placed, micro_batches: list[Rows]) -> tuple[Ragged, np.ndarray]:
+        """Log-probabilities of the answers' tokens under this model, and each answer's sum of log(actor / this)."""
+        samples = rollouts.fetch()
+        rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
+        with self.evaluating():
+            for indices in micro_batches:
+                batch = Batch([samples[i] for i in indices], self.device)
+                log_probs, _ = self.module(batch, self.config.rollout.temperature)
+                for i, row, mask in zip(indices, log_probs.cpu(), batch.mask.cpu(), strict=True):
+                    rows[i] = row[mask].numpy()
+        kl = [float((sample.log_probs - row).sum()) for sample, row in zip(samples, rows, strict=True)]
+        return Ragged.of(rows, np.float32), np.array(kl)
+
+    def says(self, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities [rows, length - 1] of the tokens after the first."""
+        with self.evaluating():
+            log_probs, _ = self.module(Batch(sequences(ids), self.device))
+        said: np.ndarray = log_probs.cpu().numpy()
+        return said
+
+    @torch.no_grad()
+    def read_back(self, folder: str, ids: np.ndarray) -> np.ndarray:
+        """The same of an exported folder, on the host: log-probabilities of transformers' own logits."""
+        settings = self.settings.model_copy(update={"init": "pretrained", "quantize": None, "lora": None})
+        model = load_hf(settings, folder, scalar=False, seed=0).eval()
+        rows = torch.from_numpy(ids).long()
+        log_probs = model(rows).logits[:, :-1].float().log_softmax(-1)
+        said: np.ndarray = log_probs.gather(-1, rows[:, 1:, None]).squeeze(-1).numpy()
+        return said
+
+    # ------------------------------------------------------------ demonstrations
+
+    def train_demonstrations(self, part: Part, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+        """One optimizer step on the mean negative log-likelihood of the completions' tokens."""
+        losses = [partial(self._demonstration_loss, part, i) for i in part.micro_batches]
+        return self.optimize(losses, at, seed, partial(self._seen, part))
+
+    def demonstration_loss(self, part: Part) -> dict[str, float]:
+        """Mean negative log-likelihood of the completions' tokens, without training."""
+        with self.evaluating():
+            total = sum(float(self._demonstration_loss(part, i)) for i in part.micro_batches)
+        return self.sum_over_ranks({"loss": total})
+
+    def _demonstration_loss(self, part: Part, indices: Rows) -> Tensor:
+        """A micro-batch's share of the mean over the batch's completion tokens."""
+        rows = self.datasets[part.data]
+        batch = Batch([rows[i] for i in indices], self.device)
+        log_probs, _ = self.module(batch)
+        return next_token(log_probs, batch.mask).sum() / part.count
+
+    def _seen(self, part: Part, prefix: str = "") -> Arrays:
+        rows = [self.datasets[part.data][i] for indices in part.micro_batches for i in indices]
+        return token_rows(rows, prefix) | {f"{prefix}micro_batch": numbered(part.micro_batches)}
+
+    # ------------------------------------------------------------ PPO
+
+    def train_answers(self, work: Work, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+        """The policy's updates of one step: epochs x mini-batches, until `target_kl` is passed.
+
+        Returns means over the step's tokens. `log_prob_gap` compares the engine with this model before its first update.
+        Updates that were refused count in `refused/actor`, and in nothing else.
+        """
+        ppo = self.config.ppo
+        assert ppo is not None
+        answers = experience.prepare(work, ppo, self.total, self.device)
+        metrics = dict(answers.metrics)
+        sums: dict[str, float] = {}
+        updates = refusals = 0
+        for epoch in range(ppo.epochs if work.update else 1):
+            for k, mini in enumerate(work.mini_batches):
+                first = epoch == 0 and k == 0
+                found, refused = _Sums(), False
+                if work.update:
+                    steps = self._update(answers, mini, at, (*seed, epoch, k), found)
+                    metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
+                    refused = bool(steps["refused"])
+                    updates, refusals = updates + (not refused), refusals + refused
+                elif first:
+                    with self.evaluating():
+                        for indices in mini.micro_batches:
+                            self._policy_loss(answers, indices, mini.tokens, found)
+                else:
+                    continue
+                means = {name: value / mini.tokens for name, value in self.sum_over_ranks(found).items()}
+                if first:
+                    metrics |= {"log_prob_gap": means["gap"], "entropy": means["entropy"]}
+                if refused:
+                    continue
+                for name, value in means.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                if work.update and ppo.target_kl is not None and means["approx_kl"] > ppo.target_kl:
+                    return self._summary(metrics, sums, updates, refusals, stopped=True)
+        return self._summary(metrics, sums, updates, refusals, stopped=False)
+
+    def _summary(
+        self, metrics: dict[str, float], sums: dict[str, float], updates: int, refusals: int, stopped: bool
+    ) -> dict[str, float]:
+        names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "clip_fraction": "clip_fraction", "ptx": "loss/ptx"}
+        means = {ours: sums[name] / max(updates, 1) for name, ours in names.items() if name in sums}
+        counts = {"updates": float(updates), "refused/actor": float(refusals), "stopped_on_kl": float(stopped)}
+        return metrics | means | counts
+
+    def _update(
+        self, answers: experience.Answers, mini: MiniBatch, at: StageStep, seed: tuple[int, ...], sums: _Sums
+    ) -> dict[str, float]:
+        """One optimizer step on a mini-batch of answers and the demonstrations beside it."""
+        losses = [partial(self._policy_loss, answers, i, mini.tokens, sums) for i in mini.micro_batches]
+        if mini.ptx:
+            losses += [partial(self._ptx_loss, mini.ptx, i, mini.tokens, sums) for i in mini.ptx.micro_batches]
+
+        def seen() -> Arrays:
+            demonstrations = self._seen(mini.ptx, "ptx_") if mini.ptx else {}
+            return answers.arrays(mini.micro_batches) | demonstrations
+
+        return self.optimize(losses, at, seed, seen)
+
+    def _policy_loss(self, answers: experience.Answers, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
+        ppo = self.config.ppo
+        assert ppo is not None
+        batch = Batch([answers.samples[i] for i in indices], self.device)
+        log_probs, entropy = self.module(batch, self.config.rollout.temperature)
+        width = log_probs.shape[1]
+        old, reference, advantages = (
+            x[indices, :width] for x in (answers.log_probs, answers.reference, answers.advantages)
+        )
+        parts = policy_losses.get(ppo.policy_loss)(log_probs, old, advantages, batch.mask, ppo.clip_range)
+        loss = masked_sum(parts.loss, batch.mask)
+        if ppo.kl.place == "loss":
+            kl = kl_estimate(inside(log_probs - reference, batch.mask), ppo.kl.estimator)
+            loss = loss + answers.kl_coefficient * masked_sum(kl, batch.mask)
+        if ppo.entropy_coefficient:
+            loss = loss - ppo.entropy_coefficient * masked_sum(entropy, batch.mask)
+        sums.add("loss", masked_sum(parts.loss, batch.mask))
+        sums.add("entropy", masked_sum(entropy, batch.mask))
+        sums.add("gap", masked_sum((log_probs - old).abs(), batch.mask))
+        for name, values in parts.statistics.items():
+            sums.add(name, masked_sum(values, batch.mask))
+        return loss / tokens
+
+    def _ptx_loss(self, part: Part, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
+        ppo = self.config.ppo
+        assert ppo is not None and ppo.ptx is not None
+        loss = self._demonstration_loss(part, indices)
+        sums.add("ptx", loss * tokens)  # it is a mean already
+        return ppo.ptx.coefficient * loss
+
+    # ------------------------------------------------------------ publication
+
+    def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
+        """Meet the engines over a transport: object_store, nccl or ipc."""
+        alone = LEARNS if self.config.publish.lora == "adapter" else None
+        self.source = GatheredWeights(self.model.hf, checked=self.rank == 0, alone=alone)
+        rollout, bucket_bytes = self.config.rollout, self.config.publish.bucket_mib * 2**20
+        self.client = EngineClient(engines, self.source, rollout.tensor_parallel)
+        engine_ranks = len(engines) * rollout.tensor_parallel
+        self.sender = make_sender(transport, self.client, self.source, self.rank, bucket_bytes, engine_ranks, address)
+
+    def publish(self, version: int) -> tuple[int, Probe]:
+        """Send the weights to every engine under this version. Collective. Returns the bytes of one copy, and what the engines
+        must compute now."""
+        self.client.version = version
+        with torch.no_grad():
+            self.sender.send_weights()
+        return self.source.nbytes, self.probe(version)
+
+
+class _Sums(dict[str, float]):
+    """Sums of a mini-batch over its micro-batches."""
+
+    def add(self, name: str, value: Tensor) -> None:
+        self[name] = self.get(name, 0.0) + float(value.detach())

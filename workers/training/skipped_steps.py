@@ -1,0 +1,31 @@
+"""What a rank was learning from when a step was refused: plain arrays, to be saved and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from workers.data.batching import Rows
+from workers.data.samples import Ragged
+
+Arrays = dict[str, np.ndarray]
+
+
+def token_rows(rows: Sequence[Any], prefix: str = "") -> Arrays:
+    """Rows with `ids`, `prompt_length` and `loss_mask`: row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its
+    prompt. `loss_masks` [all ids] is True where a token is learnt."""
+    ids = Ragged.of([row.ids for row in rows], np.int32)
+    masks = [np.concatenate([np.zeros(row.prompt_length, np.bool_), row.loss_mask]) for row in rows]
+    return {
+        f"{prefix}ids": ids.values,
+        f"{prefix}offsets": ids.offsets,
+        f"{prefix}prompt_lengths": np.array([row.prompt_length for row in rows], np.int32),
+        f"{prefix}loss_masks": Ragged.of(masks, np.bool_).values,
+    }
+
+
+def numbered(micro_batches: list[Rows]) -> np.ndarray:
+    """[rows] the micro-batch of each row, where rows stand micro-batch after micro-batch."""
+    return np.repeat(np.arange(len(micro_batches)), [len(rows) for rows in micro_batches])
