@@ -230,7 +230,7 @@ def policy(spec: WorkerSpec) -> Step:
     """Learns from demonstrations."""
     import numpy as np
 
-    from workers.data.step_inputs import Part
+    from workers.data.step_inputs import SupervisedBatch
     from workers.training.policy import PolicyWorker
 
     worker = PolicyWorker(spec)
@@ -238,7 +238,7 @@ def policy(spec: WorkerSpec) -> Step:
     worker.load(spec.config.model.path, spec.config.model, spec.config.sft.optimizer)
     worker.datasets["rows"] = _rows(worker.model.hf.config.vocab_size)
     tokens = ROWS * LENGTH * spec.world_size
-    part = Part("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], tokens)
+    part = SupervisedBatch("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], tokens)
     return lambda step: worker.train_demonstrations(part, StageStep(step, STEPS), (1, step))
 
 
@@ -247,7 +247,7 @@ def value(spec: WorkerSpec) -> Step:
     import numpy as np
 
     from workers.data import Preference
-    from workers.data.step_inputs import Part
+    from workers.data.step_inputs import SupervisedBatch
     from workers.training.value import ValueWorker
 
     worker = ValueWorker(spec)
@@ -255,7 +255,7 @@ def value(spec: WorkerSpec) -> Step:
     worker.load(spec.config.model.path, spec.config.model, spec.config.rm.optimizer)
     rows = _rows(worker.model.hf.config.vocab_size)
     worker.datasets["rows"] = [Preference(a, b, 0.0) for a, b in zip(rows, rows[::-1], strict=True)]
-    part = Part("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], 2 * ROWS * spec.world_size)
+    part = SupervisedBatch("rows", [np.arange(ROWS), np.arange(ROWS, 2 * ROWS)], 2 * ROWS * spec.world_size)
     return lambda step: worker.train_pairs(part, StageStep(step, STEPS), (1, step))
 
 
@@ -265,14 +265,14 @@ def serving(spec: WorkerSpec) -> Step:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from workers.data.samples import Ragged
+    from workers.data.samples import RaggedArray
     from workers.rollout.engine import RolloutWorker
 
     path, dtype = spec.config.model.path, getattr(torch, spec.config.model.dtype)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype).save_pretrained(path)
     worker = RolloutWorker(spec)
     worker.load(path, "object_store", LENGTH)
-    worker.datasets["rows"] = Ragged.of([row.ids[: LENGTH - NEW_TOKENS] for row in _rows(1024)] * 2, np.int32)
+    worker.datasets["rows"] = RaggedArray.of([row.ids[: LENGTH - NEW_TOKENS] for row in _rows(1024)] * 2, np.int32)
     prompts = np.arange(ANSWERS)
     return lambda step: worker.generate("rows", prompts, np.zeros_like(prompts), step)
 

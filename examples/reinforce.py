@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from orchestrator import Experience, evaluate, load_config, read_rows, run_stages, start_team, together
+from orchestrator import Experience, evaluate, load_config, read_rows, run_concurrently, run_stages, start_team
 
 KL_COEFFICIENT = 0.1
 
@@ -35,7 +35,7 @@ def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> list[float]
         for step in range(1, ppo.steps + 1):
             picked = draw.choice(len(prompts), ppo.prompts_per_step, replace=False)
             rollouts = team.generate("prompts", picked, step, ppo.samples_per_prompt).get()
-            reference, scores = together(team.log_probs(rollouts), team.scores(rollouts, ["model"]))
+            reference, scores = run_concurrently(team.log_probs(rollouts), team.scores(rollouts, ["model"]))
             reward = scores["model"].values
             experience = Experience(rollouts, reference, None, reward.clip(-3, 3), KL_COEFFICIENT)
             metrics = team.train_actor(experience, step, ppo.steps).get()

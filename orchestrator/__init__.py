@@ -1,5 +1,6 @@
 """The driver: what happens, and when. The names below are the Python API; each is imported when it is first used."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from orchestrator.run.result import Result
     from orchestrator.run.run_dir import RunError
     from orchestrator.run.stop_signal import Stopped
-    from orchestrator.worker_groups.calls import together
+    from orchestrator.worker_groups.calls import run_concurrently
     from orchestrator.worker_groups.failures import WorkerError
     from orchestrator.worker_groups.rollouts import Experience, Rollouts
     from orchestrator.worker_groups.team import Team
@@ -31,15 +32,15 @@ __all__ = [
     "evaluate",
     "load_config",
     "read_rows",
+    "run_concurrently",
     "run_stages",
     "start_team",
-    "together",
 ]
 
 _HOMES = {
     "configs": ("ConfigError", "RunConfig", "load_config"),
     "orchestrator.api": ("run_stages", "start_team"),
-    "orchestrator.worker_groups.calls": ("together",),
+    "orchestrator.worker_groups.calls": ("run_concurrently",),
     "orchestrator.evaluation.evaluate": ("evaluate",),
     "orchestrator.worker_groups.failures": ("WorkerError",),
     "orchestrator.run.result": ("Result",),
@@ -51,7 +52,14 @@ _HOMES = {
 }
 
 
+_RENAMED = {"together": "run_concurrently"}
+"""Old name -> new one; the old ones go with the next release."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"orchestrator.{name} is now orchestrator.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(module), name)

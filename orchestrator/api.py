@@ -81,7 +81,7 @@ def _run_jobs(run: Run, jobs: Sequence[StageRun], report: Report, console: Conso
         if entrance := dashboard():
             console.print(entrance, style="dim", soft_wrap=True, highlight=False)
         for job, plan in zip(jobs, plans, strict=True):
-            stop.heed(f"before {job.name}")
+            stop.raise_if_requested(f"before {job.name}")
             started = time.monotonic()
             try:
                 job.execute(plan, stop)

@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from placement.cluster.bin_packing import written
-from placement.memory.estimate import Forecast, Place
-from placement.memory.usage import Bytes, Use
+from placement.memory.estimate import MemoryEstimate, Place
+from placement.memory.usage import MemoryBreakdown, MemoryUse
 from placement.plan.time_sharing import in_words
 from placement.types import GIB, TRAINED, GroupPlan, Plan
 
 
-def render(plan: Plan, memory: Forecast | str | None = None) -> RenderableType:
+def render(plan: Plan, memory: MemoryEstimate | str | None = None) -> RenderableType:
     """Roles, bundles and nodes as tables, the batch arithmetic in words, and predicted memory where it is given."""
     note = f" ({plan.cluster.note})" if plan.cluster.note else ""
     head = Text(f"stage {plan.stage} on {plan.device}: {plan.cluster.describe()}{note}")
@@ -55,7 +55,7 @@ def _where(group: GroupPlan) -> str:
 # ---------------------------------------------------------------- memory
 
 
-def _memory(plan: Plan, known: Forecast | str | None) -> list[RenderableType]:
+def _memory(plan: Plan, known: MemoryEstimate | str | None) -> list[RenderableType]:
     if known is None:
         return []
     if isinstance(known, str):
@@ -68,7 +68,7 @@ def _memory(plan: Plan, known: Forecast | str | None) -> list[RenderableType]:
     return [_uses(plan, known), Text("\n".join(f"  {line}" for line in lines))]
 
 
-def _uses(plan: Plan, known: Forecast) -> Table:
+def _uses(plan: Plan, known: MemoryEstimate) -> Table:
     table = Table("", *known.phases, title="predicted memory, GiB of each rank and in all", title_justify="left")
     for role, of in known.roles.items():
         for where in ("host", "device") if plan.device == "cuda" else ("host",):
@@ -80,9 +80,9 @@ def _uses(plan: Plan, known: Forecast) -> Table:
     return table
 
 
-def _tightest(role: str, uses: list[Use], known: Forecast) -> str:
+def _tightest(role: str, uses: list[MemoryUse], known: MemoryEstimate) -> str:
     """`actor, most in train: optimizer 1.0, gradients 0.6, ...` of the device or, without one, of the host."""
-    found: list[Bytes] = [use.device if use.device.total else use.host for use in uses]
+    found: list[MemoryBreakdown] = [use.device if use.device.total else use.host for use in uses]
     most = max(found, key=lambda b: b.total)
     parts = sorted(most.parts().items(), key=lambda part: -part[1])
     said = ", ".join(f"{name.replace('_', ' ')} {_gib(size)}" for name, size in parts if size)

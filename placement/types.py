@@ -75,7 +75,7 @@ class RolePlan:
     cpus: float
     gpus: float
     strategy: Strategy | None
-    crew: tuple[Role, ...]
+    process_roles: tuple[Role, ...]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What vLLM's own processes import of Troupe, by a name that no module of a user's has (see troupe.imports)."""
 
 import troupe.imports  # noqa: F401  before any other import of ours
-from workers.weight_sync.receivers import Witness
 
-__all__ = ["Witness"]
+__all__ = ["WeightVerifier"]

@@ -27,7 +27,7 @@ from benchmarks.families.limits import MOVED
 from benchmarks.families.zoo import VOCABULARY
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, RunConfig
 from workers.data.samples import Sample
-from workers.data.step_inputs import Part
+from workers.data.step_inputs import SupervisedBatch
 from workers.models.heads import LEARNS, Batch, load_hf
 from workers.models.model_facts import model_facts
 from workers.process.worker import WorkerSpec
@@ -288,9 +288,9 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def part() -> Part:
+def part() -> SupervisedBatch:
     tokens = sum(len(row.ids) - row.prompt_length for row in DEMONSTRATIONS)
-    return Part("rows", [np.array([0, 1]), np.array([2, 3])], tokens)
+    return SupervisedBatch("rows", [np.array([0, 1]), np.array([2, 3])], tokens)
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ from orchestrator.preflight.model_checks import Head, ModelUse
 from orchestrator.preflight.preflight import Input
 from orchestrator.preflight.settings_checks import Check, column_checks
 from orchestrator.run.run_dir import Run, local
-from orchestrator.worker_groups.calls import together
+from orchestrator.worker_groups.calls import run_concurrently
 from orchestrator.worker_groups.rollouts import Experience, Rollouts
 from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
-from workers.rewards.result import Scored
+from workers.rewards.result import RewardResult
 
 
 class LogProbGapError(RuntimeError):
@@ -55,7 +55,7 @@ class PPO(StageRun):
         with self.phase("generate"):
             rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
         with self.phase("score"):
-            reference, values, scores = together(
+            reference, values, scores = run_concurrently(
                 team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
             )
         self._record_faults(scores)
@@ -94,7 +94,7 @@ class PPO(StageRun):
                 f"step {step}: none of its {len(experience.rollouts)} answers has a score: nothing is learnt from it"
             )
             return {"updates": 0.0, "refused/actor": 0.0}
-        actor, critic = together(
+        actor, critic = run_concurrently(
             self.team.train_actor(experience, step, self.steps, update),
             self.team.train_critic(experience, step, self.steps) if sane else None,
         )
@@ -126,7 +126,7 @@ class PPO(StageRun):
             )
 
     def _measure(
-        self, rollouts: Rollouts, kl: float, scores: dict[str, Scored], reward: np.ndarray
+        self, rollouts: Rollouts, kl: float, scores: dict[str, RewardResult], reward: np.ndarray
     ) -> dict[str, float]:
         return {
             **reward_metrics(reward, scores),
@@ -255,7 +255,7 @@ class PPO(StageRun):
             self.recorder.record(0, metrics)
         return metrics
 
-    def _record_faults(self, scores: dict[str, Scored]) -> None:
+    def _record_faults(self, scores: dict[str, RewardResult]) -> None:
         for text in record_faults(self.run.failures, scores):
             self.warn(f"{text} ({self.run.failures.folder})")
 
@@ -263,7 +263,7 @@ class PPO(StageRun):
         return {"steps": float(self.steps), **outcome(self.run.folder)}
 
 
-def reward_metrics(reward: np.ndarray, scores: Mapping[str, Scored]) -> dict[str, float]:
+def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:
     """Mean and deviation of the reward and of each source over the answers [samples] that it has a number for (nan: it has
     none), and the means of the other numbers that sources measure; nothing of one that has no number at all."""
     columns = [("mean", "std", reward), *((name, f"{name}_std", scored.values) for name, scored in scores.items())]

@@ -23,9 +23,9 @@ from orchestrator.preflight.settings_checks import Check
 from orchestrator.run.run_dir import Run, RunError, local
 from orchestrator.run.status import Status
 from orchestrator.run.stop_signal import Stopped, StopSignal
-from orchestrator.storage.atomic_files import DiskError, whole_folder
-from orchestrator.worker_groups.calls import together
-from orchestrator.worker_groups.failure_policy import Recovery
+from orchestrator.storage.atomic_files import DiskError, atomic_directory
+from orchestrator.worker_groups.calls import run_concurrently
+from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import WorkerError
 from orchestrator.worker_groups.snapshot import Snapshot
 from orchestrator.worker_groups.team import Team
@@ -66,7 +66,7 @@ class StageRun:
         self.refused = 0
         """Steps in a row, up to now, in which a training step was refused."""
         self.first_state: dict[str, Any] = {}
-        self.recovery: Recovery
+        self.recovery: FailurePolicy
         self.status: Status
         self.progress: Progress
         self.recorder: Recorder
@@ -155,7 +155,7 @@ class StageRun:
         """
         self.plan, self.stop = plan, stop
         self.done = self.run.sound_checkpoint(self.name, lambda text: self.console.print(f"warning: {text}")) or 0
-        self.recovery = Recovery(self.config.recovery, self.run.failures, lambda text: self.progress.note(text))
+        self.recovery = FailurePolicy(self.config.recovery, self.run.failures, lambda text: self.progress.note(text))
         with Status(self.run.folder, self.name, self.steps, self.done) as self.status:
             try:
                 with (
@@ -258,7 +258,7 @@ class StageRun:
         snapshot = self._latest_snapshot()
         saved = None if snapshot else self.run.sound_checkpoint(self.name, self.warn)
         self.progress.phase("replacing workers")
-        self.team.replace(error, anew=[] if snapshot or saved else self.trained())
+        self.team.replace(error, reset_roles=[] if snapshot or saved else self.trained())
         self.seconds = {}
         if snapshot:
             del self.snapshots[0]  # it may turn out to be lost
@@ -279,7 +279,7 @@ class StageRun:
         if not self.done:
             self.begin()
         if self.done < self.steps:
-            self.stop.heed(f"before step {self.done + 1} of {self.steps} of {self.name}")
+            self.stop.raise_if_requested(f"before step {self.done + 1} of {self.steps} of {self.name}")
         while self.done < self.steps:
             self.run.failures.where = f"{self.name}, step {self.done + 1} of {self.steps}"
             self.finish_step(self.done + 1, self.step(self.done + 1))
@@ -337,7 +337,7 @@ class StageRun:
             if snapshot.safe():
                 del self.snapshots[k:]
                 break
-        self.stop.heed(f"after step {step} of {self.steps} of {self.name}")
+        self.stop.raise_if_requested(f"after step {step} of {self.steps} of {self.name}")
 
     def _count_refusals(self, metrics: dict[str, float]) -> None:
         """Save what a refused training step saw. Raises RefusedError after too many in a row."""
@@ -360,7 +360,7 @@ class StageRun:
         numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
         text = f"train: {role}: a training step was refused and not applied: {numbers}"
         self.run.failures.write(f"{role}-refused", text, key=("refused", role))
-        for rank, batch in enumerate(self.team.groups[role].call("refused_batch").get()):
+        for rank, batch in enumerate(self.team.groups[role].call("skipped_batch").get()):
             if batch is not None and len(list(folder.glob("*.npz"))) < MOST_BATCHES:
                 path = folder / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
                 with self.sparing(f"what {role} saw in step {self.done} was not written"):
@@ -371,7 +371,9 @@ class StageRun:
 
     def save(self) -> None:
         with self.run.saving(self.name, self.done) as folder:
-            together(*(self.team.groups[role].call("save", str((folder / role).absolute())) for role in self.trained()))
+            run_concurrently(
+                *(self.team.groups[role].call("save", str((folder / role).absolute())) for role in self.trained())
+            )
             for role in self.trained():
                 self._must_see(folder / role)
             self._write_state(folder, self.done, self.state())
@@ -402,14 +404,16 @@ class StageRun:
     def _restore(self) -> None:
         folder = self.run.checkpoint(self.name, self.done)
         self.progress.phase(f"resuming after step {self.done}")
-        together(*(self.team.groups[role].call("restore", str((folder / role).absolute())) for role in self.trained()))
+        run_concurrently(
+            *(self.team.groups[role].call("restore", str((folder / role).absolute())) for role in self.trained())
+        )
         self.set_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
     def _export(self) -> None:
         """Write the trained model. Where that cannot be done, its state becomes a checkpoint: a resumed run only exports."""
         self.progress.phase("exporting")
         try:
-            with whole_folder(self.run.model(self.name)) as folder:
+            with atomic_directory(self.run.model(self.name)) as folder:
                 self.team.export(self.trained()[0], folder)
                 self._must_see(folder / "config.json")
         except Exception as error:

@@ -29,7 +29,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
-class Use:
+class MemoryUse:
     """What a process holds now, in bytes."""
 
     private: int = 0
@@ -55,7 +55,7 @@ class Peak:
     devices: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     """GPU memory by process."""
 
-    def see(self, uses: dict[int, Use]) -> None:
+    def see(self, uses: dict[int, MemoryUse]) -> None:
         self.total = max(self.total, sum(use.total for use in uses.values()))
         for pid, use in uses.items():
             self.each[pid] = max(self.each[pid], use.total)
@@ -70,7 +70,7 @@ class Footprint(threading.Thread):
     def __init__(self, root: int, limit: int | None = None) -> None:
         super().__init__(name="footprint", daemon=True)
         self._root, self._limit = psutil.Process(root), limit
-        self._uses: dict[int, Use] = {}
+        self._uses: dict[int, MemoryUse] = {}
         self._phase = "between"
         self._over = threading.Event()
         self._may_ask_at = 0.0
@@ -129,7 +129,7 @@ class Footprint(threading.Thread):
     def _look_around(self) -> None:
         with suppress(psutil.NoSuchProcess):
             alive = {self._root.pid, *(p.pid for p in self._root.children(recursive=True)), *self.also}
-            self._uses = {pid: self._uses.get(pid, Use()) for pid in alive}
+            self._uses = {pid: self._uses.get(pid, MemoryUse()) for pid in alive}
 
     def _look(self) -> None:
         for pid in list(self._uses):

@@ -11,7 +11,7 @@ import typer
 from configs import RunConfig, load_config
 from orchestrator.run.run_dir import Run, described
 from placement import Cluster, PlanReport, automatic, make_plan, resolve, with_memory
-from placement.memory.capacity import supposed_of
+from placement.memory.capacity import default_settings_for
 from placement.plan.auto_dtype import foreseen, undecided, with_dtype
 
 
@@ -34,7 +34,7 @@ def asked_for(path: Path | None, model: str | None, overrides: Sequence[str], cl
             raise typer.BadParameter("a file with settings, or --model, is needed", param_hint="CONFIG")
         return load_config(path, overrides)
     try:
-        supposed = supposed_of(os.path.expanduser(model), cluster)
+        supposed = default_settings_for(os.path.expanduser(model), cluster)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
     return load_config(supposed, [*([str(path)] if path else []), *overrides])

@@ -13,10 +13,10 @@ from configs.schema import PPOSettings
 from orchestrator.evaluation.statistics import distinct_share, mean_interval
 from orchestrator.storage.atomic_files import write_text, writing
 from orchestrator.storage.failure_log import FailureLog
-from orchestrator.worker_groups.calls import together
+from orchestrator.worker_groups.calls import run_concurrently
 from orchestrator.worker_groups.team import Team
 from workers.rewards.function import RewardError
-from workers.rewards.result import Scored
+from workers.rewards.result import RewardResult
 
 DATA = "evaluation"
 
@@ -29,7 +29,7 @@ class Evaluation:
     answers: list[str]
     reward: np.ndarray
     """nan: a source gave no score."""
-    scores: dict[str, Scored]
+    scores: dict[str, RewardResult]
     """By source of the reward and by judge."""
     judges: list[str]
     """Names of the judges among the scores."""
@@ -79,7 +79,7 @@ class Evaluation:
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def combined(scores: Mapping[str, Scored], ppo: PPOSettings) -> np.ndarray:
+def combined(scores: Mapping[str, RewardResult], ppo: PPOSettings) -> np.ndarray:
     """[samples] float64 the reward: each source times its weight; nan where a source that weighs gave no score, and where the
     sum is no finite float32."""
     weighing = [(source.weight, scores[source.name].values) for source in ppo.rewards if source.weight]
@@ -90,7 +90,7 @@ def combined(scores: Mapping[str, Scored], ppo: PPOSettings) -> np.ndarray:
     return reward
 
 
-def weighted_sum(scores: Mapping[str, Scored], ppo: PPOSettings) -> np.ndarray:
+def weighted_sum(scores: Mapping[str, RewardResult], ppo: PPOSettings) -> np.ndarray:
     """`combined`, for training: raises RewardError where more than `ppo.max_unscored` of the samples lack a score."""
     reward = combined(scores, ppo)
     lacking = int(np.isnan(reward).sum())
@@ -107,7 +107,7 @@ def weighted_sum(scores: Mapping[str, Scored], ppo: PPOSettings) -> np.ndarray:
     return reward
 
 
-def record_faults(log: FailureLog, scores: Mapping[str, Scored]) -> list[str]:
+def record_faults(log: FailureLog, scores: Mapping[str, RewardResult]) -> list[str]:
     """Write down why answers have no score. Returns a line for each reason that was not there before."""
     new = []
     for name, scored in scores.items():
@@ -128,7 +128,7 @@ def evaluate(team: Team, prompts: int) -> Evaluation:
     rollouts = team.generate(DATA, np.arange(prompts), step=0).get()
     judges = [judge.name for judge in ppo.evaluation.judges]
     names = [source.name for source in ppo.rewards] + judges
-    reference, scores = together(team.log_probs(rollouts), team.scores(rollouts, names))
+    reference, scores = run_concurrently(team.log_probs(rollouts), team.scores(rollouts, names))
     texts = team.texts(rollouts)
     return Evaluation(
         prompts=[prompt for prompt, _ in texts],

@@ -11,9 +11,9 @@ import numpy as np
 
 from orchestrator.loggers.recorder import Recorder
 from orchestrator.storage.metrics_file import SAMPLES, read_lines
-from orchestrator.worker_groups.rollouts import Column, Rollouts
+from orchestrator.worker_groups.rollouts import Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
-from workers.rewards.result import Scored
+from workers.rewards.result import RewardResult
 
 
 def keep_samples(
@@ -21,8 +21,8 @@ def keep_samples(
     team: Team,
     step: int,
     rollouts: Rollouts,
-    reference: Column,
-    scores: Mapping[str, Scored],
+    reference: TokenColumn,
+    scores: Mapping[str, RewardResult],
     reward: np.ndarray,
 ) -> None:
     """Keep some of a step's answers, if `ppo.answer_log` wants some of this step; which ones, is drawn with seed and step.
@@ -43,8 +43,8 @@ def _lines(
     drawn: np.ndarray,
     texts: Sequence[tuple[str, str]],
     rollouts: Rollouts,
-    reference: Column,
-    scores: Mapping[str, Scored],
+    reference: TokenColumn,
+    scores: Mapping[str, RewardResult],
     reward: np.ndarray,
 ) -> list[dict[str, Any]]:
     """A dict for each of the drawn samples.

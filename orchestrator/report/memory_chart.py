@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from orchestrator.report.charts import GRID, INK, MUTED, SERIES, STYLE, WARN
 from placement import PlanReport
-from placement.memory.estimate import Forecast, Place
+from placement.memory.estimate import MemoryEstimate, Place
 from placement.types import GIB
 
 COLORS = (*SERIES, "#84cc16", "#94a3b8")
@@ -25,7 +25,7 @@ def draw(reports: Sequence[PlanReport], file: Path) -> None:
     panels = [
         (f"{report.plan.stage}: {place.name.replace('+', ' + ')}", place)
         for report in reports
-        if isinstance(report.memory, Forecast)
+        if isinstance(report.memory, MemoryEstimate)
         for place in report.memory.places
     ]
     if not panels:

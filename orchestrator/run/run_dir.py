@@ -28,12 +28,12 @@ from orchestrator.run.changes import STAGES as STAGES
 from orchestrator.run.changes import changes
 from orchestrator.storage.atomic_files import (
     DiskError,
+    atomic_directory,
     clear_leftovers,
     discard,
-    seal,
     sync,
     verify,
-    whole_folder,
+    write_checksums,
     write_json,
     writing,
 )
@@ -324,9 +324,9 @@ class Run:
         """A folder to write a checkpoint in. It counts once the block has ended well, and then is on disk with its checksums,
         as are the metrics and the kept answers up to it. Raises DiskError where the disk is full or fails; earlier checkpoints
         are unharmed."""
-        with whole_folder(self.checkpoint(stage, step)) as folder:
+        with atomic_directory(self.checkpoint(stage, step)) as folder:
             yield folder
-            seal(folder)
+            write_checksums(folder)
             for file in (*self.folder.glob("metrics.jsonl"), *self.folder.glob("samples/*.jsonl")):
                 sync(file)
 

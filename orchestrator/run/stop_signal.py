@@ -42,7 +42,7 @@ class StopSignal:
     def asked(self) -> bool:
         return self._number != 0
 
-    def heed(self, when: str) -> None:
+    def raise_if_requested(self, when: str) -> None:
         """Raises Stopped where the run was asked to stop."""
         if self.asked:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -102,4 +102,4 @@ class StopSignal:
         return f"go on with: troupe resume {self._run.folder}"
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        self.heed("before the end of a step")
+        self.raise_if_requested("before the end of a step")

@@ -44,7 +44,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder to write in, which gets its name only when the block ends well and all of it is on disk.
 
     What has the name already, a link too, gives way to it. Where the block fails, what it wrote is removed.
@@ -109,7 +109,7 @@ def clear_leftovers(folder: Path) -> None:
 # ---------------------------------------------------------------- checksums
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Note sizes and checksums of all files of a folder in it."""
     names = sorted(str(path.relative_to(folder)) for path in _files(folder))
     sums = _on_all(lambda name: _fingerprint(folder / name), names)

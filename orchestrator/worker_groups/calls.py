@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from configs.schema import Role
 from orchestrator.worker_groups.deadlines import Awaited, Deadlines, Workload, phase_of
-from orchestrator.worker_groups.failures import LOST, Failure, Kind, Rank, WorkerError, look, named
-from workers.process.inspection import Finding, Whereabouts
+from orchestrator.worker_groups.failures import LOST, Failure, Kind, Rank, WorkerError, named, probe_processes
+from workers.process.inspection import ProcessLocation, ProcessState
 from workers.process.remote_error import headline_of_traceback, summary
 
 T = TypeVar("T")
@@ -33,13 +33,13 @@ class WorkerGroup:
     deadlines: Deadlines
     collective: bool = True
     """Whether its ranks compute together, so that none can go on without the others."""
-    whereabouts: dict[int, Whereabouts] = field(default_factory=dict)
+    location: dict[int, ProcessLocation] = field(default_factory=dict)
     """Rank -> its process, once it is known."""
-    fellows: list[WorkerGroup] = field(default_factory=list)
+    all_groups: list[WorkerGroup] = field(default_factory=list)
     """All groups of the team: what one reports may have happened to another."""
-    mend: Callable[[WorkerError], None] | None = None
+    replace_failed: Callable[[WorkerError], None] | None = None
     """Replaces the casualties of a role without state, so that a call can go on; none: the error is raised."""
-    _prepared: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    _setup: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -70,22 +70,22 @@ class WorkerGroup:
     def prepare(self, method: str, *args: Any) -> Call[list[Any]]:
         """The same call to every rank, which a rank that is replaced later will be told again."""
         call = self.call(method, *args)
-        call.lasting = True
+        call.replayed_on_restart = True
         return call
 
-    def prepared(self, ranks: Sequence[int]) -> list[Call[list[Any]]]:
+    def setup_calls(self, ranks: Sequence[int]) -> list[Call[list[Any]]]:
         """The calls that tell replaced ranks all that the group was told."""
-        return [self.to(ranks, method, *args) for method, args in self._prepared]
+        return [self.to(ranks, method, *args) for method, args in self._setup]
 
     def to(self, ranks: Sequence[int], method: str, *args: Any) -> Call[list[Any]]:
         """The same call to new ranks, which are not replaced in the middle of it."""
-        return Call(self, method, dict.fromkeys(ranks, args), mendable=False)
+        return Call(self, method, dict.fromkeys(ranks, args), retryable=False)
 
-    def remember(self, method: str, args: tuple[Any, ...]) -> None:
-        self._prepared.append((method, args))
+    def record_setup(self, method: str, args: tuple[Any, ...]) -> None:
+        self._setup.append((method, args))
 
-    def places(self) -> dict[Rank, Whereabouts]:
-        return {(self.role, rank): place for rank, place in self.whereabouts.items()}
+    def locations(self) -> dict[Rank, ProcessLocation]:
+        return {(self.role, rank): place for rank, place in self.location.items()}
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Call(Generic[T]):
     then: Callable[[list[Any]], T] | None = None
     done: Callable[[list[Any]], Workload] | None = None
     """What was done, from the list of the ranks' results; none: `work`."""
-    mendable: bool = True
-    lasting: bool = False
+    retryable: bool = True
+    replayed_on_restart: bool = False
     allowance: float = 0.0
     """Seconds that it may take on top, by deadlines of its own."""
     deadline: float = 0.0
@@ -154,7 +154,7 @@ class Call(Generic[T]):
     def late(self) -> None:
         """Its deadline has passed. Raises WorkerError where the ranks that owe an answer cannot be replaced."""
         seconds = self.deadline - self._began
-        findings = look(self._everyone(), stacks=self._ranks(list(self.pending().values())))
+        states = probe_processes(self._everyone(), stacks=self._ranks(list(self.pending().values())))
         owed = self.pending()
         answered, _ = ray.wait(list(owed), num_returns=len(owed), timeout=0)
         ranks = [rank for ref, rank in owed.items() if ref not in answered]
@@ -162,34 +162,34 @@ class Call(Generic[T]):
             return  # the last answers came while the processes were looked at
         self.group.deadlines.missed(self.method)
         text = f"{self._who(ranks)}: no answer to {self.method} in {seconds:.0f} s ({self.group.deadlines.setting(self.method)})"
-        casualties = _casualties(findings) or self._ranks(ranks)
-        self._fail(ranks, self._told("hung", ranks, text, "", casualties, findings), None)
+        failed_ranks = _failed_ranks(states) or self._ranks(ranks)
+        self._fail(ranks, self._told("hung", ranks, text, "", failed_ranks, states), None)
 
     def _fail(self, ranks: Sequence[int], failure: Failure, cause: Exception | None) -> None:
         error = WorkerError(failure)
         # Without casualties nobody is to be replaced, and the same call would be answered in the same way: what is lost must
         # be made again.
-        mine = bool(failure.casualties) and all(role == self.group.role for role, _ in failure.casualties)
-        if self.group.mend is None or not self.mendable or not mine:
+        mine = bool(failure.failed_ranks) and all(role == self.group.role for role, _ in failure.failed_ranks)
+        if self.group.replace_failed is None or not self.retryable or not mine:
             raise error from cause
         if self.group.collective:
             ranks = list(self.pending().values())  # they wait for the one that failed
         self._failed |= dict.fromkeys(ranks, error)
 
-    def mend(self) -> None:
+    def replace_failed(self) -> None:
         """Where ranks failed and all others have answered: replace those, and ask them again."""
         if not self._failed or self.pending():
             return
-        assert self.group.mend is not None
+        assert self.group.replace_failed is not None
         failed, self._failed = self._failed, {}
         for error in dict.fromkeys(failed.values()):
-            self.group.mend(error)
+            self.group.replace_failed(error)
         self._again = True
         self._send(sorted(failed))
 
     def result(self) -> T:
-        if self.lasting:
-            self.group.remember(self.method, next(iter(self.args.values())))
+        if self.replayed_on_restart:
+            self.group.record_setup(self.method, next(iter(self.args.values())))
         results: list[Any] = []
         for rank in sorted(self.args):
             kept = self._refs[rank][:-1]
@@ -200,28 +200,28 @@ class Call(Generic[T]):
         return self.then(results) if self.then else results  # type: ignore[return-value]
 
     def get(self) -> T:
-        return together(self)[0]
+        return run_concurrently(self)[0]
 
     # ------------------------------------------------------------ what failed
 
     def _failure(self, rank: int, error: RayError) -> Failure:
         """What is behind an error that a rank reports: another that died, perhaps."""
-        findings = look(self._everyone())
-        casualties = _casualties(findings)
+        states = probe_processes(self._everyone())
+        failed_ranks = _failed_ranks(states)
         who = f"{self._who([rank])} failed in {self.method}"
         raised = isinstance(error, RayTaskError)
         cause: Exception = error.cause if raised else error
         if isinstance(error, RayActorError) and not raised:
             kind: Kind = "died"
             text = f"{who}: its process died"
-            casualties = sorted({*casualties, *self._ranks([rank])})
-        elif casualties:
-            kind, text = "died", f"{who} because of {named(casualties)} ({findings[casualties[0]].state})"
+            failed_ranks = sorted({*failed_ranks, *self._ranks([rank])})
+        elif failed_ranks:
+            kind, text = "died", f"{who} because of {named(failed_ranks)} ({states[failed_ranks[0]].state})"
         elif isinstance(cause, LOST):
             kind, text = "lost", f"{who}: {summary(cause) if raised else 'its answer was lost'}"
         else:
             kind, text = "error", f"{who}: {_line(cause)}"
-        return self._told(kind, [rank], text, str(error), casualties, findings, cause if raised else None)
+        return self._told(kind, [rank], text, str(error), failed_ranks, states, cause if raised else None)
 
     def _told(
         self,
@@ -229,12 +229,12 @@ class Call(Generic[T]):
         ranks: Sequence[int],
         text: str,
         detail: str,
-        casualties: Sequence[Rank],
-        findings: dict[Rank, Finding],
+        failed_ranks: Sequence[Rank],
+        states: dict[Rank, ProcessState],
         cause: Exception | None = None,
     ) -> Failure:
         everyone = self._everyone()
-        shown = [rank for rank in casualties or self._ranks(ranks) if rank in everyone]
+        shown = [rank for rank in failed_ranks or self._ranks(ranks) if rank in everyone]
         return Failure(
             kind,
             self.group.role,
@@ -244,16 +244,16 @@ class Call(Generic[T]):
             text,
             cause,
             detail,
-            tuple(casualties),
+            tuple(failed_ranks),
             {rank: everyone[rank] for rank in shown},
-            {rank: findings[rank] for rank in shown},
+            {rank: states[rank] for rank in shown},
         )
 
-    def _everyone(self) -> dict[Rank, Whereabouts]:
-        places: dict[Rank, Whereabouts] = {}
-        for group in self.group.fellows or [self.group]:
-            places |= group.places()
-        return places
+    def _everyone(self) -> dict[Rank, ProcessLocation]:
+        locations: dict[Rank, ProcessLocation] = {}
+        for group in self.group.all_groups or [self.group]:
+            locations |= group.locations()
+        return locations
 
     def _ranks(self, ranks: Sequence[int]) -> list[Rank]:
         return [(self.group.role, rank) for rank in ranks]
@@ -268,11 +268,11 @@ def _line(cause: Exception) -> str:
     return quoted or summary(cause)
 
 
-def _casualties(findings: dict[Rank, Finding]) -> list[Rank]:
-    return [rank for rank, finding in findings.items() if finding.state != "running"]
+def _failed_ranks(states: dict[Rank, ProcessState]) -> list[Rank]:
+    return [rank for rank, finding in states.items() if finding.state != "running"]
 
 
-def together(*calls: Call[Any] | None) -> list[Any]:
+def run_concurrently(*calls: Call[Any] | None) -> list[Any]:
     """Run calls at the same time, but those to groups on the same devices in turn. Results in order; None stays None."""
     waiting = [call for call in calls if call is not None]
     running: list[Call[Any]] = []
@@ -286,7 +286,7 @@ def together(*calls: Call[Any] | None) -> list[Any]:
                 call.start()
         _collect_next(running)
         for call in running:
-            call.mend()
+            call.replace_failed()
         running = [call for call in running if call.pending()]
     return [None if call is None else call.result() for call in calls]
 

@@ -12,7 +12,7 @@ from configs.schema import DeadlineSettings, Role
 Phase = Literal["start", "generate", "score", "train", "publish", "save"]
 
 PHASES: dict[str, Phase] = {
-    **dict.fromkeys(("whereabouts", "address", "join", "mark", "load", "connect", "add_rows"), "start"),
+    **dict.fromkeys(("location", "address", "join", "mark", "load", "connect", "add_rows"), "start"),
     "generate": "generate",
     **dict.fromkeys(("log_probs", "values", "scores", "texts", "memory"), "score"),
     **dict.fromkeys(("publish", "probe", "prove"), "publish"),

@@ -18,7 +18,7 @@ class _Restart:
     """Stage and step."""
 
 
-class Recovery:
+class FailurePolicy:
     """The budget of restarts, and the record of every failure.
 
     Args:
@@ -71,7 +71,7 @@ class Recovery:
         if not failure.survivable:
             return None
         now, left = _Restart(time.monotonic(), self.where), []
-        for role in {role for role, _ in failure.casualties} or {failure.role}:
+        for role in {role for role, _ in failure.failed_ranks} or {failure.role}:
             self._spent[role] = [r for r in (*self._spent.get(role, ()), now) if self._counts(r, now)]
             left.append(self._settings.restarts - len(self._spent[role]))
         return min(left)

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from configs.schema import Role
 from troupe.imports import call
 from workers.process import inspection
-from workers.process.inspection import Finding, State, Whereabouts
+from workers.process.inspection import ProcessLocation, ProcessState, State
 
 LOG_LINES = 30
 LOOK = 60.0
@@ -62,23 +62,23 @@ class Failure:
     """What the worker raised, where it did."""
     detail: str = ""
     """What Ray says: a traceback, a cause of death."""
-    casualties: tuple[Rank, ...] = ()
+    failed_ranks: tuple[Rank, ...] = ()
     """Workers that must be replaced, of whatever role: what one suffers another may report."""
-    places: dict[Rank, Whereabouts] = field(default_factory=dict)
-    findings: dict[Rank, Finding] = field(default_factory=dict)
+    locations: dict[Rank, ProcessLocation] = field(default_factory=dict)
+    states: dict[Rank, ProcessState] = field(default_factory=dict)
     """Of the casualties; of those that raised where there are none."""
 
     @property
     def survivable(self) -> bool:
         """Whether a replaced worker and the same call again may do: an error that a worker raised by itself comes again."""
-        return bool(self.casualties) or self.kind == "lost"
+        return bool(self.failed_ranks) or self.kind == "lost"
 
     def __str__(self) -> str:
         parts = [self.text]
         if self.detail:
             parts.append(_indent(self.detail))
-        for rank, found in self.findings.items():
-            place = self.places[rank]
+        for rank, found in self.states.items():
+            place = self.locations[rank]
             parts.append(
                 f"  {_named(rank)}: node {place.host} ({place.node[:6]}), pid {place.pid}, process {found.state}"
             )
@@ -99,26 +99,26 @@ class WorkerError(RuntimeError):
         """Whether it was decided that the run ends of it."""
 
 
-def look(places: dict[Rank, Whereabouts], stacks: Collection[Rank] = ()) -> dict[Rank, Finding]:
+def probe_processes(locations: dict[Rank, ProcessLocation], stacks: Collection[Rank] = ()) -> dict[Rank, ProcessState]:
     """Examine workers' processes, on their nodes. stacks: those whose Python stacks are wanted too, which takes seconds."""
-    nodes = _by_node(places)
+    nodes = _by_node(locations)
     tasks = {
         node: on_node(
-            node, inspection.examine, [places[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
+            node, inspection.examine, [locations[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
         )
         for node, ranks in nodes.items()
     }
-    found: dict[Rank, Finding] = {}
+    found: dict[Rank, ProcessState] = {}
     for node, ranks in nodes.items():
         try:
             found |= zip(ranks, ray.get(tasks[node], timeout=LOOK), strict=True)
         except GetTimeoutError:
             # A node without a free moment is not lost: its workers are healthy as far as anybody knows.
             state: State = "running" if node in alive_nodes() else "node lost"
-            found |= dict.fromkeys(ranks, Finding(state, f"(the node could not be looked at in {LOOK:.0f} s)"))
+            found |= dict.fromkeys(ranks, ProcessState(state, f"(the node could not be looked at in {LOOK:.0f} s)"))
         except RayError:  # the task cannot be run there
-            found |= dict.fromkeys(ranks, Finding("node lost"))
-    return {rank: found[rank] for rank in places}
+            found |= dict.fromkeys(ranks, ProcessState("node lost"))
+    return {rank: found[rank] for rank in locations}
 
 
 def alive_nodes() -> set[str]:
@@ -126,18 +126,18 @@ def alive_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def end(places: dict[Rank, Whereabouts]) -> None:
+def end(locations: dict[Rank, ProcessLocation]) -> None:
     """Kill workers' processes, which Ray cannot do with a stopped one."""
-    for node, ranks in _by_node(places).items():
+    for node, ranks in _by_node(locations).items():
         try:
-            ray.get(on_node(node, inspection.end, [places[rank] for rank in ranks]), timeout=LOOK)
+            ray.get(on_node(node, inspection.end, [locations[rank] for rank in ranks]), timeout=LOOK)
         except RayError:
             continue  # with the node they are gone too
 
 
-def _by_node(places: dict[Rank, Whereabouts]) -> dict[str, list[Rank]]:
-    ranks = sorted(places, key=lambda rank: places[rank].node)
-    return {node: list(group) for node, group in groupby(ranks, key=lambda rank: places[rank].node)}
+def _by_node(locations: dict[Rank, ProcessLocation]) -> dict[str, list[Rank]]:
+    ranks = sorted(locations, key=lambda rank: locations[rank].node)
+    return {node: list(group) for node, group in groupby(ranks, key=lambda rank: locations[rank].node)}
 
 
 def on_node(node: str, function: Callable[..., Any], *args: Any) -> Any:

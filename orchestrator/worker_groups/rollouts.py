@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workers.data.samples import Placed
+from workers.data.samples import SampleRefs
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Rollouts:
     """Of the answers to its prompt, which one each is, from 0."""
     step: int
     """0: of an evaluation."""
-    placed: Placed
+    refs: SampleRefs
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray
     ended: np.ndarray
@@ -37,10 +37,10 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
-class Column:
+class TokenColumn:
     """A value per answer token, where it lies, and one number per answer."""
 
-    placed: Placed
+    refs: SampleRefs
     per_answer: np.ndarray
 
 
@@ -49,8 +49,8 @@ class Experience:
     """Scored rollouts."""
 
     rollouts: Rollouts
-    reference: Column
-    values: Column | None
+    reference: TokenColumn
+    values: TokenColumn | None
     scores: np.ndarray
     """[samples] as they are trained on; nan: no score, so that nothing is learnt from the sample."""
     kl_coefficient: float

@@ -32,24 +32,32 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.schema import ModelReward, ModelSettings, Role, RunConfig
 from configs.zero import ZERO
 from orchestrator.run.run_dir import local
-from orchestrator.worker_groups.calls import Call, WorkerGroup, together
+from orchestrator.worker_groups.calls import Call, WorkerGroup, run_concurrently
 from orchestrator.worker_groups.deadlines import BACKWARD, Deadlines, Workload
-from orchestrator.worker_groups.failure_policy import Recovery
+from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import Rank, WorkerError, alive_nodes, end, on_node
-from orchestrator.worker_groups.rollouts import Column, Experience, Rollouts
+from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.snapshot import RankFiles, Snapshot
 from placement.plan.fit import floor_to
 from placement.plan.placement_groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
-from placement.plan.time_sharing import by_turns
+from placement.plan.time_sharing import time_shared
 from placement.types import Plan, transport_of
 from troupe.imports import Actor
 from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
 from workers.data.batching import Rows, aligned_micro_batches, balance, mini_batches
-from workers.data.samples import Placed
-from workers.data.step_inputs import DifferentModel, MiniBatch, Part, ScoringRequest, StaleWeights, Work, Written
+from workers.data.samples import SampleRefs
+from workers.data.step_inputs import (
+    DifferentModel,
+    MiniBatch,
+    RolloutInfo,
+    ScoringRequest,
+    StaleWeights,
+    SupervisedBatch,
+    TrainStepInput,
+)
 from workers.process.state_files import copy_files
 from workers.process.worker import WorkerSpec, environment
-from workers.rewards.result import Scored
+from workers.rewards.result import RewardResult
 from workers.training.schedule import StageStep
 from workers.weight_sync.probe import Probe
 
@@ -84,7 +92,7 @@ class Team:
         self,
         config: RunConfig,
         plan: Plan,
-        recovery: Recovery | None,
+        recovery: FailurePolicy | None,
         changed: Changed | None,
         started: datetime | None = None,
     ) -> None:
@@ -95,7 +103,7 @@ class Team:
         """What the actor starts from."""
         self.plan = plan
         self._changed = changed or (lambda team: None)
-        self.recovery = recovery or Recovery(config.recovery)
+        self.recovery = recovery or FailurePolicy(config.recovery)
         self.deadlines = Deadlines(config.deadlines)
         self.groups: dict[Role, WorkerGroup] = {}
         self.lengths: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -112,7 +120,7 @@ class Team:
         cls,
         config: RunConfig,
         plan: Plan,
-        recovery: Recovery | None = None,
+        recovery: FailurePolicy | None = None,
         changed: Changed | None = None,
         started: datetime | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -126,15 +134,15 @@ class Team:
         team = cls(config, plan, recovery, changed, started)
         try:
             team._places = create_groups(plan, config.name, config.placement.timeout, say)
-            fellows: list[WorkerGroup] = []
+            all_groups: list[WorkerGroup] = []
             for role, planned in plan.roles.items():
-                group = WorkerGroup(role, [], planned.group, team.deadlines, fellows=fellows)
+                group = WorkerGroup(role, [], planned.group, team.deadlines, all_groups=all_groups)
                 if role == "rollout" or (role in ("reference", "reward") and plan.stage == "ppo"):
                     # With a process that serves others too, what those had learned is gone.
-                    group.mend = team._mend if planned.crew == (role,) else None
-                    group.collective = role == "reference" or len(planned.crew) > 1
+                    group.replace_failed = team._replace_failed if planned.process_roles == (role,) else None
+                    group.collective = role == "reference" or len(planned.process_roles) > 1
                 team.groups[role] = group
-                fellows.append(group)
+                all_groups.append(group)
             team._spawn({role: range(planned.ranks) for role, planned in plan.roles.items()})
             team._meet({role: list(range(len(group))) for role, group in team.groups.items()})
         except BaseException:
@@ -144,22 +152,22 @@ class Team:
 
     def _spawn(self, ranks: Mapping[Role, Sequence[int]]) -> None:
         """Start the processes of these ranks of roles; roles that share a process stand there with the same ranks."""
-        for crew in dict.fromkeys(self.plan.roles[role].crew for role in ranks):
-            for rank in ranks[crew[0]]:
-                handle = self._start_process(crew, rank)
-                for role in crew:
+        for process_roles in dict.fromkeys(self.plan.roles[role].process_roles for role in ranks):
+            for rank in ranks[process_roles[0]]:
+                handle = self._start_process(process_roles, rank)
+                for role in process_roles:
                     handles = self.groups[role].handles
                     handles[rank : rank + 1] = [handle]
 
-    def _start_process(self, crew: tuple[Role, ...], rank: int) -> ActorHandle:
+    def _start_process(self, process_roles: tuple[Role, ...], rank: int) -> ActorHandle:
         """The process of a rank of one role, or of several that share one."""
-        plans = [self.plan.roles[role] for role in crew]
+        plans = [self.plan.roles[role] for role in process_roles]
         first, device = plans[0], self.plan.device
         place, bundle = bundle_of(self.plan, first.role, rank)
-        started = self._starts[crew[0], rank]
-        self._starts.update((role, rank) for role in crew)
+        started = self._starts[process_roles[0], rank]
+        self._starts.update((role, rank) for role in process_roles)
         options: dict[str, Any] = {
-            "name": f"{self.config.name}/{'+'.join(crew)}-{rank}" + (f" restart {started}" if started else ""),
+            "name": f"{self.config.name}/{'+'.join(process_roles)}-{rank}" + (f" restart {started}" if started else ""),
             "namespace": "troupe",
             "num_cpus": floor_to(sum(planned.cpus for planned in plans), 4),
             "num_gpus": floor_to(sum(planned.gpus for planned in plans), 4),
@@ -170,22 +178,29 @@ class Team:
             (
                 "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role],
                 WorkerSpec(
-                    self.config, role, rank, first.ranks, device, first.threads, by_turns(self.plan, role), self.started
+                    self.config,
+                    role,
+                    rank,
+                    first.ranks,
+                    device,
+                    first.threads,
+                    time_shared(self.plan, role),
+                    self.started,
                 ),
             )
-            for role in crew
+            for role in process_roles
         ]
-        return ray.remote(Actor).options(**options).remote("workers.process.worker_process:Host", hosted)
+        return ray.remote(Actor).options(**options).remote("workers.process.worker_process:WorkerProcess", hosted)
 
     def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
         """Find out where new workers are, and tell the ranks of each role where they meet."""
-        found = together(*(self.groups[role].to(ranks, "whereabouts") for role, ranks in new.items()))
-        for (role, ranks), places in zip(new.items(), found, strict=True):
-            self.groups[role].whereabouts |= dict(zip(ranks, places, strict=True))
+        found = run_concurrently(*(self.groups[role].to(ranks, "location") for role, ranks in new.items()))
+        for (role, ranks), locations in zip(new.items(), found, strict=True):
+            self.groups[role].location |= dict(zip(ranks, locations, strict=True))
         self._changed(self)
-        addresses = together(*(self.groups[role].to(ranks, "address") for role, ranks in new.items()))
+        addresses = run_concurrently(*(self.groups[role].to(ranks, "address") for role, ranks in new.items()))
         meet = {role: each[0] for role, each in zip(new, addresses, strict=True)}
-        together(*(self.groups[role].to(ranks, "join", meet[role]) for role, ranks in new.items()))
+        run_concurrently(*(self.groups[role].to(ranks, "join", meet[role]) for role, ranks in new.items()))
 
     def stop(self) -> None:
         """End the workers and give their placement groups back."""
@@ -199,7 +214,7 @@ class Team:
 
     # ------------------------------------------------------------ recovery
 
-    def replace(self, error: WorkerError, anew: Sequence[Role] = ()) -> None:
+    def replace(self, error: WorkerError, reset_roles: Sequence[Role] = ()) -> None:
         """Replace the casualties of a failure, all ranks of a role that compute together, and tell the new ones all that the
         old ones were told. What those had learned since is gone: see `restore`. `anew`: roles that begin anew as well.
 
@@ -208,25 +223,25 @@ class Team:
         try:
             self.recovery.consider(error)
         except WorkerError:
-            end(error.failure.places)  # a stopped process would outlive the run
+            end(error.failure.locations)  # a stopped process would outlive the run
             raise
         lost: dict[Role, list[int]] = {}
         for role, rank in self._due(error):
             lost.setdefault(role, []).append(rank)
-        for role in [*lost, *anew]:
-            if role in anew or self.groups[role].collective:
-                lost |= {fellow: list(range(len(self.groups[fellow]))) for fellow in self.plan.roles[role].crew}
+        for role in [*lost, *reset_roles]:
+            if role in reset_roles or self.groups[role].collective:
+                lost |= {other: list(range(len(self.groups[other]))) for other in self.plan.roles[role].process_roles}
         lost = {role: lost[role] for role in self.groups if role in lost}  # they load in the order of a start
         gone = [(role, rank) for role, ranks in lost.items() for rank in ranks]
-        known = {place: where for role in lost for place, where in self.groups[role].places().items()}
+        known = {place: where for role in lost for place, where in self.groups[role].locations().items()}
         end({rank: known[rank] for rank in gone if rank in known})
         for role, rank in gone:
             ray.kill(self.groups[role].handles[rank])
         await_groups(self.plan, self.config.name, self._places, self.config.recovery.node_timeout)
         self._spawn(lost)
         self._meet(lost)
-        for calls in zip_longest(*(self.groups[role].prepared(ranks) for role, ranks in lost.items())):
-            together(*calls)
+        for calls in zip_longest(*(self.groups[role].setup_calls(ranks) for role, ranks in lost.items())):
+            run_concurrently(*calls)
         if "rollout" in self.groups and lost.keys() & {"actor", "rollout"}:
             self._connect()
             if not self.version:
@@ -234,14 +249,14 @@ class Team:
 
     def _due(self, error: WorkerError) -> list[Rank]:
         """The casualties that were not replaced since, because of another error that named them too."""
-        known = error.failure.places
+        known = error.failure.locations
         return [
             (role, rank)
-            for role, rank in error.failure.casualties
-            if (role, rank) not in known or known[role, rank] == self.groups[role].whereabouts.get(rank)
+            for role, rank in error.failure.failed_ranks
+            if (role, rank) not in known or known[role, rank] == self.groups[role].location.get(rank)
         ]
 
-    def _mend(self, error: WorkerError) -> None:
+    def _replace_failed(self, error: WorkerError) -> None:
         """Replace workers without state. New engines get the weights that the others have."""
         if due := self._due(error):
             self.replace(error)
@@ -251,12 +266,12 @@ class Team:
     def snapshot(self, step: int, state: dict[str, Any], roles: Sequence[Role]) -> Snapshot:
         """Copy what roles have learned into the object store; where there are several nodes, onto another node too."""
         groups = [self.groups[role] for role in roles]
-        found = together(*(group.scatter("snapshot", [()] * len(group), keep=1) for group in groups))
+        found = run_concurrently(*(group.scatter("snapshot", [()] * len(group), keep=1) for group in groups))
         nodes = sorted(alive_nodes())
         files: dict[Role, list[RankFiles]] = {role: [] for role in roles}
         for group, ranks in zip(groups, found, strict=True):
             for rank, (ref, names) in enumerate(ranks):
-                node = group.whereabouts[rank].node
+                node = group.location[rank].node
                 others = [other for other in nodes if other != node]
                 copies = {node: ref}
                 if others:
@@ -273,14 +288,14 @@ class Team:
             names = sorted({name for rank in ranks for name in rank.names})
             copies = [rank.copy_on(alive) for rank in ranks]
             calls.append(self.groups[role].scatter("restore_snapshot", [(mine, copies[0], names) for mine in copies]))
-        together(*calls)
+        run_concurrently(*calls)
 
     def workers(self) -> list[dict[str, Any]]:
         """Role, rank, node, pid and restarts of every worker."""
         return [
             {"role": role, "rank": rank, "node": place.host, "pid": place.pid, "restarts": self._starts[role, rank] - 1}
             for role, group in self.groups.items()
-            for rank, place in sorted(group.whereabouts.items())
+            for rank, place in sorted(group.location.items())
         ]
 
     # ------------------------------------------------------------ models and data
@@ -301,7 +316,7 @@ class Team:
             actor = actor.model_copy(update={"lora": actor.lora.model_copy(update={"dropout": 0.0})})
         own = {s.name for s in ppo.rewards if isinstance(s, ModelReward) and s.tokenizer == "own"}
         critic = next((path for name, path in paths.items() if name not in own), model)
-        together(
+        run_concurrently(
             groups["actor"].prepare("load", model, actor, ppo.actor_optimizer),
             groups["critic"].prepare("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
             groups["reference"].prepare("load", model, actor, None),
@@ -352,8 +367,10 @@ class Team:
     def memory(self) -> dict[Role, int]:
         """Bytes of each role's workers, proportional set size; of a process that serves several roles, each has an equal part."""
         roles = list(self.groups)
-        found = together(*(self.groups[role].call("memory") for role in roles))
-        return {role: sum(each) // len(self.plan.roles[role].crew) for role, each in zip(roles, found, strict=True)}
+        found = run_concurrently(*(self.groups[role].call("memory") for role in roles))
+        return {
+            role: sum(each) // len(self.plan.roles[role].process_roles) for role, each in zip(roles, found, strict=True)
+        }
 
     # ------------------------------------------------------------ rollouts
 
@@ -365,17 +382,17 @@ class Team:
         numbers = np.concatenate([np.arange(samples) + samples * before for before in times])
         shares = self._share_out(self.lengths[data][0][prompts], len(group))
 
-        def gather(results: list[tuple[Any, Written]]) -> Rollouts:
+        def gather(results: list[tuple[Any, RolloutInfo]]) -> Rollouts:
             def ordered(name: str) -> np.ndarray:
                 return _in_order(shares, [getattr(written, name) for _, written in results], len(prompts))
 
-            placed = Placed.of([ref for ref, _ in results], shares, len(prompts))
+            refs = SampleRefs.of([ref for ref, _ in results], shares, len(prompts))
             return Rollouts(
                 data,
                 prompts,
                 numbers,
                 step,
-                placed,
+                refs,
                 prompt_lengths=ordered("prompt_lengths"),
                 answer_lengths=ordered("answer_lengths"),
                 ended=ordered("ended"),
@@ -387,7 +404,7 @@ class Team:
         turns = -(-max(map(len, shares)) // self.config.rollout.max_sequences)  # an engine's answers, so many at a time
         work = Workload(asked + len(prompts) * longest, turns * longest)
 
-        def done(results: list[tuple[Any, Written]]) -> Workload:
+        def done(results: list[tuple[Any, RolloutInfo]]) -> Workload:
             lengths = np.concatenate([written.answer_lengths for _, written in results])
             return Workload(asked + float(lengths.sum()), float(turns * lengths.max(initial=0)))
 
@@ -405,34 +422,34 @@ class Team:
 
     # ------------------------------------------------------------ scores
 
-    def log_probs(self, rollouts: Rollouts) -> Call[Column]:
+    def log_probs(self, rollouts: Rollouts) -> Call[TokenColumn]:
         """The reference's log-probabilities; per answer, the sum of log(actor / reference)."""
         return self._column("reference", "log_probs", rollouts)
 
-    def values(self, rollouts: Rollouts) -> Call[Column] | None:
+    def values(self, rollouts: Rollouts) -> Call[TokenColumn] | None:
         """The critic's values, where there is a critic."""
         return self._column("critic", "values", rollouts) if "critic" in self.groups else None
 
-    def _column(self, role: Role, method: str, rollouts: Rollouts) -> Call[Column]:
+    def _column(self, role: Role, method: str, rollouts: Rollouts) -> Call[TokenColumn]:
         shards, micro_batches = self._shards(role, rollouts.lengths)
 
-        def gather(results: list[tuple[Any, np.ndarray]]) -> Column:
-            placed = Placed.of([ref for ref, _ in results], shards, len(rollouts))
-            return Column(placed, _in_order(shards, [numbers for _, numbers in results], len(rollouts)))
+        def gather(results: list[tuple[Any, np.ndarray]]) -> TokenColumn:
+            refs = SampleRefs.of([ref for ref, _ in results], shards, len(rollouts))
+            return TokenColumn(refs, _in_order(shards, [numbers for _, numbers in results], len(rollouts)))
 
-        args = [(rollouts.placed.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)]
+        args = [(rollouts.refs.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)]
         work = Workload(float(rollouts.lengths.sum()), len(micro_batches[0]))
         return self.groups[role].scatter(method, args, keep=1, work=work, then=gather)
 
-    def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, Scored]]:
+    def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, RewardResult]]:
         """What each of the named sources (rewards or judges) says of the answers: of each a score, a timeout or an error."""
         shards, micro_batches = self._shards("reward", rollouts.lengths)
 
-        def gather(results: list[dict[str, Scored]]) -> dict[str, Scored]:
-            return {name: Scored.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
+        def gather(results: list[dict[str, RewardResult]]) -> dict[str, RewardResult]:
+            return {name: RewardResult.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
 
         args = [
-            (self._request(rollouts, rows), rollouts.placed.take(rows), micro, list(names))
+            (self._request(rollouts, rows), rollouts.refs.take(rows), micro, list(names))
             for rows, micro in zip(shards, micro_batches, strict=True)
         ]
         assert self.config.ppo is not None
@@ -452,7 +469,7 @@ class Team:
         """(prompt, answer) as text, for people to read: of each sample, or of some."""
         samples = np.arange(len(rollouts)) if samples is None else samples
         work = Workload(float(rollouts.lengths[samples].sum()))
-        return Call(self.groups["reward"], "texts", {0: (rollouts.placed.take(samples),)}, work=work).get()[0]
+        return Call(self.groups["reward"], "texts", {0: (rollouts.refs.take(samples),)}, work=work).get()[0]
 
     def _shards(self, role: Role, lengths: np.ndarray) -> tuple[list[Rows], list[list[Rows]]]:
         """Samples of each rank and its micro-batches of them, balanced by tokens."""
@@ -502,7 +519,7 @@ class Team:
             tokens += sum(float(self.lengths["sft"][0][rows].sum()) for rows in experience.ptx)
         return Workload(BACKWARD * ppo.epochs * tokens, ppo.epochs * ppo.mini_batches)
 
-    def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[Work]:
+    def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[TrainStepInput]:
         """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
         ppo, rollouts, ranks = self.config.ppo, experience.rollouts, len(self.groups[role])
         assert ppo is not None
@@ -530,11 +547,11 @@ class Team:
             self._work(experience, np.concatenate(rows), mini, update) for rows, mini in zip(mine, minis, strict=True)
         ]
 
-    def _work(self, experience: Experience, rows: Rows, minis: list[MiniBatch], update: bool) -> Work:
-        return Work(
-            rollouts=experience.rollouts.placed.take(rows),
-            reference=experience.reference.placed.take(rows),
-            values=experience.values.placed.take(rows) if experience.values else None,
+    def _work(self, experience: Experience, rows: Rows, minis: list[MiniBatch], update: bool) -> TrainStepInput:
+        return TrainStepInput(
+            rollouts=experience.rollouts.refs.take(rows),
+            reference=experience.reference.refs.take(rows),
+            values=experience.values.refs.take(rows) if experience.values else None,
             scores=experience.scores[rows].astype(np.float32),
             groups=experience.rollouts.prompts[rows],
             kl_coefficient=experience.kl_coefficient,
@@ -542,13 +559,15 @@ class Team:
             update=update,
         )
 
-    def parts(self, role: Role, name: str, rows: np.ndarray, max_tokens: int) -> list[Part]:
+    def parts(self, role: Role, name: str, rows: np.ndarray, max_tokens: int) -> list[SupervisedBatch]:
         """Each rank's part of a batch of dataset rows, balanced by tokens."""
         lengths, completions = self.lengths[name]
         shards = [rows[part] for part in balance(lengths[rows], len(self.groups[role]))]
         micro_batches = aligned_micro_batches([lengths[s] for s in shards], max_tokens)
         count = int(completions[rows].sum())
-        return [Part(name, [s[m] for m in micro], count) for s, micro in zip(shards, micro_batches, strict=True)]
+        return [
+            SupervisedBatch(name, [s[m] for m in micro], count) for s, micro in zip(shards, micro_batches, strict=True)
+        ]
 
     # ------------------------------------------------------------ weights
 
@@ -589,7 +608,7 @@ class Team:
     def _only_engines(self, error: WorkerError) -> bool:
         """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""
         alone = len(self.groups["actor"]) == 1 or ZERO[self.config.strategy_of("actor")].stage < 3
-        roles = {role for role, _ in error.failure.casualties}
+        roles = {role for role, _ in error.failure.failed_ranks}
         return alone and roles == {"rollout"}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from configs.schema import ROLES, Role, RunConfig, Strategy
 from configs.zero import ZERO
 from placement.cluster.spec import Cluster
-from placement.memory.estimate import forecast
+from placement.memory.estimate import estimate_memory
 from placement.models.shapes import NOTHING, read_shapes
 from placement.plan.auto_dtype import with_dtype
 from placement.plan.planner import make_plan
@@ -58,7 +58,7 @@ def resolve(
         raise PlanError(stages[0], [Problem("strategy", text)]) from None
 
     def missing(chosen: dict[Role, Strategy]) -> int:
-        found = [forecast(_with(config, chosen), plan, shapes) for plan, shapes in known]
+        found = [estimate_memory(_with(config, chosen), plan, shapes) for plan, shapes in known]
         if any(place.size is None for memory in found for place in memory.places):
             text = "auto needs the size of the memory, which is not known of every device; name a strategy"
             raise PlanError(stages[0], [Problem("strategy", text)])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from configs.schema import RunConfig, Strategy
 from placement.cluster.spec import Cluster
-from placement.memory.estimate import Forecast, forecast
+from placement.memory.estimate import MemoryEstimate, estimate_memory
 from placement.memory.phases import CUDA_CONTEXT
 from placement.models.activations import FLOAT32
 from placement.models.architecture import LADDER, PRESET, Architecture
@@ -78,10 +78,10 @@ def steps_apart(case: Published, found: str | None) -> int:
     return rungs.index(found) - rungs.index(case.largest)
 
 
-def benchmark_forecast(model: str, cluster: Cluster, case: Published, *, turns: bool) -> Forecast:
+def benchmark_forecast(model: str, cluster: Cluster, case: Published, *, turns: bool) -> MemoryEstimate:
     """Predicted memory of the benchmark with a model, all roles on one GPU."""
     config = benchmark_config(model, cluster, case)
-    return forecast(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"), turns=turns)
+    return estimate_memory(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"), turns=turns)
 
 
 def benchmark_config(model: str, cluster: Cluster, case: Published) -> RunConfig:
@@ -139,7 +139,7 @@ def supposed(model: str, cluster: Cluster, rows: int = 8, dtype: str | None = No
     }
 
 
-def supposed_of(model: str, cluster: Cluster) -> dict[str, Any]:
+def default_settings_for(model: str, cluster: Cluster) -> dict[str, Any]:
     """`supposed` of a name of the ladder, a folder or a hub name. Raises ValueError for another."""
     return supposed(PRESET + model if model in LADDER else model, cluster)
 
@@ -168,8 +168,8 @@ def large_config(cluster: Cluster) -> RunConfig:
     return RunConfig.model_validate(settings | {"strategy": "zero3_offload"})
 
 
-def large_forecast(nodes: int) -> Forecast:
+def large_forecast(nodes: int) -> MemoryEstimate:
     """Predicted memory of `large_config` on as many nodes of 8 GPUs of 80 GB."""
     cluster = Cluster.parse(f"{nodes}x8xA100-80GB")
     config = large_config(cluster)
-    return forecast(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"))
+    return estimate_memory(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"))

@@ -26,12 +26,12 @@ from placement.memory.phases import (
     trainer,
 )
 from placement.memory.states import Model, Sharding, moved
-from placement.memory.usage import Bytes, Use
+from placement.memory.usage import MemoryBreakdown, MemoryUse
 from placement.models.activations import Adapters
 from placement.models.architecture import Architecture
 from placement.models.shapes import SIZES, Shapes, least_cache, longest_row, model_settings
 from placement.plan.layout import strategy_in
-from placement.plan.time_sharing import by_turns
+from placement.plan.time_sharing import time_shared
 from placement.types import GIB, MIB, TRAINED, GroupPlan, Plan, Stage, transport_of
 
 STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
@@ -57,7 +57,7 @@ class RoleMemory:
     other_snapshot: int = 0
 
     @cached_property
-    def still(self) -> Use:
+    def idle(self) -> MemoryUse:
         """What it holds when it does nothing."""
         return min(self.uses.values(), key=lambda use: (use.device.total, use.host.total))
 
@@ -67,7 +67,7 @@ class Place:
     """A node's memory, or that of each GPU of a group: what is in it in each phase, and its size (none: unknown)."""
 
     name: str
-    parts: dict[Phase, Bytes]
+    parts: dict[Phase, MemoryBreakdown]
     size: int | None
 
     @property
@@ -90,7 +90,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class MemoryEstimate:
     """Predicted memory of a stage. `warnings`: what else cannot work; `advice`: what would help where it does not fit."""
 
     phases: tuple[Phase, ...]
@@ -116,7 +116,9 @@ class Forecast:
         }
 
 
-def _model(shape: Architecture, settings: ModelSettings, scalar: bool, adapts: bool, borrowed: bool = False) -> Model:
+def _model(
+    shape: Architecture, settings: ModelSettings, scalar: bool, adapts: bool, on_shared_base: bool = False
+) -> Model:
     adapters = _adapters(settings.lora) if adapts and settings.lora else None
     return Model(
         shape,
@@ -124,7 +126,7 @@ def _model(shape: Architecture, settings: ModelSettings, scalar: bool, adapts: b
         scalar,
         adapters,
         settings.quantize if adapts else None,
-        borrowed,
+        on_shared_base,
     )
 
 
@@ -135,12 +137,12 @@ def _adapters(lora: LoraSettings) -> Adapters:
 # ---------------------------------------------------------------- roles
 
 
-def forecast(config: RunConfig, plan: Plan, shapes: Shapes, *, turns: bool = True) -> Forecast:
+def estimate_memory(config: RunConfig, plan: Plan, shapes: Shapes, *, turns: bool = True) -> MemoryEstimate:
     """Predict a stage's memory where the plan puts it. turns: roles that share a GPU leave it to one another."""
-    roles = {role: _role(role, config, plan, shapes, turns and by_turns(plan, role)) for role in plan.roles}
+    roles = {role: _role(role, config, plan, shapes, turns and time_shared(plan, role)) for role in plan.roles}
     phases = STAGE_PHASES[plan.stage]
     places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles, turns))
-    return Forecast(phases, roles, places, _cache_warnings(config, plan, roles, shapes))
+    return MemoryEstimate(phases, roles, places, _cache_warnings(config, plan, roles, shapes))
 
 
 def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> RoleMemory:
@@ -153,14 +155,14 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool
     )
     assert strategy is not None
     sharding = Sharding(strategy, planned.ranks, plan.device, SIZES[settings.optimizer_dtype])
-    work, borrowed = _work(role, config, plan), role != planned.crew[0]
+    work, on_shared_base = _work(role, config, plan), role != planned.process_roles[0]
     if role not in TRAINED[plan.stage]:
-        uses = _frozen(role, settings, sharding, work, shapes, len(planned.crew) > 1, borrowed)
+        uses = _frozen(role, settings, sharding, work, shapes, len(planned.process_roles) > 1, on_shared_base)
         model = _model(shapes.policy if role == "reference" else shapes.scalars[0], settings, role == "reward", False)
         return RoleMemory(_waiting(uses, model, sharding) if turns else uses)
     scalar = role in ("critic", "reward")
     shape = (shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy
-    model = _model(shape, settings, scalar, adapts=True, borrowed=borrowed)
+    model = _model(shape, settings, scalar, adapts=True, on_shared_base=on_shared_base)
     published = _sent(model, sharding, config, plan) if role == "actor" and plan.stage == "ppo" else 0
     snapshots = config.recovery.snapshot_every is not None
     uses = trainer(model, sharding, work, scores=role == "critic", published=published, snapshots=snapshots)
@@ -174,20 +176,26 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool
 
 
 def _frozen(
-    role: Role, settings: ModelSettings, sharding: Sharding, work: Work, shapes: Shapes, shares: bool, borrowed: bool
+    role: Role,
+    settings: ModelSettings,
+    sharding: Sharding,
+    work: Work,
+    shapes: Shapes,
+    shares: bool,
+    on_shared_base: bool,
 ) -> Uses:
     """A role that does not learn. Beside others on one base the reference is that base, a reward model an adapter and a head."""
-    if borrowed:
+    if on_shared_base:
         adapts = role == "reward"
-        return adapted(_model(shapes.policy, settings, adapts, adapts, borrowed=True), sharding, work)
+        return adapted(_model(shapes.policy, settings, adapts, adapts, on_shared_base=True), sharding, work)
     found = [shapes.policy] if role == "reference" else shapes.scalars
     return frozen([_model(shape, settings, role == "reward", adapts=shares) for shape in found], sharding, work)
 
 
 def _waiting(uses: Uses, model: Model, sharding: Sharding) -> Uses:
     """With the host memory in which what it has on its device waits for its turn; it is kept for the next time."""
-    held = replace(RoleMemory(uses).still.device, runtime=0)
-    room = Use(host=moved(model, sharding, held))
+    held = replace(RoleMemory(uses).idle.device, runtime=0)
+    room = MemoryUse(host=moved(model, sharding, held))
     return {phase: use + room for phase, use in uses.items()}
 
 
@@ -260,9 +268,11 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
             (group, count * group.devices_per_bundle) for group, (count, _) in zip(plan.groups, held, strict=True)
         ]
         parts = {
-            phase: sum((_group_host(plan, g, count, names[0], phase, roles) for g, count in counts if count), Bytes())
-            + Bytes(buffers=_store(config, plan, names[0], phase, roles, shapes))
-            + Bytes(buffers=_mapped(config, plan, names[0], shapes) if phase == "load" else 0)
+            phase: sum(
+                (_group_host(plan, g, count, names[0], phase, roles) for g, count in counts if count), MemoryBreakdown()
+            )
+            + MemoryBreakdown(buffers=_store(config, plan, names[0], phase, roles, shapes))
+            + MemoryBreakdown(buffers=_mapped(config, plan, names[0], shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
         }
         found.setdefault((size, tuple(parts.items())), []).extend(names)
@@ -278,27 +288,33 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
 
 def _group_host(
     plan: Plan, group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]
-) -> Bytes:
+) -> MemoryBreakdown:
     """What a group's processes hold on a node: of those that take turns one works, and the others keep what they hold."""
     first = int(group.nodes[0] == node)
     if phase == "save":  # the first rank saves more than the others
         snapshots = sum(first * r.first_snapshot + (count - first) * r.other_snapshot for r in _of(group, roles))
-        return sum((r.still.host for r in _of(group, roles)), Bytes()) * count + Bytes(buffers=snapshots)
+        return sum((r.idle.host for r in _of(group, roles)), MemoryBreakdown()) * count + MemoryBreakdown(
+            buffers=snapshots
+        )
     busy = {role: roles[role].uses[phase].host for role in group.roles}
-    still = {role: roles[role].still.host for role in group.roles}
-    return _worst(plan, phase, busy, still, still) * count
+    idle = {role: roles[role].idle.host for role in group.roles}
+    return _worst(plan, phase, busy, idle, idle) * count
 
 
 def _worst(
-    plan: Plan, phase: Phase, busy: dict[Role, Bytes], still: dict[Role, Bytes], asleep: dict[Role, Bytes]
-) -> Bytes:
+    plan: Plan,
+    phase: Phase,
+    busy: dict[Role, MemoryBreakdown],
+    idle: dict[Role, MemoryBreakdown],
+    asleep: dict[Role, MemoryBreakdown],
+) -> MemoryBreakdown:
     """What the roles of a group hold in one place in the worst turn: one works, those of its process are still, the others
     asleep. Publishing takes both ends."""
     working = [role for role in busy if role in BUSY.get(phase, TRAINED[plan.stage])]
 
-    def held(turn: Sequence[Role]) -> Bytes:
-        awake = {role for worker in turn for role in plan.roles[worker].crew}
-        return sum((busy[r] if r in turn else still[r] if r in awake else asleep[r] for r in busy), Bytes())
+    def held(turn: Sequence[Role]) -> MemoryBreakdown:
+        awake = {role for worker in turn for role in plan.roles[worker].process_roles}
+        return sum((busy[r] if r in turn else idle[r] if r in awake else asleep[r] for r in busy), MemoryBreakdown())
 
     turns = [working] if phase == "publish" else [[role] for role in working] or [[]]
     return max(map(held, turns), key=lambda place: place.total)
@@ -353,13 +369,13 @@ def _devices(plan: Plan, roles: dict[Role, RoleMemory], turns: bool) -> list[Pla
         parts = {}
         for phase in STAGE_PHASES[plan.stage]:
             busy = {role: roles[role].uses[phase].device for role in group.roles}
-            still = {role: roles[role].still.device for role in group.roles}
-            asleep = still
-            if turns and by_turns(plan, group.roles[0]):
-                asleep = {role: Bytes(runtime=held.runtime) for role, held in still.items()}
+            idle = {role: roles[role].idle.device for role in group.roles}
+            asleep = idle
+            if turns and time_shared(plan, group.roles[0]):
+                asleep = {role: MemoryBreakdown(runtime=held.runtime) for role, held in idle.items()}
                 if phase == "save" and "rollout" in asleep:  # from the publication on its weights are there
-                    asleep["rollout"] += Bytes(parameters=still["rollout"].parameters)
-            parts[phase] = _worst(plan, phase, busy, still, asleep)
+                    asleep["rollout"] += MemoryBreakdown(parameters=idle["rollout"].parameters)
+            parts[phase] = _worst(plan, phase, busy, idle, asleep)
         places.append(Place(f"each GPU of {group.name}", parts, _gpu_bytes(plan, group)))
     return places
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from placement.memory.states import Model, Sharding, idle, keeps_gradients, parameters, plain, sums_apart
-from placement.memory.usage import Bytes, Use, at, largest
+from placement.memory.states import Model, Sharding, idle_use, keeps_gradients, parameters, plain, sums_apart
+from placement.memory.usage import MemoryBreakdown, MemoryUse, at, largest
 from placement.models.activations import FLOAT32, layer_saved, logits, passing, saved
 from placement.types import GIB, Device
 
@@ -27,7 +27,7 @@ FRAGMENTATION: dict[Device, float] = {"cpu": 0.0, "cuda": 0.1}
 PACKED_BUFFERS = 2
 """Buckets of vLLM's NCCL transport on each side."""
 
-Uses = dict[Phase, Use]
+Uses = dict[Phase, MemoryUse]
 
 
 @dataclass(frozen=True)
@@ -49,34 +49,34 @@ def trainer(
     scores: it computes values (the critic). published: bytes of what sending the weights takes; 0: it sends none.
     snapshots: its state is read into memory to be put into Ray's object store.
     """
-    still = idle(model, sharding)
-    moments: dict[Phase, list[Use]] = {
-        "load": _load(model, sharding, still),
-        "generate": [still],
-        "score": [_pass(still, model, sharding, work) if scores else still],
-        "train": _train(model, sharding, work, still),
-        "publish": [still + at("device", buffers=published)],
-        "save": [still + at("host", buffers=state_bytes(model, sharding) if snapshots else 0)],
+    idle = idle_use(model, sharding)
+    moments: dict[Phase, list[MemoryUse]] = {
+        "load": _load(model, sharding, idle),
+        "generate": [idle],
+        "score": [_pass(idle, model, sharding, work) if scores else idle],
+        "train": _train(model, sharding, work, idle),
+        "publish": [idle + at("device", buffers=published)],
+        "save": [idle + at("host", buffers=state_bytes(model, sharding) if snapshots else 0)],
     }
-    return _finished(moments, sharding, 0 if model.borrowed else TRAINER_RUNTIME)
+    return _finished(moments, sharding, 0 if model.on_shared_base else TRAINER_RUNTIME)
 
 
 def frozen(models: list[Model], sharding: Sharding, work: Work) -> Uses:
     """A rank of the reference or the reward role: it holds models, and one at a time has a pass."""
-    still = sum((parameters(model, sharding) for model in models), Use())
+    idle = sum((parameters(model, sharding) for model in models), MemoryUse())
     whole = max((model.nbytes if sharding.device == "cpu" else model.largest for model in models), default=0)
-    loading = still + at("device", buffers=whole if sharding.zero.stage == 3 else 0)
-    moments: dict[Phase, list[Use]] = {phase: [still] for phase in PHASES}
+    loading = idle + at("device", buffers=whole if sharding.zero.stage == 3 else 0)
+    moments: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in PHASES}
     moments["load"] = [loading]
-    moments["score"] = [still, *(_pass(still, model, sharding, work) for model in models)]
+    moments["score"] = [idle, *(_pass(idle, model, sharding, work) for model in models)]
     return _finished(moments, sharding, TRAINER_RUNTIME)
 
 
 def adapted(model: Model, sharding: Sharding, work: Work) -> Uses:
     """A frozen role on a base that another role of its process holds: adapters and a head of its own, if any."""
-    still = at("device", parameters=model.nbytes)
-    moments: dict[Phase, list[Use]] = {phase: [still] for phase in PHASES}
-    moments["score"] = [_pass(still, model, sharding, work)]
+    idle = at("device", parameters=model.nbytes)
+    moments: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in PHASES}
+    moments["score"] = [_pass(idle, model, sharding, work)]
     return _finished(moments, sharding, 0)
 
 
@@ -105,14 +105,14 @@ def engine(
     sampling = 2 * sequences * model.shape.vocabulary * FLOAT32
     if device == "cuda":
         kv_cache = max(0, (reserved or 0) - weights - sampling - CUDA_CONTEXT)
-    still = at("device", parameters=weights, kv_cache=0 if turns else kv_cache)
+    idle = at("device", parameters=weights, kv_cache=0 if turns else kv_cache)
     if turns:
-        still += at("host", parameters=weights)
-    awake = still + at("device", kv_cache=kv_cache if turns else 0)
-    moments: dict[Phase, list[Use]] = {phase: [still] for phase in PHASES}
+        idle += at("host", parameters=weights)
+    awake = idle + at("device", kv_cache=kv_cache if turns else 0)
+    moments: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in PHASES}
     moments["load"] = [awake]
     moments["generate"] = [awake + at("device", logits=sampling)]
-    moments["publish"] = [still + at("device", buffers=received)]
+    moments["publish"] = [idle + at("device", buffers=received)]
     return _finished(moments, Sharding("ddp", 1, device), ENGINE_RUNTIME, reserved is not None)
 
 
@@ -125,7 +125,7 @@ def state_bytes(model: Model, sharding: Sharding) -> int:
 
 def optimizer_bytes(model: Model, sharding: Sharding) -> int:
     """What each rank saves of the optimizer, wherever it is."""
-    return sum(place.optimizer for place in idle(model, sharding).places().values())
+    return sum(place.optimizer for place in idle_use(model, sharding).places().values())
 
 
 def sent_bytes(model: Model, sharding: Sharding, bucket: int, transport: str) -> int:
@@ -153,7 +153,7 @@ def received_bytes(model: Model, bucket: int, transport: str) -> int:
 # ---------------------------------------------------------------- moments
 
 
-def _load(model: Model, sharding: Sharding, still: Use) -> list[Use]:
+def _load(model: Model, sharding: Sharding, idle: MemoryUse) -> list[MemoryUse]:
     """Building: the whole model and the flat copy that DeepSpeed makes of it; ZeRO-3 takes one tensor at a time to the device
     and leaves its shard. Then, but for plain Adam, a step of zeros. On a GPU machine the model comes out of mapped files, which
     are the node's (`Model.nbytes`, once for all processes)."""
@@ -165,14 +165,14 @@ def _load(model: Model, sharding: Sharding, still: Use) -> list[Use]:
         whole = model.nbytes if sharding.device == "cpu" else model.largest
         built = shards + shards + at("device", buffers=whole)  # DeepSpeed copies the shards into one buffer
     if plain(model, sharding) or zero.optimizer != "device":
-        return [built, still]
-    return [built, still + at("device", gradients=FLOAT32 * sharding.share(model))]
+        return [built, idle]
+    return [built, idle + at("device", gradients=FLOAT32 * sharding.share(model))]
 
 
-def _train(model: Model, sharding: Sharding, work: Work, still: Use) -> list[Use]:
+def _train(model: Model, sharding: Sharding, work: Work, idle: MemoryUse) -> list[MemoryUse]:
     """The moments that may be the tightest: a later micro-batch's head, the end of its backward pass, the optimizer's step."""
     bucket = sharding.bucket(model)
-    backward = still + at("device", gradients=_backward(model, sharding), buffers=sharding.gathered(model) + bucket)
+    backward = idle + at("device", gradients=_backward(model, sharding), buffers=sharding.gathered(model) + bucket)
     # One at a time: tied, the embeddings' gradient is added to the head's (`workers.models.heads.TiedEmbedding`).
     head = model.shape.word_embeddings * model.size if model.adapters is None and not model.scalar else 0
     embeddings = model.shape.word_embeddings * model.size if model.adapters is None else 0
@@ -184,17 +184,17 @@ def _train(model: Model, sharding: Sharding, work: Work, still: Use) -> list[Use
     return [
         full,
         backward + at("device", gradients=embeddings),
-        still + at("device", gradients=_stepping(model, sharding), buffers=bucket),
+        idle + at("device", gradients=_stepping(model, sharding), buffers=bucket),
     ]
 
 
-def _saved(model: Model, sharding: Sharding, work: Work) -> Use:
+def _saved(model: Model, sharding: Sharding, work: Work) -> MemoryUse:
     """What autograd keeps; offloaded, the device has one layer's at a time."""
     kept = saved(model.shape, model.size, work.tokens, work.length, model.adapters, work.checkpointing)
     if not work.offloading or sharding.device == "cpu":
         return at("device", activations=kept)
     layer = work.tokens * layer_saved(model.shape, model.size, work.length, model.adapters)
-    return Use(host=Bytes(activations=kept), device=Bytes(activations=min(kept, layer)))
+    return MemoryUse(host=MemoryBreakdown(activations=kept), device=MemoryBreakdown(activations=min(kept, layer)))
 
 
 def _backward(model: Model, sharding: Sharding) -> int:
@@ -221,8 +221,8 @@ def _stepping(model: Model, sharding: Sharding) -> int:
     return sharding.share(model) * size * (1 if zero.stage == 3 else 2)
 
 
-def _pass(still: Use, model: Model, sharding: Sharding, work: Work) -> Use:
-    return still + at(
+def _pass(idle: MemoryUse, model: Model, sharding: Sharding, work: Work) -> MemoryUse:
+    return idle + at(
         "device",
         activations=passing(model.shape, model.size, work.tokens, work.length),
         logits=0 if model.scalar else logits(model.shape, work.tokens),
@@ -230,7 +230,7 @@ def _pass(still: Use, model: Model, sharding: Sharding, work: Work) -> Use:
     )
 
 
-def _finished(moments: dict[Phase, list[Use]], sharding: Sharding, runtime: int, bounded: bool = False) -> Uses:
+def _finished(moments: dict[Phase, list[MemoryUse]], sharding: Sharding, runtime: int, bounded: bool = False) -> Uses:
     """The largest moment of each phase, with the process's runtime and the allowance for fragmentation. bounded: the process
     keeps within what it reserved."""
     return {
@@ -239,7 +239,7 @@ def _finished(moments: dict[Phase, list[Use]], sharding: Sharding, runtime: int,
     }
 
 
-def _with_process(use: Use, device: Device, runtime: int, bounded: bool) -> Use:
+def _with_process(use: MemoryUse, device: Device, runtime: int, bounded: bool) -> MemoryUse:
     context = CUDA_CONTEXT if runtime and device == "cuda" else 0
     host, on_device = replace(use.host, runtime=runtime), replace(use.device, runtime=context)
     if bounded:
@@ -249,5 +249,5 @@ def _with_process(use: Use, device: Device, runtime: int, bounded: bool) -> Use:
     return replace(use, host=host, device=on_device + _allowance(on_device, device))
 
 
-def _allowance(place: Bytes, device: Device) -> Bytes:
-    return Bytes(fragmentation=int(FRAGMENTATION[device] * place.passing))
+def _allowance(place: MemoryBreakdown, device: Device) -> MemoryBreakdown:
+    return MemoryBreakdown(fragmentation=int(FRAGMENTATION[device] * place.passing))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from configs.schema import Strategy
 from configs.zero import ZERO, Zero
-from placement.memory.usage import Bytes, Use, at
+from placement.memory.usage import MemoryBreakdown, MemoryUse, at
 from placement.models.activations import FLOAT32, Adapters
 from placement.models.architecture import Architecture
 from placement.types import Device
@@ -42,7 +42,7 @@ class Model:
     adapters: Adapters | None = None
     quantized: Quantized | None = None
     """How the linear layers of a frozen base are held."""
-    borrowed: bool = False
+    on_shared_base: bool = False
     """Another role of the process holds the base; this one has its adapters and its head."""
 
     @property
@@ -57,7 +57,11 @@ class Model:
     @property
     def parameters(self) -> int:
         """Elements in memory."""
-        return self.own if self.borrowed else self.base + (self.adapters.parameters(self.shape) if self.adapters else 0)
+        return (
+            self.own
+            if self.on_shared_base
+            else self.base + (self.adapters.parameters(self.shape) if self.adapters else 0)
+        )
 
     @property
     def trained(self) -> int:
@@ -66,7 +70,7 @@ class Model:
 
     @property
     def nbytes(self) -> int:
-        if self.quantized is None or self.borrowed:
+        if self.quantized is None or self.on_shared_base:
             return self.parameters * self.size
         matrices = self.shape.layers * sum(m.inputs * m.outputs for m in self.shape.matrices)
         return (self.parameters - matrices) * self.size + int(matrices * QUANTIZED_BYTES[self.quantized])
@@ -97,9 +101,9 @@ class Sharding:
         """Elements whose optimizer states this rank holds."""
         return self.part(model.trained) if self.zero.stage else model.trained
 
-    def placed(self, use: Use) -> Use:
+    def placed(self, use: MemoryUse) -> MemoryUse:
         """On CPU the device's memory is the host's."""
-        return Use(use.host + use.device, Bytes(), use.nvme) if self.device == "cpu" else use
+        return MemoryUse(use.host + use.device, MemoryBreakdown(), use.nvme) if self.device == "cpu" else use
 
     def bucket(self, model: Model) -> int:
         """Bytes of the buckets in which gradients are reduced: two where communication overlaps (CUDA). ddp copies into one."""
@@ -114,14 +118,14 @@ class Sharding:
         return (min(model.parameters, LIVE_ELEMENTS) + min(model.parameters, BUCKET_ELEMENTS)) * model.size
 
 
-def parameters(model: Model, sharding: Sharding) -> Use:
+def parameters(model: Model, sharding: Sharding) -> MemoryUse:
     """Parameters between passes; with offload those that do not learn wait in host memory too."""
     if sharding.zero.stage < 3:
         return at("device", parameters=model.nbytes)
     return at(sharding.zero.parameters, parameters=sharding.part(model.parameters) * model.size)
 
 
-def optimizer(model: Model, sharding: Sharding) -> Use:
+def optimizer(model: Model, sharding: Sharding) -> MemoryUse:
     """AdamW's two moments and the optimizer's own weights; the device's parameters serve as these under ddp and ZeRO-3 alone,
     where both are of one type."""
     zero, share, size = sharding.zero, sharding.share(model), sharding.optimizer_size
@@ -132,7 +136,7 @@ def optimizer(model: Model, sharding: Sharding) -> Use:
     return states
 
 
-def gradients(model: Model, sharding: Sharding) -> Use:
+def gradients(model: Model, sharding: Sharding) -> MemoryUse:
     """Gradients that stay allocated between steps.
 
     ddp in float32 on CPU: all (`Trainer._initialize`). ZeRO-1 in bfloat16: all (`BF16_Optimizer`). ZeRO-3: a flat buffer, beside
@@ -149,7 +153,9 @@ def gradients(model: Model, sharding: Sharding) -> Use:
     if zero.stage == 3:
         return flat + at(zero.optimizer, gradients=share * FLOAT32)
     largest = min(model.largest, model.trained * model.size)
-    copies = Use(host=Bytes(buffers=share * model.size + largest), device=Bytes(buffers=largest))
+    copies = MemoryUse(
+        host=MemoryBreakdown(buffers=share * model.size + largest), device=MemoryBreakdown(buffers=largest)
+    )
     return flat + at("host", gradients=share * FLOAT32) + copies
 
 
@@ -168,19 +174,19 @@ def sums_apart(model: Model, sharding: Sharding) -> bool:
     return sharding.strategy == "zero1" and model.size < sharding.optimizer_size
 
 
-def idle(model: Model, sharding: Sharding) -> Use:
+def idle_use(model: Model, sharding: Sharding) -> MemoryUse:
     """All that a rank that learns holds between passes."""
     return (
         parameters(model, sharding) + gradients(model, sharding) + optimizer(model, sharding) + rounded(model, sharding)
     )
 
 
-def rounded(model: Model, sharding: Sharding) -> Use:
+def rounded(model: Model, sharding: Sharding) -> MemoryUse:
     """On GPU machines DeepSpeed page-locks its large flat buffers, and PyTorch rounds each up to a power of two
     (`CachingHostAllocator`)."""
     zero, share = sharding.zero, sharding.share(model)
     if sharding.device == "cpu" or zero.optimizer == "device":
-        return Use()
+        return MemoryUse()
     if zero.stage < 3:
         flat = [share * FLOAT32, share * FLOAT32, share * model.size]
     else:
@@ -195,12 +201,12 @@ def excess(size: int) -> int:
     return (1 << (size - 1).bit_length()) - size if size else 0
 
 
-def moved(model: Model, sharding: Sharding, held: Bytes) -> Bytes:
+def moved(model: Model, sharding: Sharding, held: MemoryBreakdown) -> MemoryBreakdown:
     """Host memory in which a role's tensors wait while other roles have its device: page-locked, each storage for itself.
 
     held: what it has on the device between passes. ZeRO has its parameters in one storage, and one of each state.
     """
-    if model.borrowed:
+    if model.on_shared_base:
         rest = 0  # adapters are small
     elif sharding.zero.stage:
         rest = excess(held.parameters) + excess(held.gradients) + 3 * excess(held.optimizer // 3)
@@ -210,4 +216,4 @@ def moved(model: Model, sharding: Sharding, held: Bytes) -> Bytes:
         ]
         copies = 1 + (held.optimizer > 0 and model.adapters is None) * held.optimizer / (model.base * FLOAT32)
         rest = int(copies * sum(excess(size * model.size) for size in sizes))
-    return held + Bytes(fragmentation=rest)
+    return held + MemoryBreakdown(fragmentation=rest)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from configs.schema import LoraSettings, RunConfig, Strategy
 from placement.memory.auto_strategy import COSTLIER, offers
-from placement.memory.estimate import Forecast, forecast
+from placement.memory.estimate import MemoryEstimate, estimate_memory
 from placement.models.shapes import NOTHING, Shapes, longest_row, model_settings, read_shapes
 from placement.types import GIB, TRAINED, Plan, Stage
 
@@ -19,7 +19,7 @@ class PlanReport:
     """A plan and its predicted memory."""
 
     plan: Plan
-    memory: Forecast | str
+    memory: MemoryEstimate | str
     """Why there is no prediction, where there is none."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def with_memory(config: RunConfig, plan: Plan, taken: Mapping[Stage, Path] = NOT
         shapes = read_shapes(config, plan.stage, taken)
     except ValueError as error:
         return PlanReport(plan, f"not predicted: {error}")
-    made = forecast(config, plan, shapes)
+    made = estimate_memory(config, plan, shapes)
     if made.missing:
         made = replace(made, advice=_advice(config, plan, shapes, made))
     return PlanReport(plan, made)
@@ -47,11 +47,11 @@ class Change(NamedTuple):
     apply: Callable[[RunConfig], RunConfig]
 
 
-def _advice(config: RunConfig, plan: Plan, shapes: Shapes, made: Forecast) -> tuple[str, ...]:
+def _advice(config: RunConfig, plan: Plan, shapes: Shapes, made: MemoryEstimate) -> tuple[str, ...]:
     """The settings that alone would let it fit, in order of cost; where none does, the first that do together."""
 
     def missing(changed: RunConfig) -> int:
-        return forecast(changed, plan, shapes).missing
+        return estimate_memory(changed, plan, shapes).missing
 
     alone: dict[str, str] = {}
     for change in _changes(config, plan):
@@ -59,12 +59,12 @@ def _advice(config: RunConfig, plan: Plan, shapes: Shapes, made: Forecast) -> tu
             alone[change.setting] = change.value
     if alone:
         return tuple(f"{setting}={value} would fit" for setting, value in alone.items())
-    together, least = config, made.missing
+    run_concurrently, least = config, made.missing
     values: dict[str, str] = {}
     for change in _changes(config, plan):
-        trial = change.apply(together)
+        trial = change.apply(run_concurrently)
         if (left := missing(trial)) < least:
-            together, least = trial, left
+            run_concurrently, least = trial, left
             values[change.setting] = change.value
         if not left:
             break

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True)
-class Bytes:
+class MemoryBreakdown:
     """Bytes of one place, by what they are. The optimizer's own weights count with it."""
 
     parameters: int = 0
@@ -34,7 +34,7 @@ class Bytes:
     def parts(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def __add__(self, other: Bytes) -> Self:
+    def __add__(self, other: MemoryBreakdown) -> Self:
         more = {name: getattr(self, name) + size for name, size in other.parts().items() if size}
         return replace(self, **more) if more else self
 
@@ -42,32 +42,34 @@ class Bytes:
         return replace(self, **{name: count * size for name, size in self.parts().items() if size})
 
 
-NOTHING = Bytes()
+NOTHING = MemoryBreakdown()
 
 
 @dataclass(frozen=True)
-class Use:
+class MemoryUse:
     """What one rank holds: of the host's memory, of its device's (on CPU: nothing, all is the host's), and on NVMe."""
 
-    host: Bytes = NOTHING
-    device: Bytes = NOTHING
-    nvme: Bytes = NOTHING
+    host: MemoryBreakdown = NOTHING
+    device: MemoryBreakdown = NOTHING
+    nvme: MemoryBreakdown = NOTHING
 
-    def __add__(self, other: Use) -> Use:
-        return Use(self.host + other.host, self.device + other.device, self.nvme + other.nvme)
+    def __add__(self, other: MemoryUse) -> MemoryUse:
+        return MemoryUse(self.host + other.host, self.device + other.device, self.nvme + other.nvme)
 
-    def places(self) -> dict[str, Bytes]:
+    def places(self) -> dict[str, MemoryBreakdown]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def as_dict(self) -> dict[str, Any]:
         return {place: b.parts() | {"total": b.total} for place, b in self.places().items()}
 
 
-def at(home: str, **parts: int) -> Use:
+def at(home: str, **parts: int) -> MemoryUse:
     """Bytes at one place: `host`, `device` or `nvme`."""
-    return Use(**{home: Bytes(**parts)})
+    return MemoryUse(**{home: MemoryBreakdown(**parts)})
 
 
-def largest(moments: list[Use]) -> Use:
+def largest(moments: list[MemoryUse]) -> MemoryUse:
     """Of each place the moment that takes the most of it."""
-    return Use(*(max((m.places()[place] for m in moments), key=lambda b: b.total) for place in Use().places()))
+    return MemoryUse(
+        *(max((m.places()[place] for m in moments), key=lambda b: b.total) for place in MemoryUse().places())
+    )

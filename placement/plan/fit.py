@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from configs.schema import PlacementSettings, Role
 from placement.cluster.bin_packing import KINDS, amount, creation_order, free_of, lay, shortage, simulate, units
 from placement.cluster.spec import Cluster
-from placement.plan.layout import PRESETS, Share, capped, preset, with_engines
+from placement.plan.layout import PRESETS, GroupSpec, capped, preset, with_engines
 from placement.types import Device, Problem
 
 N = TypeVar("N", int, float)
@@ -20,7 +20,7 @@ LEAST_CPUS = 0.01
 """Cores are divided down to hundredths."""
 
 
-class Laid(NamedTuple):
+class Assignment(NamedTuple):
     """CPU cores of a device, and for each group the index of the node of each bundle."""
 
     cpus_per_device: float
@@ -28,21 +28,21 @@ class Laid(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Site:
+class ClusterFit:
     """A cluster, and the settings by which a stage's roles are laid on it."""
 
     cluster: Cluster
     device: Device
     placement: PlacementSettings
     roles: tuple[Role, ...]
-    crews: tuple[tuple[Role, ...], ...] = ()
+    processes: tuple[tuple[Role, ...], ...] = ()
 
-    def lay(self, shares: list[Share]) -> Laid | None:
+    def lay(self, shares: list[GroupSpec]) -> Assignment | None:
         """By the settings' cores per device; by default 1 beside a GPU, else as many as let everything fit."""
         cpus = self._cpus() or self._most_cpus(shares)
         return None if cpus is None else self._try(shares, cpus)
 
-    def misfits(self, shares: list[Share]) -> list[Problem]:
+    def misfits(self, shares: list[GroupSpec]) -> list[Problem]:
         """Why `lay` found nothing: for the cluster as a whole or, where that has enough, for single groups."""
         requests = [share.request(self.device, self._cpus() or LEAST_CPUS) for share in shares]
         hint = self._hint(shares)
@@ -67,7 +67,7 @@ class Site:
     def _cpus(self) -> float | None:
         return self.placement.cpus_per_device or (1.0 if self.device == "cuda" else None)
 
-    def _try(self, shares: Sequence[Share], cpus: float) -> Laid | None:
+    def _try(self, shares: Sequence[GroupSpec], cpus: float) -> Assignment | None:
         requests = [share.request(self.device, cpus) for share in shares]
         free, laid = free_of(self.cluster), {}
         for index in creation_order(requests):
@@ -75,9 +75,9 @@ class Site:
             if nodes is None:
                 return None
             laid[index] = nodes
-        return Laid(cpus, [laid[index] for index in range(len(shares))])
+        return Assignment(cpus, [laid[index] for index in range(len(shares))])
 
-    def _most_cpus(self, shares: Sequence[Share]) -> float | None:
+    def _most_cpus(self, shares: Sequence[GroupSpec]) -> float | None:
         """The most cores that every device can have: some node's cores divided by a whole number, in hundredths."""
         devices = sum(share.devices for share in shares)
         even = self.cluster.cpus / devices
@@ -85,7 +85,7 @@ class Site:
         candidates = sorted(part for part in parts if LEAST_CPUS <= part <= even)
         return _last(candidates, lambda cpus: self._try(shares, cpus) is not None)
 
-    def _hint(self, shares: list[Share]) -> str:
+    def _hint(self, shares: list[GroupSpec]) -> str:
         """The changes, each alone, with which everything fits."""
         hints = []
         if self._cpus() is not None and (cpus := self._most_cpus(shares)) is not None:
@@ -100,9 +100,9 @@ class Site:
             hints.append(f"at most {most} device{'s' if most > 1 else ''} in each group")
         return f"{' or '.join(hints)} would fit" if hints else "only a larger cluster would fit"
 
-    def _preset_fits(self, layout: str, shares: list[Share]) -> bool:
+    def _preset_fits(self, layout: str, shares: list[GroupSpec]) -> bool:
         size = max(share.tensor_parallel for share in shares)
-        groups = with_engines(preset(self.placement, layout, self.roles, self.crews), size)
+        groups = with_engines(preset(self.placement, layout, self.roles, self.processes), size)
         works = self.device == "cpu" or all(share.engines_fit for share in groups)
         return works and self.lay(groups) is not None
 
@@ -113,7 +113,7 @@ class Site:
             return "placement.groups"
         return "placement.devices" if self.placement.devices else "placement.layout"
 
-    def _setting_of(self, share: Share, shares: Sequence[Share]) -> str:
+    def _setting_of(self, share: GroupSpec, shares: Sequence[GroupSpec]) -> str:
         if self.placement.cpus_per_device is not None and self._most_cpus(shares) is not None:
             return "placement.cpus_per_device"
         return f"{share.setting}.packing" if share.packing.startswith("STRICT") else share.setting
@@ -125,7 +125,7 @@ def floor_to(value: float, digits: int) -> float:
     return math.floor(round(value * scale, 6)) / scale
 
 
-def _loose(share: Share) -> Share:
+def _loose(share: GroupSpec) -> GroupSpec:
     return replace(share, packing="SPREAD" if share.packing == "STRICT_SPREAD" else "PACK")
 
 

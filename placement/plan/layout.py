@@ -18,7 +18,7 @@ PRESETS: dict[str, tuple[tuple[Role, ...], ...]] = {
 
 
 @dataclass(frozen=True)
-class Share:
+class GroupSpec:
     """One group of roles and its devices; `setting` is the path that says so."""
 
     roles: tuple[Role, ...]
@@ -60,11 +60,11 @@ def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
     return ("actor", *critic, "reference", "reward", "rollout")
 
 
-def crews_of(config: RunConfig, roles: tuple[Role, ...]) -> list[tuple[Role, ...]]:
+def roles_by_process(config: RunConfig, roles: tuple[Role, ...]) -> list[tuple[Role, ...]]:
     """The roles of each process of a rank: those of `share` together, every other one alone."""
-    together = tuple(role for role in roles if role in config.share)
+    run_concurrently = tuple(role for role in roles if role in config.share)
     alone: list[tuple[Role, ...]] = [(role,) for role in roles if role not in config.share]
-    return [together, *alone] if together else alone
+    return [run_concurrently, *alone] if run_concurrently else alone
 
 
 def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
@@ -77,24 +77,26 @@ def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
 
 
 def partition(
-    placement: PlacementSettings, roles: tuple[Role, ...], crews: Sequence[tuple[Role, ...]] = ()
-) -> tuple[list[Share], list[Problem]]:
+    placement: PlacementSettings, roles: tuple[Role, ...], processes: Sequence[tuple[Role, ...]] = ()
+) -> tuple[list[GroupSpec], list[Problem]]:
     """The groups of the roles that the stage needs, and what is wrong with them."""
     if placement.groups is None:
-        return preset(placement, placement.layout, roles, crews), []
+        return preset(placement, placement.layout, roles, processes), []
     problems = []
     shares = [
-        Share(kept, group.devices, group.packing, f"placement.groups.{index}")
+        GroupSpec(kept, group.devices, group.packing, f"placement.groups.{index}")
         for index, group in enumerate(placement.groups)
         if (kept := tuple(role for role in roles if role in group.roles))
     ]
-    for crew in crews:
-        places = [share for share in shares if set(crew) & set(share.roles)]
+    for process_roles in processes:
+        places = [share for share in shares if set(process_roles) & set(share.roles)]
         if len(places) > 1:
             named = ", ".join(
-                f"{share.setting} holds {', '.join(r for r in share.roles if r in crew)}" for share in places
+                f"{share.setting} holds {', '.join(r for r in share.roles if r in process_roles)}" for share in places
             )
-            problems.append(Problem("share", f"{', '.join(crew)} live in one process, so in one group, but {named}"))
+            problems.append(
+                Problem("share", f"{', '.join(process_roles)} live in one process, so in one group, but {named}")
+            )
     missing = [role for role in roles if not any(role in share.roles for share in shares)]
     if missing:
         text = f"no group holds {', '.join(missing)}; the stage needs each of {', '.join(roles)} in one group"
@@ -107,26 +109,26 @@ def partition(
 
 
 def preset(
-    placement: PlacementSettings, layout: str, roles: tuple[Role, ...], crews: Sequence[tuple[Role, ...]] = ()
-) -> list[Share]:
+    placement: PlacementSettings, layout: str, roles: tuple[Role, ...], processes: Sequence[tuple[Role, ...]] = ()
+) -> list[GroupSpec]:
     """A preset's groups, those joined that hold roles of one process; a group has as many devices as its largest role."""
     groups = [set(group) & set(roles) for group in PRESETS[layout]]
-    for crew in crews:
-        joined = set[Role]().union(*(group for group in groups if group & set(crew)))
-        groups = [joined if group & set(crew) else group for group in groups]
+    for process_roles in processes:
+        joined = set[Role]().union(*(group for group in groups if group & set(process_roles)))
+        groups = [joined if group & set(process_roles) else group for group in groups]
     kept = dict.fromkeys(tuple(role for role in roles if role in group) for group in groups if group)
-    return [Share(group, _devices(placement, group), "PACK", _setting(placement, group)) for group in kept]
+    return [GroupSpec(group, _devices(placement, group), "PACK", _setting(placement, group)) for group in kept]
 
 
-def with_engines(shares: list[Share], size: int) -> list[Share]:
+def with_engines(shares: list[GroupSpec], size: int) -> list[GroupSpec]:
     """The same groups, where the one that holds rollout knows the engines' tensor parallel size."""
     return [replace(share, tensor_parallel=size) if "rollout" in share.roles else share for share in shares]
 
 
-def capped(shares: list[Share], most: int) -> list[Share]:
+def capped(shares: list[GroupSpec], most: int) -> list[GroupSpec]:
     """The same groups with at most so many devices each (an engine keeps all of its own)."""
 
-    def devices(share: Share) -> int:
+    def devices(share: GroupSpec) -> int:
         return min(share.devices, max(1, most // share.tensor_parallel) * share.tensor_parallel)
 
     return [replace(share, devices=devices(share)) for share in shares]

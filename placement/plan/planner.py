@@ -15,8 +15,8 @@ from placement.cluster.spec import Cluster
 from placement.models.architecture import Architecture
 from placement.models.shapes import NOTHING, least_cache, longest_row
 from placement.plan.batch import plan_batch
-from placement.plan.fit import Laid, Site, floor_to
-from placement.plan.layout import Share, crews_of, partition, roles_of, strategy_in, with_engines
+from placement.plan.fit import Assignment, ClusterFit, floor_to
+from placement.plan.layout import GroupSpec, partition, roles_by_process, roles_of, strategy_in, with_engines
 from placement.types import GIB, PHASES, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
 
 
@@ -29,9 +29,9 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster, taken: Mapping[
     if getattr(config, stage) is None:
         raise PlanError(stage, [Problem(stage, f"the stage has no settings; give it a section `{stage}:`")])
     roles = roles_of(config, stage)
-    crews = tuple(crews_of(config, roles))
-    shares, problems = partition(config.placement, roles, crews)
-    problems += _sharing_problems(config, stage, crews)
+    processes = tuple(roles_by_process(config, roles))
+    shares, problems = partition(config.placement, roles, processes)
+    problems += _sharing_problems(config, stage, processes)
     if not shares:
         raise PlanError(stage, problems)
     device: Device = config.device if config.device != "auto" else "cuda" if cluster.gpus else "cpu"
@@ -46,19 +46,23 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster, taken: Mapping[
     if device == "cuda" and not cluster.gpus:
         problems.append(Problem("device", "cuda, but the cluster has no GPU; cpu or auto would fit"))
         raise PlanError(stage, problems)
-    site = Site(cluster, device, config.placement, roles, crews)
+    site = ClusterFit(cluster, device, config.placement, roles, processes)
     laid = site.lay(shares)
     if laid is None:
         problems += site.misfits(shares)
     if problems or laid is None:
         raise PlanError(stage, problems)
     groups = tuple(_group(share, device, nodes, laid, cluster) for share, nodes in zip(shares, laid.nodes, strict=True))
-    planned = {role: _role(role, crew, config, stage, shares, laid, device, cluster) for crew in crews for role in crew}
+    planned = {
+        role: _role(role, process_roles, config, stage, shares, laid, device, cluster)
+        for process_roles in processes
+        for role in process_roles
+    }
     planned = {role: planned[role] for role in roles}
     return Plan(stage, device, cluster, groups, planned, batch)
 
 
-def _group(share: Share, device: Device, nodes: tuple[int, ...], laid: Laid, cluster: Cluster) -> GroupPlan:
+def _group(share: GroupSpec, device: Device, nodes: tuple[int, ...], laid: Assignment, cluster: Cluster) -> GroupPlan:
     request = share.request(device, laid.cpus_per_device)
     names = tuple(cluster.nodes[index].name for index in nodes)
     bundles = tuple(dict(request.bundle) for _ in range(request.count))
@@ -67,11 +71,11 @@ def _group(share: Share, device: Device, nodes: tuple[int, ...], laid: Laid, clu
 
 def _role(
     role: Role,
-    crew: tuple[Role, ...],
+    process_roles: tuple[Role, ...],
     config: RunConfig,
     stage: Stage,
-    shares: Sequence[Share],
-    laid: Laid,
+    shares: Sequence[GroupSpec],
+    laid: Assignment,
     device: Device,
     cluster: Cluster,
 ) -> RolePlan:
@@ -82,15 +86,15 @@ def _role(
         share.name,
         ranks=share.ranks(role),
         devices_per_rank=share.tensor_parallel if role == "rollout" else 1,
-        threads=min(_threads(member, stage, shares, laid, cluster) for member in crew),
+        threads=min(_threads(member, stage, shares, laid, cluster) for member in process_roles),
         cpus=floor_to(bundle["CPU"] / len(share.roles), 4),
         gpus=floor_to(bundle.get("GPU", 0.0) / len(share.roles), 4),
         strategy=strategy_in(stage, role, config),
-        crew=crew,
+        process_roles=process_roles,
     )
 
 
-def _threads(role: Role, stage: Stage, shares: Sequence[Share], laid: Laid, cluster: Cluster) -> int:
+def _threads(role: Role, stage: Stage, shares: Sequence[GroupSpec], laid: Assignment, cluster: Cluster) -> int:
     """Cores of a node over the devices busy on it in the role's busiest phase; the least over the role's nodes.
 
     Roles of one group take turns on its devices, so each device counts once.
@@ -105,10 +109,10 @@ def _threads(role: Role, stage: Stage, shares: Sequence[Share], laid: Laid, clus
     return min(max(1, int(cluster.nodes[node].cpus / max(busy(node, phase) for phase in phases))) for node in set(own))
 
 
-def _sharing_problems(config: RunConfig, stage: Stage, crews: Sequence[tuple[Role, ...]]) -> list[Problem]:
+def _sharing_problems(config: RunConfig, stage: Stage, processes: Sequence[tuple[Role, ...]]) -> list[Problem]:
     """Roles of one process whose strategy shards the base that they are to share."""
     problems = []
-    for role in (role for crew in crews if len(crew) > 1 for role in crew):
+    for role in (role for process_roles in processes if len(process_roles) > 1 for role in process_roles):
         strategy = strategy_in(stage, role, config)
         if strategy and ZERO[strategy].stage == 3:
             setting = f"strategies.{role}" if role in config.strategies else "strategy"
@@ -117,7 +121,7 @@ def _sharing_problems(config: RunConfig, stage: Stage, crews: Sequence[tuple[Rol
     return problems
 
 
-def _engine_problems(config: RunConfig, shares: Sequence[Share], device: Device, cluster: Cluster) -> list[Problem]:
+def _engine_problems(config: RunConfig, shares: Sequence[GroupSpec], device: Device, cluster: Cluster) -> list[Problem]:
     """What keeps an engine from its devices."""
     setting, size = "rollout.tensor_parallel", config.rollout.tensor_parallel
     problems = []
@@ -188,7 +192,7 @@ def _quantize_problems(config: RunConfig, stage: Stage, device: Device) -> list[
     return problems
 
 
-def _publish_problems(config: RunConfig, shares: Sequence[Share], device: Device) -> list[Problem]:
+def _publish_problems(config: RunConfig, shares: Sequence[GroupSpec], device: Device) -> list[Problem]:
     """Transports that cannot work: NCCL refuses two ranks on one GPU, CUDA IPC reaches no other GPU's process."""
     transport = config.publish.transport
     shared = any({"actor", "rollout"} <= set(share.roles) for share in shares)

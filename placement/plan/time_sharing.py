@@ -6,7 +6,7 @@ from configs.schema import Role
 from placement.types import GroupPlan, Plan
 
 
-def by_turns(plan: Plan, role: Role) -> bool:
+def time_shared(plan: Plan, role: Role) -> bool:
     """Processes of one group on GPUs. On CPU there is no other memory to go to."""
     planned = plan.roles[role]
     return plan.device == "cuda" and _shared(plan, plan.group(planned.group))
@@ -24,4 +24,4 @@ def in_words(plan: Plan) -> str | None:
 
 def _shared(plan: Plan, group: GroupPlan) -> bool:
     """Whether a group has several processes on each device."""
-    return len({plan.roles[role].crew for role in group.roles}) > 1
+    return len({plan.roles[role].process_roles for role in group.roles}) > 1

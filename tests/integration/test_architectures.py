@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.families.zoo import make
 from configs.schema import RunConfig
-from orchestrator import Experience, start_team, together
+from orchestrator import Experience, run_concurrently, start_team
 from orchestrator.evaluation.evaluate import weighted_sum
 from orchestrator.worker_groups.failures import WorkerError
 from orchestrator.worker_groups.team import Team
@@ -100,7 +100,7 @@ def ppo_step(team: Team, step: int) -> float:
     assert CONFIG.ppo is not None
     rollouts = team.generate("prompts", np.arange(len(PROMPTS)), step).get()
     assert rollouts.versions == {step - 1}
-    reference, values, scores = together(
+    reference, values, scores = run_concurrently(
         team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model", "letters"])
     )
     reward = weighted_sum(scores, CONFIG.ppo)
@@ -110,7 +110,9 @@ def ppo_step(team: Team, step: int) -> float:
     assert values is not None and np.isfinite(values.per_answer).all()
     experience = Experience(rollouts, reference, values, reward, kl_coefficient=0.05)
     steps = CONFIG.ppo.steps
-    actor, critic = together(team.train_actor(experience, step, steps), team.train_critic(experience, step, steps))
+    actor, critic = run_concurrently(
+        team.train_actor(experience, step, steps), team.train_critic(experience, step, steps)
+    )
     numbers = {name: value for name, value in (actor | critic).items() if isinstance(value, int | float)}
     assert all(math.isfinite(value) for value in numbers.values()), numbers
     assert actor["log_prob_gap"] <= 1e-3

@@ -22,10 +22,10 @@ from orchestrator.worker_groups.calls import Call, WorkerGroup
 from orchestrator.worker_groups.deadlines import Deadlines
 from tests.support.models import encoded
 from workers.data import Row, RowKind
-from workers.data.samples import Chunk, Placed
-from workers.data.step_inputs import Part
+from workers.data.samples import RolloutBatch, SampleRefs
+from workers.data.step_inputs import SupervisedBatch
 from workers.process.worker import WorkerSpec, environment
-from workers.process.worker_process import Host
+from workers.process.worker_process import WorkerProcess
 from workers.training.schedule import StageStep
 
 DEADLINES = Deadlines(DeadlineSettings(first=240.0, start=240.0))
@@ -65,7 +65,9 @@ class Hosts:
             config = run_config(plugins=[plugin], model=model, publish={"lora": "adapter" if served else "merged"})
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
-            handles = [ray.remote(Host).options(num_cpus=1, runtime_env=env).remote([(kind, spec)]) for spec in specs]
+            handles = [
+                ray.remote(WorkerProcess).options(num_cpus=1, runtime_env=env).remote([(kind, spec)]) for spec in specs
+            ]
             self.groups[key] = WorkerGroup(role, handles, " ".join(map(str, key)), DEADLINES)
             self.groups[key].call("join", self.groups[key].first("address")).get()
         if role != "rollout":
@@ -79,18 +81,18 @@ class Hosts:
         self.groups.clear()
 
 
-def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[Placed, Chunk, int]:
+def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[SampleRefs, RolloutBatch, int]:
     """Answer each row of "prompts" once: where the answers lie, the answers, and the version that wrote them."""
     rows = np.arange(prompts)
     call: Call[list[Any]] = engine.scatter("generate", [("prompts", rows, np.zeros_like(rows), step)], keep=1)
     ref, written = call.get()[0]
-    return Placed.of([ref], [rows], prompts), ray.get(ref), written.version
+    return SampleRefs.of([ref], [rows], prompts), ray.get(ref), written.version
 
 
-def log_probs(actor: WorkerGroup, placed: Placed) -> np.ndarray:
+def log_probs(actor: WorkerGroup, refs: SampleRefs) -> np.ndarray:
     """[answer tokens] the trainer's log-probabilities, row after row; every rank computes them all."""
-    micro_batches = list(np.array_split(np.arange(len(placed)), 2))
-    first, *others = (ragged.values for ragged, _ in actor.call("log_probs", placed, micro_batches).get())
+    micro_batches = list(np.array_split(np.arange(len(refs)), 2))
+    first, *others = (ragged.values for ragged, _ in actor.call("log_probs", refs, micro_batches).get())
     for other in others:
         np.testing.assert_array_equal(first, other)
     return first
@@ -114,7 +116,7 @@ def train(group: WorkerGroup, step: int, method: str = "train_demonstrations", s
     if spoil:
         group.scatter("spoil", [("",)] * (len(group) - 1) + [(spoil,)]).get()
     rows = np.random.default_rng(step).permutation(16)[:8].reshape(len(group), 2, -1)
-    parts = [Part("rows", list(mine), 30) for mine in rows]
+    parts = [SupervisedBatch("rows", list(mine), 30) for mine in rows]
     results: list[dict[str, float]] = group.scatter(
         method, [(part, StageStep(1, 1), (1, step)) for part in parts]
     ).get()

@@ -15,7 +15,7 @@ from deepspeed import zero
 from torch import Tensor
 
 from configs.schema import OffloadSettings, Strategy
-from workers.process.time_sharing import Turns
+from workers.process.time_sharing import DeviceTimeSharing
 from workers.process.worker_process import KINDS
 from workers.training.policy import PolicyWorker
 from workers.training.trainer import Trainer
@@ -83,16 +83,16 @@ class Open(Trainer):
         """Where those lie that have memory now."""
         return [p.grad.data_ptr() for p in self.model.parameters() if p.grad is not None]
 
-    def rest_and_wake(self) -> tuple[int, int]:
+    def offload_and_onload(self) -> tuple[int, int]:
         """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
-        turns = Turns([self], "cpu")
+        turns = DeviceTimeSharing([self], "cpu")
         # On CPU some have memory that is not theirs to give back, such as a file's.
         tensors = [t for t in self.tensors() if t.untyped_storage().resizable()]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
         before = sum(storage.nbytes() for storage in held.values())
-        turns.rest(tensors)
+        turns.offload(tensors)
         meanwhile = sum(storage.nbytes() for storage in held.values())
-        turns.wake()
+        turns.onload()
         return before, meanwhile
 
     def _masters(self) -> list[Tensor]:

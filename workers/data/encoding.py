@@ -13,7 +13,7 @@ import numpy as np
 from configs.schema import Overlong
 from workers.data.messages import Message, Prompt, as_messages
 from workers.data.rows import Answer, Row
-from workers.data.samples import Ragged
+from workers.data.samples import RaggedArray
 from workers.data.sources import DataError
 from workers.data.templates import Tools
 from workers.data.tokenization import Codec, Exchange, Tokens
@@ -26,7 +26,7 @@ Turns = Literal["all", "last"]
 class Prompts:
     """Tokenised prompts, and the rows that they were made of."""
 
-    ids: Ragged
+    ids: RaggedArray
     """int32"""
     rows: list[Row]
 
@@ -39,14 +39,14 @@ class Prompts:
 def encode_prompts(codec: Codec, rows: Items[Row], max_tokens: int, overlong: Overlong) -> tuple[Prompts, Counts]:
     """Prompts of at most max_tokens. Raises DataError where one has no tokens, or is too long and `overlong` is refuse."""
     limit = _Limit(max_tokens, "max_prompt_tokens", overlong, len(rows))
-    with _placed(rows) as placed:
-        texts = [codec.prompt_text(row.prompt, row.tools) for row in placed]
+    with _placed(rows) as refs:
+        texts = [codec.prompt_text(row.prompt, row.tools) for row in refs]
     tokens = codec.tokens_of(prompts=texts)
     kept: list[Row] = []
     made: list[np.ndarray] = []
     counts = Counts("prompts", len(rows))
-    with _placed(rows) as placed:
-        for row, text in zip(placed, texts, strict=True):
+    with _placed(rows) as refs:
+        for row, text in zip(refs, texts, strict=True):
             ids = codec.encode_prompt(text, codec.is_chat(row.prompt), tokens)
             if not ids:
                 raise DataError("prompt: has no tokens, so there is nothing that an engine could answer")
@@ -60,7 +60,7 @@ def encode_prompts(codec: Codec, rows: Items[Row], max_tokens: int, overlong: Ov
             kept.append(row)
             made.append(np.array(ids, np.int32))
     limit.raise_if_refused()
-    prompts = Prompts(Ragged.of(made, np.int32), kept)
+    prompts = Prompts(RaggedArray.of(made, np.int32), kept)
     return prompts, _counted(counts, codec, kept, prompts.ids.values, learnt=0)
 
 
@@ -72,14 +72,14 @@ def encode_demonstrations(
     Raises DataError, with the row's place, where one cannot be tokenised as it will be used, or is too long and refused.
     """
     limit = _Limit(max_length, "max_length", overlong, len(rows))
-    with _placed(rows) as placed:
-        exchanges = [_exchange(codec, row, turns) for row in placed]
+    with _placed(rows) as refs:
+        exchanges = [_exchange(codec, row, turns) for row in refs]
     tokens = _tokens_of(codec, [exchange for exchange in exchanges if exchange])
     kept: list[Row] = []
     made: list[Sequence] = []
     counts = Counts("rows", len(rows))
-    with _placed(rows) as placed:
-        for row, exchange in zip(placed, exchanges, strict=True):
+    with _placed(rows) as refs:
+        for row, exchange in zip(refs, exchanges, strict=True):
             sequence = (
                 Sequence.of(*codec.encode(exchange, tokens)) if exchange else _all_turns(codec, row, row.prompt, tokens)
             )
@@ -103,14 +103,14 @@ def encode_preferences(
     """Pairs, each side at most max_length tokens. What is cut of a prompt is cut for both sides; pairs whose sides have the same
     tokens are left out. Raises DataError as `encode_demonstrations` does."""
     limit = _Limit(max_length, "max_length", overlong, len(rows))
-    with _placed(rows) as placed:
-        pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in placed]
+    with _placed(rows) as refs:
+        pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in refs]
     tokens = _tokens_of(codec, [exchange for pair in pairs for exchange in pair])
     kept: list[Row] = []
     made: list[tuple[Sequence, Sequence]] = []
     counts = Counts("pairs", len(rows))
-    with _placed(rows) as placed:
-        for row, pair in zip(placed, pairs, strict=True):
+    with _placed(rows) as refs:
+        for row, pair in zip(refs, pairs, strict=True):
             sides = [codec.encode(exchange, tokens) for exchange in pair]
             longest = max(len(prompt) + len(answer) for prompt, answer in sides)
             counts.longest = max(counts.longest, longest)

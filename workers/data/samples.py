@@ -17,7 +17,7 @@ from ray import ObjectRef
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedArray:
     """Rows of unequal length, end to end."""
 
     values: np.ndarray
@@ -26,7 +26,7 @@ class Ragged:
     """[rows + 1] int64; row i is values[offsets[i]:offsets[i + 1]]."""
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray], dtype: Any) -> Ragged:
+    def of(cls, rows: Sequence[np.ndarray], dtype: Any) -> RaggedArray:
         lengths = [len(row) for row in rows]
         values = np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.empty(0, dtype)
         return cls(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
@@ -39,12 +39,12 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RolloutBatch:
     """Answers as an engine wrote them: token ids and their log-probabilities, never text."""
 
-    tokens: Ragged
+    tokens: RaggedArray
     """int32, prompt and answer."""
-    log_probs: Ragged
+    log_probs: RaggedArray
     """float32, of the answer's tokens under the sampling temperature."""
     prompt_lengths: np.ndarray
     """[rows] int32"""
@@ -70,7 +70,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Placed:
+class SampleRefs:
     """Where each sample's row lies: sample i is row where[i, 1] of the object refs[where[i, 0]]."""
 
     refs: tuple[ObjectRef, ...]
@@ -78,7 +78,7 @@ class Placed:
     """[samples, 2] int32"""
 
     @classmethod
-    def of(cls, refs: Sequence[ObjectRef], samples: Sequence[np.ndarray], count: int) -> Placed:
+    def of(cls, refs: Sequence[ObjectRef], samples: Sequence[np.ndarray], count: int) -> SampleRefs:
         """Rows of refs[k] are the samples `samples[k]`, in that order; `count` samples in all."""
         where = np.empty((count, 2), np.int32)
         for part, indices in enumerate(samples):
@@ -86,11 +86,11 @@ class Placed:
             where[indices, 1] = np.arange(len(indices))
         return cls(tuple(refs), where)
 
-    def take(self, samples: np.ndarray) -> Placed:
+    def take(self, samples: np.ndarray) -> SampleRefs:
         """The same for some samples, with only the references that they need."""
         parts, new = np.unique(self.where[samples, 0], return_inverse=True)
         where = np.stack([new, self.where[samples, 1]], axis=1).astype(np.int32)
-        return Placed(tuple(self.refs[p] for p in parts), where)
+        return SampleRefs(tuple(self.refs[p] for p in parts), where)
 
     def fetch(self) -> list[Any]:
         """The rows themselves; called in a worker."""

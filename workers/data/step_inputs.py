@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from workers.data.batching import Rows
-from workers.data.samples import Placed
+from workers.data.samples import SampleRefs
 
 
 @dataclass(frozen=True)
-class Part:
+class SupervisedBatch:
     """One rank's part of a batch of dataset rows (demonstrations or preferences)."""
 
     data: str
@@ -34,18 +34,18 @@ class MiniBatch:
     """Rows among the rank's samples."""
     tokens: int
     """Answer tokens of the whole mini-batch, over all ranks."""
-    ptx: Part | None = None
+    ptx: SupervisedBatch | None = None
     """Demonstrations learned beside it."""
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainStepInput:
     """One rank's part of a PPO step."""
 
-    rollouts: Placed
-    reference: Placed
+    rollouts: SampleRefs
+    reference: SampleRefs
     """The reference's log-probabilities."""
-    values: Placed | None
+    values: SampleRefs | None
     """The critic's values."""
     scores: np.ndarray
     """[samples] as they are trained on."""
@@ -74,7 +74,7 @@ class ScoringRequest:
 
 
 @dataclass(frozen=True)
-class Written:
+class RolloutInfo:
     """What the driver learns of a chunk of answers."""
 
     prompt_lengths: np.ndarray

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from workers.data.samples import Ragged
+from workers.data.samples import RaggedArray
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,19 +42,19 @@ class Preference:
 class Sequences:
     """Tokenised sequences, end to end in a few arrays, so that they travel and are shared cheaply."""
 
-    ids: Ragged
+    ids: RaggedArray
     """int32"""
     prompt_lengths: np.ndarray
     """[rows] int32"""
-    loss_masks: Ragged
+    loss_masks: RaggedArray
     """bool, of each row's tokens from the prompt's end on"""
 
     @classmethod
     def of(cls, rows: Items[Sequence]) -> Sequences:
         return cls(
-            Ragged.of([row.ids for row in rows], np.int32),
+            RaggedArray.of([row.ids for row in rows], np.int32),
             np.array([row.prompt_length for row in rows], np.int32),
-            Ragged.of([row.loss_mask for row in rows], np.bool_),
+            RaggedArray.of([row.loss_mask for row in rows], np.bool_),
         )
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ State = Literal["running", "stopped", "gone", "node lost"]
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class ProcessLocation:
     """Where a worker's process is."""
 
     node: str
@@ -34,7 +34,7 @@ class Whereabouts:
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProcessState:
     """What was found of a process."""
 
     state: State
@@ -44,12 +44,14 @@ class Finding:
     """Python stacks of its threads, where it lives."""
 
 
-def whereabouts() -> Whereabouts:
+def location() -> ProcessLocation:
     """Of this process."""
     context = ray.get_runtime_context()
     process = psutil.Process()
     logs = tuple(path for fd in (1, 2) if (path := os.path.realpath(f"/proc/self/fd/{fd}")).startswith("/"))
-    return Whereabouts(context.get_node_id(), ray.util.get_node_ip_address(), process.pid, process.create_time(), logs)
+    return ProcessLocation(
+        context.get_node_id(), ray.util.get_node_ip_address(), process.pid, process.create_time(), logs
+    )
 
 
 def proportional_memory() -> int:
@@ -58,21 +60,21 @@ def proportional_memory() -> int:
     return int(getattr(info, "pss", info.rss))
 
 
-def examine(places: Sequence[Whereabouts], lines: int, stacks: Sequence[bool]) -> list[Finding]:
+def examine(places: Sequence[ProcessLocation], lines: int, stacks: Sequence[bool]) -> list[ProcessState]:
     """Examine processes of this node: the last `lines` lines of each one's output and, of those marked in `stacks`, what it is
     doing. All at once: one after the other, many that are slow to show their stacks would take minutes."""
     with ThreadPoolExecutor(max(len(places), 1)) as pool:
         return list(pool.map(_examine, places, [lines] * len(places), stacks))
 
 
-def end(places: Sequence[Whereabouts]) -> None:
+def end(places: Sequence[ProcessLocation]) -> None:
     """Kill processes of this node, stopped ones too."""
     for place in dict.fromkeys(places):  # roles may share a process
         if (process := _process(place)) is not None:
             process.send_signal(signal.SIGKILL)
 
 
-def _process(place: Whereabouts) -> psutil.Process | None:
+def _process(place: ProcessLocation) -> psutil.Process | None:
     try:
         process = psutil.Process(place.pid)
         same = abs(process.create_time() - place.born) < 1.0
@@ -81,12 +83,12 @@ def _process(place: Whereabouts) -> psutil.Process | None:
         return None
 
 
-def _examine(place: Whereabouts, lines: int, stack: bool) -> Finding:
+def _examine(place: ProcessLocation, lines: int, stack: bool) -> ProcessState:
     process, log = _process(place), "\n".join(_tail(path, lines) for path in place.logs)
     if process is None:
-        return Finding("gone", log)
+        return ProcessState("gone", log)
     stopped = process.status() == psutil.STATUS_STOPPED
-    return Finding("stopped" if stopped else "running", log, _stack(place.pid) if stack else "")
+    return ProcessState("stopped" if stopped else "running", log, _stack(place.pid) if stack else "")
 
 
 def _stack(pid: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, UntypedStorage
 from workers.process.worker import Worker
 
 
-class Turns:
+class DeviceTimeSharing:
     """A process's workers on a shared device. Tensors lose and regain their memory and nothing else: what views what stays."""
 
     def __init__(self, workers: Sequence[Worker], device: str) -> None:
@@ -24,13 +24,13 @@ class Turns:
         if hasattr(Worker, method):
             yield
             return
-        self.wake()
+        self.onload()
         try:
             yield
         finally:
-            self.rest(tensor for worker in self.workers for tensor in worker.tensors())
+            self.offload(tensor for worker in self.workers for tensor in worker.tensors())
 
-    def rest(self, tensors: Iterable[Tensor]) -> None:
+    def offload(self, tensors: Iterable[Tensor]) -> None:
         found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == self.device}
         for storage in found.values():
             if size := storage.nbytes():
@@ -41,7 +41,7 @@ class Turns:
         if self.device == "cuda":
             torch.cuda.empty_cache()  # what stayed in the allocator no other process could use
 
-    def wake(self) -> None:
+    def onload(self) -> None:
         for storage, host in self._away:
             storage.resize_(host.nbytes)
             _bytes(storage).copy_(host)

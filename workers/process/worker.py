@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from configs.schema import Role, RunConfig
-from workers.process.inspection import Whereabouts, proportional_memory, whereabouts
+from workers.process.inspection import ProcessLocation, location, proportional_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class WorkerSpec:
     device: str
     """cpu or cuda"""
     threads: int
-    by_turns: bool = False
+    time_shared: bool = False
     """Whether it shares its device with other processes, which hold it by turns."""
     started: datetime | None = None
     """When the run began, for chat templates that write the date; none: now."""
@@ -52,8 +52,8 @@ class Worker:
     def __repr__(self) -> str:
         return f"{self.spec.role}-{self.spec.rank}"
 
-    def whereabouts(self) -> Whereabouts:
-        return whereabouts()
+    def location(self) -> ProcessLocation:
+        return location()
 
     def address(self) -> tuple[str, int]:
         """Host and a free port, for the group's rendezvous."""

@@ -23,7 +23,7 @@ KINDS = {
 }
 
 
-class Host:
+class WorkerProcess:
     """The workers of one rank in one process, known in Ray's dashboard by their roles and rank.
 
     Mostly one; several are the roles that share a frozen base (see workers.models.shared_base).
@@ -57,8 +57,10 @@ class Host:
             base = import_module("workers.models.shared_base").SharedBase()
             for worker in self.workers.values():
                 worker.base = base
-        if first.by_turns:
-            self.turns = import_module("workers.process.time_sharing").Turns(list(self.workers.values()), first.device)
+        if first.time_shared:
+            self.turns = import_module("workers.process.time_sharing").DeviceTimeSharing(
+                list(self.workers.values()), first.device
+            )
 
     def __repr__(self) -> str:
         return f"{'+'.join(self.roles)}-{self.rank}"

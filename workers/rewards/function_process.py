@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.schema import FunctionSettings
 from workers.rewards.function import RewardError, SampleRecord
-from workers.rewards.result import Scored, in_batches
+from workers.rewards.result import RewardResult, in_batches
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import troupe.imports; "
@@ -62,10 +62,12 @@ class FunctionProcess:
         answers: Sequence[str],
         columns: dict[str, list],
         samples: Sequence[SampleRecord] | None = None,
-    ) -> Scored:
+    ) -> RewardResult:
         """Scores of some answers, a batch at a time. samples: where the function wants them."""
         size = self.settings.batch_size or max(len(answers), 1)
-        return Scored.join([self._score(*batch) for batch in in_batches(prompts, answers, columns, samples, size)])
+        return RewardResult.join(
+            [self._score(*batch) for batch in in_batches(prompts, answers, columns, samples, size)]
+        )
 
     def close(self) -> None:
         """Kill the process and all that it started."""
@@ -85,7 +87,7 @@ class FunctionProcess:
         answers: Sequence[str],
         columns: dict[str, list],
         samples: Sequence[SampleRecord] | None,
-    ) -> Scored:
+    ) -> RewardResult:
         if self._process.poll() is not None:  # since the last call; nothing is lost by it
             self._relaunch()
         try:
@@ -93,22 +95,22 @@ class FunctionProcess:
             reply = self._exchange(self.settings.timeout, pickle.dumps((prompts, answers, columns, samples)))
         except RewardError as error:
             self._relaunch()
-            return Scored.nothing(len(answers), str(error))
+            return RewardResult.nothing(len(answers), str(error))
         except TimeoutError:
             limit = "timeout" if self._ready else "start_timeout"
             self._relaunch()
             seconds = getattr(self.settings, limit)
-            return Scored.nothing(
+            return RewardResult.nothing(
                 len(answers), f"no answer in {seconds:g} s ({self.setting}.{limit}): killed", late=True
             )
         except (OSError, EOFError):
             self.close()
             why = self._end()
             self._launch()
-            return Scored.nothing(len(answers), why)
+            return RewardResult.nothing(len(answers), why)
         if "error" in reply:
-            return Scored.nothing(len(answers), reply["error"], detail=reply["traceback"])
-        return Scored.of(reply["scores"], reply["numbers"])
+            return RewardResult.nothing(len(answers), reply["error"], detail=reply["traceback"])
+        return RewardResult.of(reply["scores"], reply["numbers"])
 
     def _greet(self) -> None:
         """Wait for the process to say that it is ready. Raises RewardError where it says that it cannot be."""

@@ -15,7 +15,7 @@ from pydantic_core import PydanticSerializationError
 
 from configs.schema import HttpReward
 from workers.rewards.function import RewardError, SampleRecord
-from workers.rewards.result import Scored, in_batches
+from workers.rewards.result import RewardResult, in_batches
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 """Seconds: the bound on the pause before the second attempt, which doubles with each further one, and its end."""
@@ -106,7 +106,7 @@ class Endpoint:
         answers: Sequence[str],
         columns: dict[str, list],
         samples: Sequence[SampleRecord] | None = None,
-    ) -> Scored:
+    ) -> RewardResult:
         """Scores of some answers, in several requests at a time. samples: where the service wants them."""
         requests = [
             Request(
@@ -117,9 +117,9 @@ class Endpoint:
             )
             for some, theirs, cut, records in in_batches(prompts, answers, columns, samples, self.settings.batch_size)
         ]
-        return Scored.join(asyncio.run(self._ask_all(requests)))
+        return RewardResult.join(asyncio.run(self._ask_all(requests)))
 
-    async def _ask_all(self, requests: list[Request]) -> list[Scored]:
+    async def _ask_all(self, requests: list[Request]) -> list[RewardResult]:
         gate = asyncio.Semaphore(self.settings.concurrency)
         async with aiohttp.ClientSession(
             headers=self.headers,
@@ -128,18 +128,18 @@ class Endpoint:
         ) as session:
             return await asyncio.gather(*(self._ask(session, gate, request) for request in requests))
 
-    async def _ask(self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, request: Request) -> Scored:
+    async def _ask(self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, request: Request) -> RewardResult:
         count = len(request.answers)
         try:
             async with asyncio.timeout(self.settings.timeout), gate:
                 return await self._scores(session, request)
         except _Failure as failure:
-            return Scored.nothing(count, f"{self.settings.url} {failure}", failure.late)
+            return RewardResult.nothing(count, f"{self.settings.url} {failure}", failure.late)
         except TimeoutError:
             why = f"{self.settings.url} gave no score in {self.settings.timeout:g} s ({self.setting}.timeout)"
-            return Scored.nothing(count, why, late=True)
+            return RewardResult.nothing(count, why, late=True)
 
-    async def _scores(self, session: aiohttp.ClientSession, request: Request) -> Scored:
+    async def _scores(self, session: aiohttp.ClientSession, request: Request) -> RewardResult:
         try:
             body = request.model_dump_json(exclude=None if self.wants_samples else {"samples"}).encode()
         except PydanticSerializationError as error:
@@ -176,7 +176,7 @@ class Endpoint:
             raise _Failure(f"failed: {type(error).__name__}{why}", again=True) from None
 
 
-def _read(content: bytes, count: int) -> Scored:
+def _read(content: bytes, count: int) -> RewardResult:
     try:
         scores = Response.model_validate_json(content).scores
     except ValidationError as error:
@@ -187,7 +187,7 @@ def _read(content: bytes, count: int) -> Scored:
         raise _Failure(f"answered with {len(scores)} scores for {count} answers")
     names = dict.fromkeys(name for each in scores if isinstance(each, dict) for name in each if name != "score")
     numbers = {name: [_number(each.get(name)) if isinstance(each, dict) else None for each in scores] for name in names}
-    return Scored.of(
+    return RewardResult.of(
         [_number(each.get("score")) if isinstance(each, dict) else each for each in scores],
         {name: values for name, values in numbers.items() if any(value is not None for value in values)},
     )

@@ -33,7 +33,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Scored:
+class RewardResult:
     """One source's word on some answers."""
 
     values: np.ndarray
@@ -67,7 +67,7 @@ class Scored:
         return {each: float(np.nanmean(values)) for each, values in found.items() if not np.isnan(values).all()}
 
     @classmethod
-    def of(cls, values: Sequence[Value], numbers: Mapping[str, Sequence[Value]] | None = None) -> Scored:
+    def of(cls, values: Sequence[Value], numbers: Mapping[str, Sequence[Value]] | None = None) -> RewardResult:
         """One value per sample; what is no finite float32 is an error of that sample, and left out of `numbers`."""
         found = _floats(values)
         reasons: dict[str, list[int]] = {}
@@ -78,19 +78,19 @@ class Scored:
         return cls(found, np.zeros(len(found), bool), tuple(faults), measured)
 
     @classmethod
-    def nothing(cls, samples: int, why: str, late: bool = False, detail: str = "") -> Scored:
+    def nothing(cls, samples: int, why: str, late: bool = False, detail: str = "") -> RewardResult:
         """No score for any of them; late: because of a timeout. detail: more than a line about it."""
         faults = (Fault(why, np.arange(samples), detail),) if samples else ()
         return cls(np.full(samples, np.nan, np.float32), np.full(samples, late), faults)
 
     @classmethod
-    def join(cls, parts: Sequence[Scored]) -> Scored:
+    def join(cls, parts: Sequence[RewardResult]) -> RewardResult:
         """One of all samples from those of consecutive batches of them."""
         ends = np.cumsum([0, *(len(part.values) for part in parts)])
         return cls.gather([np.arange(first, end) for first, end in pairwise(ends)], parts, int(ends[-1]))
 
     @classmethod
-    def gather(cls, shards: Sequence[Rows], parts: Sequence[Scored], samples: int) -> Scored:
+    def gather(cls, shards: Sequence[Rows], parts: Sequence[RewardResult], samples: int) -> RewardResult:
         """One of all samples from those of its shards (rows of each part)."""
         values, late = np.full(samples, np.nan, np.float32), np.zeros(samples, bool)
         names = list(dict.fromkeys(name for part in parts for name in part.numbers))[:_NUMBERS_KEPT]

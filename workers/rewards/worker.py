@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.schema import FunctionSettings, HttpReward, ModelReward, ModelSettings
 from workers.data import Codec, DataError, Row, Sequence, load_tokenizer
 from workers.data.batching import Rows, micro_batches
-from workers.data.samples import Placed, Sample
+from workers.data.samples import Sample, SampleRefs
 from workers.data.step_inputs import ScoringRequest
 from workers.models.heads import ScalarModel, context_length
 from workers.models.shared_base import build
@@ -22,7 +22,7 @@ from workers.process.worker import Worker, WorkerSpec
 from workers.rewards.function import RewardError, SampleRecord
 from workers.rewards.function_process import FunctionProcess
 from workers.rewards.http import Endpoint
-from workers.rewards.result import Fault, Scored
+from workers.rewards.result import Fault, RewardResult
 from workers.training.value import score
 
 _SHOWN_ANSWERS, _SHOWN_CHARACTERS = 3, 500
@@ -87,8 +87,8 @@ class RewardWorker(Worker):
             self.models[name] = ScalarModel(hf).requires_grad_(False).eval().to(self.device)
 
     def scores(
-        self, request: ScoringRequest, rollouts: Placed, batches: list[Rows], names: list[str]
-    ) -> dict[str, Scored]:
+        self, request: ScoringRequest, rollouts: SampleRefs, batches: list[Rows], names: list[str]
+    ) -> dict[str, RewardResult]:
         """What each of the named sources says of the samples that the request is about."""
         samples: list[Sample] = rollouts.fetch()
         found = {}
@@ -96,12 +96,12 @@ class RewardWorker(Worker):
             if name in self.codecs:
                 found[name] = self._score_texts(name, request, samples)
             elif name in self.models:
-                found[name] = Scored.of(score(self.models[name], samples, batches, self.device).tolist())
+                found[name] = RewardResult.of(score(self.models[name], samples, batches, self.device).tolist())
             else:
                 found[name] = self._ask(self.sources[name], request, samples)
         return found
 
-    def _score_texts(self, name: str, request: ScoringRequest, samples: list[Sample]) -> Scored:
+    def _score_texts(self, name: str, request: ScoringRequest, samples: list[Sample]) -> RewardResult:
         """Scores of a model that reads answers with its own tokenizer and chat template: decoded, and tokenised again."""
         assert self.config.ppo is not None
         model, longest = self.models[name], context_length(self.models[name].hf.config)
@@ -123,7 +123,7 @@ class RewardWorker(Worker):
             batches = micro_batches([len(s.ids) for s in sequences], self.config.ppo.micro_batch_tokens)
             scores = iter(score(model, sequences, batches, self.device).tolist())
             values = [value if isinstance(value, str) else next(scores) for value in values]
-        return Scored.of(values)
+        return RewardResult.of(values)
 
     def _read(self, codec: Codec, row: Row, sample: Sample) -> Sequence:
         """A sample in another codec's tokens; without an end where the answer was cut off."""
@@ -133,7 +133,7 @@ class RewardWorker(Worker):
             return sequence
         return Sequence(sequence.ids[:-1], sequence.prompt_length, sequence.loss_mask[:-1])
 
-    def _ask(self, source: FunctionProcess | Endpoint, request: ScoringRequest, samples: list[Sample]) -> Scored:
+    def _ask(self, source: FunctionProcess | Endpoint, request: ScoringRequest, samples: list[Sample]) -> RewardResult:
         rows = [self.datasets[request.data][i] for i in request.prompts]
         answers = [self.codec.answer_text(s.ids[s.prompt_length :]) for s in samples]
         names = dict.fromkeys(
@@ -147,7 +147,7 @@ class RewardWorker(Worker):
             # What a library says may quote what a service was sent, its token too.
             quotes = isinstance(source, Endpoint)
             why, detail = (type(error).__name__, "") if quotes else (summary(error), traceback.format_exc())
-            scored = Scored.nothing(len(answers), why, detail=detail)
+            scored = RewardResult.nothing(len(answers), why, detail=detail)
         return replace(scored, faults=tuple(self._with_answers(fault, request, answers) for fault in scored.faults))
 
     def _with_answers(self, fault: Fault, request: ScoringRequest, answers: list[str]) -> Fault:
@@ -158,7 +158,7 @@ class RewardWorker(Worker):
         ]
         return replace(fault, detail="\n".join(filter(None, [*lines, fault.detail])))
 
-    def texts(self, rollouts: Placed) -> list[tuple[str, str]]:
+    def texts(self, rollouts: SampleRefs) -> list[tuple[str, str]]:
         """(prompt, answer) of each sample as text, for people to read."""
         samples: list[Sample] = rollouts.fetch()
         codec = self.codec

@@ -18,11 +18,11 @@ from workers.rl.registry import Registry
 EPSILON = 1e-8
 """Added to variances: what does not vary whitens to 0."""
 
-Total = Callable[[Tensor], Tensor]
+AllReduceSum = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that share a batch (an all-reduce), returning the sum."""
 
 
-def alone(x: Tensor) -> Tensor:
+def no_reduce(x: Tensor) -> Tensor:
     """The Total of a single rank."""
     return x
 
@@ -44,7 +44,7 @@ class AdvantageEstimator(Protocol):
         gamma: float,
         lam: float,
         groups: Tensor,
-        total: Total = alone,
+        total: AllReduceSum = no_reduce,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -59,14 +59,14 @@ def gae(
     gamma: float,
     lam: float,
     groups: Tensor,
-    total: Total = alone,
+    total: AllReduceSum = no_reduce,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). After an answer's last token the value is 0."""
     if values is None:
         raise ValueError("ppo.advantage: 'gae' needs the values of a critic")
-    values = inside(values, mask)
+    values = masked(values, mask)
     following = pad(values[:, 1:], (0, 1))
-    advantages = discounted_suffix_sum(inside(rewards, mask) + gamma * following - values, gamma * lam)
+    advantages = discounted_suffix_sum(masked(rewards, mask) + gamma * following - values, gamma * lam)
     return advantages, advantages + values
 
 
@@ -78,17 +78,17 @@ def reinforce(
     gamma: float,
     lam: float,
     groups: Tensor,
-    total: Total = alone,
+    total: AllReduceSum = no_reduce,
 ) -> tuple[Tensor, Tensor]:
     """Discounted rewards to go, less the mean over the batch of what whole answers got (Williams 1992).
 
     Looks neither at values nor at lam.
     """
-    returns = discounted_suffix_sum(inside(rewards, mask), gamma)
+    returns = discounted_suffix_sum(masked(rewards, mask), gamma)
     answered = mask.any(dim=1)
     gained, answers = total(torch.stack([returns[:, :1].double().sum(), answered.double().sum()]))
     baseline = gained / answers
-    return inside(returns - baseline, mask), returns
+    return masked(returns - baseline, mask), returns
 
 
 def discounted_suffix_sum(x: Tensor, factor: float) -> Tensor:
@@ -103,7 +103,7 @@ def discounted_suffix_sum(x: Tensor, factor: float) -> Tensor:
     return x
 
 
-def inside(x: Tensor, mask: Tensor) -> Tensor:
+def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x [B, T] with 0 outside the mask."""
     return torch.where(mask, x, 0.0)
 
@@ -113,7 +113,7 @@ def inside(x: Tensor, mask: Tensor) -> Tensor:
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
     """[count, sum, sum of squares] of x inside the mask: one float64 tensor, which ranks add up in one all-reduce."""
-    x = inside(x, mask).double()
+    x = masked(x, mask).double()
     return torch.stack([mask.sum().double(), x.sum(), x.square().sum()])
 
 
@@ -126,7 +126,7 @@ def mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
 
 def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """x [B, T] less `mean`, over the root of `var`. Given the moments over all ranks, all ranks scale alike."""
-    return inside((x - mean) * (var + EPSILON).rsqrt(), mask)
+    return masked((x - mean) * (var + EPSILON).rsqrt(), mask)
 
 
 # ---------------------------------------------------------------- rewards
@@ -135,4 +135,4 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
     """Reward of each token [B, T]: -kl_coefficient * kl [B, T], and on an answer's last token also its score [B]."""
     last = mask & ~pad(mask[:, 1:], (0, 1))
-    return inside(-kl_coefficient * kl, mask) + inside(scores[:, None], last)
+    return masked(-kl_coefficient * kl, mask) + masked(scores[:, None], last)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from workers.rl.advantages import inside, mean_and_variance
+from workers.rl.advantages import masked, mean_and_variance
 from workers.rl.kl import kl_estimate
 from workers.rl.registry import Registry
 
 
 @dataclass(frozen=True)
-class LossParts:
+class LossOutput:
     """A loss before it is summed."""
 
     loss: Tensor
@@ -34,7 +34,7 @@ class LossParts:
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of x [B, T] over the mask."""
-    return inside(x, mask).sum()
+    return masked(x, mask).sum()
 
 
 # ---------------------------------------------------------------- policy
@@ -48,7 +48,7 @@ class PolicyLoss(Protocol):
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-    ) -> LossParts: ...
+    ) -> LossOutput: ...
 
 
 policy_losses: Registry[PolicyLoss] = Registry("ppo.policy_loss")
@@ -57,26 +57,26 @@ policy_losses: Registry[PolicyLoss] = Registry("ppo.policy_loss")
 @policy_losses.register("ppo_clip")
 def ppo_clip(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-) -> LossParts:
+) -> LossOutput:
     """Clipped surrogate (Schulman et al. 2017, eq. 7). clip_fraction: tokens from which the clip takes the gradient."""
     # Masked before exp: the gradient of a discarded inf or nan would be nan, not 0.
-    log_ratio = inside(log_probs - old_log_probs, mask)
-    advantages = inside(advantages, mask)
+    log_ratio = masked(log_probs - old_log_probs, mask)
+    advantages = masked(advantages, mask)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     statistics = {"approx_kl": kl_estimate(-log_ratio.detach(), "k3"), "clip_fraction": (clipped > plain).float()}
-    return LossParts(torch.maximum(plain, clipped), statistics)
+    return LossOutput(torch.maximum(plain, clipped), statistics)
 
 
 @policy_losses.register("reinforce")
 def reinforce(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-) -> LossParts:
+) -> LossOutput:
     """Score-function estimator (Williams 1992). Right only on the present policy's samples: one update per step."""
-    log_ratio = inside(log_probs - old_log_probs, mask).detach()
-    loss = -inside(advantages, mask) * inside(log_probs, mask)
-    return LossParts(loss, {"approx_kl": kl_estimate(-log_ratio, "k3")})
+    log_ratio = masked(log_probs - old_log_probs, mask).detach()
+    loss = -masked(advantages, mask) * masked(log_probs, mask)
+    return LossOutput(loss, {"approx_kl": kl_estimate(-log_ratio, "k3")})
 
 
 # ---------------------------------------------------------------- value
@@ -87,28 +87,28 @@ class ValueLoss(Protocol):
 
     def __call__(
         self, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
-    ) -> LossParts: ...
+    ) -> LossOutput: ...
 
 
 value_losses: Registry[ValueLoss] = Registry("ppo.value_loss")
 
 
 @value_losses.register("clipped")
-def clipped(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> LossParts:
+def clipped(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> LossOutput:
     """Half the larger squared error of the value and of the value kept within clip_range of the old one.
 
     From the code beside Schulman et al. 2017 (OpenAI Baselines, ppo2).
     """
-    change, wanted = inside(values - old_values, mask), inside(returns - old_values, mask)
+    change, wanted = masked(values - old_values, mask), masked(returns - old_values, mask)
     plain = 0.5 * (change - wanted).square()
     kept = 0.5 * (change.clamp(-clip_range, clip_range) - wanted).square()
-    return LossParts(torch.maximum(plain, kept), {"clip_fraction": (kept > plain).float()})
+    return LossOutput(torch.maximum(plain, kept), {"clip_fraction": (kept > plain).float()})
 
 
 @value_losses.register("mse")
-def mse(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> LossParts:
+def mse(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> LossOutput:
     """Half the squared error."""
-    return LossParts(0.5 * inside(values - returns, mask).square(), {})
+    return LossOutput(0.5 * masked(values - returns, mask).square(), {})
 
 
 def explained_variance(returns: Tensor, residuals: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def explained_variance(returns: Tensor, residuals: Tensor) -> Tensor:
 
 def next_token(log_probs: Tensor, mask: Tensor) -> Tensor:
     """Negative log-likelihood [B, T] of the tokens on the mask."""
-    return inside(-log_probs, mask)
+    return masked(-log_probs, mask)
 
 
 def pairwise(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:

@@ -17,8 +17,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from configs.schema import LoraSettings
 from workers.data import end_tokens, load_tokenizer
-from workers.data.samples import Chunk, Ragged
-from workers.data.step_inputs import StaleWeights, Written
+from workers.data.samples import RaggedArray, RolloutBatch
+from workers.data.step_inputs import RolloutInfo, StaleWeights
 from workers.models.heads import load_config
 from workers.models.served import engine_options, why_not_served
 from workers.process.worker import Worker, compiles
@@ -93,8 +93,8 @@ class RolloutWorker(Worker):
             weight_transfer_config=WeightTransferConfig(
                 backend=f"verified_{'adapter' if sends_adapter else 'weights'}_{transport}"
             ),
-            worker_extension_cls="troupe.vllm.Witness",
-            enable_sleep_mode=self.spec.by_turns,
+            worker_extension_cls="troupe.vllm.WeightVerifier",
+            enable_sleep_mode=self.spec.time_shared,
             disable_log_stats=True,
             **memory,
             **(_adapter_options(model.lora) if sends_adapter and model.lora else {}),
@@ -110,17 +110,17 @@ class RolloutWorker(Worker):
 
     def _sleep(self) -> None:
         """Leave the device to others: the weights go to host memory, and the cache of keys and values is thrown away."""
-        if self.spec.by_turns:
+        if self.spec.time_shared:
             self.engine.sleep(level=1)
 
     def _wake(self, *parts: str) -> None:
         """parts: weights, kv_cache; none: all that sleeps. vLLM does nothing where one of several is awake already."""
-        if self.spec.by_turns and self.engine.is_sleeping():
+        if self.spec.time_shared and self.engine.is_sleeping():
             self.engine.wake_up(list(parts) or None)
 
     def generate(
         self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int, version: int | None = None
-    ) -> tuple[Chunk, Written]:
+    ) -> tuple[RolloutBatch, RolloutInfo]:
         """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset.
 
         Raises StaleWeights where the engine's weights are not those of `version` (none: whatever it serves).
@@ -181,7 +181,7 @@ class RolloutWorker(Worker):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _chunk(self, answers: list[Any]) -> tuple[Chunk, Written]:
+    def _chunk(self, answers: list[Any]) -> tuple[RolloutBatch, RolloutInfo]:
         outputs = [a.outputs[0] for a in answers]
         log_probs = [
             np.array([at[token].logprob for at, token in zip(o.logprobs, o.token_ids, strict=True)], np.float32)
@@ -191,9 +191,9 @@ class RolloutWorker(Worker):
             np.array([*a.prompt_token_ids, *o.token_ids], np.int32) for a, o in zip(answers, outputs, strict=True)
         ]
         prompt_lengths = np.array([len(a.prompt_token_ids) for a in answers], np.int32)
-        chunk = Chunk(Ragged.of(tokens, np.int32), Ragged.of(log_probs, np.float32), prompt_lengths)
+        chunk = RolloutBatch(RaggedArray.of(tokens, np.int32), RaggedArray.of(log_probs, np.float32), prompt_lengths)
         assert self.version is not None
-        written = Written(
+        written = RolloutInfo(
             prompt_lengths=prompt_lengths,
             answer_lengths=np.array([len(o.token_ids) for o in outputs], np.int32),
             ended=np.array([o.finish_reason == "stop" for o in outputs]),

@@ -11,14 +11,14 @@ from torch import Tensor
 from configs.schema import PPOSettings
 from workers.data.batching import Rows, pad_right
 from workers.data.samples import Sample
-from workers.data.step_inputs import Work
-from workers.rl.advantages import Total, advantage_estimators, mean_and_variance, moments, token_rewards, whiten
+from workers.data.step_inputs import TrainStepInput
+from workers.rl.advantages import AllReduceSum, advantage_estimators, mean_and_variance, moments, token_rewards, whiten
 from workers.rl.kl import kl_estimate
 from workers.training.skipped_steps import Arrays, numbered, token_rows
 
 
 @dataclass(frozen=True)
-class Answers:
+class TrainingBatch:
     """A rank's samples with what they are to teach; tensors are [B, T] over answer tokens, padded on the right."""
 
     samples: list[Sample]
@@ -48,7 +48,7 @@ class Answers:
         return token_rows([self.samples[i] for i in rows]) | {"micro_batch": numbered(micro_batches)} | flat
 
 
-def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) -> Answers:
+def prepare(work: TrainStepInput, ppo: PPOSettings, total: AllReduceSum, device: torch.device) -> TrainingBatch:
     """Per-token rewards, advantages and returns of a rank's samples; whitening reaches over all ranks through `total`.
 
     A rank may have no sample: then tensors are [0, 1], and it takes part in the sums over ranks alone.
@@ -72,4 +72,4 @@ def prepare(work: Work, ppo: PPOSettings, total: Total, device: torch.device) ->
     metrics = {"advantage/mean": float(mean), "advantage/std": float(variance.sqrt())}
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask, mean.float(), variance.float())
-    return Answers(samples, mask, log_probs, reference, values, advantages, returns, work.kl_coefficient, metrics)
+    return TrainingBatch(samples, mask, log_probs, reference, values, advantages, returns, work.kl_coefficient, metrics)

@@ -10,10 +10,10 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from workers.data.batching import Rows
-from workers.data.samples import Placed, Ragged
-from workers.data.step_inputs import MiniBatch, Part, Work
+from workers.data.samples import RaggedArray, SampleRefs
+from workers.data.step_inputs import MiniBatch, SupervisedBatch, TrainStepInput
 from workers.models.heads import LEARNS, Batch, load_hf
-from workers.rl.advantages import inside
+from workers.rl.advantages import masked
 from workers.rl.kl import kl_estimate
 from workers.rl.losses import masked_sum, next_token, policy_losses
 from workers.training import experience
@@ -30,7 +30,7 @@ class PolicyWorker(Trainer):
 
     # ------------------------------------------------------------ scoring
 
-    def log_probs(self, rollouts: Placed, micro_batches: list[Rows]) -> tuple[Ragged, np.ndarray]:
+    def log_probs(self, rollouts: SampleRefs, micro_batches: list[Rows]) -> tuple[RaggedArray, np.ndarray]:
         """Log-probabilities of the answers' tokens under this model, and each answer's sum of log(actor / this)."""
         samples = rollouts.fetch()
         rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
@@ -41,7 +41,7 @@ class PolicyWorker(Trainer):
                 for i, row, mask in zip(indices, log_probs.cpu(), batch.mask.cpu(), strict=True):
                     rows[i] = row[mask].numpy()
         kl = [float((sample.log_probs - row).sum()) for sample, row in zip(samples, rows, strict=True)]
-        return Ragged.of(rows, np.float32), np.array(kl)
+        return RaggedArray.of(rows, np.float32), np.array(kl)
 
     def says(self, ids: np.ndarray) -> np.ndarray:
         """Log-probabilities [rows, length - 1] of the tokens after the first."""
@@ -62,31 +62,31 @@ class PolicyWorker(Trainer):
 
     # ------------------------------------------------------------ demonstrations
 
-    def train_demonstrations(self, part: Part, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_demonstrations(self, part: SupervisedBatch, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean negative log-likelihood of the completions' tokens."""
         losses = [partial(self._demonstration_loss, part, i) for i in part.micro_batches]
         return self.optimize(losses, at, seed, partial(self._seen, part))
 
-    def demonstration_loss(self, part: Part) -> dict[str, float]:
+    def demonstration_loss(self, part: SupervisedBatch) -> dict[str, float]:
         """Mean negative log-likelihood of the completions' tokens, without training."""
         with self.evaluating():
             total = sum(float(self._demonstration_loss(part, i)) for i in part.micro_batches)
         return self.sum_over_ranks({"loss": total})
 
-    def _demonstration_loss(self, part: Part, indices: Rows) -> Tensor:
+    def _demonstration_loss(self, part: SupervisedBatch, indices: Rows) -> Tensor:
         """A micro-batch's share of the mean over the batch's completion tokens."""
         rows = self.datasets[part.data]
         batch = Batch([rows[i] for i in indices], self.device)
         log_probs, _ = self.module(batch)
         return next_token(log_probs, batch.mask).sum() / part.count
 
-    def _seen(self, part: Part, prefix: str = "") -> Arrays:
+    def _seen(self, part: SupervisedBatch, prefix: str = "") -> Arrays:
         rows = [self.datasets[part.data][i] for indices in part.micro_batches for i in indices]
         return token_rows(rows, prefix) | {f"{prefix}micro_batch": numbered(part.micro_batches)}
 
     # ------------------------------------------------------------ PPO
 
-    def train_answers(self, work: Work, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_answers(self, work: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """The policy's updates of one step: epochs x mini-batches, until `target_kl` is passed.
 
         Returns means over the step's tokens. `log_prob_gap` compares the engine with this model before its first update.
@@ -133,7 +133,7 @@ class PolicyWorker(Trainer):
         return metrics | means | counts
 
     def _update(
-        self, answers: experience.Answers, mini: MiniBatch, at: StageStep, seed: tuple[int, ...], sums: _Sums
+        self, answers: experience.TrainingBatch, mini: MiniBatch, at: StageStep, seed: tuple[int, ...], sums: _Sums
     ) -> dict[str, float]:
         """One optimizer step on a mini-batch of answers and the demonstrations beside it."""
         losses = [partial(self._policy_loss, answers, i, mini.tokens, sums) for i in mini.micro_batches]
@@ -146,7 +146,7 @@ class PolicyWorker(Trainer):
 
         return self.optimize(losses, at, seed, seen)
 
-    def _policy_loss(self, answers: experience.Answers, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
+    def _policy_loss(self, answers: experience.TrainingBatch, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
         ppo = self.config.ppo
         assert ppo is not None
         batch = Batch([answers.samples[i] for i in indices], self.device)
@@ -158,7 +158,7 @@ class PolicyWorker(Trainer):
         parts = policy_losses.get(ppo.policy_loss)(log_probs, old, advantages, batch.mask, ppo.clip_range)
         loss = masked_sum(parts.loss, batch.mask)
         if ppo.kl.place == "loss":
-            kl = kl_estimate(inside(log_probs - reference, batch.mask), ppo.kl.estimator)
+            kl = kl_estimate(masked(log_probs - reference, batch.mask), ppo.kl.estimator)
             loss = loss + answers.kl_coefficient * masked_sum(kl, batch.mask)
         if ppo.entropy_coefficient:
             loss = loss - ppo.entropy_coefficient * masked_sum(entropy, batch.mask)
@@ -169,7 +169,7 @@ class PolicyWorker(Trainer):
             sums.add(name, masked_sum(values, batch.mask))
         return loss / tokens
 
-    def _ptx_loss(self, part: Part, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
+    def _ptx_loss(self, part: SupervisedBatch, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
         ppo = self.config.ppo
         assert ppo is not None and ppo.ptx is not None
         loss = self._demonstration_loss(part, indices)

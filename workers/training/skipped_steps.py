@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from workers.data.batching import Rows
-from workers.data.samples import Ragged
+from workers.data.samples import RaggedArray
 
 Arrays = dict[str, np.ndarray]
 
@@ -16,13 +16,13 @@ Arrays = dict[str, np.ndarray]
 def token_rows(rows: Sequence[Any], prefix: str = "") -> Arrays:
     """Rows with `ids`, `prompt_length` and `loss_mask`: row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its
     prompt. `loss_masks` [all ids] is True where a token is learnt."""
-    ids = Ragged.of([row.ids for row in rows], np.int32)
+    ids = RaggedArray.of([row.ids for row in rows], np.int32)
     masks = [np.concatenate([np.zeros(row.prompt_length, np.bool_), row.loss_mask]) for row in rows]
     return {
         f"{prefix}ids": ids.values,
         f"{prefix}offsets": ids.offsets,
         f"{prefix}prompt_lengths": np.array([row.prompt_length for row in rows], np.int32),
-        f"{prefix}loss_masks": Ragged.of(masks, np.bool_).values,
+        f"{prefix}loss_masks": RaggedArray.of(masks, np.bool_).values,
     }
 
 

@@ -229,7 +229,7 @@ class Trainer(Worker):
             return torch.autograd.graph.save_on_cpu(pin_memory=True)
         return nullcontext()
 
-    def refused_batch(self) -> Arrays | None:
+    def skipped_batch(self) -> Arrays | None:
         """What this rank brought to the last step that was refused; None where none was since this was last asked.
 
         losses [micro-batches] are this rank's shares of `loss`. Rows stand micro-batch after micro-batch (`micro_batch`).

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from workers.data.batching import Rows
-from workers.data.samples import Placed, Ragged
-from workers.data.step_inputs import Part, Work
+from workers.data.samples import RaggedArray, SampleRefs
+from workers.data.step_inputs import SupervisedBatch, TrainStepInput
 from workers.models.heads import Batch, ScalarModel, load_hf
 from workers.rl.advantages import moments
 from workers.rl.losses import explained_variance, masked_sum, pairwise, value_losses
@@ -49,7 +49,7 @@ class ValueWorker(Trainer):
 
     # ------------------------------------------------------------ critic
 
-    def values(self, rollouts: Placed, micro_batches: list[Rows]) -> tuple[Ragged, np.ndarray]:
+    def values(self, rollouts: SampleRefs, micro_batches: list[Rows]) -> tuple[RaggedArray, np.ndarray]:
         """The values of the states before each answer token; per answer, its first."""
         samples = rollouts.fetch()
         rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
@@ -59,9 +59,9 @@ class ValueWorker(Trainer):
                 values = self.module(batch, per_token=True)
                 for i, row, mask in zip(indices, values.cpu(), batch.mask.cpu(), strict=True):
                     rows[i] = row[mask].numpy()
-        return Ragged.of(rows, np.float32), np.array([row[0] for row in rows])
+        return RaggedArray.of(rows, np.float32), np.array([row[0] for row in rows])
 
-    def train_values(self, work: Work, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_values(self, work: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """The critic's updates of one step: epochs x mini-batches. Those that were refused only count in `refused/critic`."""
         ppo = self.config.ppo
         assert ppo is not None
@@ -86,7 +86,7 @@ class ValueWorker(Trainer):
         mean = {"loss/value": total / updates} if updates else {}
         return metrics | mean | {"refused/critic": float(refusals)}
 
-    def _value_loss(self, answers: experience.Answers, indices: Rows, tokens: int) -> Tensor:
+    def _value_loss(self, answers: experience.TrainingBatch, indices: Rows, tokens: int) -> Tensor:
         ppo = self.config.ppo
         assert ppo is not None and answers.values is not None
         batch = Batch([answers.samples[i] for i in indices], self.device)
@@ -97,21 +97,23 @@ class ValueWorker(Trainer):
 
     # ------------------------------------------------------------ preferences
 
-    def train_pairs(self, part: Part, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_pairs(self, part: SupervisedBatch, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean pairwise loss."""
         right: list[Tensor] = []
         losses = [partial(self._pair_loss, part, i, right, seed) for i in part.micro_batches]
         metrics = self.optimize(losses, at, seed, partial(self._seen, part))
         return metrics | self.sum_over_ranks({"accuracy": float(sum(right))})
 
-    def pair_accuracy(self, part: Part) -> dict[str, float]:
+    def pair_accuracy(self, part: SupervisedBatch) -> dict[str, float]:
         """Mean loss and share of pairs whose chosen answer scores higher, without training."""
         right: list[Tensor] = []
         with self.evaluating():
             loss = sum(float(self._pair_loss(part, i, right)) for i in part.micro_batches)
         return self.sum_over_ranks({"loss": loss, "accuracy": float(sum(right))})
 
-    def _pair_loss(self, part: Part, indices: Rows, right: list[Tensor], seed: tuple[int, ...] = ()) -> Tensor:
+    def _pair_loss(
+        self, part: SupervisedBatch, indices: Rows, right: list[Tensor], seed: tuple[int, ...] = ()
+    ) -> Tensor:
         """A micro-batch's share of the mean loss over the batch's pairs; its share of the accuracy goes to `right`.
 
         seed: of the step; with it and a pair's row dropout is drawn, on whatever rank that is.
@@ -126,7 +128,7 @@ class ValueWorker(Trainer):
         right.append((chosen > rejected).sum() / part.count)
         return pairwise(chosen, rejected, margin, settings.center).sum() / part.count
 
-    def _seen(self, part: Part) -> Arrays:
+    def _seen(self, part: SupervisedBatch) -> Arrays:
         pairs = [self.datasets[part.data][i] for indices in part.micro_batches for i in indices]
         sides = token_rows([p.chosen for p in pairs], "chosen_") | token_rows([p.rejected for p in pairs], "rejected_")
         return sides | {"margins": np.array([p.margin for p in pairs]), "micro_batch": numbered(part.micro_batches)}

@@ -174,7 +174,7 @@ class IPCAdapter(_Closing, _Adapter, IPCWeightTransferEngine):
     """An adapter over `ipc`."""
 
 
-class Witness:
+class WeightVerifier:
     """Extension of vLLM's worker, through which an engine shows what it received."""
 
     def forget_weight_update(self) -> None:

@@ -20,13 +20,13 @@ class Sender(Protocol):
 class ObjectStoreSender:
     """Puts buckets into Ray's object store, one at a time; each is freed once every engine has taken it."""
 
-    def __init__(self, client: EngineClient, source: GatheredWeights, speaks: bool, bucket_bytes: int) -> None:
-        self.client, self.source, self.speaks, self.bucket_bytes = client, source, speaks, bucket_bytes
-        if speaks:
+    def __init__(self, client: EngineClient, source: GatheredWeights, is_leader: bool, bucket_bytes: int) -> None:
+        self.client, self.source, self.is_leader, self.bucket_bytes = client, source, is_leader, bucket_bytes
+        if is_leader:
             client.init_weight_transfer_engine({})
 
     def send_weights(self) -> None:
-        if not self.speaks:
+        if not self.is_leader:
             for _ in self.source:  # gathering takes all ranks
                 pass
             return

@@ -10,7 +10,7 @@ import pytest
 from configs import load_config
 from orchestrator.console.plan_command import planned
 from placement import Cluster
-from placement.memory.estimate import Forecast
+from placement.memory.estimate import MemoryEstimate
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "cluster").glob("*.yaml"))
 MOVIES = sorted((Path(__file__).parents[3] / "configs" / "movies").glob("*.yaml"))
@@ -35,7 +35,7 @@ def test_it_fits_on_the_cluster_that_it_names(recipe: Path) -> None:
     assert config.name == recipe.stem
     reports, _ = planned(config, Cluster.parse(named[1]))
     for report in reports:
-        assert isinstance(report.memory, Forecast)
+        assert isinstance(report.memory, MemoryEstimate)
         assert not report.memory.missing, report.plan.stage
         assert not report.memory.warnings
         assert all(place.size is not None for place in report.memory.places)

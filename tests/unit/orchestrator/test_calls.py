@@ -17,12 +17,12 @@ from ray.exceptions import ObjectLostError
 
 import orchestrator.run.ray_cluster  # noqa: F401  its environment must be there before Ray is used
 from configs.schema import DeadlineSettings, Role
-from orchestrator.worker_groups.calls import Call, WorkerGroup, together
+from orchestrator.worker_groups.calls import Call, WorkerGroup, run_concurrently
 from orchestrator.worker_groups.deadlines import Deadlines
 from orchestrator.worker_groups.failures import WorkerError
 from placement.cluster.spec import Cluster
 from tests.support.runs import wait_for
-from workers.process.inspection import Whereabouts, whereabouts
+from workers.process.inspection import ProcessLocation, location
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +50,8 @@ class Rank:
     def ping(self) -> int:
         return os.getpid()
 
-    def whereabouts(self) -> Whereabouts:
-        return whereabouts()
+    def location(self) -> ProcessLocation:
+        return location()
 
     def echo(self, *args: Any) -> Any:
         return args
@@ -120,9 +120,9 @@ def group_of(idle: Handles, taken: Handles) -> Start:
             idle.append(ray.remote(Rank).options(num_cpus=0).remote())
         mine = [idle.pop() for _ in range(ranks)]
         taken.extend(mine)
-        places = ray.get([handle.call.remote(role, "whereabouts") for handle in mine])
+        places = ray.get([handle.call.remote(role, "location") for handle in mine])
         deadlines = Deadlines(DeadlineSettings(start=timeout, train=timeout))
-        return WorkerGroup(role, mine, place or role, deadlines, whereabouts=dict(enumerate(places)))
+        return WorkerGroup(role, mine, place or role, deadlines, location=dict(enumerate(places)))
 
     return start
 
@@ -181,7 +181,7 @@ def test_the_ranks_of_a_group_run_at_once(start: Start) -> None:
 def test_groups_on_other_devices_run_at_once_and_on_the_same_in_turn(start: Start) -> None:
     actor, reference, critic = start("actor", place="a"), start("reference", 2, place="a"), start("critic", place="b")
     calls: list[Call[Any] | None] = [actor.call("nap", 0.6), None, reference.call("nap", 0.3), critic.call("nap", 0.6)]
-    [mine], nothing, theirs, [other] = together(*calls)
+    [mine], nothing, theirs, [other] = run_concurrently(*calls)
     assert nothing is None
     assert overlap(mine, other) > 0.3
     for span in theirs:
@@ -191,7 +191,9 @@ def test_groups_on_other_devices_run_at_once_and_on_the_same_in_turn(start: Star
 
 def test_a_place_goes_on_when_it_is_free_though_others_are_not(start: Start) -> None:
     groups = [start("actor", place="a"), start("reference", place="a"), start("critic", place="b")]
-    [first], [second], [long] = together(*(g.call("nap", s) for g, s in zip(groups, (0.2, 0.2, 1.5), strict=True)))
+    [first], [second], [long] = run_concurrently(
+        *(g.call("nap", s) for g, s in zip(groups, (0.2, 0.2, 1.5), strict=True))
+    )
     assert first[1] <= second[0]
     assert second[1] < long[1]
 
@@ -234,7 +236,7 @@ def test_what_would_come_again_is_told_once_and_not_asked_again(
 ) -> None:
     """In a role whose ranks are replaced in the middle of a call: these are not, and asked again they would answer the same."""
     group = start("reference")
-    group.mend = never
+    group.replace_failed = never
     with pytest.raises(WorkerError) as e:
         group.call(method).get()
     assert e.value.failure.text.startswith(f"reference rank 0 failed in {method}: {text}")
@@ -268,7 +270,7 @@ def test_a_rank_that_fails_is_told_of_at_once_though_the_other_hangs(spend: Star
 def test_a_failure_of_one_group_is_told_of_though_another_hangs(spend: Start) -> None:
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"^critic rank 0 failed in fail: LookupError: "):
-        together(spend("actor").call("nap", 600.0), spend("critic").call("fail"))
+        run_concurrently(spend("actor").call("nap", 600.0), spend("critic").call("fail"))
     assert time.monotonic() - began < 20
 
 
@@ -304,10 +306,10 @@ def test_a_passed_deadline_names_who_did_not_answer(spend: Start) -> None:
 def test_a_deadline_begins_when_the_call_does(start: Start) -> None:
     """A call that waits for its turn is not late."""
     first, second = start("actor", place="a", timeout=2.0), start("reference", place="a", timeout=2.0)
-    together(first.call("nap", 1.2), second.call("nap", 1.2))
+    run_concurrently(first.call("nap", 1.2), second.call("nap", 1.2))
 
 
 def test_each_call_has_its_own_deadline(spend: Start) -> None:
     patient, hasty = spend("critic", timeout=60.0), spend("reward", timeout=1.0)
     with pytest.raises(WorkerError, match=r"^reward rank 0: no answer to nap in 1 s"):
-        together(patient.call("nap", 600.0), hasty.call("nap", 600.0))
+        run_concurrently(patient.call("nap", 600.0), hasty.call("nap", 600.0))

@@ -15,14 +15,14 @@ from configs.schema import DeadlineSettings, RecoverySettings, Role, RunConfig
 from orchestrator.storage.failure_log import FailureLog
 from orchestrator.worker_groups.calls import Call, WorkerGroup
 from orchestrator.worker_groups.deadlines import Deadlines, Workload
-from orchestrator.worker_groups.failure_policy import Recovery
+from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import Failure, Kind, WorkerError
-from orchestrator.worker_groups.rollouts import Column, Experience, Rollouts
+from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
 from placement.cluster.spec import Node
-from workers.data.samples import Placed
-from workers.data.step_inputs import Written
+from workers.data.samples import SampleRefs
+from workers.data.step_inputs import RolloutInfo
 
 # ---------------------------------------------------------------- what is learnt
 
@@ -119,11 +119,11 @@ def team() -> Team:
 
 
 def experience() -> Experience:
-    placed = Placed((None,), np.zeros((SAMPLES, 2), np.int32))
+    refs = SampleRefs((None,), np.zeros((SAMPLES, 2), np.int32))
     prompts, answers = np.full(SAMPLES, PROMPT), np.full(SAMPLES, ANSWER)
     ended, numbers = np.ones(SAMPLES, bool), np.zeros(SAMPLES, int)
-    rollouts = Rollouts("prompts", np.arange(SAMPLES), numbers, 1, placed, prompts, answers, ended, frozenset())
-    column = Column(placed, np.zeros(SAMPLES))
+    rollouts = Rollouts("prompts", np.arange(SAMPLES), numbers, 1, refs, prompts, answers, ended, frozenset())
+    column = TokenColumn(refs, np.zeros(SAMPLES))
     return Experience(rollouts, column, column, np.zeros(SAMPLES), 0.1)
 
 
@@ -157,7 +157,7 @@ def test_answers_that_grow_longer_are_not_taken_for_a_hang(team: Team) -> None:
     prompts = SAMPLES * PROMPT
     assert call.work == Workload(prompts + SAMPLES * 1000, 2 * 1000)
     lengths = np.array([5] * 7 + [20])
-    written = Written(np.full(SAMPLES, PROMPT), lengths, np.ones(SAMPLES, bool), 0)
+    written = RolloutInfo(np.full(SAMPLES, PROMPT), lengths, np.ones(SAMPLES, bool), 0)
     assert done(call, ("reference", written)) == Workload(prompts + lengths.sum(), 2 * 20)
 
 
@@ -165,7 +165,7 @@ def test_few_long_answers_take_no_less_than_many_short_ones(team: Team) -> None:
     """An evaluation of one prompt after steps of eight: an engine writes no faster than token by token."""
     many = team.generate("prompts", np.arange(SAMPLES), step=1)
     short = done(
-        many, ("reference", Written(np.full(SAMPLES, PROMPT), np.full(SAMPLES, 100), np.ones(SAMPLES, bool), 0))
+        many, ("reference", RolloutInfo(np.full(SAMPLES, PROMPT), np.full(SAMPLES, 100), np.ones(SAMPLES, bool), 0))
     )
     one = team.generate("prompts", np.arange(1), step=0)
     assert one.work.tokens < 2 * short.tokens
@@ -176,14 +176,14 @@ def test_few_long_answers_take_no_less_than_many_short_ones(team: Team) -> None:
 
 
 def failure(kind: Kind, role: Role, ranks: tuple[int, ...] = (0,)) -> WorkerError:
-    casualties = () if kind in ("error", "lost") else tuple((role, rank) for rank in ranks)
-    return WorkerError(Failure(kind, role, ranks, "values", "score", f"{role} failed", casualties=casualties))
+    failed_ranks = () if kind in ("error", "lost") else tuple((role, rank) for rank in ranks)
+    return WorkerError(Failure(kind, role, ranks, "values", "score", f"{role} failed", failed_ranks=failed_ranks))
 
 
 def test_an_error_of_its_own_is_not_survived(tmp_path: Path) -> None:
     error = failure("error", "critic")
     with pytest.raises(WorkerError) as raised:
-        Recovery(RecoverySettings(), FailureLog(tmp_path)).consider(error)
+        FailurePolicy(RecoverySettings(), FailureLog(tmp_path)).consider(error)
     assert raised.value is error
     [record] = tmp_path.iterdir()
     assert record.name == "0001-critic-error.txt"
@@ -192,7 +192,7 @@ def test_an_error_of_its_own_is_not_survived(tmp_path: Path) -> None:
 
 def test_each_role_has_its_budget(tmp_path: Path) -> None:
     said: list[str] = []
-    recovery = Recovery(RecoverySettings(restarts=2), FailureLog(tmp_path), said.append)
+    recovery = FailurePolicy(RecoverySettings(restarts=2), FailureLog(tmp_path), said.append)
     for role in ("critic", "actor"):
         recovery.consider(failure("died", role))
         recovery.consider(failure("hung", role))
@@ -205,7 +205,7 @@ def test_each_role_has_its_budget(tmp_path: Path) -> None:
 
 
 def test_what_was_lost_without_casualties_counts_too() -> None:
-    recovery = Recovery(RecoverySettings(restarts=2))
+    recovery = FailurePolicy(RecoverySettings(restarts=2))
     for _ in range(2):
         recovery.consider(failure("lost", "reward"))
     with pytest.raises(WorkerError, match="not replaced again"):
@@ -213,7 +213,7 @@ def test_what_was_lost_without_casualties_counts_too() -> None:
 
 
 def test_restarts_are_counted_over_a_window() -> None:
-    recovery = Recovery(RecoverySettings(restarts=1, window=0.2))
+    recovery = FailurePolicy(RecoverySettings(restarts=1, window=0.2))
     recovery.consider(failure("died", "critic"))
     time.sleep(0.3)
     recovery.consider(failure("died", "critic"))
@@ -223,7 +223,7 @@ def test_restarts_are_counted_over_a_window() -> None:
 
 def test_a_step_is_not_tried_for_ever_though_each_attempt_outlasts_the_window(tmp_path: Path) -> None:
     log = FailureLog(tmp_path)
-    recovery = Recovery(RecoverySettings(restarts=1, window=0.01), log)
+    recovery = FailurePolicy(RecoverySettings(restarts=1, window=0.01), log)
     for step in (1, 2):
         log.where = f"ppo, step {step} of 5"
         recovery.consider(failure("hung", "actor"))

@@ -20,14 +20,14 @@ from orchestrator.report.report import write_report
 from orchestrator.run.result import Result
 from orchestrator.storage.failure_log import MOST_FILES, MOST_KINDS, FailureLog
 from tests.unit.orchestrator.test_report import CONFIG, write_config
-from workers.rewards.result import Fault, Scored
+from workers.rewards.result import Fault, RewardResult
 
 nan = math.nan
 
 
-def evaluation(reward: list[float], judge: Scored, source: Scored | None = None) -> Evaluation:
+def evaluation(reward: list[float], judge: RewardResult, source: RewardResult | None = None) -> Evaluation:
     count = len(reward)
-    scores = {"model": source or Scored.of([0.0] * count), "judge": judge}
+    scores = {"model": source or RewardResult.of([0.0] * count), "judge": judge}
     texts = [f"text {i}" for i in range(count)]
     return Evaluation(texts, texts, np.array(reward), scores, ["judge"], np.full(count, 0.1), np.full(count, 5))
 
@@ -36,7 +36,7 @@ def evaluation(reward: list[float], judge: Scored, source: Scored | None = None)
 
 
 def test_what_has_no_score_is_left_out_of_the_means() -> None:
-    found = evaluation([1.0, nan, 3.0], Scored.of([None, 4.0, 6.0])).metrics()
+    found = evaluation([1.0, nan, 3.0], RewardResult.of([None, 4.0, 6.0])).metrics()
     assert (found["evaluation/reward"], found["evaluation/judge"]) == (2.0, 5.0)
     assert (found["evaluation/unscored"], found["evaluation/distinct"]) == (1.0, 1.0)
     assert "evaluation/model" not in found, "its scores are in the reward"
@@ -44,14 +44,14 @@ def test_what_has_no_score_is_left_out_of_the_means() -> None:
 
 def test_no_scores_at_all_are_no_error() -> None:
     """A judge that times out, a service that is down."""
-    found = evaluation([nan, nan], Scored.nothing(2, "no answer in 60 s", late=True)).metrics()
+    found = evaluation([nan, nan], RewardResult.nothing(2, "no answer in 60 s", late=True)).metrics()
     assert found == pytest.approx(
         {"evaluation/kl": 0.1, "evaluation/length": 5.0, "evaluation/distinct": 1.0, "evaluation/unscored": 2.0}
     )
 
 
 def test_other_numbers_of_sources_and_judges_are_measured() -> None:
-    both = Scored.of([1.0, 2.0], {"acc": [1.0, None]})
+    both = RewardResult.of([1.0, 2.0], {"acc": [1.0, None]})
     found = evaluation([1.0, 2.0], both, both).metrics()
     assert (found["evaluation/judge/acc"], found["evaluation/model/acc"]) == (1.0, 1.0)
 
@@ -117,10 +117,10 @@ def texts(folder: Path) -> dict[str, str]:
 def test_a_source_that_fails_leaves_a_file_that_counts(tmp_path: Path) -> None:
     log = FailureLog(tmp_path / "failures")
     fault = Fault("ZeroDivisionError: division by zero", np.array([0, 2]), "row 7 of prompts\nTraceback ...")
-    failed = Scored(np.array([nan, 1.0, nan], np.float32), np.zeros(3, bool), (fault,))
+    failed = RewardResult(np.array([nan, 1.0, nan], np.float32), np.zeros(3, bool), (fault,))
     for step in (1, 2, 3):
         log.where = f"ppo, step {step} of 9"
-        new = record_faults(log, {"fine": Scored.of([1.0] * 3), "my reward": failed})
+        new = record_faults(log, {"fine": RewardResult.of([1.0] * 3), "my reward": failed})
         assert new == (
             ["my reward gave no score for 2 of 3 answers: ZeroDivisionError: division by zero"] * (step == 1)
         )
@@ -136,7 +136,9 @@ def test_a_source_that_fails_leaves_a_file_that_counts(tmp_path: Path) -> None:
 def test_a_source_that_fails_in_ever_new_words_leaves_ten_files(tmp_path: Path) -> None:
     log = FailureLog(tmp_path)
     for i in range(50):
-        record_faults(log, {"f": Scored.nothing(4, f"KeyError: {i}"), "g": Scored.nothing(4, "late", late=True)})
+        record_faults(
+            log, {"f": RewardResult.nothing(4, f"KeyError: {i}"), "g": RewardResult.nothing(4, "late", late=True)}
+        )
     found = texts(tmp_path)
     assert len(found) == MOST_KINDS + 1
     assert "KeyError: 9\n" in found["0011-reward-f.txt"] and "41 times so far" in found["0011-reward-f.txt"]

@@ -18,7 +18,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from configs import RunConfig
 from orchestrator.loggers.recorder import Recorder
 from orchestrator.run.run_dir import Run
-from orchestrator.storage.atomic_files import CHECKSUMS, DiskError, seal, verify, whole_folder, write_json
+from orchestrator.storage.atomic_files import (
+    CHECKSUMS,
+    DiskError,
+    atomic_directory,
+    verify,
+    write_checksums,
+    write_json,
+)
 from orchestrator.storage.metrics_file import read_metrics
 from tests.support.runs import flip_bit
 
@@ -89,7 +96,7 @@ def test_when_all_are_damaged_there_is_none(run: Run) -> None:
 
 def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(b"\x00\xff\x10")
-    seal(tmp_path)
+    write_checksums(tmp_path)
     for bit in range(24):
         data = bytearray(b"\x00\xff\x10")
         data[bit // 8] ^= 1 << bit % 8
@@ -190,7 +197,7 @@ def test_a_library_that_hides_the_reason_is_seen_through(tmp_path: Path, monkeyp
     monkeypatch.setattr("orchestrator.storage.atomic_files._FULL", 2**60)
     with (
         pytest.raises(DiskError, match="x: cannot be written: the disk is full"),
-        whole_folder(tmp_path / "x"),
+        atomic_directory(tmp_path / "x"),
     ):
         raise RuntimeError("unexpected pos 576 vs 534")
 

@@ -24,9 +24,9 @@ from orchestrator.loggers.recorder import Recorder
 from orchestrator.run.ray_cluster import connected
 from orchestrator.worker_groups.calls import WorkerGroup
 from orchestrator.worker_groups.deadlines import Deadlines
-from orchestrator.worker_groups.failure_policy import Recovery
+from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import WorkerError
-from workers.process.inspection import Whereabouts, whereabouts
+from workers.process.inspection import ProcessLocation, location
 
 pytestmark = pytest.mark.slow
 
@@ -165,17 +165,17 @@ def test_the_metrics_port_shows_a_stage_while_it_lasts(dashboard: str, tmp_path:
 class Mortal:
     """What a worker group needs of an actor: `call`."""
 
-    def call(self, role: Role, method: str) -> Whereabouts:
+    def call(self, role: Role, method: str) -> ProcessLocation:
         if method == "values":
             time.sleep(600)
-        return whereabouts()
+        return location()
 
 
 def test_a_process_killed_from_outside_leaves_a_trace(dashboard: str, tmp_path: Path) -> None:
     actor = ray.remote(num_cpus=0)(Mortal).remote()
-    place: Whereabouts = ray.get(actor.call.remote("critic", "whereabouts"), timeout=90)
-    group = WorkerGroup("critic", [actor], "critic", Deadlines(DeadlineSettings()), whereabouts={0: place})
-    recovery = Recovery(RecoverySettings())
+    place: ProcessLocation = ray.get(actor.call.remote("critic", "location"), timeout=90)
+    group = WorkerGroup("critic", [actor], "critic", Deadlines(DeadlineSettings()), location={0: place})
+    recovery = FailurePolicy(RecoverySettings())
     with Recorder(tmp_path, "killed", "ppo") as recorder:
         recovery.on_failure = recorder.ray.failed
         call = group.call("values")

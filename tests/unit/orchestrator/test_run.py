@@ -13,7 +13,7 @@ from configs import RunConfig, load_config
 from orchestrator.preflight.auto_dtype import with_chosen_dtype
 from orchestrator.report.history import history
 from orchestrator.run.run_dir import STAGES, Run, RunError
-from orchestrator.storage.atomic_files import whole_folder
+from orchestrator.storage.atomic_files import atomic_directory
 from placement import Cluster, resolve
 from placement.types import Stage
 
@@ -45,11 +45,11 @@ def test_two_processes_do_not_work_in_one_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "x") as folder:
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "x") as folder:
         (folder / "half").touch()
         raise ZeroDivisionError
     assert not (tmp_path / "x").exists()
-    with whole_folder(tmp_path / "x") as folder:
+    with atomic_directory(tmp_path / "x") as folder:
         (folder / "whole").touch()
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["whole"]
 
@@ -91,7 +91,7 @@ def test_a_whole_folder_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path
     (outside / "kept").touch()
     for name in ("x", "x.partial", "x.old"):
         (tmp_path / name).symlink_to(outside)
-    with whole_folder(tmp_path / "x") as folder:
+    with atomic_directory(tmp_path / "x") as folder:
         (folder / "new").touch()
     assert not (tmp_path / "x").is_symlink()
     assert [path.name for path in outside.iterdir()] == ["kept"]

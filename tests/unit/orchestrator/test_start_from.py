@@ -14,7 +14,7 @@ from orchestrator.preflight.settings_checks import check_start
 from orchestrator.report.history import history
 from orchestrator.run.run_dir import STAGES, Run, RunError
 from placement import Cluster
-from placement.memory.estimate import Forecast
+from placement.memory.estimate import MemoryEstimate
 from placement.types import Stage
 from tests.support.runs import check
 
@@ -163,7 +163,7 @@ def test_the_plan_reads_the_shapes_of_the_models_that_are_taken(runs: Path) -> N
 
     def parameters(*overrides: str) -> dict[str, int]:
         (report,), _ = planned(settings("b", "sft=none", "rm=none", *overrides), cluster)
-        assert isinstance(report.memory, Forecast)
+        assert isinstance(report.memory, MemoryEstimate)
         return {role: known.uses["score"].host.parameters for role, known in report.memory.roles.items()}
 
     alone, taken = parameters(), parameters("start_from=runs/a")

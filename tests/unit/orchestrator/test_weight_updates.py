@@ -21,12 +21,12 @@ from ray._private.internal_api import node_stats
 
 from benchmarks.families.zoo import make
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
-from orchestrator.worker_groups.calls import WorkerGroup, together
+from orchestrator.worker_groups.calls import WorkerGroup, run_concurrently
 from orchestrator.worker_groups.failures import WorkerError
 from tests.support.hosts import Hosts, generate, log_probs
 from tests.support.models import ARCHITECTURES, encoded, make_model
 from workers.data import Row
-from workers.data.step_inputs import Part
+from workers.data.step_inputs import SupervisedBatch
 from workers.training.schedule import StageStep
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ class Pair:
 
     def load(self, folder: Path, transport: str = "object_store", lora: LoraSettings | None = None) -> None:
         settings = ModelSettings(path=str(folder), dtype="float32", lora=lora)
-        together(
+        run_concurrently(
             self.actor.call("load", str(folder), settings, OptimizerSettings(lr=0.03)),
             self.engine.call("load", str(folder), transport, LENGTH),
         )
@@ -75,7 +75,9 @@ class Pair:
     def train(self) -> None:
         """One optimizer step; two ranks take a demonstration each."""
         count = int(self.completions.sum())
-        parts = [Part("sft", [rows], count) for rows in np.array_split(np.arange(len(DEMONSTRATIONS)), self.ranks)]
+        parts = [
+            SupervisedBatch("sft", [rows], count) for rows in np.array_split(np.arange(len(DEMONSTRATIONS)), self.ranks)
+        ]
         self.actor.scatter("train_demonstrations", [(part, StageStep(1, 1), (1, self.step)) for part in parts]).get()
 
     def noise(self) -> None:
@@ -90,9 +92,9 @@ class Pair:
     def differences(self) -> np.ndarray:
         """|engine - trainer| of the log-probabilities of newly sampled tokens, which bear the published version."""
         self.step += 1
-        placed, chunk, version = generate(self.engine, len(PROMPTS), self.step)
+        refs, chunk, version = generate(self.engine, len(PROMPTS), self.step)
         assert version == self.version
-        return np.abs(chunk.log_probs.values - log_probs(self.actor, placed))
+        return np.abs(chunk.log_probs.values - log_probs(self.actor, refs))
 
     def agrees(self) -> bool:
         found = self.differences()
@@ -292,8 +294,8 @@ def assert_serves_nothing(pair: Pair) -> None:
 
 def test_an_engine_may_have_nothing_to_answer(pair: Pair) -> None:
     """Where an evaluation has fewer prompts than there are engines."""
-    placed, chunk, version = generate(pair.engine, 0, 1)
-    assert (len(placed), len(chunk.tokens), len(chunk.log_probs), version) == (0, 0, 0, pair.version)
+    refs, chunk, version = generate(pair.engine, 0, 1)
+    assert (len(refs), len(chunk.tokens), len(chunk.log_probs), version) == (0, 0, 0, pair.version)
 
 
 def test_the_size_of_the_buckets_changes_nothing(pair: Pair) -> None:
@@ -336,7 +338,7 @@ def test_an_engine_listens_on_no_more_interfaces_than_a_trainer(pair: Pair) -> N
 
     def everywhere(group: WorkerGroup) -> int:
         """Sockets on which a process listens on all interfaces; Ray has some."""
-        connections = psutil.Process(group.first("whereabouts").pid).net_connections(kind="inet")
+        connections = psutil.Process(group.first("location").pid).net_connections(kind="inet")
         return sum(c.status == psutil.CONN_LISTEN and ip_address(c.laddr.ip).is_unspecified for c in connections)
 
     assert everywhere(pair.engine) == everywhere(pair.actor)
@@ -344,13 +346,13 @@ def test_an_engine_listens_on_no_more_interfaces_than_a_trainer(pair: Pair) -> N
 
 def test_what_an_engine_refuses_is_an_error_with_its_text(pair: Pair, tmp_path: Path) -> None:
     """vLLM's configs refuse by exceptions that pickle cannot carry."""
-    pair.engine.mend = lambda error: pytest.fail(f"replaced because of: {error}")
+    pair.engine.replace_failed = lambda error: pytest.fail(f"replaced because of: {error}")
     short = make_model(tmp_path / "short", "gpt2")
     try:
         with pytest.raises(WorkerError) as e:
             pair.engine.call("load", str(short), "object_store", 262).get()
     finally:
-        pair.engine.mend = None
+        pair.engine.replace_failed = None
     assert e.value.failure.kind == "error"
     assert re.match(
         r"rollout rank 0 failed in load: ValidationError: 1 validation error for ModelConfig .*\(262\) is greater than",

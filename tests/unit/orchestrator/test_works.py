@@ -18,12 +18,12 @@ from configs.schema import Role, RunConfig
 from orchestrator.algorithms.supervised import RewardModel
 from orchestrator.run.run_dir import Run
 from orchestrator.worker_groups.calls import WorkerGroup
-from orchestrator.worker_groups.rollouts import Column, Experience, Rollouts
+from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
 from workers.data.batching import NO_ROWS
-from workers.data.samples import Placed
-from workers.data.step_inputs import Work
+from workers.data.samples import SampleRefs
+from workers.data.step_inputs import TrainStepInput
 from workers.models.heads import Batch
 from workers.training.experience import prepare
 
@@ -47,14 +47,14 @@ def team_of(ranks: int, mini_batches: int = 1, samples: int = 64, micro_batch_to
 def experience(scores: list[float], ptx: list[np.ndarray] | None = None) -> Experience:
     """Samples of several lengths; sample i is row i of the only object."""
     count, draw = len(scores), np.random.default_rng(len(scores))
-    placed = Placed.of(["chunk"], [np.arange(count)], count)
-    column = Column(placed, np.zeros(count))
+    refs = SampleRefs.of(["chunk"], [np.arange(count)], count)
+    column = TokenColumn(refs, np.zeros(count))
     rollouts = Rollouts(
         "prompts",
         prompts=np.arange(count) // 2,
         numbers=np.arange(count) % 2,
         step=1,
-        placed=placed,
+        refs=refs,
         prompt_lengths=draw.integers(1, 9, count),
         answer_lengths=draw.integers(1, 30, count),
         ended=np.ones(count, bool),
@@ -63,7 +63,7 @@ def experience(scores: list[float], ptx: list[np.ndarray] | None = None) -> Expe
     return Experience(rollouts, column, column, np.array(scores), kl_coefficient=0.1, ptx=ptx or [])
 
 
-def trained(works: list[Work]) -> list[list[int]]:
+def trained(works: list[TrainStepInput]) -> list[list[int]]:
     """The samples of each mini-batch, over all ranks, in order."""
     return [
         sorted(
@@ -145,7 +145,7 @@ def test_a_rank_without_samples_takes_part_in_sums_and_brings_nothing() -> None:
 
     works = team._works("actor", experience([0.5, 1.0]), 1, True)
     assert [len(work.rollouts) for work in works] == [1, 1, 0]
-    nothing = Placed((), np.empty((0, 2), np.int32))
+    nothing = SampleRefs((), np.empty((0, 2), np.int32))
     answers = prepare(
         replace(works[2], rollouts=nothing, reference=nothing, values=nothing), team.config.ppo, total, CPU
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from configs.schema import RunConfig, Strategy
 from configs.zero import ZERO
 from placement import Cluster, PlanError, PlanReport, make_plan, render, with_memory
-from placement.memory.estimate import Forecast, Place
+from placement.memory.estimate import MemoryEstimate, Place
 from placement.memory.phases import PHASES, Phase, Uses, Work, engine, frozen, received_bytes, sent_bytes, trainer
 from placement.memory.states import Model, Sharding
 from placement.models.activations import Adapters, saved
@@ -127,9 +127,9 @@ def test_counts_are_those_of_transformers_and_of_autograd(kind: str, size: int, 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     gated = GATED | {"num_attention_heads": 4, "num_key_value_heads": kv_heads}
-    still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"), 0.0)
+    idle = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"), 0.0)
     short: dict[str, Any] = {"n_embd": 64, "hidden_size": 64, "n_layer": 2, "n_head": 2}
-    chosen = {"gpt2": short, "opt": OPT, "bloom": short}.get(kind, gated) | {"vocab_size": 128} | still
+    chosen = {"gpt2": short, "opt": OPT, "bloom": short}.get(kind, gated) | {"vocab_size": 128} | idle
     chosen = {
         name: value for name, value in chosen.items() if hasattr(CONFIG_MAPPING[kind](), name) and name != "model_type"
     }
@@ -275,8 +275,8 @@ def planned(folder: Path, cluster: str, shape: dict[str, Any] | None = None, **s
     return with_memory(config, make_plan(config, "ppo", Cluster.parse(cluster)))
 
 
-def known(plan: PlanReport) -> Forecast:
-    assert isinstance(plan.memory, Forecast)
+def known(plan: PlanReport) -> MemoryEstimate:
+    assert isinstance(plan.memory, MemoryEstimate)
     return plan.memory
 
 
@@ -303,12 +303,12 @@ def test_roles_of_one_machine_add_up(tmp_path: Path) -> None:
 
 
 def test_roles_of_one_group_take_turns(tmp_path: Path) -> None:
-    apart, together = (
+    apart, run_concurrently = (
         place(planned(tmp_path, "1x4cpu,host=64GB", placement={"layout": layout}), "node-0")
         for layout in ("separate", "colocated")
     )
-    assert together.used["train"] < apart.used["train"]
-    assert together.used["load"] == apart.used["load"]
+    assert run_concurrently.used["train"] < apart.used["train"]
+    assert run_concurrently.used["load"] == apart.used["load"]
 
 
 def test_alike_nodes_stand_once(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from configs.schema import ROLES, Role, RunConfig
 from placement import Cluster, Node, Plan, PlanError, make_plan, render
 from placement.cluster.bin_packing import Packing, Request, free_of, lay, units
-from placement.plan.time_sharing import by_turns, in_words
+from placement.plan.time_sharing import in_words, time_shared
 from placement.types import Stage
 
 DATA, ADAM = {"path": "rows.jsonl"}, {"lr": 1e-4}
@@ -115,7 +115,7 @@ def test_two_cores_together() -> None:
 def test_roles_of_one_group_hold_a_gpu_by_turns_and_a_cpu_says_that_it_cannot() -> None:
     def said(cluster: str, layout: str) -> tuple[str, set[Role]]:
         made = plan(cluster, placement={"layout": layout})
-        return in_words(made) or "", {role for role in made.roles if by_turns(made, role)}
+        return in_words(made) or "", {role for role in made.roles if time_shared(made, role)}
 
     assert said("1x8xA100-80GB", "separate") == ("", set())
     words, roles = said("1x8xA100-80GB", "paired")
@@ -512,9 +512,9 @@ def test_what_would_fit_does(asked: dict[str, Any], cluster: Cluster) -> None:
     refused = outcome(config(**asked), cluster)
     for name, value in re.findall(r"placement\.(layout|cpus_per_device)=([\w.]+)", str(refused)):
         change = {name: value if name == "layout" else float(value)}
-        still = outcome(config(**asked | {"placement": asked["placement"] | change}), cluster)
-        if isinstance(still, PlanError):  # for another reason than room
-            assert not re.search("missing|finds no room", str(still))
+        idle = outcome(config(**asked | {"placement": asked["placement"] | change}), cluster)
+        if isinstance(idle, PlanError):  # for another reason than room
+            assert not re.search("missing|finds no room", str(idle))
 
 
 @settings(max_examples=300, deadline=None)

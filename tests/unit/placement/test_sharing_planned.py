@@ -10,7 +10,7 @@ import pytest
 
 from configs import ConfigError, RunConfig, load_config
 from orchestrator.run.run_dir import Run, RunError
-from placement.plan.time_sharing import by_turns
+from placement.plan.time_sharing import time_shared
 from tests.support.micro import write_micro
 from tests.support.runs import check
 from tests.unit.placement.test_plan import plan, problems
@@ -28,14 +28,14 @@ def shared(roles: list[str] = ALL, **settings: Any) -> dict[str, Any]:
 def test_they_lie_in_one_group_and_ask_for_what_all_of_them_ask_for(layout: str) -> None:
     found = plan("1x8xA100-80GB,cpus=32", **shared(placement={"layout": layout, "devices": {"critic": 2}}))
     roles = {role: planned for role, planned in found.roles.items() if role != "rollout"}
-    assert {planned.crew for planned in roles.values()} == {("actor", "critic", "reference", "reward")}
+    assert {planned.process_roles for planned in roles.values()} == {("actor", "critic", "reference", "reward")}
     assert {planned.ranks for planned in roles.values()} == {2}
     assert len({(planned.group, planned.threads) for planned in roles.values()}) == 1
     gpus = sum(planned.gpus for planned in roles.values())
     assert gpus == pytest.approx(0.8 if layout == "colocated" else 1.0)
-    assert found.roles["rollout"].crew == ("rollout",)
+    assert found.roles["rollout"].process_roles == ("rollout",)
     # Alone on their devices they keep them; beside an engine's process the two take turns.
-    assert {by_turns(found, role) for role in found.roles} == {layout == "colocated"}
+    assert {time_shared(found, role) for role in found.roles} == {layout == "colocated"}
 
 
 def test_groups_are_joined_for_those_who_share_alone() -> None:
@@ -50,8 +50,8 @@ def test_groups_are_joined_for_those_who_share_alone() -> None:
 
 def test_without_a_critic_and_in_other_stages_there_is_less_to_share() -> None:
     found = plan("1x8cpu", ppo={"critic": False, "advantage": "reinforce"}, **shared(["actor", "critic"]))
-    assert found.roles["actor"].crew == ("actor",)
-    assert plan("1x8cpu", "rm", **shared()).roles["reward"].crew == ("reward",)
+    assert found.roles["actor"].process_roles == ("actor",)
+    assert plan("1x8cpu", "rm", **shared()).roles["reward"].process_roles == ("reward",)
 
 
 @pytest.mark.parametrize("roles", [["actor", "reference"], ["critic", "reward"]])

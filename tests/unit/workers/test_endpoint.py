@@ -15,7 +15,7 @@ from tests.support.services import Handler, Service, good, says
 from workers.rewards import http
 from workers.rewards.function import RewardError, SampleRecord
 from workers.rewards.http import Endpoint, check_json
-from workers.rewards.result import Scored
+from workers.rewards.result import RewardResult
 
 SETTING = "ppo.rewards.0"
 TOKEN = "a-secret-of-the-service"
@@ -84,11 +84,11 @@ def make(url: str, **settings: Any) -> Endpoint:
     return Endpoint(HttpReward.model_validate({"name": "h", "url": url} | settings), SETTING)
 
 
-def score(url: str, *answers: str, columns: dict[str, list] | None = None, **settings: Any) -> Scored:
+def score(url: str, *answers: str, columns: dict[str, list] | None = None, **settings: Any) -> RewardResult:
     return make(url, **settings).score([f"to {answer}" for answer in answers], answers, columns or {})
 
 
-def without(scored: Scored) -> tuple[int, int]:
+def without(scored: RewardResult) -> tuple[int, int]:
     return scored.timeouts, scored.errors
 
 

@@ -18,7 +18,7 @@ import pytest
 from configs.schema import FunctionSettings
 from workers.rewards.function import RewardError, SampleRecord
 from workers.rewards.function_process import FunctionProcess
-from workers.rewards.result import Scored
+from workers.rewards.result import RewardResult
 
 FUNCTIONS = "tests.support.reward_functions"
 SETTING = "ppo.rewards.0"
@@ -42,11 +42,11 @@ def start() -> Iterator[Start]:
         process.close()
 
 
-def score(process: FunctionProcess, *answers: str, **columns: list) -> Scored:
+def score(process: FunctionProcess, *answers: str, **columns: list) -> RewardResult:
     return process.score([f"to {answer}" for answer in answers], list(answers), columns)
 
 
-def without(scored: Scored) -> tuple[int, int]:
+def without(scored: RewardResult) -> tuple[int, int]:
     return scored.timeouts, scored.errors
 
 

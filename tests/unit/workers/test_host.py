@@ -14,7 +14,7 @@ from tests.support.hosts import DEADLINES, run_config
 from workers.data.step_inputs import StaleWeights
 from workers.process.remote_error import RemoteError, headline, headline_of_traceback
 from workers.process.worker import WorkerSpec
-from workers.process.worker_process import Host
+from workers.process.worker_process import WorkerProcess
 
 Start = Callable[..., WorkerGroup]
 
@@ -26,9 +26,9 @@ def start(ray_here: Cluster) -> Iterator[Start]:
 
     def get(**environment: str) -> WorkerGroup:
         spec = WorkerSpec(run_config(plugins=["tests.support.raising"]), "reference", 0, 1, "cpu", 1)
-        actor = ray.remote(Host).options(num_cpus=0, runtime_env={"env_vars": environment})
+        actor = ray.remote(WorkerProcess).options(num_cpus=0, runtime_env={"env_vars": environment})
         groups.append(WorkerGroup("reference", [actor.remote([("raising", spec)])], "reference", DEADLINES))
-        groups[-1].mend = lambda error: pytest.fail(f"replaced because of: {error}")
+        groups[-1].replace_failed = lambda error: pytest.fail(f"replaced because of: {error}")
         return groups[-1]
 
     yield get

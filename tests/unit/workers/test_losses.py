@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.schema import PPOSettings
 from workers.rl.advantages import moments
 from workers.rl.losses import (
-    LossParts,
+    LossOutput,
     explained_variance,
     masked_sum,
     next_token,
@@ -44,7 +44,7 @@ class Batch:
 
 
 batches = st.builds(Batch, st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 12))
-Loss = Callable[..., LossParts]
+Loss = Callable[..., LossOutput]
 Formula = Callable[[float, float, float], float]
 LOSSES = [
     *(pytest.param(policy_losses.get(name), id=f"policy-{name}") for name in policy_losses.names),

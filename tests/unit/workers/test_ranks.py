@@ -23,12 +23,12 @@ from torch import Tensor
 
 from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
 from configs.zero import ZERO, Strategy
-from orchestrator.worker_groups.rollouts import Column, Experience, Rollouts
+from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
 from tests.support.models import VOCABULARY, encoded, make_model
 from workers.data import Row, RowKind
-from workers.data.samples import Chunk, Placed, Ragged, Sample
+from workers.data.samples import RaggedArray, RolloutBatch, Sample, SampleRefs
 from workers.models.heads import Batch, LanguageModel, load_hf
 from workers.training.schedule import StageStep
 
@@ -102,27 +102,29 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     ]
     engines = [np.arange(0, SAMPLES, 2), np.arange(1, SAMPLES, 2)]
     chunks = [
-        Chunk(
-            Ragged.of([ids[i] for i in share], np.int32),
-            Ragged.of([log_probs[i] for i in share], np.float32),
+        RolloutBatch(
+            RaggedArray.of([ids[i] for i in share], np.int32),
+            RaggedArray.of([log_probs[i] for i in share], np.float32),
             prompt_lengths[share].astype(np.int32),
         )
         for share in engines
     ]
 
-    def column(scale: float) -> Column:
+    def column(scale: float) -> TokenColumn:
         rows = [draw.normal(0, scale, n).astype(np.float32) for n in answer_lengths]
-        return Column(placed([Ragged.of([rows[i] for i in share], np.float32) for share in engines]), np.zeros(SAMPLES))
+        return TokenColumn(
+            refs([RaggedArray.of([rows[i] for i in share], np.float32) for share in engines]), np.zeros(SAMPLES)
+        )
 
-    def placed(parts: list[Any]) -> Placed:
-        return Placed.of([ray.put(part) for part in parts], engines, SAMPLES)
+    def refs(parts: list[Any]) -> SampleRefs:
+        return SampleRefs.of([ray.put(part) for part in parts], engines, SAMPLES)
 
     rollouts = Rollouts(
         "prompts",
         prompts=np.arange(SAMPLES) // 2,
         numbers=np.arange(SAMPLES) % 2,
         step=1,
-        placed=placed(chunks),
+        refs=refs(chunks),
         prompt_lengths=prompt_lengths,
         answer_lengths=answer_lengths,
         ended=np.ones(SAMPLES, bool),
@@ -209,10 +211,10 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
     found |= {"mean": mean, "deviation": deviation}
     rollouts = experience.rollouts  # all but one: they do not divide among the ranks
     some = {name: getattr(rollouts, name)[:-1] for name in ("prompts", "prompt_lengths", "answer_lengths", "ended")}
-    call = team.values(replace(rollouts, placed=rollouts.placed.take(np.arange(SAMPLES - 1)), **some))
+    call = team.values(replace(rollouts, refs=rollouts.refs.take(np.arange(SAMPLES - 1)), **some))
     assert call is not None
     values = call.get()
-    for i, row in enumerate(values.placed.fetch()):
+    for i, row in enumerate(values.refs.fetch()):
         assert len(row) == rollouts.answer_lengths[i]
         assert row[0] == values.per_answer[i]
         found |= {f"value {t} of {i}": float(value) for t, value in enumerate(row)}
@@ -365,11 +367,11 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
     changes = {"entropy_coefficient": 0.0, "ptx": None, "kl": KLSettings(place="loss", estimator="k2")}
     config = config.model_copy(update={"name": "penalty", "ppo": config.ppo.model_copy(update=changes)})
     answers = fake_experience(folder, config)
-    samples = answers.rollouts.placed.fetch()
+    samples = answers.rollouts.refs.fetch()
 
-    def column(rows: list[np.ndarray]) -> Column:
-        return Column(
-            Placed.of([ray.put(Ragged.of(rows, np.float32))], [np.arange(SAMPLES)], SAMPLES), np.zeros(SAMPLES)
+    def column(rows: list[np.ndarray]) -> TokenColumn:
+        return TokenColumn(
+            SampleRefs.of([ray.put(RaggedArray.of(rows, np.float32))], [np.arange(SAMPLES)], SAMPLES), np.zeros(SAMPLES)
         )
 
     reference = [sample.log_probs + 2 for sample in samples]
@@ -380,8 +382,8 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
         actor = team.groups["actor"]
 
         def distance() -> float:
-            placed = experience.rollouts.placed
-            results: list[tuple[Ragged, Any]] = actor.scatter("log_probs", [(placed, [np.arange(SAMPLES)])]).get()
+            refs = experience.rollouts.refs
+            results: list[tuple[RaggedArray, Any]] = actor.scatter("log_probs", [(refs, [np.arange(SAMPLES)])]).get()
             found, _ = results[0]
             return float(np.square(found.values - np.concatenate(reference)).mean())
 

@@ -14,8 +14,8 @@ from tests.support.hosts import Held, Hosts, load, same_held, train
 from tests.support.learners import SPOILED
 from tests.support.models import VOCABULARY, make_model
 from workers.data.batching import NO_ROWS
-from workers.data.samples import Chunk, Placed, Ragged
-from workers.data.step_inputs import MiniBatch, Part, Work
+from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
+from workers.data.step_inputs import MiniBatch, SupervisedBatch, TrainStepInput
 from workers.training.schedule import StageStep
 
 pytestmark = pytest.mark.slow
@@ -53,8 +53,8 @@ def test_a_spoiled_step_is_as_if_it_had_never_been(group: WorkerGroup, model: Pa
     same_held(group.call("held").get(), after)
     with pytest.raises(AssertionError):
         same_held(after, before)
-    assert all(group.call("refused_batch").get())
-    assert group.call("refused_batch").get() == [None, None], "told once"
+    assert all(group.call("skipped_batch").get())
+    assert group.call("skipped_batch").get() == [None, None], "told once"
 
 
 def test_weights_wait_for_the_first_step(group: WorkerGroup, model: Path) -> None:
@@ -75,7 +75,7 @@ def test_each_rank_keeps_what_it_saw(hosts: Hosts, model: Path) -> None:
     group = hosts.group("open_policy", "actor", "ddp", 2)
     load(group, model)
     metrics = train(group, 5, spoil="finite loss, nan gradients")
-    first, second = group.call("refused_batch").get()
+    first, second = group.call("skipped_batch").get()
     rows = np.random.default_rng(5).permutation(16)[:8].reshape(2, 4)
     for found, mine in zip((first, second), rows, strict=True):
         assert found["micro_batch"].tolist() == [0, 0, 1, 1]
@@ -89,7 +89,7 @@ def test_each_rank_keeps_what_it_saw(hosts: Hosts, model: Path) -> None:
         assert found["offsets"][-1] == len(found["ids"])
 
     train(group, 5, spoil="nan loss")
-    first, second = group.call("refused_batch").get()
+    first, second = group.call("skipped_batch").get()
     assert np.isfinite(first["losses"]).all(), "the other rank's were good"
     assert np.isnan(second["losses"]).tolist() == [False, True]
 
@@ -98,14 +98,17 @@ def test_a_rank_without_rows_refuses_with_the_others(hosts: Hosts, model: Path) 
     """It computes padding, and saw nothing."""
     group = hosts.group("open_policy", "actor", "ddp", 2)
     load(group, model)
-    parts = [Part("rows", [np.array([k]) for k in (3, 5)], 8), Part("rows", [NO_ROWS, NO_ROWS], 8)]
+    parts = [
+        SupervisedBatch("rows", [np.array([k]) for k in (3, 5)], 8),
+        SupervisedBatch("rows", [NO_ROWS, NO_ROWS], 8),
+    ]
     args = [(part, StageStep(1, 1), (1, 1)) for part in parts]
     good: list[dict[str, float]] = group.scatter("train_demonstrations", args).get()
     assert good[0] == good[1] and good[0]["refused"] == 0.0 and good[0]["grad_norm"] > 0.0
     group.scatter("spoil", [("explosion",), ("",)]).get()
     bad: list[dict[str, float]] = group.scatter("train_demonstrations", args).get()
     assert bad[0] == bad[1] and bad[0]["refused"] == 1.0
-    first, second = group.call("refused_batch").get()
+    first, second = group.call("skipped_batch").get()
     assert first["micro_batch"].tolist() == [0, 1]
     assert second["losses"].tolist() == [0.0, 0.0]
     assert [len(second[name]) for name in ("micro_batch", "ids", "prompt_lengths", "offsets")] == [0, 0, 0, 1]
@@ -115,28 +118,28 @@ def test_each_rank_keeps_the_pairs_it_saw(hosts: Hosts, model: Path) -> None:
     group = hosts.group("open_value", "reward", "ddp", 2)
     load(group, model, "preference")
     assert train(group, 5, "train_pairs", spoil="explosion")["refused"] == 1.0
-    for found in group.call("refused_batch").get():
+    for found in group.call("skipped_batch").get():
         assert len(found["margins"]) == len(found["chosen_prompt_lengths"]) == len(found["rejected_offsets"]) - 1 == 4
     assert train(group, 5, "train_pairs")["refused"] == 0.0
 
 
-def work(rank: int) -> Work:
+def work(rank: int) -> TrainStepInput:
     """A rank's part of a PPO step: four answers in two mini-batches of two micro-batches."""
     draw = np.random.default_rng(rank)
     count = SAMPLES // 2
     answers = draw.integers(2, 9, count)
 
-    def placed(content: Any) -> Placed:
-        return Placed.of([ray.put(content)], [np.arange(count)], count)
+    def refs(content: Any) -> SampleRefs:
+        return SampleRefs.of([ray.put(content)], [np.arange(count)], count)
 
-    def column(scale: float, shift: float = 0.0) -> Ragged:
-        return Ragged.of([shift + scale * draw.standard_normal(n) for n in answers], np.float32)
+    def column(scale: float, shift: float = 0.0) -> RaggedArray:
+        return RaggedArray.of([shift + scale * draw.standard_normal(n) for n in answers], np.float32)
 
-    ids = Ragged.of([draw.integers(1, VOCABULARY, 3 + n) for n in answers], np.int32)
-    chunk = Chunk(ids, column(0.1, -5.0), np.full(count, 3, np.int32))
+    ids = RaggedArray.of([draw.integers(1, VOCABULARY, 3 + n) for n in answers], np.int32)
+    chunk = RolloutBatch(ids, column(0.1, -5.0), np.full(count, 3, np.int32))
     minis = [MiniBatch([np.array([k]), np.array([k + 1])], 20) for k in (0, 2)]
     scores, groups = draw.standard_normal(count).astype(np.float32), np.arange(count)
-    return Work(placed(chunk), placed(column(0.1, -5.0)), placed(column(1.0)), scores, groups, 0.1, minis)
+    return TrainStepInput(refs(chunk), refs(column(0.1, -5.0)), refs(column(1.0)), scores, groups, 0.1, minis)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def test_a_spoiled_mini_batch_is_counted_and_the_others_are_learned(
     assert metrics[f"refused/{role}"] == 1.0
     assert metrics.get("updates", 1.0) == 1.0
     assert np.isfinite(metrics[loss]), "of the mini-batch that was applied"
-    for one, found in zip(works, group.call("refused_batch").get(), strict=True):
+    for one, found in zip(works, group.call("skipped_batch").get(), strict=True):
         samples = one.rollouts.fetch()[:2]
         assert found["ids"].tolist() == np.concatenate([s.ids for s in samples]).tolist()
         assert found["micro_batch"].tolist() == [0, 1]

@@ -16,20 +16,20 @@ from configs.schema import PPOSettings, Role, RunConfig
 from orchestrator.algorithms.ppo import reward_metrics
 from orchestrator.evaluation.evaluate import combined, weighted_sum
 from orchestrator.preflight.settings_checks import column_checks
-from orchestrator.worker_groups.calls import WorkerGroup, together
+from orchestrator.worker_groups.calls import WorkerGroup, run_concurrently
 from placement import Cluster
 from tests.support import chat_templates, reward_functions
 from tests.support.hosts import DEADLINES
 from tests.support.models import VOCABULARY, make_model, make_tokenizer
 from tests.support.services import Service, says
 from workers.data import Codec, Prompt, Row, load_tokenizer
-from workers.data.samples import Chunk, Placed, Ragged
+from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
 from workers.data.step_inputs import ScoringRequest
 from workers.process.worker import WorkerSpec, environment
-from workers.process.worker_process import Host
+from workers.process.worker_process import WorkerProcess
 from workers.rewards.function import RewardError, check_columns, find_function
 from workers.rewards.function_process import FunctionProcess
-from workers.rewards.result import Scored
+from workers.rewards.result import RewardResult
 from workers.rewards.worker import RewardWorker
 
 FUNCTIONS = "tests.support.reward_functions"
@@ -62,13 +62,13 @@ def spec(config: RunConfig, role: Role = "reward", rank: int = 0, world: int = 1
     return WorkerSpec(config, role, rank, world, "cpu", 1)
 
 
-def answers_of(tokenizer: Any) -> Chunk:
+def answers_of(tokenizer: Any) -> RolloutBatch:
     """PROMPTS and ANSWERS as an engine would have written them; each answer ends with eos."""
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     answers = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ANSWERS]
-    return Chunk(
-        tokens=Ragged.of([np.array(p + a) for p, a in zip(prompts, answers, strict=True)], np.int32),
-        log_probs=Ragged.of([np.zeros(len(a)) for a in answers], np.float32),
+    return RolloutBatch(
+        tokens=RaggedArray.of([np.array(p + a) for p, a in zip(prompts, answers, strict=True)], np.int32),
+        log_probs=RaggedArray.of([np.zeros(len(a)) for a in answers], np.float32),
         prompt_lengths=np.array([len(p) for p in prompts], np.int32),
     )
 
@@ -84,7 +84,7 @@ ROWS = [
     Row("three", columns={"label": 3.0}),
     Row("four", columns={"label": 4.0, "other": 1}),
 ]
-Scores = Callable[..., dict[str, Scored]]
+Scores = Callable[..., dict[str, RewardResult]]
 
 
 @pytest.fixture
@@ -101,16 +101,18 @@ def scores(ray_here: Cluster, folder: Path) -> Iterator[Scores]:
         rows: list[Row] = ROWS,
         prompts: tuple[int, ...] = (0, 1, 2, 3),
         judges: tuple[str, ...] = (),
-    ) -> dict[str, Scored]:
+    ) -> dict[str, RewardResult]:
         worker = RewardWorker(spec(run_config(*sources, judges=judges)))
         workers.append(worker)
         worker.load(str(folder), {s["name"]: s["path"] for s in sources if s["kind"] == "model"})
         worker.add_rows("prompts", rows)
         chunk = answers_of(worker.codec.tokenizer)
-        placed = Placed.of([ray.put(chunk)], [np.arange(len(chunk.tokens))], len(chunk.tokens)).take(np.array(prompts))
+        refs = SampleRefs.of([ray.put(chunk)], [np.arange(len(chunk.tokens))], len(chunk.tokens)).take(
+            np.array(prompts)
+        )
         micro = [np.arange(len(prompts))[:2], np.arange(len(prompts))[2:]]
         names = [s["name"] for s in sources] + list(judges)
-        return worker.scores(request(np.array(prompts)), placed, micro, names)
+        return worker.scores(request(np.array(prompts)), refs, micro, names)
 
     workers: list[RewardWorker] = []
     yield get
@@ -246,11 +248,11 @@ def test_a_score_of_a_model_that_is_not_finite_is_an_error_of_its_answer(
 
 def test_scores_of_ranks_are_gathered_with_each_answer_counted_once() -> None:
     """Ranks work on equally many answers, so that some are scored twice."""
-    one, two = Scored.of([1.0, 2.0]), Scored.nothing(2, "no answer", late=True)
-    found = Scored.gather([np.array([0, 2]), np.array([1, 0])], [one, two], 3)
+    one, two = RewardResult.of([1.0, 2.0]), RewardResult.nothing(2, "no answer", late=True)
+    found = RewardResult.gather([np.array([0, 2]), np.array([1, 0])], [one, two], 3)
     np.testing.assert_array_equal(found.values, np.array([np.nan, np.nan, 2.0], np.float32))
     assert (found.timeouts, found.errors, found.example) == (2, 0, "no answer")
-    again = Scored.gather([np.array([1, 0]), np.array([0, 2])], [two, one], 3)
+    again = RewardResult.gather([np.array([1, 0]), np.array([0, 2])], [two, one], 3)
     np.testing.assert_array_equal(again.values, np.array([1.0, np.nan, 2.0], np.float32))
     assert (again.timeouts, again.errors) == (1, 0)
 
@@ -331,12 +333,12 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
     policy = load_tokenizer(str(folder))
     cases = [(i, said, ended) for i in range(len(CONVERSATIONS)) for said in SAID for ended in (True, False)]
     answers = [[*policy(said)["input_ids"], *([policy.eos_token_id] if ended else [])] for _, said, ended in cases]
-    chunk = Chunk(
-        tokens=Ragged.of([np.array([5, 6, 7, *answer]) for answer in answers], np.int32),
-        log_probs=Ragged.of([np.zeros(len(answer)) for answer in answers], np.float32),
+    chunk = RolloutBatch(
+        tokens=RaggedArray.of([np.array([5, 6, 7, *answer]) for answer in answers], np.int32),
+        log_probs=RaggedArray.of([np.zeros(len(answer)) for answer in answers], np.float32),
         prompt_lengths=np.full(len(cases), 3, np.int32),
     )
-    placed = Placed.of([ray.put(chunk)], [np.arange(len(cases))], len(cases))
+    refs = SampleRefs.of([ray.put(chunk)], [np.arange(len(cases))], len(cases))
 
     def found(micro_batch_tokens: int) -> np.ndarray:
         config = run_config(model("reader", path) | {"tokenizer": "own"})
@@ -347,7 +349,7 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
         worker.add_rows("prompts", [Row(prompt) for prompt in CONVERSATIONS])
         prompts, ended = np.array([i for i, *_ in cases]), np.array([ended for *_, ended in cases])
         asked = ScoringRequest("prompts", prompts, np.zeros_like(prompts), ended, 3)
-        return worker.scores(asked, placed, [np.arange(len(cases))], ["reader"])["reader"].values
+        return worker.scores(asked, refs, [np.arange(len(cases))], ["reader"])["reader"].values
 
     # ---- the oracle: one conversation after the other, no batch, no padding
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -371,14 +373,18 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
 def test_the_reward_is_the_weighted_sum() -> None:
     ppo = run_config(function("length", 2.0), function("vowels", -0.5)).ppo
     assert ppo is not None
-    given = {"length": Scored.of([1.0, 2.0]), "vowels": Scored.of([4.0, 0.0]), "a judge": Scored.of([100.0, 100.0])}
+    given = {
+        "length": RewardResult.of([1.0, 2.0]),
+        "vowels": RewardResult.of([4.0, 0.0]),
+        "a judge": RewardResult.of([100.0, 100.0]),
+    }
     assert weighted_sum(given, ppo).tolist() == [0.0, 4.0]
 
 
 def test_a_source_without_weight_does_not_decide_which_answers_have_a_score() -> None:
     ppo = run_config(function("length", 2.0), function("vowels", 0.0)).ppo
     assert ppo is not None
-    given = {"length": Scored.of([1.0, None]), "vowels": Scored.of([None, None])}
+    given = {"length": RewardResult.of([1.0, None]), "vowels": RewardResult.of([None, None])}
     np.testing.assert_array_equal(combined(given, ppo), [2.0, np.nan])
 
 
@@ -386,7 +392,7 @@ def test_a_sum_beyond_float32_is_no_score_and_counts() -> None:
     settings = run_config(function("length", 10.0), function("vowels", -10.0)).ppo
     assert settings is not None
     ppo = settings.model_copy(update={"max_unscored": 0.5})
-    given = {"length": Scored.of([1e38, 1e38, 1.0]), "vowels": Scored.of([0.0, 9e37, 1.0])}
+    given = {"length": RewardResult.of([1e38, 1e38, 1.0]), "vowels": RewardResult.of([0.0, 9e37, 1.0])}
     np.testing.assert_allclose(weighted_sum(given, ppo), [np.nan, 1e38, 0.0], rtol=1e-6)
     with pytest.raises(RewardError, match=r"^1 of 3 answers have no score .*the weighted sum is beyond float32"):
         weighted_sum(given, settings)
@@ -395,7 +401,7 @@ def test_a_sum_beyond_float32_is_no_score_and_counts() -> None:
 def test_too_many_answers_without_a_score_end_the_run() -> None:
     settings = run_config(function("length", 2.0), function("vowels", -0.5)).ppo
     assert settings is not None
-    given = {"length": Scored.of([1.0, None, 1.0, 1.0]), "vowels": Scored.of([0.0] * 4)}
+    given = {"length": RewardResult.of([1.0, None, 1.0, 1.0]), "vowels": RewardResult.of([0.0] * 4)}
     some = weighted_sum(given, settings.model_copy(update={"max_unscored": 0.25}))
     np.testing.assert_array_equal(some, [2.0, np.nan, 2.0, 2.0])
     with pytest.raises(
@@ -472,7 +478,7 @@ def test_rewards_are_checked_against_both_datasets_and_judges_against_their_own(
 
 
 def test_what_has_no_score_is_in_no_mean() -> None:
-    scores = {"some": Scored.of([1.0, None, 3.0]), "none": Scored.of([None, None, None])}
+    scores = {"some": RewardResult.of([1.0, None, 3.0]), "none": RewardResult.of([None, None, None])}
     found = reward_metrics(np.array([4.0, np.nan, 8.0]), scores)
     assert found == {"reward/mean": 6.0, "reward/std": 2.0, "reward/some": 2.0, "reward/some_std": 1.0}
     assert reward_metrics(np.full(3, np.nan), {"none": scores["none"]}) == {}
@@ -503,19 +509,21 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
     config = run_config(*map(function, ("length", "not_a_number", "by_label", "process_number")))
     env = {"env_vars": environment(config, "reward", "cpu", 1)}
     handles = [
-        ray.remote(Host).options(num_cpus=1, runtime_env=env).remote([("rewards", spec(config, rank=rank, world=2))])
+        ray.remote(WorkerProcess)
+        .options(num_cpus=1, runtime_env=env)
+        .remote([("rewards", spec(config, rank=rank, world=2))])
         for rank in range(2)
     ]
     group = WorkerGroup("reward", handles, "reward", DEADLINES)
     try:
         group.call("load", str(folder), {}).get()
         group.call("add_rows", "prompts", ROWS).get()
-        placed = Placed.of([ray.put(answers_of(load_tokenizer(str(folder))))], [np.arange(4)], 4)
+        refs = SampleRefs.of([ray.put(answers_of(load_tokenizer(str(folder))))], [np.arange(4)], 4)
         shards = [np.array([2, 3]), np.array([0, 1])]
 
         def ask(name: str) -> Any:
-            args = [(request(rows), placed.take(rows), [np.arange(2)], [name]) for rows in shards]
-            return together(group.scatter("scores", args))[0]
+            args = [(request(rows), refs.take(rows), [np.arange(2)], [name]) for rows in shards]
+            return run_concurrently(group.scatter("scores", args))[0]
 
         assert [found["length"].values.tolist() for found in ask("length")] == [[0, 4], [1, 2]]
         assert [found["not_a_number"].errors for found in ask("not_a_number")] == [0, 1]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster
-from workers.data.samples import Chunk, Placed, Ragged
+from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
 
 ROWS = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6), max_size=8)
 on_ray = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -18,21 +18,21 @@ on_ray = settings(max_examples=40, deadline=None, suppress_health_check=[HealthC
 
 @given(ROWS)
 def test_ragged_rows_come_back(rows: list[list[int]]) -> None:
-    ragged = Ragged.of([np.array(row, np.int64) for row in rows], np.int32)
+    ragged = RaggedArray.of([np.array(row, np.int64) for row in rows], np.int32)
     assert len(ragged) == len(rows)
     assert ragged.values.dtype == np.int32
     assert [ragged.row(i).tolist() for i in range(len(ragged))] == rows
 
 
 def test_a_row_is_a_view() -> None:
-    ragged = Ragged.of([np.arange(3), np.arange(2)], np.float32)
+    ragged = RaggedArray.of([np.arange(3), np.arange(2)], np.float32)
     assert np.shares_memory(ragged.row(1), ragged.values)
 
 
 def test_a_chunk_gives_samples() -> None:
-    chunk = Chunk(
-        tokens=Ragged.of([np.array([5, 6, 7]), np.array([8, 9])], np.int32),
-        log_probs=Ragged.of([np.array([-0.5]), np.array([-1.5])], np.float32),
+    chunk = RolloutBatch(
+        tokens=RaggedArray.of([np.array([5, 6, 7]), np.array([8, 9])], np.int32),
+        log_probs=RaggedArray.of([np.array([-0.5]), np.array([-1.5])], np.float32),
         prompt_lengths=np.array([2, 1], np.int32),
     )
     sample = chunk.row(1)
@@ -51,13 +51,13 @@ def scattered(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
     return rows, shares
 
 
-def place(rows: list[list[int]], shares: list[list[int]]) -> Placed:
-    refs = [ray.put(Ragged.of([np.array(rows[i]) for i in share], np.int32)) for share in shares]
-    return Placed.of(refs, [np.array(share, np.intp) for share in shares], len(rows))
+def place(rows: list[list[int]], shares: list[list[int]]) -> SampleRefs:
+    refs = [ray.put(RaggedArray.of([np.array(rows[i]) for i in share], np.int32)) for share in shares]
+    return SampleRefs.of(refs, [np.array(share, np.intp) for share in shares], len(rows))
 
 
-def fetched(placed: Placed) -> list[list[int]]:
-    return [row.tolist() for row in placed.fetch()]
+def fetched(refs: SampleRefs) -> list[list[int]]:
+    return [row.tolist() for row in refs.fetch()]
 
 
 @on_ray
@@ -66,18 +66,18 @@ def test_placed_rows_are_found_in_order_and_taken(
     ray_here: Cluster, case: tuple[list[list[int]], list[list[int]]], data: st.DataObject
 ) -> None:
     rows, shares = case
-    placed = place(rows, shares)
-    assert len(placed) == len(rows)
-    assert fetched(placed) == rows
+    refs = place(rows, shares)
+    assert len(refs) == len(rows)
+    assert fetched(refs) == rows
 
     def indices(count: int) -> list[int]:
         return data.draw(st.lists(st.integers(0, count - 1), max_size=12))
 
     chosen = indices(len(rows))  # some more than once, some never
-    taken = placed.take(np.array(chosen, np.intp))
+    taken = refs.take(np.array(chosen, np.intp))
     assert fetched(taken) == [rows[i] for i in chosen]
     owners = {next(k for k, share in enumerate(shares) if i in share) for i in chosen}
-    assert set(taken.refs) == {placed.refs[k] for k in owners}, "only the objects that are needed travel"
+    assert set(taken.refs) == {refs.refs[k] for k in owners}, "only the objects that are needed travel"
     again = indices(len(chosen)) if chosen else []
     assert fetched(taken.take(np.array(again, np.intp))) == [rows[chosen[i]] for i in again]
 
@@ -86,8 +86,8 @@ def test_workers_read_rows_without_a_copy(ray_here: Cluster) -> None:
     """References inside a Placed are not fetched on the way; the worker reads the store's memory."""
 
     @ray.remote(num_cpus=1)
-    def read(placed: Placed) -> tuple[list[int], bool]:
-        rows: list[Any] = placed.fetch()
+    def read(refs: SampleRefs) -> tuple[list[int], bool]:
+        rows: list[Any] = refs.fetch()
         return [int(row.sum()) for row in rows], any(row.flags.owndata or row.flags.writeable for row in rows)
 
     rows = [[k] * 100_000 for k in range(4)]

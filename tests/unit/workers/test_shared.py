@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from configs.schema import Role, RunConfig
-from orchestrator.worker_groups.calls import together
+from orchestrator.worker_groups.calls import run_concurrently
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
 from tests.support.models import WIDTH, encoded, make_model
@@ -116,7 +116,7 @@ def load(team: Team, reward_model: Path, alone: bool) -> None:
     assert ppo is not None
     for role in ROLES:
         team.groups[role].call("leave", alone).get()
-    together(
+    run_concurrently(
         team.groups["actor"].call("load", model.path, model, ppo.actor_optimizer),
         team.groups["critic"].call("load", str(reward_model), model, ppo.critic_optimizer),
         team.groups["reference"].call("load", model.path, model, None),
@@ -127,16 +127,18 @@ def load(team: Team, reward_model: Path, alone: bool) -> None:
 def outputs(team: Team, experience: Any) -> dict[str, np.ndarray]:
     rollouts = experience.rollouts
     own = team._column("actor", "log_probs", rollouts)
-    policy, reference, values, scores = together(
+    policy, reference, values, scores = run_concurrently(
         own, team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"])
     )
     columns = {"actor": policy, "reference": reference, "critic": values}
-    said = {name: np.concatenate(column.placed.fetch()) for name, column in columns.items()}
+    said = {name: np.concatenate(column.refs.fetch()) for name, column in columns.items()}
     return said | {"reward": scores["model"].values}
 
 
 def learn(team: Team, experience: Any, step: int) -> dict[str, float]:
-    actor, critic = together(team.train_actor(experience, step, STEPS), team.train_critic(experience, step, STEPS))
+    actor, critic = run_concurrently(
+        team.train_actor(experience, step, STEPS), team.train_critic(experience, step, STEPS)
+    )
     return {**actor, **critic}
 
 
@@ -162,7 +164,7 @@ def find(team: Team, reward_model: Path, experience: Any, tmp_path_factory: pyte
 def test_they_are_one_process(team: Team) -> None:
     handles = {handle for role in ROLES for handle in team.groups[role].handles}
     assert len(handles) == 2
-    assert len({place.pid for role in ROLES for place in team.groups[role].whereabouts.values()}) == 2
+    assert len({place.pid for role in ROLES for place in team.groups[role].location.values()}) == 2
     [group] = team.plan.groups
     assert group.roles == ROLES
     memory = team.memory()

@@ -17,7 +17,7 @@ from orchestrator.run.run_dir import RunError
 from orchestrator.worker_groups.calls import WorkerGroup
 from tests.support.hosts import Held, Hosts, close, load, run_config, same_held, steps, train
 from tests.support.models import make_model
-from workers.data.step_inputs import Part
+from workers.data.step_inputs import SupervisedBatch
 from workers.training.schedule import StageStep
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
         same_held(group.call("held").get(), before)
     group.call("save", str(tmp_path / "saved")).get()
     files: list[Any] = group.call("snapshot").get()
-    for held, meanwhile in group.call("rest_and_wake").get():
+    for held, meanwhile in group.call("offload_and_onload").get():
         assert held > 0 == meanwhile
     same_held(group.call("held").get(), before)
     found += steps(group, 3)
@@ -174,7 +174,7 @@ def test_bfloat16_gradients_of_many_micro_batches_add_up(group: WorkerGroup, mod
 
     def norm(strategy: Strategy, times: int) -> float:
         begin(group, strategy, model, dtype="bfloat16")
-        parts = [Part("rows", [np.array([row])] * times, 16 * times) for row in (0, 4)]
+        parts = [SupervisedBatch("rows", [np.array([row])] * times, 16 * times) for row in (0, 4)]
         found: list[dict[str, float]] = group.scatter(
             "train_demonstrations", [(part, StageStep(1, 1), (1, 1)) for part in parts]
         ).get()
@@ -223,10 +223,10 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
     large = make_model(tmp_path / "large", "llama", hidden_size=512, intermediate_size=1024)
     metrics, weights = by_ddp(group, large, tmp_path / "whole")
 
-    def anew() -> None:
+    def reset_roles() -> None:
         begin(group, "zero3_nvme", large, {"nvme_path": str(disk)})
 
-    anew()
+    reset_roles()
     assert train(group, 1, spoil="nan loss")["refused"] == 1.0
     found = steps(group, 1, 2)
     group.call("save", str(tmp_path / "saved")).get()
@@ -241,7 +241,7 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
     on_disk = " ".join(path.name for path in disk.rglob("*.swp"))
     assert all(kind in on_disk for kind in ("exp_avg-", "exp_avg_sq-", "_gradient_"))
 
-    anew()
+    reset_roles()
     group.call("restore", str(tmp_path / "saved")).get()
     assert steps(group, 3) == found[2:]
     assert len(list(disk.iterdir())) == 4, "two ranks, two times"
