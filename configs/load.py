@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from configs.annotations import Kind, choices, in_words, kind_of, kind_of_child
+from configs.extensions import import_plugins
 from configs.schema import RunConfig
 from configs.yaml_values import (
     DEEPEST,
@@ -68,6 +69,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             except ConfigError as error:
                 problems[override] = str(error)
         values = _Resolved(tree, problems)
+    if unknown := import_plugins(_plugins(values.tree)):  # what they register is needed to check the rest
+        raise ConfigError([*problems.values(), *unknown])
     try:
         # Through JSON: only there does pydantic's strict mode (no "3" for 3, no true for 1) take a list for a tuple.
         plain = fitted(values.tree, kind_of(RunConfig))
@@ -79,6 +82,12 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if problems:
         raise ConfigError(problems.values())
     return config
+
+
+def _plugins(tree: Any) -> list[str]:
+    """The modules that `plugins` names, as far as it is a list of text; else the check of the settings says what it is."""
+    named = tree.get("plugins") if isinstance(tree, dict) else None
+    return [str(name) for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

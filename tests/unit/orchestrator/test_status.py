@@ -20,9 +20,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from configs import RunConfig
-from orchestrator import RunError, Stopped, condition
+from orchestrator import RunError, Stopped
 from orchestrator.cli import app
 from orchestrator.console.status_text import print_status
+from orchestrator.run import condition
 from orchestrator.run.condition import Condition
 from orchestrator.run.run_dir import Run
 from orchestrator.run.sessions import add_seconds, count_killed, stage_seconds
