@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Union
 
 from pydantic.fields import FieldInfo
 
-from configs.annotations import kind_of_field
+from configs.annotations import choices, kind_of_field
 from configs.schema import PPOSettings, RunConfig, Settings
 
 S = TypeVar("S", bound=type[Settings])
@@ -27,7 +27,7 @@ def settings_kind(owner: type[Settings], field: str) -> Callable[[S], S]:
     """
 
     def add(settings: S) -> S:
-        info, kind = owner.model_fields[field], settings.model_fields["kind"].default
+        info, (kind,) = owner.model_fields[field], choices(kind_of_field(settings, "kind"))
         known = kind_of_field(owner, field).models.get(kind)
         if known is not None and known.__module__ != settings.__module__:
             raise ValueError(f"{field}: the kind {kind!r} is taken by {known.__module__}.{known.__qualname__}")
