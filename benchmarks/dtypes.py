@@ -24,7 +24,7 @@ from benchmarks.recipes import whole_recipe
 from configs import RunConfig
 from orchestrator import Result, run_stages
 from orchestrator.storage.metrics_file import read_metrics
-from placement.plan.auto_dtype import instructions
+from placement.plan import bfloat16_instructions
 from placement.types import Stage
 
 DTYPES = ("float32", "bfloat16")
@@ -78,7 +78,7 @@ def _report(console: Console, seconds: dict[str, dict[Stage, float]]) -> int:
     for name, (a, b) in rows.items():
         table.add_row(name, f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}")
     console.print(table)
-    console.print(f"instructions for bfloat16: {instructions() or 'none'}")
+    console.print(f"instructions for bfloat16: {bfloat16_instructions() or 'none'}")
     a, b = rows["all"]
     console.print(f"the recipe in bfloat16 takes {b / a:.2f} of its time in float32 (at most {MOST:g})")
     return int(b / a > MOST)

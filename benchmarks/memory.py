@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from placement.models.architecture import Architecture
+from placement.models import Architecture
 
 WIDTH, HEADS, VOCABULARY = 1024, 16, 50257
 SMALLER = 2

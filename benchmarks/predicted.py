@@ -27,10 +27,9 @@ import typer
 
 from benchmarks import peaks
 from configs.schema import Role, RunConfig, Strategy
-from placement.memory.phases import ENGINE_RUNTIME, TRAINER_RUNTIME, Work, engine, trainer
+from placement.memory.phases import ENGINE_RUNTIME, TRAINER_RUNTIME, PassSize, engine_memory, trainer_memory
 from placement.memory.states import Model, Sharding
-from placement.models.activations import Adapters
-from placement.models.architecture import Architecture
+from placement.models import Adapters, Architecture
 from placement.types import GIB, MIB
 from workers.process import malloc
 from workers.process.worker import WorkerSpec, environment
@@ -130,13 +129,13 @@ class Case:
         adapters = Adapters(self.lora) if self.lora else None
         model = Model(shape, self.size, self.kind == "value", adapters)
         if self.kind == "engine":
-            served = engine(model, "cpu", 1, int(KV_CACHE * GIB), ANSWERS, 0, None)
+            served = engine_memory(model, "cpu", 1, int(KV_CACHE * GIB), ANSWERS, 0, None)
             return served["generate"].host.total - ENGINE_RUNTIME, served["save"].host.total - ENGINE_RUNTIME
         sides = 2 if self.kind == "value" else 1
-        work = Work(sides * ROWS * LENGTH, LENGTH, self.model.get("gradient_checkpointing", False))
+        work = PassSize(sides * ROWS * LENGTH, LENGTH, self.model.get("gradient_checkpointing", False))
         narrow = self.model.get("optimizer_dtype") == "bfloat16"
         sharding = Sharding(self.strategy, self.ranks, "cpu", 2 if narrow else 4)
-        uses = trainer(model, sharding, work, scores=False)
+        uses = trainer_memory(model, sharding, work, scores=False)
         return uses["train"].host.total - TRAINER_RUNTIME, uses["publish"].host.total - TRAINER_RUNTIME
 
 

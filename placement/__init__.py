@@ -1,10 +1,12 @@
-"""What the cluster has, what each role needs, and where it goes."""
+"""What the cluster has, what each role needs, and where it goes.
+
+The subpackages export what other packages use: `from placement.plan import make_plan`. The most used names are also here.
+"""
 
 import troupe.imports  # noqa: F401  before any other import of ours
-from placement.cluster.spec import Cluster, Node
-from placement.memory.auto_strategy import automatic, resolve
-from placement.memory.suggestions import PlanReport, with_memory
-from placement.plan.planner import make_plan
+from placement.cluster import Cluster, Node
+from placement.memory import PlanReport, auto_roles, resolve, with_memory
+from placement.plan import make_plan
 from placement.table import render
 from placement.types import Plan, PlanError
 
@@ -14,7 +16,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanReport",
-    "automatic",
+    "auto_roles",
     "make_plan",
     "render",
     "resolve",

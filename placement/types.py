@@ -1,4 +1,4 @@
-"""What a plan is: groups of bundles, roles on them, the batch arithmetic; and what is said where there can be none."""
+"""The types of a plan: groups of bundles, roles on them, batch arithmetic; and the problems where no plan is possible."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ PHASES: dict[Stage, tuple[tuple[Role, ...], ...]] = {
     "rm": (("reward",),),
     "ppo": (("rollout",), ("reference", "critic", "reward"), ("actor", "critic")),
 }
-"""Which roles run at the same time. The phases take turns; so do the roles of one group within a phase."""
+"""Roles that run at the same time. Phases run one after another; within a phase so do the roles of one group."""
 
 TRAINED: dict[Stage, tuple[Role, ...]] = {"sft": ("actor",), "rm": ("reward",), "ppo": ("actor", "critic")}
 
 
 class Problem(NamedTuple):
-    """Why a plan cannot be: the setting's dotted path, and what is wrong and what would fit."""
+    """Why no plan is possible: the setting's dotted path, and what is wrong and what would fit."""
 
     setting: str
     text: str
 
 
 class PlanError(ValueError):
-    """A stage cannot be placed. `problems` lists everything that is wrong."""
+    """A stage cannot be placed. `problems` lists every reason."""
 
     def __init__(self, stage: Stage, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -44,7 +44,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One placement group: `bundles` alike, laid by `packing`; `nodes` is where each would lie."""
+    """One placement group: equal `bundles`, placed by the policy `packing`; `nodes` has the expected node of each bundle."""
 
     name: str
     roles: tuple[Role, ...]
@@ -59,12 +59,12 @@ class RolePlan:
     """One role's workers.
 
     Attributes:
-        ranks: workers; for rollout, engines.
+        ranks: number of workers; for rollout, of engines.
         devices_per_rank: tensor parallel size of an engine; 1 for all others.
-        threads: CPU threads of each process of a worker (an engine has one for each of its devices).
-        cpus, gpus: what each worker asks for of its bundle.
+        threads: CPU threads of each process of a worker (an engine has one process for each of its devices).
+        cpus, gpus: the part of its bundle that each worker requests.
         strategy: how the states are sharded over the ranks; none for rollout.
-        crew: the roles that its processes serve, itself among them; each process asks for what all of them ask for.
+        process_roles: the roles that its processes serve, itself included; each process requests the sum of their parts.
     """
 
     role: Role
@@ -80,16 +80,16 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of a step. Of the supervised stages, `prompts` are the rows (pairs) of an optimizer step."""
+    """Rows of a step. In the supervised stages `prompts` are the rows (pairs) of an optimizer step."""
 
     prompts: int
     samples: int
     mini_batches: int
     epochs: float
     per_rank: dict[Role, int]
-    """Trained role -> rows of one optimizer step on one of its ranks, at most."""
-    words: tuple[str, ...] = field(repr=False)
-    """The same in sentences."""
+    """Trained role -> most rows of one optimizer step on one of its ranks."""
+    description: tuple[str, ...] = field(repr=False)
+    """The same as sentences."""
 
     @property
     def sequences(self) -> int:
@@ -98,7 +98,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who runs where in one stage. Groups partition the roles; every bundle fits."""
+    """Where each role of one stage runs. Groups partition the roles; every bundle fits."""
 
     stage: Stage
     device: Device
@@ -116,10 +116,10 @@ class Plan:
 
 
 def transport_of(config: RunConfig, plan: Plan) -> str:
-    """How weights reach the engines: what `publish.transport` says and, where there are engines, what `auto` becomes."""
-    asked = config.publish.transport
-    if asked != "auto" or "rollout" not in plan.roles:
-        return asked
+    """How weights reach the engines: `publish.transport`, or what `auto` becomes where the stage has engines."""
+    transport = config.publish.transport
+    if transport != "auto" or "rollout" not in plan.roles:
+        return transport
     if plan.device == "cpu":
         return "object_store"
     return "ipc" if plan.roles["actor"].group == plan.roles["rollout"].group else "nccl"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 
 if TYPE_CHECKING:
     from orchestrator import Result

@@ -33,9 +33,7 @@ from orchestrator.bench.process_memory import Footprint
 from orchestrator.run.run_dir import Run, RunError
 from orchestrator.storage.metrics_file import read_metrics
 from orchestrator.worker_groups.team import Team
-from placement.models.architecture import LADDER, Architecture, preset_config
-from placement.models.flops import SampleFlops
-from placement.models.shapes import KV_BLOCK
+from placement.models import KV_BLOCK, LADDER, Architecture, SampleFlops, preset_config
 
 PROMPTS = 1000
 _RUN_DRAWING = (

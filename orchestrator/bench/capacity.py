@@ -25,7 +25,7 @@ from rich.console import Console
 from orchestrator.bench.bench import Benchmark, configured
 from orchestrator.bench.process_memory import Footprint
 from orchestrator.run.run_dir import RunError
-from placement.models.architecture import LADDER, Architecture
+from placement.models import LADDER, Architecture
 from workers.process.remote_error import headline_of_traceback
 
 GIB = 2**30

@@ -10,9 +10,9 @@ import typer
 
 from configs import RunConfig, load_config
 from orchestrator.run.run_dir import Run, described
-from placement import Cluster, PlanReport, automatic, make_plan, resolve, with_memory
-from placement.memory.capacity import default_settings_for
-from placement.plan.auto_dtype import foreseen, undecided, with_dtype
+from placement import Cluster, PlanReport, auto_roles, make_plan, resolve, with_memory
+from placement.memory import default_settings_for
+from placement.plan import auto_dtype_settings, predicted_dtype, with_dtype
 
 
 def cluster_of(text: str | None) -> Cluster:
@@ -47,10 +47,10 @@ def planned(config: RunConfig, cluster: Cluster) -> tuple[list[PlanReport], list
     run = Run(config, Path(config.runs) / config.name)
     run.stages = stages  # as if it were new
     taken = run.taken(stages)
-    settings = resolve(with_dtype(config, foreseen(config, cluster)), stages, cluster, taken)
+    settings = resolve(with_dtype(config, predicted_dtype(config, cluster)), stages, cluster, taken)
     plans = [with_memory(settings, make_plan(settings, stage, cluster, taken), taken) for stage in stages]
-    roles = [role for role in automatic(config) if any(role in report.plan.roles for report in plans)]
+    roles = [role for role in auto_roles(config) if any(role in report.plan.roles for report in plans)]
     words = [f"strategy: auto is {settings.strategy_of(role)} for the {role}" for role in roles]
-    if undecided(config):
+    if auto_dtype_settings(config):
         words.append(f"model.dtype: auto is taken to be {settings.model.dtype}")
     return plans, words

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from orchestrator.algorithms.runner import StageRun
 from orchestrator.run.run_dir import Run
-from placement.cluster.bin_packing import written
+from placement.cluster import resource_text
 from placement.types import GroupPlan, Plan
 
 
@@ -28,10 +28,10 @@ def print_opening(run: Run, jobs: Sequence[StageRun], plans: Sequence[Plan], con
     for job, plan in zip(jobs, plans, strict=True):
         saved = run.checkpoints(job.name)
         after = f", from the checkpoint after step {saved[-1]}" if saved else ""
-        line = f"{job.steps:,} steps{after} · {_roles(plan)} · {plan.batch.words[0]}"
+        line = f"{job.steps:,} steps{after} · {_roles(plan)} · {plan.batch.description[0]}"
         console.print(Text.assemble("  ", (plan.stage.ljust(5), "bold"), line), soft_wrap=True)
-        if len(plan.batch.words) > 1:
-            console.print(Text(f"       {plan.batch.words[-1]}"), soft_wrap=True)
+        if len(plan.batch.description) > 1:
+            console.print(Text(f"       {plan.batch.description[-1]}"), soft_wrap=True)
 
 
 def _roles(plan: Plan) -> str:
@@ -45,7 +45,7 @@ def _roles(plan: Plan) -> str:
 
 
 def _bundles(group: GroupPlan, plan: Plan) -> str:
-    text = f"{len(group.bundles)} x ({written(group.bundles[0])})"
+    text = f"{len(group.bundles)} x ({resource_text(group.bundles[0])})"
     if len(plan.cluster.nodes) == 1:
         return text
     return f"{text} on {', '.join(f'{node} ({count})' for node, count in Counter(group.nodes).items())}"

@@ -9,7 +9,7 @@ import ray
 
 from configs import RunConfig
 from placement import Cluster
-from placement.plan.auto_dtype import Dtype, instructions, on_gpu, undecided, with_dtype
+from placement.plan import Dtype, auto_dtype_settings, bfloat16_instructions, uses_gpu, with_dtype
 
 FASTER = 1.2
 """bfloat16 is taken where it multiplies at least so many times as fast: its rounding is to be worth it."""
@@ -26,9 +26,9 @@ class Choice(NamedTuple):
 def with_chosen_dtype(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, str | None]:
     """The settings with the type that suits the cluster, to which this process is connected, in place of each `auto`, and why it
     does; None where no type is to be chosen."""
-    if not undecided(config):
+    if not auto_dtype_settings(config):
         return config, None
-    if on_gpu(config, cluster):
+    if uses_gpu(config, cluster):
         found = Choice("bfloat16", "on GPUs")
     elif config.cluster.address:  # its CPUs may be others than this machine's
         found = ray.get(ray.remote(measured).remote())
@@ -39,7 +39,7 @@ def with_chosen_dtype(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, s
 
 def measured() -> Choice:
     """What this machine's CPU multiplies faster."""
-    found = instructions()
+    found = bfloat16_instructions()
     if found is None:
         return Choice("float32", "the CPU has no instructions for products in bfloat16")
     ratio = _ratio()

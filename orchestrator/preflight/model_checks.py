@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.schema import ModelSettings, RunConfig
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from workers.data import Codec
 from workers.data.probes import Form, difference
 

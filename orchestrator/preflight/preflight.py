@@ -20,10 +20,9 @@ from orchestrator.preflight.model_checks import ModelUse, check_models, check_re
 from orchestrator.preflight.settings_checks import Check, is_missing
 from orchestrator.run.ray_cluster import foreseen_cluster
 from orchestrator.run.run_dir import Run, RunError
-from placement.cluster.spec import Cluster
-from placement.memory.auto_strategy import resolve, undecided_as_ddp
-from placement.plan.auto_dtype import foreseen, with_dtype
-from placement.plan.planner import make_plan
+from placement.cluster import Cluster
+from placement.memory import resolve, with_ddp_for_auto
+from placement.plan import make_plan, predicted_dtype, with_dtype
 from placement.types import PlanError, Stage
 from workers.data import Codec, Counts, DataError, Row, RowKind, read_rows
 
@@ -185,12 +184,12 @@ def _check_models(report: Report, readers: _Readers, run: Run, cluster: Cluster 
 
 def _check_plans(report: Report, run: Run, cluster: Cluster, stages: Sequence[Stage]) -> None:
     """Whether the stages can be placed, and what `strategy: auto` asks for."""
-    config, known = with_dtype(run.config, foreseen(run.config, cluster)), len(report.problems)
+    config, known = with_dtype(run.config, predicted_dtype(run.config, cluster)), len(report.problems)
     with report.collecting():
         taken = run.taken(stages)
         for stage in stages:
             with report.collecting():
-                make_plan(undecided_as_ddp(config), stage, cluster, taken)
+                make_plan(with_ddp_for_auto(config), stage, cluster, taken)
         if len(report.problems) == known:
             resolve(config, stages, cluster, taken)
 

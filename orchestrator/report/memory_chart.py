@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from orchestrator.report.charts import GRID, INK, MUTED, SERIES, STYLE, WARN
 from placement import PlanReport
-from placement.memory.estimate import MemoryEstimate, Place
+from placement.memory import MemoryEstimate, Place
 from placement.types import GIB
 
 COLORS = (*SERIES, "#84cc16", "#94a3b8")

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 from orchestrator.run.access import ANSWER, AccessError, admitted, place_of_token, private_cluster
 from orchestrator.run.run_dir import RunError
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 
 _THRIFT = {"enable_worker_prestart": False, "free_objects_batch_size": 1}
 """No processes that nobody asked for; and buckets of weights are freed one by one, not all a second later."""

@@ -38,8 +38,8 @@ from orchestrator.storage.atomic_files import (
     writing,
 )
 from orchestrator.storage.failure_log import FailureLog
-from placement.memory.auto_strategy import automatic, kept
-from placement.plan.auto_dtype import undecided
+from placement.memory import auto_roles, keep_resolved
+from placement.plan import auto_dtype_settings
 from placement.types import Stage
 
 
@@ -81,7 +81,7 @@ class Run:
         if (run.folder / "config.yaml").exists():
             old = load_config(run.folder / "config.yaml")
             if run.begun():
-                run.config = kept(config, old)
+                run.config = keep_resolved(config, old)
             run._refuse_other_settings(old, accept_changes)
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
@@ -105,7 +105,7 @@ class Run:
     def choose(self, config: RunConfig, why: str | None) -> list[str]:
         """Go on with settings in which each strategy and type is named, and note them in the folder. What each `auto` became, in
         words. why: the type was chosen, for run.json."""
-        roles, types = automatic(self.config), undecided(self.config)
+        roles, types = auto_roles(self.config), auto_dtype_settings(self.config)
         if not roles and not types:
             return []
         self.config = config

@@ -38,9 +38,8 @@ from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import Rank, WorkerError, alive_nodes, end, on_node
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.snapshot import RankFiles, Snapshot
-from placement.plan.fit import floor_to
+from placement.plan import floor_to, time_shared
 from placement.plan.placement_groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
-from placement.plan.time_sharing import time_shared
 from placement.types import Plan, transport_of
 from troupe.imports import Actor
 from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts

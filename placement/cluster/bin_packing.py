@@ -1,7 +1,7 @@
-"""Where Ray would lay the bundles of placement groups: a simulation of its policies, which takes no cluster.
+"""Where Ray would put the bundles of placement groups: a simulation of its policies that needs no running cluster.
 
 Resources are counted in ten-thousandths, as Ray counts them, so that 5 x 0.4 CPUs fit on 2 exactly.
-All bundles of a group are alike.
+All bundles of a group have the same size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("GPU", "CPU")
 
 @dataclass(frozen=True)
 class Request:
-    """`count` bundles alike, to be laid by one policy."""
+    """`count` equal bundles, placed by one policy."""
 
     bundle: Mapping[str, float]
     count: int
@@ -31,13 +31,13 @@ def units(amounts: Mapping[str, float]) -> Resources:
     return {kind: round(amounts.get(kind, 0.0) * 10_000) for kind in KINDS}
 
 
-def free_of(cluster: Cluster) -> list[Resources]:
-    """Everything that each node has."""
+def total_resources(cluster: Cluster) -> list[Resources]:
+    """All resources of each node."""
     return [units({"CPU": node.cpus, "GPU": node.gpus}) for node in cluster.nodes]
 
 
 def creation_order(requests: Sequence[Request]) -> list[int]:
-    """Hardest first: strict policies, then big bundles, then many; small ones laid first would break up the nodes."""
+    """Hardest first: strict policies, then large bundles, then many. Small bundles placed first would fragment the nodes."""
 
     def ease(index: int) -> tuple[bool, bool, float, float, int]:
         request = requests[index]
@@ -49,16 +49,19 @@ def creation_order(requests: Sequence[Request]) -> list[int]:
 
 
 def simulate(requests: Sequence[Request], cluster: Cluster) -> tuple[list[tuple[int, ...] | None], list[Resources]]:
-    """For each request the index of the node of each bundle, or None where it does not fit; and what stays free."""
-    free = free_of(cluster)
-    laid: list[tuple[int, ...] | None] = [None] * len(requests)
+    """For each request the node index of each bundle, or None where it does not fit; and the resources that stay free."""
+    free = total_resources(cluster)
+    placed: list[tuple[int, ...] | None] = [None] * len(requests)
     for index in creation_order(requests):
-        laid[index] = lay(requests[index], free)
-    return laid, free
+        placed[index] = place_bundles(requests[index], free)
+    return placed, free
 
 
-def lay(request: Request, free: list[Resources]) -> tuple[int, ...] | None:
-    """Node index of each bundle, taken out of `free`; None, and `free` as it was, where they do not fit."""
+def place_bundles(request: Request, free: list[Resources]) -> tuple[int, ...] | None:
+    """The node index of each bundle; their resources are subtracted from `free`.
+
+    None where the bundles do not fit; `free` is then unchanged.
+    """
     bundle, trial = units(request.bundle), [dict(node) for node in free]
     nodes: list[int] = []
     if request.packing == "STRICT_SPREAD" and request.count > len(free):
@@ -68,61 +71,63 @@ def lay(request: Request, free: list[Resources]) -> tuple[int, ...] | None:
         batch = {"STRICT_PACK": left, "PACK": left}.get(request.packing, 1)
         unused = set(range(len(trial))).difference(nodes)
         if request.packing == "STRICT_PACK":
-            best = _roomiest(trial, {kind: left * amount for kind, amount in bundle.items()}, unused)
+            best = _emptiest(trial, {kind: left * size for kind, size in bundle.items()}, unused)
         else:
-            best = _roomiest(trial, bundle, unused)
+            best = _emptiest(trial, bundle, unused)
             if best is None and request.packing == "SPREAD":
-                best = _roomiest(trial, bundle, range(len(trial)))
+                best = _emptiest(trial, bundle, range(len(trial)))
         if best is None:
             return None
-        taken = min(batch, holds(trial[best], bundle))
-        for kind, amount in bundle.items():
-            trial[best][kind] -= taken * amount
-        nodes += [best] * taken
+        count = min(batch, bundles_that_fit(trial[best], bundle))
+        for kind, size in bundle.items():
+            trial[best][kind] -= count * size
+        nodes += [best] * count
     free[:] = trial
     return tuple(nodes)
 
 
-def holds(free: Mapping[str, int], bundle: Mapping[str, int]) -> int:
-    """How many such bundles a node's free resources hold."""
-    return min(free[kind] // amount for kind, amount in bundle.items() if amount)
+def bundles_that_fit(free: Mapping[str, int], bundle: Mapping[str, int]) -> int:
+    """How many such bundles fit into a node's free resources."""
+    return min(free[kind] // size for kind, size in bundle.items() if size)
 
 
-def _roomiest(free: Sequence[Resources], wanted: Resources, among: Iterable[int]) -> int | None:
-    """The node that keeps the largest share of what is free, as Ray's scorer chooses; None where none has room."""
+def _emptiest(free: Sequence[Resources], wanted: Resources, among: Iterable[int]) -> int | None:
+    """The node that keeps the largest share of its free resources, as Ray's scorer chooses; None where `wanted` fits on none."""
 
-    def room(index: int) -> float:
-        return sum((free[index][kind] - amount) / free[index][kind] for kind, amount in wanted.items() if amount)
+    def share_left(index: int) -> float:
+        return sum((free[index][kind] - size) / free[index][kind] for kind, size in wanted.items() if size)
 
-    fitting = [index for index in among if holds(free[index], wanted)]
-    return max(fitting, key=room, default=None)
+    candidates = [index for index in among if bundles_that_fit(free[index], wanted)]
+    return max(candidates, key=share_left, default=None)
 
 
 def shortage(request: Request, free: Sequence[Mapping[str, int]]) -> str:
     """What is missing for a request that does not fit into `free`."""
     bundle = units(request.bundle)
     short = [
-        f"{kind} is short: {amount(asked)} asked, {amount(there)} there, {amount(asked - there)} missing"
+        f"{kind} is short: {amount_text(requested)} requested, {amount_text(available)} available, "
+        f"{amount_text(requested - available)} missing"
         for kind in KINDS
-        if (asked := request.count * bundle[kind]) > (there := sum(node[kind] for node in free))
+        if (requested := request.count * bundle[kind]) > (available := sum(node[kind] for node in free))
     ]
     if short:
         return "; ".join(short)
     if request.packing == "STRICT_PACK":
         whole = {kind: request.count * size for kind, size in request.bundle.items()}
         most = {kind: max(node[kind] for node in free) / 10_000 for kind in whole}
-        return f"STRICT_PACK wants {written(whole)} on one node; the most that a node has is {written(most)}"
+        return f"STRICT_PACK needs {resource_text(whole)} on one node; the largest node has {resource_text(most)}"
+    each = resource_text(request.bundle)
     if request.packing == "STRICT_SPREAD":
-        fitting = sum(holds(node, bundle) > 0 for node in free)
-        return f"STRICT_SPREAD wants {request.count} nodes with {written(request.bundle)} each; {fitting} have that"
-    fitting = sum(holds(node, bundle) for node in free)
-    return f"{request.count} x ({written(request.bundle)}) asked, each on one node; the nodes have room for {fitting}"
+        fitting = sum(bundles_that_fit(node, bundle) > 0 for node in free)
+        return f"STRICT_SPREAD needs {request.count} nodes with {each} each; {fitting} have that"
+    fitting = sum(bundles_that_fit(node, bundle) for node in free)
+    return f"{request.count} x ({each}) requested, each on one node; {fitting} fit on the nodes"
 
 
-def amount(ten_thousandths: int) -> str:
+def amount_text(ten_thousandths: int) -> str:
     return f"{ten_thousandths / 10_000:g}"
 
 
-def written(resources: Mapping[str, float]) -> str:
+def resource_text(resources: Mapping[str, float]) -> str:
     """`1 GPU + 0.5 CPU`."""
     return " + ".join(f"{size:g} {kind}" for kind in KINDS if (size := resources.get(kind, 0.0)) or kind in resources)

@@ -1,4 +1,4 @@
-"""What the nodes of a Ray cluster have free, and who holds the rest."""
+"""Free resources on the nodes of a Ray cluster, and who holds the rest."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ray._private.state import available_resources_per_node
 from ray.util.placement_group import placement_group_table
 
 from configs.schema import ROLES
-from placement.cluster.bin_packing import KINDS, Resources, units, written
+from placement.cluster.bin_packing import KINDS, Resources, resource_text, units
 
 
 @dataclass(frozen=True)
-class Room:
+class NodeResources:
     """A node's resources: name -> amount."""
 
     free: Mapping[str, float]
@@ -27,40 +27,42 @@ class Room:
         )
 
 
-def room() -> dict[str, Room]:
-    """Each alive node by its name (address and id). As of now: what the autoscaler knows is up to a second old."""
+def node_resources() -> dict[str, NodeResources]:
+    """Resources of each alive node, by its name (address and id). As of now: the autoscaler's view is up to a second old."""
     free = available_resources_per_node()
     return {
-        f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": Room(free.get(node["NodeID"], {}), node["Resources"])
+        f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": NodeResources(
+            free.get(node["NodeID"], {}), node["Resources"]
+        )
         for node in ray.nodes()
         if node["Alive"]
     }
 
 
-def free_of(nodes: Mapping[str, Room]) -> list[Resources]:
+def free_resources(nodes: Mapping[str, NodeResources]) -> list[Resources]:
     return [units(node.free) for node in nodes.values()]
 
 
-def held(nodes: Mapping[str, Room], kinds: Collection[str], but: str = "") -> str:
-    """Who holds these kinds of resources: `8 GPU + 64 CPU are held by job1`; empty where nobody does.
+def holders_text(nodes: Mapping[str, NodeResources], kinds: Collection[str], exclude: str = "") -> str:
+    """Who holds resources of these kinds: `8 GPU + 64 CPU are held by job1`; empty where nobody does.
 
-    but: a run whose own placement groups are left out.
+    exclude: a run whose own placement groups are left out.
     """
     holders: dict[str, Counter[str]] = {}
     for group_id, group in placement_group_table().items():
         if group["state"] in ("CREATED", "RESCHEDULING"):
-            mine = holders.setdefault(_holder(group["name"], group_id), Counter())
+            held = holders.setdefault(_holder(group["name"], group_id), Counter())
             for bundle in group["bundles"].values():
-                mine.update({kind: bundle.get(kind, 0.0) for kind in kinds})
+                held.update({kind: bundle.get(kind, 0.0) for kind in kinds})
     used = Counter(
         {kind: sum(n.total.get(kind, 0.0) - n.free.get(kind, 0.0) for n in nodes.values()) for kind in kinds}
     )
-    for mine in holders.values():
-        used.subtract(mine)
+    for held in holders.values():
+        used.subtract(held)
     holders["actors and tasks without a placement group"] = used
-    holders.pop(but, None)
-    amounts = {name: {kind: n for kind, n in mine.items() if n > 1e-4} for name, mine in sorted(holders.items())}
-    return ", ".join(f"{written(mine)} are held by {name}" for name, mine in amounts.items() if mine)
+    holders.pop(exclude, None)
+    amounts = {name: {kind: n for kind, n in held.items() if n > 1e-4} for name, held in sorted(holders.items())}
+    return ", ".join(f"{resource_text(held)} are held by {name}" for name, held in amounts.items() if held)
 
 
 def _holder(group: str, group_id: str) -> str:

@@ -1,4 +1,4 @@
-"""What `strategy: auto` becomes: the fastest that fits, by the plan. Pure: settings and a cluster in, settings out."""
+"""What `strategy: auto` becomes: the fastest strategy that fits by prediction. Pure: settings and a cluster in, settings out."""
 
 from __future__ import annotations
 
@@ -9,84 +9,87 @@ from configs.schema import ROLES, Role, RunConfig, Strategy
 from configs.zero import ZERO
 from placement.cluster.spec import Cluster
 from placement.memory.estimate import estimate_memory
-from placement.models.shapes import NOTHING, read_shapes
+from placement.models.shapes import NO_MODELS, read_shapes
 from placement.plan.auto_dtype import with_dtype
 from placement.plan.planner import make_plan
 from placement.types import TRAINED, Device, PlanError, Problem, Stage
 
-COSTLIER = tuple(ZERO)
-"""From the fastest to the slowest: ZeRO's stages by what they communicate, then states that cross to the host, then NVMe."""
+FASTEST_FIRST = tuple(ZERO)
+"""Strategies from the fastest to the slowest: ZeRO stages by their communication, then offload to the host, then NVMe."""
 
 
-def offers(strategy: Strategy, config: RunConfig, device: Device) -> bool:
-    """Whether a strategy can serve all roles. On CPU the host's memory is the device's; NVMe needs its folder; `share` keeps a
-    base whole; an optimizer in bfloat16 is not offloaded."""
+def is_usable(strategy: Strategy, config: RunConfig, device: Device) -> bool:
+    """Whether a strategy works for all roles: offload to the host needs a GPU, NVMe its folder; `share` and `quantize` need
+    unsharded parameters; an optimizer in bfloat16 cannot be offloaded."""
     zero = ZERO[strategy]
-    able = {"device": True, "host": device == "cuda", "nvme": config.offload.nvme_path is not None}[zero.optimizer]
+    place_exists = {"device": True, "host": device == "cuda", "nvme": config.offload.nvme_path is not None}[
+        zero.optimizer
+    ]
     whole = bool(config.share) or bool(config.model.quantize)
     narrow = any(model.optimizer_dtype == "bfloat16" for _, _, model in config.learners())
-    return able and not (whole and zero.stage == 3) and (zero.bfloat16_optimizer or not narrow)
+    return place_exists and not (whole and zero.stage == 3) and (zero.bfloat16_optimizer or not narrow)
 
 
-def automatic(config: RunConfig) -> tuple[Role, ...]:
-    """The roles whose strategy is to be chosen."""
+def auto_roles(config: RunConfig) -> tuple[Role, ...]:
+    """The roles whose strategy is auto."""
     return tuple(role for role in ROLES if role != "rollout" and config.strategy_of(role) == "auto")
 
 
-def undecided_as_ddp(config: RunConfig) -> RunConfig:
-    """The settings with ddp in place of each `auto`: whether a stage can be placed does not depend on what it becomes."""
-    return _with(config, dict.fromkeys(automatic(config), "ddp"))
+def with_ddp_for_auto(config: RunConfig) -> RunConfig:
+    """The settings with ddp instead of each `auto`. Enough to check the placement, which does not depend on the choice."""
+    return _with(config, dict.fromkeys(auto_roles(config), "ddp"))
 
 
 def resolve(
-    config: RunConfig, stages: Sequence[Stage], cluster: Cluster, taken: Mapping[Stage, Path] = NOTHING
+    config: RunConfig, stages: Sequence[Stage], cluster: Cluster, reused: Mapping[Stage, Path] = NO_MODELS
 ) -> RunConfig:
-    """The settings with a strategy in place of each `auto`: the first, from the fastest on, with which all stages fit; then for
-    single roles faster ones that still do. Where none fits, that of which the least is missing. taken: see read_shapes.
+    """The settings with a strategy instead of each `auto`: the fastest with which all stages fit; then, for single roles,
+    a faster one that still fits. Where none fits, the one that misses the fewest bytes. reused: see read_shapes.
 
     Raises:
         PlanError: a stage cannot be placed, or memory cannot be predicted.
     """
-    roles = automatic(config)
+    roles = auto_roles(config)
     if not roles:
         return config
-    plans = [make_plan(undecided_as_ddp(config), stage, cluster, taken) for stage in stages]
+    plans = [make_plan(with_ddp_for_auto(config), stage, cluster, reused) for stage in stages]
     try:
-        known = [(plan, read_shapes(config, plan.stage, taken)) for plan in plans]
+        shapes = [read_shapes(config, plan.stage, reused) for plan in plans]
     except ValueError as error:
-        text = f"auto needs memory to be predicted, and {error}; name a strategy"
+        text = f"auto needs predicted memory, but {error}; name a strategy"
         raise PlanError(stages[0], [Problem("strategy", text)]) from None
 
     def missing(chosen: dict[Role, Strategy]) -> int:
-        found = [estimate_memory(_with(config, chosen), plan, shapes) for plan, shapes in known]
-        if any(place.size is None for memory in found for place in memory.places):
-            text = "auto needs the size of the memory, which is not known of every device; name a strategy"
+        changed = _with(config, chosen)
+        estimates = [estimate_memory(changed, plan, shape) for plan, shape in zip(plans, shapes, strict=True)]
+        if any(place.size is None for memory in estimates for place in memory.places):
+            text = "auto needs the memory size of every device, and some are not known; name a strategy"
             raise PlanError(stages[0], [Problem("strategy", text)])
-        return sum(memory.missing for memory in found)
+        return sum(memory.missing for memory in estimates)
 
-    offered = [strategy for strategy in COSTLIER if offers(strategy, config, plans[0].device)]
-    lacks = {strategy: missing(dict.fromkeys(roles, strategy)) for strategy in offered}
-    best = min(offered, key=lambda strategy: (lacks[strategy], offered.index(strategy)))
+    usable = [strategy for strategy in FASTEST_FIRST if is_usable(strategy, config, plans[0].device)]
+    missing_bytes = {strategy: missing(dict.fromkeys(roles, strategy)) for strategy in usable}
+    best = min(usable, key=lambda strategy: (missing_bytes[strategy], usable.index(strategy)))
     chosen: dict[Role, Strategy] = dict.fromkeys(roles, best)
-    learning = {role for stage in stages for role in TRAINED[stage]}
+    trained = {role for stage in stages for role in TRAINED[stage]}
     for role in roles:
-        for faster in offered[: offered.index(best)]:
+        for faster in usable[: usable.index(best)]:
             trial = chosen | {role: faster}
-            if role in learning and missing(trial) <= lacks[best]:
+            if role in trained and missing(trial) <= missing_bytes[best]:
                 chosen = trial
                 break
     return _with(config, chosen)
 
 
-def kept(config: RunConfig, old: RunConfig) -> RunConfig:
-    """The settings with what a run has begun with in place of each `auto`."""
-    own = old.rm.model.dtype if old.rm and old.rm.model else None
-    config = with_dtype(config, old.model.dtype, own)
-    return _with(config, {role: old.strategy_of(role) for role in automatic(config)})
+def keep_resolved(config: RunConfig, old: RunConfig) -> RunConfig:
+    """The settings with the values that a run has started with (`old`) instead of each `auto`."""
+    rm_dtype = old.rm.model.dtype if old.rm and old.rm.model else None
+    config = with_dtype(config, old.model.dtype, rm_dtype)
+    return _with(config, {role: old.strategy_of(role) for role in auto_roles(config)})
 
 
 def _with(config: RunConfig, chosen: dict[Role, Strategy]) -> RunConfig:
-    """As one setting where all roles are alike."""
+    """The settings with the chosen strategies; one common `strategy` where all roles have the same."""
     if not chosen:
         return config
     strategies = {role: config.strategy_of(role) for role in ROLES if role != "rollout"} | chosen

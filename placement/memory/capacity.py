@@ -1,7 +1,8 @@
-"""The largest models that fit, by the plan: what Colossal-AI published of its benchmark, with the benchmark's own settings.
+"""The largest models that fit by prediction, beside the capacities that Colossal-AI published, with its benchmark's settings.
 
-PPO on random prompts of 400 tokens, up to 512 in all, four models of one size, 8 sequences in a pass of experience making and of
-training, no gradient checkpointing, all on one GPU. Ours has a fifth copy of the weights, the engine's.
+The benchmark: PPO on random prompts of 400 tokens, up to 512 tokens in total, four models of one size, 8 sequences in a pass of
+experience making and of training, no gradient checkpointing, all on one GPU. Troupe has a fifth copy of the weights, in the
+engine.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ PROMPT, LENGTH = 400, 512
 
 @dataclass(frozen=True)
 class Published:
-    """A capacity that was published: the largest model that trains on a machine; none where none of the ladder does."""
+    """A published capacity: the largest model that trains on a machine, None where no model of the ladder does."""
 
     machine: str
-    """As in `--cluster`."""
+    """In the form of `--cluster`."""
     strategy: Strategy
     dtype: Literal["float32", "bfloat16"]
     largest: str | None
@@ -56,65 +57,67 @@ PUBLISHED = (
     Published("1x1xA100-80GB,host=512GB", "ddp", "float32", "facebook/opt-1.3b", OPT_LADDER),
     Published("1x1xA100-80GB,host=512GB", "ddp", "float32", "facebook/opt-2.7b", OPT_LADDER, lora=True),
 )
-"""Colossal-AI, February 2023. The paper numbers of OPT's last row, 3.5 billion, are no OPT: the next smaller one stands here."""
+"""Colossal-AI, February 2023. The last row was published as 3.5 billion parameters; no OPT has that size, so the next smaller one
+is used."""
 
 
-def largest_that_fits(case: Published, *, turns: bool = False) -> str | None:
-    """The largest model of the case's ladder that fits on its machine. turns: roles leave the GPU to one another, as they do in
-    Troupe and did not in the benchmark."""
+def largest_that_fits(case: Published, *, offload_idle: bool = False) -> str | None:
+    """The largest model of the case's ladder that fits on its machine. offload_idle: roles free the GPU for one another, as in
+    Troupe but not in the benchmark."""
     cluster = Cluster.parse(case.machine)
     best = None
     for model in case.ladder:
-        found = benchmark_forecast(model, cluster, case, turns=turns)
-        if found.missing or found.warnings:
+        estimate = benchmark_estimate(model, cluster, case, offload_idle=offload_idle)
+        if estimate.missing or estimate.warnings:
             break
         best = model
     return best
 
 
-def steps_apart(case: Published, found: str | None) -> int:
-    """Rungs of the ladder between what was found and what was published; none of the ladder is below its first."""
-    rungs: Sequence[str | None] = (None, *case.ladder)
-    return rungs.index(found) - rungs.index(case.largest)
+def steps_apart(case: Published, largest: str | None) -> int:
+    """Ladder steps from the published model to `largest`; None comes before the first model."""
+    models: Sequence[str | None] = (None, *case.ladder)
+    return models.index(largest) - models.index(case.largest)
 
 
-def benchmark_forecast(model: str, cluster: Cluster, case: Published, *, turns: bool) -> MemoryEstimate:
+def benchmark_estimate(model: str, cluster: Cluster, case: Published, *, offload_idle: bool) -> MemoryEstimate:
     """Predicted memory of the benchmark with a model, all roles on one GPU."""
     config = benchmark_config(model, cluster, case)
-    return estimate_memory(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"), turns=turns)
+    plan, shapes = make_plan(config, "ppo", cluster), read_shapes(config, "ppo")
+    return estimate_memory(config, plan, shapes, offload_idle=offload_idle)
 
 
 def benchmark_config(model: str, cluster: Cluster, case: Published) -> RunConfig:
-    """A run's settings as the benchmark had them: no snapshots, and the largest pass is `case.rows` rows of 512 tokens."""
-    settings = supposed(model, cluster, case.rows, case.dtype)
+    """The benchmark's settings: no snapshots, and the largest pass is `case.rows` rows of 512 tokens."""
+    settings = benchmark_settings(model, cluster, case.rows, case.dtype)
     if case.lora:
         settings["model"]["lora"] = {"rank": 16}
     return RunConfig.model_validate(settings | {"strategy": case.strategy})
 
 
-def supposed(model: str, cluster: Cluster, rows: int = 8, dtype: str | None = None) -> dict[str, Any]:
-    """Settings of a run that nobody wrote: the benchmark's, on all GPUs of a cluster in bfloat16, or on a CPU of it.
+def benchmark_settings(model: str, cluster: Cluster, rows: int = 8, dtype: str | None = None) -> dict[str, Any]:
+    """The benchmark's settings for a model on all GPUs of a cluster in bfloat16, or on CPU in float32.
 
-    All roles share the devices. Where the model is too large for the engine's part of a GPU, engines of several GPUs have
-    every fourth of the nodes, or the half of a single node, for themselves.
+    All roles share the devices. Where the model is too large for the engine's share of a GPU, engines of several GPUs get a
+    quarter of the nodes, or half of a single node, for themselves.
     """
     shape, gpus = Architecture.of(model), cluster.nodes[0].gpus
     dtype = dtype or ("bfloat16" if gpus else "float32")
     size = SIZES[dtype]
     share, devices, engine = engine_share(shape, size, rows, cluster) if gpus else 0.4, max(1, cluster.gpus), 1
     placement: dict[str, Any] = {"layout": "colocated", "devices": {"actor": devices}}
-    if share > MOST_OF_A_GPU and cluster.gpus > 1:
-        serving = gpus * (len(cluster.nodes) // 4) or gpus // 2
-        devices, engine, share = cluster.gpus - serving, min(gpus, serving), MOST_OF_A_GPU
+    if share > MAX_GPU_SHARE and cluster.gpus > 1:
+        engine_gpus = gpus * (len(cluster.nodes) // 4) or gpus // 2
+        devices, engine, share = cluster.gpus - engine_gpus, min(gpus, engine_gpus), MAX_GPU_SHARE
         placement = {
             "groups": [
                 {"roles": ["actor", "critic", "reference", "reward"], "devices": devices},
-                {"roles": ["rollout"], "devices": serving},
+                {"roles": ["rollout"], "devices": engine_gpus},
             ]
         }
     adam, data = {"lr": 1e-5}, {"path": "prompts.jsonl"}
     return {
-        "name": "supposed",
+        "name": "default",
         "model": {"path": model, "dtype": dtype},
         "ppo": {
             "prompts": data,
@@ -140,16 +143,16 @@ def supposed(model: str, cluster: Cluster, rows: int = 8, dtype: str | None = No
 
 
 def default_settings_for(model: str, cluster: Cluster) -> dict[str, Any]:
-    """`supposed` of a name of the ladder, a folder or a hub name. Raises ValueError for another."""
-    return supposed(PRESET + model if model in LADDER else model, cluster)
+    """`benchmark_settings` for a name of LADDER, a folder or a hub name. Raises ValueError for any other."""
+    return benchmark_settings(PRESET + model if model in LADDER else model, cluster)
 
 
-MOST_OF_A_GPU = 0.9
-"""Share of a GPU that an engine may have at most: the other processes need a context each."""
+MAX_GPU_SHARE = 0.9
+"""Largest share of a GPU for an engine: each other process needs memory for its CUDA context."""
 
 
 def engine_share(shape: Architecture, size: int, sequences: int, cluster: Cluster) -> float:
-    """The least `rollout.gpu_memory_share`, in hundredths, that holds the weights and what so many sequences take."""
+    """The smallest `rollout.gpu_memory_share`, in hundredths, for the weights and `sequences` sequences."""
     gpu = min(node.gpu_memory_gb or 0.0 for node in cluster.nodes) * GIB
     each = LENGTH * shape.kv_bytes(size) + 2 * shape.vocabulary * FLOAT32
     needed = shape.parameters * size + sequences * each + CUDA_CONTEXT
@@ -160,16 +163,16 @@ def engine_share(shape: Architecture, size: int, sequences: int, cluster: Cluste
 
 
 def large_config(cluster: Cluster) -> RunConfig:
-    """InstructGPT's sizes: actor and reference of 175 billion parameters, critic and reward model of 6. Each pass takes one
-    sequence, and layers are computed again in the backward pass."""
-    settings = supposed("preset:175b", cluster, rows=1)
+    """InstructGPT's sizes: actor and reference of 175 billion parameters, critic and reward model of 6. Each pass has one
+    sequence, and layers are recomputed in the backward pass."""
+    settings = benchmark_settings("preset:175b", cluster, rows=1)
     settings["model"]["gradient_checkpointing"] = True
     settings["ppo"]["rewards"] = [{"kind": "model", "path": "preset:6b"}]
     return RunConfig.model_validate(settings | {"strategy": "zero3_offload"})
 
 
-def large_forecast(nodes: int) -> MemoryEstimate:
-    """Predicted memory of `large_config` on as many nodes of 8 GPUs of 80 GB."""
+def large_estimate(nodes: int) -> MemoryEstimate:
+    """Predicted memory of `large_config` on `nodes` nodes with 8 GPUs of 80 GB."""
     cluster = Cluster.parse(f"{nodes}x8xA100-80GB")
     config = large_config(cluster)
     return estimate_memory(config, make_plan(config, "ppo", cluster), read_shapes(config, "ppo"))

@@ -1,6 +1,6 @@
-"""A plan's memory: each role's in each phase, the sums on nodes and GPUs, what is left, and what would help where it is not.
+"""Predicted memory of a plan: of each role in each phase, summed on nodes and GPUs, and what is left or missing there.
 
-It warns and refuses nothing: docs/memory.md says what it was checked against, and what it does not know.
+It warns and refuses nothing. docs/memory.md says what it was checked against, and what it does not count.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 from configs.schema import ROLES, LoraSettings, ModelSettings, Role, RunConfig
 from placement.memory.phases import (
     PHASES,
+    PassSize,
     Phase,
-    Uses,
-    Work,
-    adapted,
-    engine,
-    frozen,
+    UseByPhase,
+    adapter_memory,
+    engine_memory,
+    frozen_memory,
     optimizer_bytes,
     received_bytes,
     sent_bytes,
     state_bytes,
-    trainer,
+    trainer_memory,
 )
-from placement.memory.states import Model, Sharding, moved
+from placement.memory.states import Model, Sharding, offloaded
 from placement.memory.usage import MemoryBreakdown, MemoryUse
 from placement.models.activations import Adapters
 from placement.models.architecture import Architecture
-from placement.models.shapes import SIZES, Shapes, least_cache, longest_row, model_settings
+from placement.models.shapes import SIZES, Shapes, longest_row, min_kv_cache, model_settings
 from placement.plan.layout import strategy_in
 from placement.plan.time_sharing import time_shared
 from placement.types import GIB, MIB, TRAINED, GroupPlan, Plan, Stage, transport_of
@@ -45,26 +45,27 @@ BUSY: dict[Phase, tuple[Role, ...]] = {
     "score": ("reference", "critic", "reward"),
     "publish": ("actor", "rollout"),
 }
-"""Who works in a phase; in the others those that learn. Roles of one group take turns, but publishing takes both ends."""
+"""Roles that work in a phase; in the other phases, the trained roles. Roles of one group take turns, but publishing needs both
+sender and receiver at the same time."""
 
 
 @dataclass(frozen=True)
 class RoleMemory:
-    """Of one role: what its first rank holds, and what a snapshot takes of the first rank and of each other."""
+    """Memory of one role's first rank, and the size of a snapshot of its first rank and of each other rank."""
 
-    uses: Uses
+    uses: UseByPhase
     first_snapshot: int = 0
     other_snapshot: int = 0
 
     @cached_property
     def idle(self) -> MemoryUse:
-        """What it holds when it does nothing."""
+        """Memory held while idle."""
         return min(self.uses.values(), key=lambda use: (use.device.total, use.host.total))
 
 
 @dataclass(frozen=True)
 class Place:
-    """A node's memory, or that of each GPU of a group: what is in it in each phase, and its size (none: unknown)."""
+    """Memory of a node, or of each GPU of a group: its use in each phase, and its size (None: unknown)."""
 
     name: str
     parts: dict[Phase, MemoryBreakdown]
@@ -80,7 +81,7 @@ class Place:
 
     @property
     def headroom(self) -> int | None:
-        """Negative where it does not fit."""
+        """Bytes left in the tightest phase; negative where it does not fit. None: size unknown."""
         return None if self.size is None else self.size - self.used[self.tightest]
 
     def as_dict(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class Place:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Predicted memory of a stage. `warnings`: what else cannot work; `advice`: what would help where it does not fit."""
+    """Predicted memory of a stage. `warnings`: other reasons why it cannot work; `advice`: changes with which it would fit."""
 
     phases: tuple[Phase, ...]
     roles: dict[Role, RoleMemory]
@@ -101,12 +102,12 @@ class MemoryEstimate:
 
     @property
     def missing(self) -> int:
-        """Bytes by which the places do not fit, together."""
+        """Bytes missing, summed over all places."""
         return sum(-place.headroom for place in self.places if place.headroom is not None and place.headroom < 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; bytes."""
-        roles = {role: {p: known.uses[p].as_dict() for p in self.phases} for role, known in self.roles.items()}
+        roles = {role: {p: memory.uses[p].as_dict() for p in self.phases} for role, memory in self.roles.items()}
         return {
             "roles": roles,
             "places": [place.as_dict() for place in self.places],
@@ -117,15 +118,15 @@ class MemoryEstimate:
 
 
 def _model(
-    shape: Architecture, settings: ModelSettings, scalar: bool, adapts: bool, on_shared_base: bool = False
+    shape: Architecture, settings: ModelSettings, scalar: bool, with_adapters: bool, on_shared_base: bool = False
 ) -> Model:
-    adapters = _adapters(settings.lora) if adapts and settings.lora else None
+    adapters = _adapters(settings.lora) if with_adapters and settings.lora else None
     return Model(
         shape,
         SIZES[settings.dtype],
         scalar,
         adapters,
-        settings.quantize if adapts else None,
+        settings.quantize if with_adapters else None,
         on_shared_base,
     )
 
@@ -137,17 +138,17 @@ def _adapters(lora: LoraSettings) -> Adapters:
 # ---------------------------------------------------------------- roles
 
 
-def estimate_memory(config: RunConfig, plan: Plan, shapes: Shapes, *, turns: bool = True) -> MemoryEstimate:
-    """Predict a stage's memory where the plan puts it. turns: roles that share a GPU leave it to one another."""
-    roles = {role: _role(role, config, plan, shapes, turns and time_shared(plan, role)) for role in plan.roles}
+def estimate_memory(config: RunConfig, plan: Plan, shapes: Shapes, *, offload_idle: bool = True) -> MemoryEstimate:
+    """Predict a stage's memory on the nodes and GPUs of its plan. offload_idle: roles that share a GPU free it for each other."""
+    roles = {role: _role(role, config, plan, shapes, offload_idle and time_shared(plan, role)) for role in plan.roles}
     phases = STAGE_PHASES[plan.stage]
-    places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles, turns))
+    places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles, offload_idle))
     return MemoryEstimate(phases, roles, places, _cache_warnings(config, plan, roles, shapes))
 
 
-def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> RoleMemory:
+def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, offloads: bool) -> RoleMemory:
     if role == "rollout":
-        return RoleMemory(_engine(config, plan, shapes, turns))
+        return RoleMemory(_engine(config, plan, shapes, offloads))
     planned, settings, strategy = (
         plan.roles[role],
         model_settings(config, plan.stage),
@@ -155,19 +156,19 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, turns: bool
     )
     assert strategy is not None
     sharding = Sharding(strategy, planned.ranks, plan.device, SIZES[settings.optimizer_dtype])
-    work, on_shared_base = _work(role, config, plan), role != planned.process_roles[0]
+    pass_size, on_shared_base = _largest_pass(role, config, plan), role != planned.process_roles[0]
     if role not in TRAINED[plan.stage]:
-        uses = _frozen(role, settings, sharding, work, shapes, len(planned.process_roles) > 1, on_shared_base)
+        uses = _frozen(role, settings, sharding, pass_size, shapes, len(planned.process_roles) > 1, on_shared_base)
         model = _model(shapes.policy if role == "reference" else shapes.scalars[0], settings, role == "reward", False)
-        return RoleMemory(_waiting(uses, model, sharding) if turns else uses)
+        return RoleMemory(_with_offload(uses, model, sharding) if offloads else uses)
     scalar = role in ("critic", "reward")
     shape = (shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy
-    model = _model(shape, settings, scalar, adapts=True, on_shared_base=on_shared_base)
+    model = _model(shape, settings, scalar, with_adapters=True, on_shared_base=on_shared_base)
     published = _sent(model, sharding, config, plan) if role == "actor" and plan.stage == "ppo" else 0
     snapshots = config.recovery.snapshot_every is not None
-    uses = trainer(model, sharding, work, scores=role == "critic", published=published, snapshots=snapshots)
-    if turns:
-        uses = _waiting(uses, model, sharding)
+    uses = trainer_memory(model, sharding, pass_size, scores=role == "critic", published=published, snapshots=snapshots)
+    if offloads:
+        uses = _with_offload(uses, model, sharding)
     if not snapshots:
         return RoleMemory(uses)
     return RoleMemory(
@@ -179,53 +180,56 @@ def _frozen(
     role: Role,
     settings: ModelSettings,
     sharding: Sharding,
-    work: Work,
+    pass_size: PassSize,
     shapes: Shapes,
-    shares: bool,
+    shares_base: bool,
     on_shared_base: bool,
-) -> Uses:
-    """A role that does not learn. Beside others on one base the reference is that base, a reward model an adapter and a head."""
+) -> UseByPhase:
+    """A frozen role. On a shared base the reference is the base itself, and a reward model is an adapter and a head."""
     if on_shared_base:
-        adapts = role == "reward"
-        return adapted(_model(shapes.policy, settings, adapts, adapts, on_shared_base=True), sharding, work)
-    found = [shapes.policy] if role == "reference" else shapes.scalars
-    return frozen([_model(shape, settings, role == "reward", adapts=shares) for shape in found], sharding, work)
+        scalar = role == "reward"
+        return adapter_memory(_model(shapes.policy, settings, scalar, scalar, on_shared_base=True), sharding, pass_size)
+    held = [shapes.policy] if role == "reference" else shapes.scalars
+    models = [_model(shape, settings, role == "reward", with_adapters=shares_base) for shape in held]
+    return frozen_memory(models, sharding, pass_size)
 
 
-def _waiting(uses: Uses, model: Model, sharding: Sharding) -> Uses:
-    """With the host memory in which what it has on its device waits for its turn; it is kept for the next time."""
+def _with_offload(uses: UseByPhase, model: Model, sharding: Sharding) -> UseByPhase:
+    """Adds the host memory for the role's device tensors while other roles use the device. It stays allocated all the time."""
     held = replace(RoleMemory(uses).idle.device, runtime=0)
-    room = MemoryUse(host=moved(model, sharding, held))
-    return {phase: use + room for phase, use in uses.items()}
+    buffers = MemoryUse(host=offloaded(model, sharding, held))
+    return {phase: use + buffers for phase, use in uses.items()}
 
 
 def _sent(model: Model, sharding: Sharding, config: RunConfig, plan: Plan) -> int:
     bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
-    return (
-        model.own * model.size if config.publish.lora == "adapter" else sent_bytes(model, sharding, bucket, transport)
-    )
+    if config.publish.lora == "adapter":
+        return model.adapter_parameters * model.size
+    return sent_bytes(model, sharding, bucket, transport)
 
 
-def _engine(config: RunConfig, plan: Plan, shapes: Shapes, turns: bool) -> Uses:
+def _engine(config: RunConfig, plan: Plan, shapes: Shapes, offloads: bool) -> UseByPhase:
     rollout, planned = config.rollout, plan.roles["rollout"]
     model = _model(shapes.policy, config.model, False, False)
     sequences = min(rollout.max_sequences, -(-plan.batch.sequences // planned.ranks))
     received = received_bytes(model, config.publish.bucket_mib * MIB, transport_of(config, plan))
-    served = _model(shapes.policy, config.model, False, adapts=True).own * model.size
+    adapter = _model(shapes.policy, config.model, False, with_adapters=True).adapter_parameters * model.size
     gpu = _gpu_bytes(plan, plan.group(planned.group))
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
-    arriving, beside = (served, served) if config.publish.lora == "adapter" else (received, 0)
-    return engine(model, plan.device, planned.devices_per_rank, kv_cache, sequences, arriving, reserved, beside, turns)
+    received, served = (adapter, adapter) if config.publish.lora == "adapter" else (received, 0)
+    return engine_memory(
+        model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved, served, offloads
+    )
 
 
 def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> tuple[str, ...]:
-    """An engine on a GPU needs room for the keys and values of one sequence at least: how much there is can only be predicted.
-    On CPU a setting says it, and `make_plan` refuses what is too little."""
+    """An engine on a GPU needs a key-value cache for at least one sequence; its size can only be predicted. On CPU a setting
+    gives the size, and `make_plan` refuses one that is too small."""
     if "rollout" not in roles or _gpu_bytes(plan, plan.group(plan.roles["rollout"].group)) is None:
         return ()
     cache = roles["rollout"].uses["generate"].device.kv_cache * plan.roles["rollout"].devices_per_rank
-    needed = least_cache(config, shapes.policy, plan.device)
+    needed = min_kv_cache(config, shapes.policy, plan.device)
     if cache >= needed:
         return ()
     return (
@@ -234,8 +238,8 @@ def _cache_warnings(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory]
     )
 
 
-def _work(role: Role, config: RunConfig, plan: Plan) -> Work:
-    """The largest pass: a micro-batch, or one row where that is longer."""
+def _largest_pass(role: Role, config: RunConfig, plan: Plan) -> PassSize:
+    """A micro-batch, or one row where that is longer."""
     if plan.stage == "ppo":
         assert config.ppo is not None
         length = config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
@@ -249,20 +253,20 @@ def _work(role: Role, config: RunConfig, plan: Plan) -> Work:
         row = longest_row(config, plan.stage)
     tokens = max(row, min(limit, -(-rows // plan.roles[role].ranks) * row))
     settings = model_settings(config, plan.stage)
-    return Work(tokens, length, settings.gradient_checkpointing, settings.activation_offload)
+    return PassSize(tokens, length, settings.gradient_checkpointing, settings.activation_offload)
 
 
 # ---------------------------------------------------------------- sums
 
 
 def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes: Shapes) -> list[Place]:
-    """The nodes that hold something; those that are alike once."""
+    """The nodes that hold workers; equal nodes are listed once."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for node in plan.cluster.nodes:
         held = tuple((group.nodes.count(node.name), group.nodes[0] == node.name) for group in plan.groups)
         if any(count for count, _ in held):
             alike.setdefault((node.host_memory_gb, held), []).append(node.name)
-    found: dict[tuple[Any, ...], list[str]] = {}
+    merged: dict[tuple[Any, ...], list[str]] = {}
     for (size, held), names in alike.items():
         counts = [
             (group, count * group.devices_per_bundle) for group, (count, _) in zip(plan.groups, held, strict=True)
@@ -272,24 +276,24 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
                 (_group_host(plan, g, count, names[0], phase, roles) for g, count in counts if count), MemoryBreakdown()
             )
             + MemoryBreakdown(buffers=_store(config, plan, names[0], phase, roles, shapes))
-            + MemoryBreakdown(buffers=_mapped(config, plan, names[0], shapes) if phase == "load" else 0)
+            + MemoryBreakdown(buffers=_mapped_files(config, plan, names[0], shapes) if phase == "load" else 0)
             for phase in STAGE_PHASES[plan.stage]
         }
-        found.setdefault((size, tuple(parts.items())), []).extend(names)
+        merged.setdefault((size, tuple(parts.items())), []).extend(names)
     return [
         Place(
             names[0] if len(names) == 1 else f"each of {len(names)} nodes, {names[0]} ...",
             dict(parts),
             None if size is None else int(size * GIB),
         )
-        for (size, parts), names in found.items()
+        for (size, parts), names in merged.items()
     ]
 
 
 def _group_host(
     plan: Plan, group: GroupPlan, count: int, node: str, phase: Phase, roles: dict[Role, RoleMemory]
 ) -> MemoryBreakdown:
-    """What a group's processes hold on a node: of those that take turns one works, and the others keep what they hold."""
+    """Host memory of a group's processes on a node: those of one role work, the others are idle."""
     first = int(group.nodes[0] == node)
     if phase == "save":  # the first rank saves more than the others
         snapshots = sum(first * r.first_snapshot + (count - first) * r.other_snapshot for r in _of(group, roles))
@@ -298,18 +302,18 @@ def _group_host(
         )
     busy = {role: roles[role].uses[phase].host for role in group.roles}
     idle = {role: roles[role].idle.host for role in group.roles}
-    return _worst(plan, phase, busy, idle, idle) * count
+    return _worst_turn(plan, phase, busy, idle, idle) * count
 
 
-def _worst(
+def _worst_turn(
     plan: Plan,
     phase: Phase,
     busy: dict[Role, MemoryBreakdown],
     idle: dict[Role, MemoryBreakdown],
     asleep: dict[Role, MemoryBreakdown],
 ) -> MemoryBreakdown:
-    """What the roles of a group hold in one place in the worst turn: one works, those of its process are still, the others
-    asleep. Publishing takes both ends."""
+    """Memory of a group's roles in one place at the worst time: one role works, the others of its process are idle, those of
+    other processes asleep. Publishing needs sender and receiver at the same time."""
     working = [role for role in busy if role in BUSY.get(phase, TRAINED[plan.stage])]
 
     def held(turn: Sequence[Role]) -> MemoryBreakdown:
@@ -327,7 +331,7 @@ def _of(group: GroupPlan, roles: dict[Role, RoleMemory]) -> list[RoleMemory]:
 def _store(
     config: RunConfig, plan: Plan, node: str, phase: Phase, roles: dict[Role, RoleMemory], shapes: Shapes
 ) -> int:
-    """Bytes in Ray's object store: the last snapshot, while one is taken two; the bucket of weights under way."""
+    """Bytes in Ray's object store: the last snapshot (two while a new one is taken); the bucket of weights being sent."""
     snapshots = sum(
         int(group.nodes[0] == node) * roles[role].first_snapshot
         + (group.nodes.count(node) - int(group.nodes[0] == node)) * roles[role].other_snapshot
@@ -339,15 +343,15 @@ def _store(
     if phase == "publish" and plan.group(plan.roles["actor"].group).nodes[0] == node:
         model = _model(shapes.policy, config.model, False, False)
         if config.publish.lora == "adapter":
-            return snapshots + _model(shapes.policy, config.model, False, True).own * model.size
+            return snapshots + _model(shapes.policy, config.model, False, True).adapter_parameters * model.size
         if transport_of(config, plan) == "object_store":
             return snapshots + min(config.publish.bucket_mib * MIB + model.largest, model.nbytes)
     return snapshots * (2 if phase == "save" else 1)
 
 
-def _mapped(config: RunConfig, plan: Plan, node: str, shapes: Shapes) -> int:
-    """Bytes of the files that a node's processes map while they load onto GPUs: each file once, however many read it. A model
-    that is drawn has none, and stands in each process."""
+def _mapped_files(config: RunConfig, plan: Plan, node: str, shapes: Shapes) -> int:
+    """Bytes of the files that a node's processes map while they load onto GPUs; a file counts once for all its readers. A
+    randomly initialized model has no file: it is built in each process."""
     if plan.device == "cpu":
         return 0
     size, files, drawn = SIZES[model_settings(config, plan.stage).dtype], set[Architecture](), 0
@@ -360,8 +364,8 @@ def _mapped(config: RunConfig, plan: Plan, node: str, shapes: Shapes) -> int:
     return drawn if model_settings(config, plan.stage).init == "random" else once
 
 
-def _devices(plan: Plan, roles: dict[Role, RoleMemory], turns: bool) -> list[Place]:
-    """A GPU of each group. What a pass took is given back after it; the states stay, but where roles hold the GPU by turns."""
+def _devices(plan: Plan, roles: dict[Role, RoleMemory], offload_idle: bool) -> list[Place]:
+    """A GPU of each group. A pass frees its memory at its end; states stay on the GPU, except where roles share it in turns."""
     if plan.device == "cpu":
         return []
     places = []
@@ -371,17 +375,17 @@ def _devices(plan: Plan, roles: dict[Role, RoleMemory], turns: bool) -> list[Pla
             busy = {role: roles[role].uses[phase].device for role in group.roles}
             idle = {role: roles[role].idle.device for role in group.roles}
             asleep = idle
-            if turns and time_shared(plan, group.roles[0]):
+            if offload_idle and time_shared(plan, group.roles[0]):
                 asleep = {role: MemoryBreakdown(runtime=held.runtime) for role, held in idle.items()}
-                if phase == "save" and "rollout" in asleep:  # from the publication on its weights are there
+                if phase == "save" and "rollout" in asleep:  # its weights stay on the GPU from publishing on
                     asleep["rollout"] += MemoryBreakdown(parameters=idle["rollout"].parameters)
-            parts[phase] = _worst(plan, phase, busy, idle, asleep)
+            parts[phase] = _worst_turn(plan, phase, busy, idle, asleep)
         places.append(Place(f"each GPU of {group.name}", parts, _gpu_bytes(plan, group)))
     return places
 
 
 def _gpu_bytes(plan: Plan, group: GroupPlan) -> int | None:
-    """Of the smallest GPU that a group uses."""
+    """Bytes of the smallest GPU that a group uses; None where unknown."""
     sizes = [node.gpu_memory_gb for node in plan.cluster.nodes if node.name in group.nodes]
-    known = [size for size in sizes if size is not None]
-    return int(min(known) * GIB) if known and plan.device == "cuda" else None
+    known_sizes = [size for size in sizes if size is not None]
+    return int(min(known_sizes) * GIB) if known_sizes and plan.device == "cuda" else None

@@ -1,4 +1,4 @@
-"""A plan with its predicted memory and, where it does not fit, the settings that would help, each tried by the model itself."""
+"""A plan with its predicted memory and, where it does not fit, setting changes that would help, each tried by the prediction."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from configs.schema import LoraSettings, RunConfig, Strategy
-from placement.memory.auto_strategy import COSTLIER, offers
+from placement.memory.auto_strategy import FASTEST_FIRST, is_usable
 from placement.memory.estimate import MemoryEstimate, estimate_memory
-from placement.models.shapes import NOTHING, Shapes, longest_row, model_settings, read_shapes
+from placement.models.shapes import NO_MODELS, Shapes, longest_row, model_settings, read_shapes
 from placement.types import GIB, TRAINED, Plan, Stage
 
 
@@ -20,35 +20,35 @@ class PlanReport:
 
     plan: Plan
     memory: MemoryEstimate | str
-    """Why there is no prediction, where there is none."""
+    """A text says why there is no prediction."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return self.plan.as_dict() | {"memory": self.memory if isinstance(self.memory, str) else self.memory.as_dict()}
 
 
-def with_memory(config: RunConfig, plan: Plan, taken: Mapping[Stage, Path] = NOTHING) -> PlanReport:
-    """The plan with its predicted memory, or with the reason why there is none. taken: see read_shapes."""
+def with_memory(config: RunConfig, plan: Plan, reused: Mapping[Stage, Path] = NO_MODELS) -> PlanReport:
+    """The plan with its predicted memory, or with the reason why there is none. reused: see read_shapes."""
     try:
-        shapes = read_shapes(config, plan.stage, taken)
+        shapes = read_shapes(config, plan.stage, reused)
     except ValueError as error:
         return PlanReport(plan, f"not predicted: {error}")
-    made = estimate_memory(config, plan, shapes)
-    if made.missing:
-        made = replace(made, advice=_advice(config, plan, shapes, made))
-    return PlanReport(plan, made)
+    estimate = estimate_memory(config, plan, shapes)
+    if estimate.missing:
+        estimate = replace(estimate, advice=_suggestions(config, plan, shapes, estimate))
+    return PlanReport(plan, estimate)
 
 
 class Change(NamedTuple):
-    """A setting, its new value, and the run's settings with it."""
+    """A setting, its new value, and a function that applies it to the run's settings."""
 
     setting: str
     value: str
     apply: Callable[[RunConfig], RunConfig]
 
 
-def _advice(config: RunConfig, plan: Plan, shapes: Shapes, made: MemoryEstimate) -> tuple[str, ...]:
-    """The settings that alone would let it fit, in order of cost; where none does, the first that do together."""
+def _suggestions(config: RunConfig, plan: Plan, shapes: Shapes, estimate: MemoryEstimate) -> tuple[str, ...]:
+    """The changes that are each enough alone, in order of cost; where none is, the first ones that are enough together."""
 
     def missing(changed: RunConfig) -> int:
         return estimate_memory(changed, plan, shapes).missing
@@ -59,29 +59,29 @@ def _advice(config: RunConfig, plan: Plan, shapes: Shapes, made: MemoryEstimate)
             alone[change.setting] = change.value
     if alone:
         return tuple(f"{setting}={value} would fit" for setting, value in alone.items())
-    run_concurrently, least = config, made.missing
+    combined, least = config, estimate.missing
     values: dict[str, str] = {}
     for change in _changes(config, plan):
-        trial = change.apply(run_concurrently)
+        trial = change.apply(combined)
         if (left := missing(trial)) < least:
-            run_concurrently, least = trial, left
+            combined, least = trial, left
             values[change.setting] = change.value
         if not left:
             break
-    said = " ".join(f"{setting}={value}" for setting, value in values.items())
+    changes = " ".join(f"{setting}={value}" for setting, value in values.items())
     if not least:
-        return (f"{said} would fit together",)
+        return (f"{changes} would fit together",)
     if not values:
-        return ("no setting would help: it takes more memory or, for the trained roles, more devices",)
+        return ("no setting would help: more memory or, for the trained roles, more devices are needed",)
     return (
-        f"{said} would help; {least / GIB:.1f} GiB more would still be missing: it takes more memory or more devices",
+        f"{changes} would help, but {least / GIB:.1f} GiB would still be missing: more memory or more devices are needed",
     )
 
 
 def _changes(config: RunConfig, plan: Plan) -> list[Change]:
-    """In order of what they cost: a pass done twice, smaller passes, communication, another kind of training, precision."""
-    own = plan.stage == "rm" and config.rm is not None and config.rm.model is not None
-    model, prefix = model_settings(config, plan.stage), "rm.model" if own else "model"
+    """In order of cost: recomputed passes, smaller passes, communication, another kind of training, precision."""
+    model = model_settings(config, plan.stage)
+    prefix = "rm.model" if plan.stage == "rm" and config.rm and config.rm.model else "model"
     changes = []
     if not model.gradient_checkpointing:
         changes.append(Change(f"{prefix}.gradient_checkpointing", "true", _models(gradient_checkpointing=True)))
@@ -89,9 +89,9 @@ def _changes(config: RunConfig, plan: Plan) -> list[Change]:
     while tokens >= least:
         changes.append(Change(f"{plan.stage}.micro_batch_tokens", str(tokens), _micro_batch(plan.stage, tokens)))
         tokens //= 2
-    weakest = min(COSTLIER.index(config.strategy_of(role)) for role in TRAINED[plan.stage] if role in plan.roles)
-    offered = [strategy for strategy in COSTLIER[weakest + 1 :] if offers(strategy, config, plan.device)]
-    changes += [Change("strategy", strategy, _strategy(strategy)) for strategy in offered]
+    fastest = min(FASTEST_FIRST.index(config.strategy_of(role)) for role in TRAINED[plan.stage] if role in plan.roles)
+    slower = [strategy for strategy in FASTEST_FIRST[fastest + 1 :] if is_usable(strategy, config, plan.device)]
+    changes += [Change("strategy", strategy, _strategy(strategy)) for strategy in slower]
     if model.lora is None:
         changes.append(Change(f"{prefix}.lora.rank", "16", _models(lora=LoraSettings(rank=16))))
     if plan.device == "cuda" and model.dtype == "float32":

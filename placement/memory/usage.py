@@ -1,4 +1,4 @@
-"""Bytes by what they are and by where they lie: host memory, a device's memory, NVMe."""
+"""Bytes by kind (parameters, gradients ...) and by place: host memory, device memory, NVMe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """Bytes of one place, by what they are. The optimizer's own weights count with it."""
+    """Bytes in one place, by kind. The optimizer's own copy of the weights counts as `optimizer`."""
 
     parameters: int = 0
     gradients: int = 0
@@ -19,7 +19,7 @@ class MemoryBreakdown:
     kv_cache: int = 0
     buffers: int = 0
     fragmentation: int = 0
-    """What an allocator rounds up, or cannot give out again: an allowance."""
+    """Allowance for bytes that an allocator adds by rounding, or cannot reuse."""
     runtime: int = 0
 
     @property
@@ -27,31 +27,31 @@ class MemoryBreakdown:
         return sum(self.parts().values())
 
     @property
-    def passing(self) -> int:
-        """What comes and goes within a phase."""
+    def transient(self) -> int:
+        """Bytes that are allocated and freed within a phase."""
         return self.gradients + self.activations + self.logits + self.buffers
 
     def parts(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __add__(self, other: MemoryBreakdown) -> Self:
-        more = {name: getattr(self, name) + size for name, size in other.parts().items() if size}
-        return replace(self, **more) if more else self
+        sums = {name: getattr(self, name) + size for name, size in other.parts().items() if size}
+        return replace(self, **sums) if sums else self
 
     def __mul__(self, count: int) -> Self:
         return replace(self, **{name: count * size for name, size in self.parts().items() if size})
 
 
-NOTHING = MemoryBreakdown()
+EMPTY = MemoryBreakdown()
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What one rank holds: of the host's memory, of its device's (on CPU: nothing, all is the host's), and on NVMe."""
+    """Memory of one rank: on the host, on its device (on CPU none: all counts as the host's), and on NVMe."""
 
-    host: MemoryBreakdown = NOTHING
-    device: MemoryBreakdown = NOTHING
-    nvme: MemoryBreakdown = NOTHING
+    host: MemoryBreakdown = EMPTY
+    device: MemoryBreakdown = EMPTY
+    nvme: MemoryBreakdown = EMPTY
 
     def __add__(self, other: MemoryUse) -> MemoryUse:
         return MemoryUse(self.host + other.host, self.device + other.device, self.nvme + other.nvme)
@@ -63,13 +63,13 @@ class MemoryUse:
         return {place: b.parts() | {"total": b.total} for place, b in self.places().items()}
 
 
-def at(home: str, **parts: int) -> MemoryUse:
-    """Bytes at one place: `host`, `device` or `nvme`."""
-    return MemoryUse(**{home: MemoryBreakdown(**parts)})
+def at(place: str, **parts: int) -> MemoryUse:
+    """Bytes in one place: `host`, `device` or `nvme`."""
+    return MemoryUse(**{place: MemoryBreakdown(**parts)})
 
 
-def largest(moments: list[MemoryUse]) -> MemoryUse:
-    """Of each place the moment that takes the most of it."""
+def peak(candidates: list[MemoryUse]) -> MemoryUse:
+    """For each place the candidate that uses the most of it."""
     return MemoryUse(
-        *(max((m.places()[place] for m in moments), key=lambda b: b.total) for place in MemoryUse().places())
+        *(max((use.places()[place] for use in candidates), key=lambda b: b.total) for place in MemoryUse().places())
     )

@@ -1,8 +1,8 @@
-"""Bytes that a forward pass leaves for the backward pass, counted tensor by tensor.
+"""Bytes that a forward pass keeps for the backward pass, counted tensor by tensor.
 
-What autograd keeps was read in the model classes of transformers 5 with attention by `sdpa` (BLOOM: its own), dropout off, and
-micro-batches that are padded: then a mask is given, and key-value heads are copied for their query heads (a single one is not). A
-tensor that two operations keep counts once. Below, `size` is the bytes of an element of the model's type.
+The tensors that autograd saves were read in the model classes of transformers 5 with `sdpa` attention (BLOOM: its own), dropout
+off and padded micro-batches: these have a mask, and key-value heads are copied for their query heads (a single one is not). A
+tensor that two operations save counts once. Below, `size` is the bytes of an element of the model's type.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from placement.models.architecture import Architecture, Group
 
 LOGITS_CHUNK = 256
-"""Tokens whose logits exist at one time."""
+"""Tokens whose logits exist at the same time."""
 
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA: rank, and the names of the matrices that have one (none: all). dora: with a length for each output."""
+    """LoRA: rank, and the names of the matrices with adapters (None: all). dora: with a magnitude for each output."""
 
     rank: int
     targets: frozenset[str] | None = None
@@ -30,49 +30,49 @@ class Adapters:
 
     def parameters(self, shape: Architecture) -> int:
         """Two matrices beside each target, of rank x inputs and outputs x rank (Hu et al. 2021, section 4.1)."""
-        found = [m for m in shape.matrices if self.on(m.name)]
-        return shape.layers * sum(self.rank * (m.inputs + m.outputs) + self.dora * m.outputs for m in found)
+        targets = [m for m in shape.matrices if self.on(m.name)]
+        return shape.layers * sum(self.rank * (m.inputs + m.outputs) + self.dora * m.outputs for m in targets)
 
 
-def saved(
+def saved_bytes(
     shape: Architecture, size: int, tokens: int, length: int, adapters: Adapters | None, checkpointing: bool
 ) -> int:
     """Bytes kept by a training pass over `tokens` tokens in rows of `length`.
 
-    With gradient checkpointing each layer keeps its input alone, and one layer at a time is computed again.
+    With gradient checkpointing each layer keeps only its input, and one layer at a time is recomputed.
     """
-    layer = layer_saved(shape, size, length, adapters)
-    norms = 2 if shape.kind == "bloom" else 1  # BLOOM has one after its embeddings too
-    ends = norms * norm_saved(shape, shape.hidden, size, adapters is None)
-    ends += shape.embedding_width * size + length  # what the head reads, and the mask as booleans
+    layer = layer_saved_bytes(shape, size, length, adapters)
+    norms = 2 if shape.kind == "bloom" else 1  # BLOOM also has one after its embeddings
+    ends = norms * norm_saved_bytes(shape, shape.hidden, size, adapters is None)
+    ends += shape.embedding_width * size + length  # the head's input, and the mask as booleans
     if checkpointing:
         return tokens * (shape.layers * shape.hidden * size + layer + ends)
     return tokens * (shape.layers * layer + ends)
 
 
-def passing(shape: Architecture, size: int, tokens: int, length: int) -> int:
-    """Bytes at the widest point of a pass without gradients: less than one layer of a training pass keeps."""
-    return tokens * (layer_saved(shape, size, length, None) + shape.hidden * size + length)
+def inference_bytes(shape: Architecture, size: int, tokens: int, length: int) -> int:
+    """Peak bytes of a pass without gradients: less than one layer of a training pass keeps."""
+    return tokens * (layer_saved_bytes(shape, size, length, None) + shape.hidden * size + length)
 
 
-def logits(shape: Architecture, tokens: int) -> int:
-    """Two float32 chunks: the logits, and what logsumexp or the entropy makes of them (`HeadLogProbs`)."""
+def logits_bytes(shape: Architecture, tokens: int) -> int:
+    """Bytes of two float32 chunks: the logits, and the intermediate result of logsumexp or entropy (`HeadLogProbs`)."""
     return 2 * min(tokens, LOGITS_CHUNK) * shape.vocabulary * FLOAT32
 
 
-def layer_saved(shape: Architecture, size: int, length: int, adapters: Adapters | None) -> int:
-    """Bytes of one layer for each token of rows of `length`. adapters: none where all weights learn."""
+def layer_saved_bytes(shape: Architecture, size: int, length: int, adapters: Adapters | None) -> int:
+    """Bytes of one layer for each token of rows of `length`. adapters: None where all weights are trained."""
     width = shape.heads * shape.head_size
-    total = 2 * norm_saved(shape, shape.hidden, size, adapters is None)
+    total = 2 * norm_saved_bytes(shape, shape.hidden, size, adapters is None)
     if shape.kind == "qwen3":  # norms on queries and keys
-        total += norm_saved(shape, width, size, adapters is None)
-        total += norm_saved(shape, shape.kv_heads * shape.head_size, size, adapters is None)
-    total += _attention(shape, size, length) + _mlp(shape) * size
+        total += norm_saved_bytes(shape, width, size, adapters is None)
+        total += norm_saved_bytes(shape, shape.kv_heads * shape.head_size, size, adapters is None)
+    total += _attention_bytes(shape, size, length) + _mlp_elements(shape) * size
     inputs: dict[Group, int] = {"attention": shape.hidden, "up": shape.hidden, "output": 0, "down": shape.inner}
     if shape.kind == "bloom":
-        inputs["output"] = width  # elsewhere it is what attention has kept
+        inputs["output"] = width  # elsewhere attention has saved it already
     if shape.activation == "relu":
-        inputs["down"] = 0  # what relu has kept
+        inputs["down"] = 0  # relu has saved it already
     read = {m.group for m in shape.matrices if adapters is None or adapters.on(m.name)}
     total += size * sum(inputs[group] for group in read)
     if adapters:
@@ -80,15 +80,15 @@ def layer_saved(shape: Architecture, size: int, length: int, adapters: Adapters 
     return total
 
 
-def norm_saved(shape: Architecture, width: int, size: int, learns: bool) -> int:
-    """RMSNorm: its input in float32, the inverse root, and what the weight multiplies. LayerNorm: its input, mean, deviation."""
+def norm_saved_bytes(shape: Architecture, width: int, size: int, trained: bool) -> int:
+    """RMSNorm saves its input in float32, the inverse root, and the weight's factor. LayerNorm: its input, mean, deviation."""
     if shape.kind in ("llama", "qwen2", "qwen3"):
-        return FLOAT32 * (width + 1) + size * width * learns
+        return FLOAT32 * (width + 1) + size * width * trained
     return size * width + 2 * FLOAT32
 
 
-def _attention(shape: Architecture, size: int, length: int) -> int:
-    """Queries, keys, values. sdpa: its output, a float32 per head, and the mask in the model's type. BLOOM: all weights."""
+def _attention_bytes(shape: Architecture, size: int, length: int) -> int:
+    """Queries, keys, values. sdpa: also its output, a float32 per head, the mask in the model's type. BLOOM: all weights."""
     width = shape.heads * shape.head_size
     if shape.kind == "bloom":
         weights = FLOAT32 + (size if size != FLOAT32 else 0)  # the softmax is taken in float32
@@ -97,10 +97,10 @@ def _attention(shape: Architecture, size: int, length: int) -> int:
     return 2 * (width + keys) * size + shape.heads * FLOAT32 + length * size
 
 
-def _mlp(shape: Architecture) -> int:
-    """Elements that the activation keeps.
+def _mlp_elements(shape: Architecture) -> int:
+    """Elements that the activation function saves.
 
-    Gated: gate, its activation, up. gelu_new: its input, the half of it, tanh, and 1 + tanh. Others: one tensor.
+    Gated: gate, its activation, up. gelu_new: its input, half of it, tanh, and 1 + tanh. Others: one tensor.
     """
     if shape.kind in ("llama", "qwen2", "qwen3"):
         return 3 * shape.inner

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from placement.models.known_models import known
+from placement.models.known_models import known_config
 
 Kind = Literal["gpt2", "llama", "qwen2", "qwen3", "opt", "bloom"]
 Group = Literal["attention", "output", "up", "down"]
 
 
 class Matrix(NamedTuple):
-    """A linear layer. Those of one `group` read the same tensor."""
+    """A linear layer. Layers of one `group` read the same tensor."""
 
     name: str
     group: Group
@@ -34,17 +34,17 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder: word embeddings, equal layers, a final norm, a head.
+    """Shape of a decoder: word embeddings, equal layers, a final norm, a head.
 
     Attributes:
-        embedding_width: width of the word embeddings and of the head (OPT's may be narrower than `hidden`).
+        embedding_width: width of the word embeddings and of the head (in OPT it may be smaller than `hidden`).
         inner: width within the MLP.
-        activation: its function, in the words of transformers.
-        matrices: the linear layers of one layer.
-        norms: parameters of one layer's norms.
+        activation: the MLP's activation function, by its name in transformers.
+        matrices: the linear layers of one decoder layer.
+        norms: parameters of the norms of one layer.
         other_embeddings: parameters beside the word embeddings: positions, a norm, projections.
         final_norm: parameters of the norm before the head.
-        tied: the head is the word embeddings.
+        tied: the head uses the word embeddings as its weights.
     """
 
     kind: Kind
@@ -78,7 +78,7 @@ class Architecture:
 
     @property
     def head(self) -> int:
-        """Parameters of the head that are not the embeddings'."""
+        """Parameters of the head; 0 where it uses the embeddings."""
         return 0 if self.tied else self.word_embeddings
 
     @property
@@ -87,12 +87,12 @@ class Architecture:
 
     @property
     def scalar_parameters(self) -> int:
-        """With a scalar head in place of the head: a critic, a reward model (`...ForSequenceClassification`, no bias)."""
+        """Parameters with a scalar head instead: a critic, a reward model (`...ForSequenceClassification`, no bias)."""
         return self.parameters - self.head + self.embedding_width
 
     @property
     def largest(self) -> int:
-        """Elements of the largest tensor."""
+        """Elements of the largest weight tensor."""
         return max(self.word_embeddings, *(matrix.inputs * matrix.outputs for matrix in self.matrices))
 
     def kv_bytes(self, itemsize: int) -> int:
@@ -104,36 +104,36 @@ class Architecture:
         """The architecture that a config.json describes.
 
         Raises:
-            ValueError: of another kind, or a number is missing; the message says which.
+            ValueError: the model type is not supported, or a number is missing; the message names it.
         """
         kind: Any = config.get("model_type")
         if kind not in _READERS:
-            raise ValueError(f"model_type is {kind!r}; the shapes of {', '.join(_READERS)} are known")
+            raise ValueError(f"model_type is {kind!r}; supported are {', '.join(_READERS)}")
         try:
-            made = cls(kind=kind, **_READERS[kind](config))
+            shape = cls(kind=kind, **_READERS[kind](config))
         except KeyError as missing:
-            raise ValueError(f"{kind} without {missing}") from None
+            raise ValueError(f"{kind}: {missing} is missing") from None
         for name in ("vocabulary", "hidden", "embedding_width", "layers", "heads", "kv_heads", "head_size", "inner"):
-            if not isinstance(value := getattr(made, name), int) or value < 1:
-                raise ValueError(f"{kind}: its {name} would be {value!r}; a whole number of at least 1 is needed")
-        return made
+            if not isinstance(value := getattr(shape, name), int) or value < 1:
+                raise ValueError(f"{kind}: {name} is {value!r}; must be a whole number of at least 1")
+        return shape
 
     @classmethod
     def of(cls, model: str | Path) -> Self:
-        """The shape of what `model.path` may be: `preset:8b`, a folder, or a hub name that is known or was downloaded.
+        """The shape of a `model.path`: `preset:8b`, a folder, or a hub name that was downloaded or is among known_models.
 
         Raises:
-            ValueError: there is no config.json of a known kind.
+            ValueError: there is no config.json of a supported model type.
         """
         name = str(model)
         if name.startswith(PRESET):
             return cls.preset(name.removeprefix(PRESET))
         if file := _config_file(name):
             return cls._of_file(file)
-        if found := known(name):
-            return cls.read(found)
+        if config := known_config(name):
+            return cls.read(config)
         raise ValueError(
-            f"{name} is no local folder with a config.json, no {PRESET}NAME, and no hub name that is known here"
+            f"{name} is no local folder with a config.json, no {PRESET}NAME, and no hub name with a known shape"
         )
 
     @classmethod
@@ -145,31 +145,31 @@ class Architecture:
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """A shape of the ladder. Raises ValueError for another name."""
+        """A shape of LADDER. Raises ValueError for any other name."""
         if name not in LADDER:
-            raise ValueError(f"{PRESET}{name}: no such preset; it may be {', '.join(LADDER)}")
+            raise ValueError(f"{PRESET}{name}: no such preset; there are {', '.join(LADDER)}")
         return cls.read(preset_config(name))
 
 
 PRESET = "preset:"
-"""What `model.path` begins with where it names a shape of the ladder."""
+"""Prefix of a `model.path` that names a shape of LADDER."""
 
 
 def preset_config(name: str) -> dict[str, Any]:
-    """The config.json of a shape of the ladder."""
+    """The config.json of a shape of LADDER."""
     hidden, layers, heads, positions = LADDER[name]
     shape = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
     return {"model_type": "gpt2", "vocab_size": 50257} | shape
 
 
 def _config_file(model: str) -> Path | None:
-    """The config.json of a folder or, of a hub name, of the snapshot that was downloaded last."""
+    """The config.json of a folder or, for a hub name, of the latest downloaded snapshot."""
     if (file := Path(model) / "config.json").is_file():
         return file
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
-    found = cache.glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json") if "*" not in model else ()
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    files = cache.glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json") if "*" not in model else ()
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
 LADDER: dict[str, tuple[int, int, int, int]] = {
@@ -191,12 +191,12 @@ LADDER: dict[str, tuple[int, int, int, int]] = {
 }
 """GPT-2 shapes of Colossal-AI's `benchmark_gpt_dummy.py`: name -> embedding, layers, heads, positions.
 
-The original lists 30b without a shape; 37 layers are the nearest.
+The original lists 30b without a shape; 37 layers come closest.
 """
 
 
 def _square(hidden: int, inner: int, names: tuple[str, str, str, str]) -> tuple[Matrix, ...]:
-    """Joint query, key and value; output; and an MLP of two matrices."""
+    """Query, key and value in one matrix; output; and an MLP of two matrices."""
     qkv, output, up, down = names
     return (
         Matrix(qkv, "attention", hidden, 3 * hidden),
@@ -207,7 +207,7 @@ def _square(hidden: int, inner: int, names: tuple[str, str, str, str]) -> tuple[
 
 
 def _multi_head(hidden: int, heads: int) -> dict[str, int]:
-    """Attention in which each head has keys and values of its own."""
+    """Attention in which each head has its own keys and values."""
     return {"heads": heads, "kv_heads": heads, "head_size": hidden // heads}
 
 
@@ -271,7 +271,8 @@ def _opt(config: Mapping[str, Any]) -> dict[str, Any]:
             Matrix("fc2", "down", inner, hidden, bias),
         ),
         "norms": 2 * norm,
-        "other_embeddings": (config["max_position_embeddings"] + 2) * hidden + projections,  # OPT's table starts at 2
+        "other_embeddings": (config["max_position_embeddings"] + 2) * hidden
+        + projections,  # OPT's position table starts at 2
         "final_norm": norm if ends else 0,
         "tied": config.get("tie_word_embeddings", True),
     }

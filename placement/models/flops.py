@@ -1,7 +1,7 @@
-"""Floating-point operations of PPO on one sample: 2 for each parameter and token of a pass; attention scores are left out.
+"""Floating-point operations of PPO on one sample: 2 for each parameter and token of a pass, without attention scores.
 
-Twice: as the original benchmark counted (Colossal-AI, `PerformanceEvaluator`), so that its numbers compare, and as the loop
-computes. The original's generation has no key-value cache: token after token it runs all that stands before.
+Counted in two ways: as the original benchmark did (Colossal-AI, `PerformanceEvaluator`), so that the numbers can be compared, and
+as this loop computes. The original generates without a key-value cache: for each token it runs the whole sequence so far.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SampleFlops:
-    """A sample of `prompt` tokens and an answer; `total` is the length of both.
+    """A sample: a prompt of `prompt` tokens and its response; `total` is the length of both.
 
     Attributes:
         actor, critic, reference, reward: parameters of each model.
-        checkpointing: activations are computed once more in the backward pass.
-        frozen_base: adapters are trained, so that no gradient of the weights is computed.
+        checkpointing: activations are recomputed in the backward pass.
+        frozen_base: only adapters are trained, so no gradients of the base's weights are computed.
     """
 
     actor: int
@@ -29,17 +29,17 @@ class SampleFlops:
     frozen_base: bool = False
 
     @property
-    def answer(self) -> int:
+    def response(self) -> int:
         return self.total - self.prompt
 
     @property
     def generation_original(self) -> float:
-        """2 N (I + S - 1) A / 2 with I the prompt, S the whole, A the answer: a pass of I, I + 1, ... S - 1 tokens."""
-        return 2 * self.actor * (self.prompt + self.total - 1) * self.answer / 2
+        """2 N (I + S - 1) A / 2 with I the prompt, S the total, A the response: passes of I, I + 1, ... S - 1 tokens."""
+        return 2 * self.actor * (self.prompt + self.total - 1) * self.response / 2
 
     @property
     def generation_cached(self) -> float:
-        """Every token but the last goes through the model once."""
+        """Every token except the last goes through the model once."""
         return 2 * self.actor * (self.total - 1)
 
     @property
@@ -50,7 +50,7 @@ class SampleFlops:
 
     @property
     def experience_cached(self) -> float:
-        """Generation, and a forward pass of three: the actor's log-probabilities come from the engine."""
+        """Generation, and a forward pass of three models: the actor's log-probabilities come from the engine."""
         return self.generation_cached + 2 * self.total * (self.critic + self.reference + self.reward)
 
     @property
@@ -60,5 +60,5 @@ class SampleFlops:
 
     @property
     def learning_cached(self) -> float:
-        """The same; through a frozen base the backward pass is 1."""
+        """The same, but with a frozen base the backward pass counts 1."""
         return 2 * self.total * (self.actor + self.critic) * (3 + self.checkpointing - self.frozen_base)

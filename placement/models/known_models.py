@@ -1,4 +1,4 @@
-"""Shapes of models that are known by their hub names, so that a plan needs no network: the numbers of their config.json."""
+"""Shapes of common models by hub name, so that a plan needs no network: the numbers of their config.json."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-def known(name: str) -> dict[str, Any] | None:
-    """The config.json of a hub name; a model that was tuned further has its base's shape."""
+def known_config(name: str) -> dict[str, Any] | None:
+    """The config.json of a hub name, None where it is not known. An `-Instruct` model has its base's shape."""
     return KNOWN.get(name.removesuffix("-Instruct"))

@@ -1,4 +1,4 @@
-"""The shapes of a stage's models, the longest sequence that they see, and an engine's least cache of keys and values."""
+"""The shapes of a stage's models, their longest sequence, and an engine's smallest key-value cache."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from placement.types import Device, Stage
 
 SIZES = {"float32": 4, "bfloat16": 2}
 KV_BLOCK = 128
-"""Tokens of a block of an engine's keys and values on CPU."""
+"""Tokens of a block of an engine's key-value cache on CPU."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a stage's roles hold: the policy's shape, and those of the models with a scalar head; the critic's is the first's."""
+    """Shapes of a stage's models: the policy, and the models with a scalar head. The critic has the first one's shape."""
 
     policy: Architecture
     scalars: tuple[Architecture, ...]
 
 
-NOTHING: Mapping[Stage, Path] = MappingProxyType({})
-"""No models are taken from other runs."""
+NO_MODELS: Mapping[Stage, Path] = MappingProxyType({})
+"""No models are reused from another run."""
 
 
-def read_shapes(config: RunConfig, stage: Stage, taken: Mapping[Stage, Path] = NOTHING) -> Shapes:
-    """taken: folders of the models that stages take from another run, by the stage that trained them there.
+def read_shapes(config: RunConfig, stage: Stage, reused: Mapping[Stage, Path] = NO_MODELS) -> Shapes:
+    """reused: folders of models reused from another run (`start_from`), by the stage that trained them there.
 
     Raises ValueError where a model's config.json cannot be read."""
     read = Architecture.of
-    policy = str(taken.get("sft", config.model.path)) if stage != "sft" else config.model.path
+    policy = str(reused.get("sft", config.model.path)) if stage != "sft" else config.model.path
     scored = config.rm.model.path if config.rm and config.rm.model else policy
     if stage != "ppo":
         shape = read(policy if stage == "sft" else scored)
         return Shapes(shape, (shape,) if stage == "rm" else ())
     assert config.ppo is not None
-    trained = str(taken.get("rm", scored))
+    trained = str(reused.get("rm", scored))
     paths = [source.path or trained for source in config.ppo.rewards if isinstance(source, ModelReward)]
     return Shapes(read(policy), tuple(read(path) for path in paths))
 
@@ -50,7 +50,7 @@ def model_settings(config: RunConfig, stage: Stage) -> ModelSettings:
 
 
 def longest_row(config: RunConfig, stage: Stage) -> int:
-    """Tokens of the longest row, of a pair those of both sides: a smaller micro-batch changes nothing."""
+    """Tokens of the longest row; for a pair, of both sides. A smaller micro-batch than that changes nothing."""
     if stage == "ppo":
         assert config.ppo is not None
         return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
@@ -58,9 +58,9 @@ def longest_row(config: RunConfig, stage: Stage) -> int:
     return 2 * length if stage == "rm" else length
 
 
-def least_cache(config: RunConfig, policy: Architecture, device: Device) -> int:
-    """Bytes of the keys and values of one sequence of full length, without which vLLM starts no engine. On CPU its blocks are
-    large, and one is never used (measured with 24 and 129 tokens: it starts with 2 and 3 blocks, and not with 1 and 2)."""
+def min_kv_cache(config: RunConfig, policy: Architecture, device: Device) -> int:
+    """Bytes of the keys and values of one sequence of full length: with less, vLLM starts no engine. On CPU its blocks are
+    large, and one is never used (measured with 24 and 129 tokens: it starts with 2 and 3 blocks, but not with 1 and 2)."""
     tokens = longest_row(config, "ppo")
     if device == "cpu":
         tokens = (math.ceil(tokens / KV_BLOCK) + 1) * KV_BLOCK

@@ -1,5 +1,5 @@
-"""Batch arithmetic: how a step's work is shared out over the ranks. Any number of rows goes on any number of ranks, as long as
-each rank has some."""
+"""Batch arithmetic: how a step's rows are divided among the ranks. Any number of rows fits on any number of ranks, as long as
+each rank gets at least one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from placement.types import TRAINED, BatchPlan, Problem, Stage
 
 
 def plan_batch(config: RunConfig, stage: Stage, ranks: Mapping[Role, int]) -> tuple[BatchPlan, list[Problem]]:
-    """The arithmetic of a stage's step, and what would leave workers idle in every step; `ranks` holds each role's workers."""
+    """The arithmetic of a stage's step, and the settings that leave workers idle in every step. ranks: role -> workers."""
     if stage == "ppo":
         assert config.ppo is not None
         return _ppo(config.ppo, ranks)
@@ -18,73 +18,78 @@ def plan_batch(config: RunConfig, stage: Stage, ranks: Mapping[Role, int]) -> tu
     assert settings is not None
     (role,) = TRAINED[stage]
     count, rows = ranks.get(role, 1), settings.batch_size
-    step = f"{_many(rows, 'pairs' if stage == 'rm' else 'rows')} in an optimizer step"
+    step = f"{_count(rows, 'pairs' if stage == 'rm' else 'rows')} in an optimizer step"
     problems = []
     if count > rows:
-        text = f"{step} leave some of {_many(count, f'{role} ranks')} idle; {count} or more would fit"
+        text = f"{step} leave some of {_count(count, f'{role} ranks')} idle; {count} or more would fit"
         problems.append(Problem(f"{stage}.batch_size", text))
-    words = (f"{step}: {_each(rows, 1, role, count)}",)
-    return BatchPlan(rows, 1, 1, settings.epochs, {role: _up(rows, count)}, words), problems
+    description = (f"{step}: {_each(rows, 1, role, count)}",)
+    return BatchPlan(rows, 1, 1, settings.epochs, {role: _ceil_div(rows, count)}, description), problems
 
 
 def _ppo(ppo: PPOSettings, ranks: Mapping[Role, int]) -> tuple[BatchPlan, list[Problem]]:
     prompts, samples, sequences = ppo.prompts_per_step, ppo.samples_per_prompt, ppo.sequences_per_step
-    step = f"{_many(prompts, 'prompts')} x {_many(samples, 'samples')} = {_many(sequences, 'sequences')}"
+    step = f"{_count(prompts, 'prompts')} x {_count(samples, 'samples')} = {_count(sequences, 'sequences')}"
     trained = {role: ranks[role] for role in TRAINED["ppo"] if role in ranks}
-    cut = f"{step} in {_many(ppo.mini_batches, 'mini-batches')} of {_size(sequences, ppo.mini_batches)}"
-    busy = [(cut, role, count, _up(sequences, ppo.mini_batches)) for role, count in trained.items()]
+    divided = f"{step} in {_count(ppo.mini_batches, 'mini-batches')} of {_size(sequences, ppo.mini_batches)}"
+    busy = [(divided, role, count, _ceil_div(sequences, ppo.mini_batches)) for role, count in trained.items()]
     busy += [(step, role, ranks.get(role, 1), sequences) for role in ("reference", "reward")]
     idle = [
-        f"{what} leave some of {_many(count, f'{role} ranks')} idle" for what, role, count, most in busy if count > most
+        f"{rows} leave some of {_count(count, f'{role} ranks')} idle"
+        for rows, role, count, most in busy
+        if count > most
     ]
     if (engines := ranks.get("rollout", 1)) > prompts:
-        idle.append(f"{_many(prompts, 'prompts')} leave some of {_many(engines, 'engines')} idle")
+        idle.append(f"{_count(prompts, 'prompts')} leave some of {_count(engines, 'engines')} idle")
     problems = [
         Problem("ppo.prompts_per_step", f"{text}; {_fewest_prompts(ppo, ranks)} or more would fit") for text in idle
     ]
-    per_rank: dict[Role, int] = {role: _up(sequences, ppo.mini_batches * count) for role, count in trained.items()}
-    return BatchPlan(prompts, samples, ppo.mini_batches, ppo.epochs, per_rank, _ppo_words(ppo, step, ranks)), problems
+    per_rank: dict[Role, int] = {
+        role: _ceil_div(sequences, ppo.mini_batches * count) for role, count in trained.items()
+    }
+    description = _describe_ppo(ppo, step, ranks)
+    return BatchPlan(prompts, samples, ppo.mini_batches, ppo.epochs, per_rank, description), problems
 
 
-def _ppo_words(ppo: PPOSettings, step: str, ranks: Mapping[Role, int]) -> tuple[str, ...]:
+def _describe_ppo(ppo: PPOSettings, step: str, ranks: Mapping[Role, int]) -> tuple[str, ...]:
     sequences, minis = ppo.sequences_per_step, ppo.mini_batches
     trained = [_each(sequences, minis, role, ranks[role]) for role in TRAINED["ppo"] if role in ranks]
-    scored = [_many(ranks[role], f"{role} ranks") for role in ("reference", "critic", "reward") if role in ranks]
-    mini = f"{_size(sequences, minis)} {_plural(_up(sequences, minis), 'sequences')}"
+    scored = [_count(ranks[role], f"{role} ranks") for role in ("reference", "critic", "reward") if role in ranks]
+    mini = f"{_size(sequences, minis)} {_plural(_ceil_div(sequences, minis), 'sequences')}"
     return (
         f"{step} in a step",
-        f"generate: {_many(ppo.prompts_per_step, 'prompts')} over {_many(ranks.get('rollout', 1), 'engines')}, "
+        f"generate: {_count(ppo.prompts_per_step, 'prompts')} over {_count(ranks.get('rollout', 1), 'engines')}, "
         "balanced by outstanding tokens",
-        f"score: {_many(sequences, 'sequences')} over {', '.join(scored)}, balanced by tokens",
-        f"train: {_many(ppo.epochs, 'epochs')} x {_many(minis, 'mini-batches')} of {mini} = "
-        f"{_many(ppo.epochs * minis, 'optimizer steps')}: {', '.join(trained)}",
+        f"score: {_count(sequences, 'sequences')} over {', '.join(scored)}, balanced by tokens",
+        f"train: {_count(ppo.epochs, 'epochs')} x {_count(minis, 'mini-batches')} of {mini} = "
+        f"{_count(ppo.epochs * minis, 'optimizer steps')}: {', '.join(trained)}",
     )
 
 
 def _fewest_prompts(ppo: PPOSettings, ranks: Mapping[Role, int]) -> int:
-    """With which no worker is idle: some mini-batch has a sequence for each trained rank, each scoring rank has one to score,
-    and each engine a prompt."""
+    """The fewest prompts that leave no worker idle: some mini-batch has a sequence for each trained rank, each scoring rank has
+    a sequence to score, and each engine a prompt."""
     trained = max(ranks.get(role, 1) for role in TRAINED["ppo"])
     sequences = max(ppo.mini_batches * (trained - 1) + 1, ranks.get("reference", 1), ranks.get("reward", 1))
-    return max(ranks.get("rollout", 1), _up(sequences, ppo.samples_per_prompt))
+    return max(ranks.get("rollout", 1), _ceil_div(sequences, ppo.samples_per_prompt))
 
 
 def _each(rows: int, parts: int, role: Role, count: int) -> str:
-    """Of rows in `parts` mini-batches what a rank gets of one: `21 or 22 on each of 3 actor ranks`."""
+    """A rank's rows of one of `parts` mini-batches: `21 or 22 on each of 3 actor ranks`."""
     size = _size(rows, parts * count)
     return f"{size} on each of {count} {role} ranks" if count > 1 else f"{size} on the {role} rank"
 
 
 def _size(rows: int, parts: int) -> str:
-    """How many of the rows a part has, when all parts are as equal as can be: `4`, `3 or 4`."""
-    return " or ".join(str(size) for size in sorted({rows // parts, _up(rows, parts)}))
+    """Rows of one part, where rows are divided as evenly as possible: `4`, `3 or 4`."""
+    return " or ".join(str(size) for size in sorted({rows // parts, _ceil_div(rows, parts)}))
 
 
-def _up(rows: int, parts: int) -> int:
+def _ceil_div(rows: int, parts: int) -> int:
     return -(-rows // parts)
 
 
-def _many(count: float, plural: str) -> str:
+def _count(count: float, plural: str) -> str:
     """`1 prompt`, `2 prompts`."""
     return f"{count:g} {_plural(count, plural)}"
 

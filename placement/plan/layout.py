@@ -1,4 +1,4 @@
-"""A layout: the stage's roles parted into groups, each with its devices. Presets are partitions like any other."""
+"""A layout: a partition of the stage's roles into groups with devices. Presets are partitions like any other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRESETS: dict[str, tuple[tuple[Role, ...], ...]] = {
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """One group of roles and its devices; `setting` is the path that says so."""
+    """One group of roles and its devices; `setting` is the dotted path that defines it."""
 
     roles: tuple[Role, ...]
     devices: int
@@ -33,12 +33,12 @@ class GroupSpec:
 
     @property
     def devices_per_bundle(self) -> int:
-        """A bundle lies on one node: an engine of a group for rollout alone takes one whole, so none crosses nodes."""
+        """A bundle is on one node. In a group of rollout alone a bundle holds a whole engine, so no engine spans nodes."""
         return self.tensor_parallel if self.roles == ("rollout",) else 1
 
     @property
     def engines_fit(self) -> bool:
-        """On GPUs an engine of several devices needs them for itself: a share of a bundle is at most one GPU."""
+        """On GPUs an engine of several devices cannot share them: a worker gets a share of one GPU at most."""
         return self.tensor_parallel == 1 or (self.roles == ("rollout",) and self.devices % self.tensor_parallel == 0)
 
     def ranks(self, role: Role) -> int:
@@ -61,14 +61,14 @@ def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
 
 
 def roles_by_process(config: RunConfig, roles: tuple[Role, ...]) -> list[tuple[Role, ...]]:
-    """The roles of each process of a rank: those of `share` together, every other one alone."""
-    run_concurrently = tuple(role for role in roles if role in config.share)
+    """The roles of each process of a rank: one process for all roles of `share`, one for every other role."""
+    sharing = tuple(role for role in roles if role in config.share)
     alone: list[tuple[Role, ...]] = [(role,) for role in roles if role not in config.share]
-    return [run_concurrently, *alone] if run_concurrently else alone
+    return [sharing, *alone] if sharing else alone
 
 
 def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
-    """How a role is sharded. A frozen one has parameters only, and only the reference's can be sharded."""
+    """How a role is sharded. A frozen role has parameters only, and only the reference can shard them."""
     if role == "rollout":
         return None
     strategy = config.strategy_of(role)
@@ -79,59 +79,58 @@ def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
 def partition(
     placement: PlacementSettings, roles: tuple[Role, ...], processes: Sequence[tuple[Role, ...]] = ()
 ) -> tuple[list[GroupSpec], list[Problem]]:
-    """The groups of the roles that the stage needs, and what is wrong with them."""
+    """The groups of the roles that the stage needs, and the problems of the partition."""
     if placement.groups is None:
         return preset(placement, placement.layout, roles, processes), []
     problems = []
-    shares = [
-        GroupSpec(kept, group.devices, group.packing, f"placement.groups.{index}")
+    specs = [
+        GroupSpec(needed, group.devices, group.packing, f"placement.groups.{index}")
         for index, group in enumerate(placement.groups)
-        if (kept := tuple(role for role in roles if role in group.roles))
+        if (needed := tuple(role for role in roles if role in group.roles))
     ]
     for process_roles in processes:
-        places = [share for share in shares if set(process_roles) & set(share.roles)]
-        if len(places) > 1:
-            named = ", ".join(
-                f"{share.setting} holds {', '.join(r for r in share.roles if r in process_roles)}" for share in places
+        holders = [spec for spec in specs if set(process_roles) & set(spec.roles)]
+        if len(holders) > 1:
+            parts = ", ".join(
+                f"{spec.setting} holds {', '.join(r for r in spec.roles if r in process_roles)}" for spec in holders
             )
-            problems.append(
-                Problem("share", f"{', '.join(process_roles)} live in one process, so in one group, but {named}")
-            )
-    missing = [role for role in roles if not any(role in share.roles for share in shares)]
+            text = f"{', '.join(process_roles)} are in one process and must be in one group, but {parts}"
+            problems.append(Problem("share", text))
+    missing = [role for role in roles if not any(role in spec.roles for spec in specs)]
     if missing:
         text = f"no group holds {', '.join(missing)}; the stage needs each of {', '.join(roles)} in one group"
         problems.append(Problem("placement.groups", text))
     if placement.devices:
-        named = ", ".join(placement.devices)
-        text = f"names {named}, which `placement.groups` overrides; give each group its `devices` instead"
+        ignored = ", ".join(placement.devices)
+        text = f"was set for {ignored}, but `placement.groups` overrides it; set `devices` of each group instead"
         problems.append(Problem("placement.devices", text))
-    return shares, problems
+    return specs, problems
 
 
 def preset(
     placement: PlacementSettings, layout: str, roles: tuple[Role, ...], processes: Sequence[tuple[Role, ...]] = ()
 ) -> list[GroupSpec]:
-    """A preset's groups, those joined that hold roles of one process; a group has as many devices as its largest role."""
+    """A preset's groups. Groups that hold roles of one process are joined; a group has the devices of its largest role."""
     groups = [set(group) & set(roles) for group in PRESETS[layout]]
     for process_roles in processes:
         joined = set[Role]().union(*(group for group in groups if group & set(process_roles)))
         groups = [joined if group & set(process_roles) else group for group in groups]
-    kept = dict.fromkeys(tuple(role for role in roles if role in group) for group in groups if group)
-    return [GroupSpec(group, _devices(placement, group), "PACK", _setting(placement, group)) for group in kept]
+    ordered = dict.fromkeys(tuple(role for role in roles if role in group) for group in groups if group)
+    return [GroupSpec(group, _devices(placement, group), "PACK", _setting(placement, group)) for group in ordered]
 
 
-def with_engines(shares: list[GroupSpec], size: int) -> list[GroupSpec]:
-    """The same groups, where the one that holds rollout knows the engines' tensor parallel size."""
-    return [replace(share, tensor_parallel=size) if "rollout" in share.roles else share for share in shares]
+def with_engines(specs: list[GroupSpec], size: int) -> list[GroupSpec]:
+    """The same groups; the group that holds rollout gets the engines' tensor parallel size."""
+    return [replace(spec, tensor_parallel=size) if "rollout" in spec.roles else spec for spec in specs]
 
 
-def capped(shares: list[GroupSpec], most: int) -> list[GroupSpec]:
-    """The same groups with at most so many devices each (an engine keeps all of its own)."""
+def capped(specs: list[GroupSpec], most: int) -> list[GroupSpec]:
+    """The same groups with at most `most` devices each, and never fewer than one whole engine."""
 
-    def devices(share: GroupSpec) -> int:
-        return min(share.devices, max(1, most // share.tensor_parallel) * share.tensor_parallel)
+    def devices(spec: GroupSpec) -> int:
+        return min(spec.devices, max(1, most // spec.tensor_parallel) * spec.tensor_parallel)
 
-    return [replace(share, devices=devices(share)) for share in shares]
+    return [replace(spec, devices=devices(spec)) for spec in specs]
 
 
 def _devices(placement: PlacementSettings, roles: tuple[Role, ...]) -> int:

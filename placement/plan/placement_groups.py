@@ -1,4 +1,4 @@
-"""The plan's placement groups, made real in Ray."""
+"""Creates the plan's placement groups in Ray, waits for them and removes them."""
 
 from __future__ import annotations
 
@@ -12,96 +12,96 @@ from ray.exceptions import RaySystemError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from configs.schema import Role
-from placement.cluster.bin_packing import Request, creation_order, lay, shortage, written
-from placement.cluster.occupancy import Room, free_of, held, room
+from placement.cluster.bin_packing import Request, creation_order, place_bundles, resource_text, shortage
+from placement.cluster.occupancy import NodeResources, free_resources, holders_text, node_resources
 from placement.types import GroupPlan, Plan
 
-PATIENCE = 2.0
-"""Seconds that Ray has to grant groups for which there is room; doubled each time that it was not enough."""
-LOOKS = 1.0, 8.0
-"""Seconds, about, between two looks whether there is room: the first, and the longest."""
+GRANT_TIMEOUT_S = 2.0
+"""Time for Ray to grant groups for which there are free resources; doubled after each attempt that fails."""
+POLL_INTERVAL_S = 1.0, 8.0
+"""About the time between two checks for free resources: the first, and the longest."""
 
 
 class PlacementError(RuntimeError):
-    """A placement group was not to be had."""
+    """A placement group could not be reserved."""
 
 
 def create_groups(
-    plan: Plan, run_name: str, timeout: float, say: Callable[[str], None] = lambda text: None
+    plan: Plan, run_name: str, timeout: float, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, PlacementGroup]:
     """Reserve the plan's groups, named `{run_name}-{group}`: all of them or none.
 
-    They are asked for when there is room for all on what the nodes have free, the hardest to place first, as the plan
-    laid them. While there is none, nothing is held: two jobs that fit one at a time would each hold a part of what the other
-    waits for. Where two ask at the same moment, and each gets a part, each gives its part back and asks again after a
-    time drawn at random.
+    Groups are requested only when all of them fit into the nodes' free resources, the hardest to place first, as in the
+    plan. Until then nothing is held: two jobs that fit only one at a time would each hold a part that the other waits for.
+    Where two jobs request at the same moment and each gets a part, each releases its part and tries again after a random
+    time.
 
     Args:
         plan: a stage's plan.
-        run_name: stands before the groups' names, which are unique in the Ray namespace.
-        timeout: seconds for all of them together.
-        say: called with a line that says who holds the room, when that changes.
+        run_name: prefix of the groups' names, which are unique in the Ray namespace.
+        timeout: seconds for all groups together.
+        report: called with a line about who holds the resources, whenever that changes.
 
     Raises:
-        PlacementError: the groups were not to be had in that time, or a name is taken; names the group, the resource
-            that is missing, who holds it, settings that would help and what each node has free.
+        PlacementError: the groups could not be reserved in that time, or a name is already used; names the group, the
+            missing resource, who holds it, settings that would help and the free resources of each node.
     """
-    deadline, patience, pause = time.monotonic() + timeout, PATIENCE, LOOKS[0]
-    seen = said = ""
-    draw = random.Random()  # of its own: jobs that share a seed must not draw alike
+    deadline, grant_timeout, pause = time.monotonic() + timeout, GRANT_TIMEOUT_S, POLL_INTERVAL_S[0]
+    previous = reported = ""
+    generator = random.Random()  # own generator: jobs that share a seed must not draw the same pauses
     while True:
-        nodes = room()
-        misfits = _misfits(plan, nodes)
-        if not misfits:
-            if groups := _try(plan, run_name, min(deadline, time.monotonic() + patience)):
+        nodes = node_resources()
+        shortages = _shortages(plan, nodes)
+        if not shortages:
+            if groups := _try(plan, run_name, min(deadline, time.monotonic() + grant_timeout)):
                 return groups
-            patience *= 2
+            grant_timeout *= 2
         if time.monotonic() >= deadline:
-            raise PlacementError(_refusal(plan, run_name, timeout, misfits, "placement.timeout"))
-        words = f"waiting for room: {_held(plan, nodes) or '; '.join(misfits.values()) or 'others ask for it too'}"
-        if words == seen != said:  # what comes and goes between two looks is not worth a line
-            say(words)
-            said = words
-        seen = words
-        time.sleep(min(pause * draw.uniform(0.5, 1.5), max(0.0, deadline - time.monotonic())))
-        pause = min(2 * pause, LOOKS[1])
+            raise PlacementError(_refusal(plan, run_name, timeout, shortages, "placement.timeout"))
+        reason = _holders(plan, nodes) or "; ".join(shortages.values()) or "others request them too"
+        if reason == previous != reported:  # a state that lasts for one check only is not reported
+            report(f"waiting for free resources: {reason}")
+            reported = reason
+        previous = reason
+        time.sleep(min(pause * generator.uniform(0.5, 1.5), max(0.0, deadline - time.monotonic())))
+        pause = min(2 * pause, POLL_INTERVAL_S[1])
 
 
 def _try(plan: Plan, run_name: str, until: float) -> dict[str, PlacementGroup] | None:
-    """All groups; or None, and none of them stays, where they are not there in time."""
-    made: dict[str, PlacementGroup] = {}
+    """All groups; None, with every group removed again, where Ray does not grant all of them in time."""
+    created: dict[str, PlacementGroup] = {}
     try:
         for index in creation_order([_request(group) for group in plan.groups]):
-            made[plan.groups[index].name] = _ask(plan.groups[index], run_name)
-        if all(group.wait(_seconds_to(until)) for group in made.values()):
-            return {group.name: made[group.name] for group in plan.groups}
+            created[plan.groups[index].name] = _create(plan.groups[index], run_name)
+        if all(group.wait(_seconds_to(until)) for group in created.values()):
+            return {group.name: created[group.name] for group in plan.groups}
     except BaseException:
-        for group in made.values():
+        for group in created.values():
             remove_placement_group(group)
         raise
-    remove_groups(made)
+    remove_groups(created)
     return None
 
 
 def await_groups(plan: Plan, run_name: str, groups: Mapping[str, PlacementGroup], timeout: float) -> None:
-    """Wait until every bundle has a node: those of a lost node get another, where there is room.
+    """Wait until every bundle has a node: bundles of a lost node move to another node with free resources.
 
     Raises:
-        PlacementError: some have none after `timeout` seconds; names what is missing and what each node has free.
+        PlacementError: a bundle has no node after `timeout` seconds; names the missing and each node's free resources.
     """
     deadline = time.monotonic() + timeout
     waiting = [name for name, group in groups.items() if not group.wait(_seconds_to(deadline))]
     if waiting:
-        free = free_of(room())
-        misfits = {name: shortage(_request(plan.group(name)), free) for name in waiting}
-        raise PlacementError(_refusal(plan, run_name, timeout, misfits, "recovery.node_timeout"))
+        free = free_resources(node_resources())
+        shortages = {name: shortage(_request(plan.group(name)), free) for name in waiting}
+        raise PlacementError(_refusal(plan, run_name, timeout, shortages, "recovery.node_timeout"))
 
 
 def remove_groups(groups: Mapping[str, PlacementGroup], timeout: float = 60.0) -> None:
-    """Give the groups back, killing the workers on them, and wait until the nodes have their resources again.
+    """Remove the groups, which kills the workers on them, and wait until the nodes have their resources back.
 
-    Ray lets go of a bundle some time after the group is gone. The next groups, asked for in between, would be laid
-    around what is still held, and could so block one another for good.
+    Ray releases a bundle some time after its group is removed. Groups requested in between would be placed around the
+    bundles that are still held, and could block one another forever.
 
     Raises:
         PlacementError: bundles are still held after `timeout` seconds.
@@ -116,7 +116,7 @@ def remove_groups(groups: Mapping[str, PlacementGroup], timeout: float = 60.0) -
 
 
 def bundle_of(plan: Plan, role: Role, rank: int) -> tuple[str, int]:
-    """Where a worker goes: (name of its group, index of its bundle; the first, where an engine spans several)."""
+    """A worker's group name and bundle index (the first of its bundles, where an engine spans several)."""
     planned = plan.roles[role]
     if not 0 <= rank < planned.ranks:
         raise IndexError(f"{role} has ranks 0 to {planned.ranks - 1}, not {rank}")
@@ -129,7 +129,7 @@ def _seconds_to(until: float) -> int:
     return max(0, math.ceil(until - time.monotonic()))
 
 
-def _ask(group: GroupPlan, run_name: str) -> PlacementGroup:
+def _create(group: GroupPlan, run_name: str) -> PlacementGroup:
     name = f"{run_name}-{group.name}"
     try:
         return placement_group([dict(bundle) for bundle in group.bundles], strategy=group.packing, name=name)
@@ -138,7 +138,7 @@ def _ask(group: GroupPlan, run_name: str) -> PlacementGroup:
 
 
 def _left(groups: Mapping[str, PlacementGroup]) -> list[str]:
-    """Groups of which some node still has a bundle: it is a resource there, named `CPU_group_{id}`."""
+    """Groups that still have a bundle on some node: Ray lists it as a resource named `CPU_group_{id}`."""
     resources = set(ray.cluster_resources())
     return [name for name, group in groups.items() if any(r.endswith(f"_group_{group.id.hex()}") for r in resources)]
 
@@ -147,36 +147,38 @@ def _request(group: GroupPlan) -> Request:
     return Request(group.bundles[0], len(group.bundles), group.packing)
 
 
-def _misfits(plan: Plan, nodes: Mapping[str, Room]) -> dict[str, str]:
-    """Groups for which the nodes have no room beside the others -> what is missing."""
-    free, misfits = free_of(nodes), {}
+def _shortages(plan: Plan, nodes: Mapping[str, NodeResources]) -> dict[str, str]:
+    """Groups that do not fit on the nodes beside the others -> what is missing."""
+    free, shortages = free_resources(nodes), {}
     for index in creation_order([_request(group) for group in plan.groups]):
         request = _request(plan.groups[index])
-        if lay(request, free) is None:
-            misfits[plan.groups[index].name] = shortage(request, free)
-    return misfits
+        if place_bundles(request, free) is None:
+            shortages[plan.groups[index].name] = shortage(request, free)
+    return shortages
 
 
-def _held(plan: Plan, nodes: Mapping[str, Room], but: str = "") -> str:
-    """Who holds resources of the kinds that the plan needs. but: a run that is left out."""
-    return held(nodes, {kind for group in plan.groups for kind, size in group.bundles[0].items() if size}, but)
+def _holders(plan: Plan, nodes: Mapping[str, NodeResources], exclude: str = "") -> str:
+    """Who holds resources of the kinds that the plan needs. exclude: a run that is left out."""
+    kinds = {kind for group in plan.groups for kind, size in group.bundles[0].items() if size}
+    return holders_text(nodes, kinds, exclude)
 
 
-def _refusal(plan: Plan, run_name: str, timeout: float, misfits: Mapping[str, str], setting: str) -> str:
-    """Which groups were not had, for want of what, who holds it, what would help, and what each node has free."""
-    nodes, lines = room(), []
-    misfits = misfits or {group.name: "there is room, but others asked for it too" for group in plan.groups}
-    for name, missing in misfits.items():
+def _refusal(plan: Plan, run_name: str, timeout: float, shortages: Mapping[str, str], setting: str) -> str:
+    """The groups that could not be reserved, what is missing, who holds it, what would help, and each node's free resources."""
+    nodes, lines = node_resources(), []
+    contended = "there are free resources, but others requested them too"
+    shortages = shortages or {group.name: contended for group in plan.groups}
+    for name, missing in shortages.items():
         request = _request(plan.group(name))
         lines.append(
-            f"placement group {run_name}-{name} was not to be had in {timeout:g} s ({setting}): "
-            f"{request.count} x ({written(request.bundle)}), {request.packing}; {missing}"
+            f"placement group {run_name}-{name} could not be reserved within {timeout:g} s ({setting}): "
+            f"{request.count} x ({resource_text(request.bundle)}), {request.packing}; {missing}"
         )
     own = run_name if setting == "recovery.node_timeout" else ""
-    lines += filter(None, [_held(plan, nodes, but=own)])
+    lines += filter(None, [_holders(plan, nodes, exclude=own)])
     lines.append(
-        f"a longer {setting} waits for room; fewer placement.devices, or a smaller placement.cpus_per_device, need less of it"
+        f"a longer {setting} waits for free resources; fewer placement.devices or a smaller placement.cpus_per_device need less"
     )
-    fitting = [f"{run_name}-{group.name}" for group in plan.groups if group.name not in misfits]
+    fitting = [f"{run_name}-{group.name}" for group in plan.groups if group.name not in shortages]
     lines.append(f"free on the nodes{', of which ' + ', '.join(fitting) + ' would take a part' if fitting else ''}:")
     return "\n".join([*lines, *(f"  {name}: free {node}" for name, node in nodes.items())])

@@ -1,4 +1,4 @@
-"""Which roles hold a device by turns, with their states in host memory between them."""
+"""Which roles share a GPU in turns; while one works, the states of the others are in host memory."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from placement.types import GroupPlan, Plan
 
 
 def time_shared(plan: Plan, role: Role) -> bool:
-    """Processes of one group on GPUs. On CPU there is no other memory to go to."""
+    """Whether several processes of the role's group share its GPUs. Never on CPU: there is no other memory to move states to."""
     planned = plan.roles[role]
     return plan.device == "cuda" and _shared(plan, plan.group(planned.group))
 
 
-def in_words(plan: Plan) -> str | None:
-    """What roles that share devices do; none where no role does."""
+def describe(plan: Plan) -> str | None:
+    """How roles share devices, as a sentence; None where no roles do."""
     shared = [" + ".join(group.roles) for group in plan.groups if _shared(plan, group)]
     if not shared:
         return None
     if plan.device == "cpu":
-        return f"{'; '.join(shared)} work by turns; on CPU each keeps what it holds (there is no other memory to move it to)"
-    return f"{'; '.join(shared)} hold their GPUs by turns, and between them leave all they have there in host memory"
+        return f"{'; '.join(shared)} take turns; on CPU each keeps its memory (there is no other memory to move it to)"
+    return f"{'; '.join(shared)} take turns on their GPUs; a role that waits keeps its states in host memory"
 
 
 def _shared(plan: Plan, group: GroupPlan) -> bool:

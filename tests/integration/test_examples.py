@@ -8,7 +8,7 @@ import pytest
 
 from examples import reinforce, run_ppo
 from orchestrator.storage.metrics_file import read_metrics
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

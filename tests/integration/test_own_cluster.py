@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from tests.support.micro import write_micro
 from tests.support.nodes import listening
 from tests.support.terminals import Terminal

@@ -24,7 +24,7 @@ from orchestrator.run.run_dir import Run
 from orchestrator.storage.atomic_files import DiskError
 from orchestrator.storage.metrics_file import read_metrics
 from orchestrator.storage.metrics_file import repeatable as lines
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from tests.support.report_oracle import check_report
 from tests.support.runs import ROOT, TWO_ENGINES, begun, command, wait_for
 

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator import Result, load_config, run_stages
 from orchestrator.storage.metrics_file import repeatable as lines
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from tests.support.dying import fault
 from tests.support.runs import assert_same_model, begun
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from configs.schema import LoraSettings, ModelSettings
-from placement.models.activations import LOGITS_CHUNK
+from placement.models import LOGITS_CHUNK
 from workers.data import Sequence
 from workers.data.batching import spans
 from workers.models.logit_transforms import AfterHead

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelSettings, OptimizerSettings
 from configs.zero import ZERO
-from placement.memory.states import BUCKET_ELEMENTS
+from placement.memory import BUCKET_ELEMENTS
 from workers.data import end_tokens, load_tokenizer
 from workers.models.export import write_settings, write_weights
 from workers.models.heads import LEARNS, LanguageModel, ScalarModel, context_length

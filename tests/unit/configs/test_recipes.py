@@ -10,7 +10,7 @@ import pytest
 from configs import load_config
 from orchestrator.console.plan_command import planned
 from placement import Cluster
-from placement.memory.estimate import MemoryEstimate
+from placement.memory import MemoryEstimate
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "cluster").glob("*.yaml"))
 MOVIES = sorted((Path(__file__).parents[3] / "configs" / "movies").glob("*.yaml"))

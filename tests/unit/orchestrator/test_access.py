@@ -25,7 +25,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from configs.schema import RunConfig
 from orchestrator.run.ray_cluster import connected, dashboard, local_cluster
 from orchestrator.run.run_dir import RunError
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from tests.support.nodes import listening
 from tests.support.runs import ROOT
 

@@ -19,8 +19,7 @@ from orchestrator.bench.bench import PROMPTS, Benchmark
 from orchestrator.bench.capacity import failure_of, memory_of, ways
 from orchestrator.bench.process_memory import Footprint
 from orchestrator.run.run_dir import RunError
-from placement.models.architecture import Architecture
-from placement.models.flops import SampleFlops
+from placement.models import Architecture, SampleFlops
 from tests.support.runs import command
 
 DEFAULTS: dict[str, Any] = {

@@ -20,7 +20,7 @@ from configs.schema import DeadlineSettings, Role
 from orchestrator.worker_groups.calls import Call, WorkerGroup, run_concurrently
 from orchestrator.worker_groups.deadlines import Deadlines
 from orchestrator.worker_groups.failures import WorkerError
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from tests.support.runs import wait_for
 from workers.process.inspection import ProcessLocation, location
 

@@ -20,7 +20,7 @@ from orchestrator.worker_groups.failures import Failure, Kind, WorkerError
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
-from placement.cluster.spec import Node
+from placement.cluster import Node
 from workers.data.samples import SampleRefs
 from workers.data.step_inputs import RolloutInfo
 

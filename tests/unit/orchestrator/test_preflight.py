@@ -25,7 +25,7 @@ from orchestrator.api import checked
 from orchestrator.cli import app
 from orchestrator.preflight.preflight import PreflightError, Report
 from orchestrator.run.run_dir import Run, described
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from placement.types import Stage
 from tests.support.micro import write_micro
 from tests.support.models import CHAT_TEMPLATE, VOCABULARY, make_model, make_reward_model
@@ -286,7 +286,7 @@ def test_a_cluster_that_this_process_is_connected_to(folder: Path, ray_here: Clu
     """Which claims to have 8 CPUs."""
     assert told(folder, "placement.cpus_per_device=1.6") == []
     (said,) = told(folder, "placement.cpus_per_device=1.7")
-    assert said.startswith("placement.cpus_per_device: 8.5 CPU are asked for")
+    assert said.startswith("placement.cpus_per_device: 8.5 CPU are requested")
 
 
 def test_auto_for_a_model_whose_memory_is_not_known(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import ray
 
 from orchestrator.worker_groups.failures import alive_nodes
 from orchestrator.worker_groups.snapshot import RankFiles, Snapshot
-from placement.cluster.spec import Cluster
+from placement.cluster import Cluster
 from tests.support.runs import wait_for
 from workers.process.state_files import Files
 

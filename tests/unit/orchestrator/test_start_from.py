@@ -14,7 +14,7 @@ from orchestrator.preflight.settings_checks import check_start
 from orchestrator.report.history import history
 from orchestrator.run.run_dir import STAGES, Run, RunError
 from placement import Cluster
-from placement.memory.estimate import MemoryEstimate
+from placement.memory import MemoryEstimate
 from placement.types import Stage
 from tests.support.runs import check
 
@@ -155,7 +155,7 @@ def test_other_models_and_forms_are_refused(runs: Path) -> None:
 
 def test_the_plan_reads_the_shapes_of_the_models_that_are_taken(runs: Path) -> None:
     """The other run's reward model may be larger than the policy."""
-    from placement.models.architecture import preset_config
+    from placement.models import preset_config
 
     for stage, shape in (("sft", "s"), ("rm", "m")):
         (runs / "a" / "models" / stage / "config.json").write_text(json.dumps(preset_config(shape)))

@@ -1,11 +1,11 @@
-"""What was published of the original benchmark's capacities, beside what the memory model says with the same settings."""
+"""Published capacities of the original benchmark, compared with the memory model's under the same settings."""
 
 from __future__ import annotations
 
 import pytest
 
-from placement.memory.capacity import PUBLISHED, Published, large_forecast, largest_that_fits, steps_apart
-from placement.models.architecture import Architecture
+from placement.memory.capacity import PUBLISHED, Published, large_estimate, largest_that_fits, steps_apart
+from placement.models import Architecture
 from placement.models.known_models import KNOWN
 from placement.types import GIB
 
@@ -21,10 +21,10 @@ def test_most_are_reproduced_exactly() -> None:
 
 @pytest.mark.parametrize(("nodes", "host"), [(4, 1600), (8, 880)])
 def test_175_billion_parameters_train_on_4_and_on_8_nodes(nodes: int, host: int) -> None:
-    memory = large_forecast(nodes)
+    memory = large_estimate(nodes)
     assert not memory.missing
     held = max(place.used["train"] for place in memory.places if place.name.startswith("each of"))
-    assert 0.7 * host * GIB < held < host * GIB, "host memory carries it: 22 bytes of each parameter over all nodes"
+    assert 0.7 * host * GIB < held < host * GIB, "host memory is the limit: 22 bytes of each parameter over all nodes"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_shapes_that_are_known_by_name(name: str, count: int) -> None:
 
 def test_every_known_shape_is_as_large_as_its_name_says() -> None:
     for name in KNOWN:
-        said, unit = name.rsplit("-", 1)[1][:-1], name[-1].lower()
-        assert Architecture.of(name).parameters == pytest.approx(float(said) * {"m": 1e6, "b": 1e9}[unit], rel=0.25), (
+        size, unit = name.rsplit("-", 1)[1][:-1], name[-1].lower()
+        assert Architecture.of(name).parameters == pytest.approx(float(size) * {"m": 1e6, "b": 1e9}[unit], rel=0.25), (
             name
         )

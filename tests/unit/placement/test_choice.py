@@ -8,7 +8,8 @@ import pytest
 
 from configs.schema import RunConfig
 from placement import Cluster, PlanError
-from placement.memory.auto_strategy import COSTLIER, automatic, kept, resolve
+from placement.memory import auto_roles, keep_resolved, resolve
+from placement.memory.auto_strategy import FASTEST_FIRST
 
 ADAM = {"lr": 1e-5}
 
@@ -22,10 +23,10 @@ def run(path: str = "preset:l", **settings: Any) -> RunConfig:
 
 
 def chosen(cluster: str, config: RunConfig) -> list[str]:
-    made = resolve(config, ["ppo"], Cluster.parse(cluster))
-    assert not automatic(made)
-    assert resolve(made, ["ppo"], Cluster.parse(cluster)) is made
-    return [made.strategy_of(role) for role in ("actor", "critic", "reference")]
+    resolved = resolve(config, ["ppo"], Cluster.parse(cluster))
+    assert not auto_roles(resolved)
+    assert resolve(resolved, ["ppo"], Cluster.parse(cluster)) is resolved
+    return [resolved.strategy_of(role) for role in ("actor", "critic", "reference")]
 
 
 def test_the_fastest_where_there_is_room() -> None:
@@ -33,17 +34,17 @@ def test_the_fastest_where_there_is_room() -> None:
 
 
 def test_larger_models_take_costlier_strategies() -> None:
-    found = [chosen("5x8xA100-80GB,host=2TB", run(f"preset:{size}"))[0] for size in ("l", "6b", "12b", "18b")]
-    ranks = [COSTLIER.index(strategy) for strategy in found]
+    strategies = [chosen("5x8xA100-80GB,host=2TB", run(f"preset:{size}"))[0] for size in ("l", "6b", "12b", "18b")]
+    ranks = [FASTEST_FIRST.index(strategy) for strategy in strategies]
     assert ranks == sorted(ranks)
-    assert len(set(found)) >= 3
+    assert len(set(strategies)) >= 3
 
 
 def test_a_role_takes_a_faster_one_where_that_fits() -> None:
     small = {"model": {"path": "preset:m", "dtype": "bfloat16"}, "train": {"path": "p"}, "optimizer": ADAM}
     actor, critic, _ = chosen("5x8xA100-80GB,host=2TB", run("preset:12b", rm=small))
     assert critic == "ddp"
-    assert COSTLIER.index(actor) > 0
+    assert FASTEST_FIRST.index(actor) > 0
 
 
 def test_nothing_fits_takes_the_tightest() -> None:
@@ -78,11 +79,11 @@ def test_a_run_that_began_keeps_the_type_of_each_model() -> None:
 
     for policy, reward in (("float32", "bfloat16"), ("bfloat16", "float32")):
         old = config(policy, reward)
-        assert kept(config("auto", "auto"), old) == kept(config(policy, "auto"), old) == old
+        assert keep_resolved(config("auto", "auto"), old) == keep_resolved(config(policy, "auto"), old) == old
 
 
 def test_a_run_that_began_keeps_its_strategies() -> None:
     old = run(strategy="zero2", strategies={"critic": "zero1"})
-    made = kept(run(), old)
-    assert [made.strategy_of(role) for role in ("actor", "critic", "reference")] == ["zero2", "zero1", "zero2"]
-    assert kept(run(strategy="ddp"), old).strategy == "ddp"
+    resolved = keep_resolved(run(), old)
+    assert [resolved.strategy_of(role) for role in ("actor", "critic", "reference")] == ["zero2", "zero1", "zero2"]
+    assert keep_resolved(run(strategy="ddp"), old).strategy == "ddp"

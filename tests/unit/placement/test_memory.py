@@ -1,4 +1,4 @@
-"""The memory model: exact parameter counts, what autograd keeps, properties, and one run that was measured."""
+"""The memory model: exact parameter counts, tensors that autograd keeps, properties, and one measured run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,21 @@ from rich.console import Console
 from configs.schema import RunConfig, Strategy
 from configs.zero import ZERO
 from placement import Cluster, PlanError, PlanReport, make_plan, render, with_memory
-from placement.memory.estimate import MemoryEstimate, Place
-from placement.memory.phases import PHASES, Phase, Uses, Work, engine, frozen, received_bytes, sent_bytes, trainer
+from placement.memory import MemoryEstimate, Place
+from placement.memory.phases import (
+    PHASES,
+    PassSize,
+    Phase,
+    UseByPhase,
+    engine_memory,
+    frozen_memory,
+    received_bytes,
+    sent_bytes,
+    trainer_memory,
+)
 from placement.memory.states import Model, Sharding
-from placement.models.activations import Adapters, saved
-from placement.models.architecture import LADDER, Architecture
+from placement.models import LADDER, Adapters, Architecture
+from placement.models.activations import saved_bytes
 from placement.types import GIB, MIB
 
 STRATEGIES: tuple[Strategy, ...] = tuple(ZERO)
@@ -41,8 +51,10 @@ def smollm2(size: int = 4, scalar: bool = False, adapters: Adapters | None = Non
 
 def train(
     model: Model, strategy: Strategy = "ddp", ranks: int = 1, tokens: int = 200, checkpointing: bool = False
-) -> Uses:
-    return trainer(model, Sharding(strategy, ranks, "cpu"), Work(tokens, 66, checkpointing), scores=model.scalar)
+) -> UseByPhase:
+    return trainer_memory(
+        model, Sharding(strategy, ranks, "cpu"), PassSize(tokens, 66, checkpointing), scores=model.scalar
+    )
 
 
 # ---------------------------------------------------------------- parameters
@@ -97,21 +109,21 @@ def test_a_scalar_head_takes_the_place_of_the_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"model_type": "mamba"}, "model_type is 'mamba'"),
-        (OPT | {"ffn_dim": None}, "inner would be None"),
+        (OPT | {"ffn_dim": None}, "inner is None"),
         ({}, "None"),
     ],
 )
-def test_an_unknown_shape_is_told(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_an_unknown_shape_is_told(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         Architecture.of(tmp_path)
 
 
 def test_a_missing_number_is_told() -> None:
-    with pytest.raises(ValueError, match="llama without 'intermediate_size'"):
+    with pytest.raises(ValueError, match="llama: 'intermediate_size' is missing"):
         Architecture.read({k: v for k, v in SMOLLM2.items() if k != "intermediate_size"})
 
 
@@ -154,8 +166,8 @@ def test_counts_are_those_of_transformers_and_of_autograd(kind: str, size: int, 
     mask[1, 30:] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.base_model(input_ids=torch.ones(rows, length, dtype=torch.long), attention_mask=mask, use_cache=False)
-    gathered = rows * length * 64 * size  # for the head, which is left out here
-    predicted = saved(shape, size, rows * length, length, None, False) - gathered
+    gathered = rows * length * 64 * size  # for the head, which does not run here
+    predicted = saved_bytes(shape, size, rows * length, length, None, False) - gathered
     assert sum(kept.values()) == pytest.approx(predicted, rel=0.02)
 
 
@@ -177,11 +189,13 @@ def test_no_part_is_negative_and_the_total_is_their_sum(
     model, sharding, work = (
         smollm2(size, scalar, adapters),
         Sharding(strategy, ranks, device),
-        Work(400, 66, checkpointing),
+        PassSize(400, 66, checkpointing),
     )
-    learning = trainer(model, sharding, work, scores=scalar, published=sent_bytes(model, sharding, MIB, "object_store"))
-    serving = engine(model, device, 1, GIB, 64, received_bytes(model, MIB, "nccl"), 2 * GIB)
-    for uses in (learning, serving, frozen([model, model], sharding, work), frozen([], sharding, work)):
+    learning = trainer_memory(
+        model, sharding, work, scores=scalar, published=sent_bytes(model, sharding, MIB, "object_store")
+    )
+    serving = engine_memory(model, device, 1, GIB, 64, received_bytes(model, MIB, "nccl"), 2 * GIB)
+    for uses in (learning, serving, frozen_memory([model, model], sharding, work), frozen_memory([], sharding, work)):
         assert tuple(uses) == PHASES
         for use in uses.values():
             for place in use.places().values():
@@ -246,7 +260,7 @@ def test_checkpointing_keeps_less() -> None:
 def test_smollm2_as_measured() -> None:
     """Full training in float32, one rank, ddp, micro-batches of 200 tokens; proportional set sizes on CPU, GiB."""
     actor, critic = train(smollm2()), train(smollm2(scalar=True))
-    serving = engine(
+    serving = engine_memory(
         smollm2(), "cpu", 1, int(0.1 * GIB), 64, received_bytes(smollm2(), 128 * MIB, "object_store"), None
     )
     assert actor["train"].host.total / GIB == pytest.approx(3.13, rel=0.15)  # 3.06 to 3.2
@@ -275,13 +289,13 @@ def planned(folder: Path, cluster: str, shape: dict[str, Any] | None = None, **s
     return with_memory(config, make_plan(config, "ppo", Cluster.parse(cluster)))
 
 
-def known(plan: PlanReport) -> MemoryEstimate:
+def estimate_of(plan: PlanReport) -> MemoryEstimate:
     assert isinstance(plan.memory, MemoryEstimate)
     return plan.memory
 
 
 def place(plan: PlanReport, start: str) -> Place:
-    return next(place for place in known(plan).places if place.name.startswith(start))
+    return next(place for place in estimate_of(plan).places if place.name.startswith(start))
 
 
 def text(plan: PlanReport) -> str:
@@ -292,29 +306,29 @@ def text(plan: PlanReport) -> str:
 
 def test_roles_of_one_machine_add_up(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x4cpu,host=64GB", recovery={"snapshot_every": None})
-    roles, node = known(plan).roles, place(plan, "node-0")
+    roles, node = estimate_of(plan).roles, place(plan, "node-0")
     phases: tuple[Phase, ...] = ("load", "train", "generate", "score")
     for phase in phases:
         assert node.used[phase] == sum(role.uses[phase].host.total for role in roles.values())
     assert node.headroom == 64 * GIB - node.used[node.tightest]
-    assert not known(plan).missing
+    assert not estimate_of(plan).missing
     assert "GiB are left" in text(plan)
     assert "does not fit" not in text(plan)
 
 
 def test_roles_of_one_group_take_turns(tmp_path: Path) -> None:
-    apart, run_concurrently = (
+    apart, colocated = (
         place(planned(tmp_path, "1x4cpu,host=64GB", placement={"layout": layout}), "node-0")
         for layout in ("separate", "colocated")
     )
-    assert run_concurrently.used["train"] < apart.used["train"]
-    assert run_concurrently.used["load"] == apart.used["load"]
+    assert colocated.used["train"] < apart.used["train"]
+    assert colocated.used["load"] == apart.used["load"]
 
 
 def test_alike_nodes_stand_once(tmp_path: Path) -> None:
     group = {"roles": ["actor", "critic", "reference", "reward", "rollout"], "devices": 4, "packing": "STRICT_SPREAD"}
     plan = planned(tmp_path, "4x4cpu,host=64GB", placement={"groups": [group]}, strategy="zero2")
-    assert [p.name for p in known(plan).places] == [
+    assert [p.name for p in estimate_of(plan).places] == [
         "node-0",
         "each of 3 nodes, node-1 ...",
     ]  # the first rank saves more
@@ -324,27 +338,30 @@ def test_what_does_not_fit_says_what_would_help(tmp_path: Path) -> None:
     fits = place(planned(tmp_path, "1x4cpu", ppo={"micro_batch_tokens": 4096}), "node-0")
     size = fits.used[fits.tightest] / GIB
     plan = planned(tmp_path, f"1x4cpu,host={size - 1:.2f}GB", ppo={"micro_batch_tokens": 4096})
-    assert known(plan).missing == pytest.approx(GIB, rel=0.01)
-    assert known(plan).advice[0] == "model.gradient_checkpointing=true would fit"
-    assert known(plan).advice[1].startswith("ppo.micro_batch_tokens=")
+    assert estimate_of(plan).missing == pytest.approx(GIB, rel=0.01)
+    assert estimate_of(plan).advice[0] == "model.gradient_checkpointing=true would fit"
+    assert estimate_of(plan).advice[1].startswith("ppo.micro_batch_tokens=")
     assert "does not fit" in text(plan)
-    for line in known(plan).advice:  # tried by the model itself
+    for line in estimate_of(plan).advice:  # the memory model itself tried it
         setting, _, value = line.removesuffix(" would fit").partition("=")
         changes: Any = OmegaConf.to_container(
             OmegaConf.from_dotlist(["ppo.micro_batch_tokens=4096", f"{setting}={value}"])
         )
-        assert not known(planned(tmp_path, f"1x4cpu,host={size - 1:.2f}GB", **changes)).missing, line
+        assert not estimate_of(planned(tmp_path, f"1x4cpu,host={size - 1:.2f}GB", **changes)).missing, line
 
 
 def test_what_can_never_fit(tmp_path: Path) -> None:
-    (line,) = known(planned(tmp_path, "1x4cpu,host=2GB")).advice
+    (line,) = estimate_of(planned(tmp_path, "1x4cpu,host=2GB")).advice
     assert "would still be missing: it takes more memory" in line
 
 
 def test_gpus(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x8xA100-80GB,host=1TB")
-    assert {p.name for p in known(plan).places} == {"node-0", *(f"each GPU of {role}" for role in known(plan).roles)}
-    assert all(p.size == 80 * GIB for p in known(plan).places if "GPU" in p.name)
+    assert {p.name for p in estimate_of(plan).places} == {
+        "node-0",
+        *(f"each GPU of {role}" for role in estimate_of(plan).roles),
+    }
+    assert all(p.size == 80 * GIB for p in estimate_of(plan).places if "GPU" in p.name)
     engine_gpu = place(plan, "each GPU of rollout")
     assert engine_gpu.used["generate"] == pytest.approx(0.4 * 80 * GIB, rel=1e-6)
     assert "actor, GPU" in text(plan)
@@ -352,13 +369,13 @@ def test_gpus(tmp_path: Path) -> None:
 
 def test_a_gpu_of_unknown_size_gets_no_verdict(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x8xL4")
-    assert not known(plan).missing
+    assert not estimate_of(plan).missing
     assert "is not known" in text(plan)
 
 
 def test_an_engine_without_room_for_a_sequence_is_told(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x8xA100-80GB,host=1TB", rollout={"gpu_memory_share": 0.01})
-    assert any(line.startswith("rollout.gpu_memory_share: was 0.01") for line in known(plan).warnings)
+    assert any(line.startswith("rollout.gpu_memory_share: was 0.01") for line in estimate_of(plan).warnings)
     assert "rollout.gpu_memory_share: was 0.01" in text(plan)
 
 
@@ -373,19 +390,19 @@ def test_a_cache_without_room_for_a_sequence_is_refused_on_cpu(tmp_path: Path, d
         planned(tmp_path, "1x8cpu", rollout={"kv_cache_gib": 0.99 * exact}, model=model)
     (problem,) = refused.value.problems
     assert problem.setting == "rollout.kv_cache_gib"
-    said = f"{0.99 * exact:g}, but one sequence of 384 tokens (ppo.max_prompt_tokens + rollout.max_new_tokens) needs {needed:g} "
-    assert problem.text.startswith(said)
+    start = f"{0.99 * exact:g}, but one sequence of 384 tokens (ppo.max_prompt_tokens + rollout.max_new_tokens) needs {needed:g} "
+    assert problem.text.startswith(start)
 
 
 @pytest.mark.parametrize(("micro_batch_tokens", "times"), [(4096, 1), (512, 2), (1, 2)])
 def test_both_sides_of_a_pair_count(tmp_path: Path, micro_batch_tokens: int, times: int) -> None:
-    """A pass has as many tokens as the setting says, but one pair of 512 tokens a side at least."""
+    """A pass has as many tokens as the setting allows, but at least one pair of 512 tokens on each side."""
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     supervised = {"train": {"path": "rows.jsonl"}, "optimizer": {"lr": 1e-4}, "micro_batch_tokens": micro_batch_tokens}
     config = RunConfig.model_validate(
         {"name": "run", "model": {"path": str(tmp_path), "dtype": "float32"}, "sft": supervised, "rm": supervised}
     )
-    sft, rm = (known(with_memory(config, make_plan(config, s, Cluster.parse("1x4cpu")))) for s in ("sft", "rm"))
+    sft, rm = (estimate_of(with_memory(config, make_plan(config, s, Cluster.parse("1x4cpu")))) for s in ("sft", "rm"))
     assert sft.phases == rm.phases == ("load", "train", "save")
     kept = [m.roles[r].uses["train"].host.activations for m, r in ((sft, "actor"), (rm, "reward"))]  # type: ignore[index]
     assert kept[1] == times * kept[0]
@@ -399,14 +416,14 @@ def test_a_model_that_is_not_here_leaves_it_out(tmp_path: Path) -> None:
 
 
 def test_as_json(tmp_path: Path) -> None:
-    said = json.loads(json.dumps(planned(tmp_path, "1x4cpu,host=64GB").as_dict()))["memory"]
-    host = said["roles"]["actor"]["train"]["host"]
+    memory = json.loads(json.dumps(planned(tmp_path, "1x4cpu,host=64GB").as_dict()))["memory"]
+    host = memory["roles"]["actor"]["train"]["host"]
     assert host["total"] == sum(size for part, size in host.items() if part != "total")
-    assert said["fits"] is True
-    assert said["places"][0]["tightest"] in said["places"][0]["used"]
+    assert memory["fits"] is True
+    assert memory["places"][0]["tightest"] in memory["places"][0]["used"]
 
 
 def test_a_large_cluster_is_predicted(tmp_path: Path) -> None:
     devices = dict.fromkeys(("actor", "critic", "reference", "reward", "rollout"), 128)
     plan = planned(tmp_path, "64x16xA100-1GB,host=1TB", placement={"devices": devices}, ppo={"prompts_per_step": 1024})
-    assert known(plan).missing
+    assert estimate_of(plan).missing

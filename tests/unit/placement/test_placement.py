@@ -37,7 +37,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def _free(cluster: Cluster) -> Iterator[None]:
-    """Workers of a removed group take a moment to go."""
+    """Wait until the workers of a removed group have ended."""
     yield
     wait_until_free(NODES * GPUS)
 
@@ -111,23 +111,23 @@ def test_the_cluster_is_seen(cluster: Cluster) -> None:
     ],
 )
 def test_groups_lie_as_planned(cluster: Cluster, placement: dict[str, Any]) -> None:
-    made = plan(cluster, placement)
-    with Reservation(made) as groups:
+    result = plan(cluster, placement)
+    with Reservation(result) as groups:
         assert [placement_group_table(group)["name"] for group in groups.values()] == [
-            f"run-{group.name}" for group in made.groups
+            f"run-{group.name}" for group in result.groups
         ]
-        for group in made.groups:
+        for group in result.groups:
             lies = Counter(nodes_of(groups[group.name]))
             assert sorted(lies.values()) == sorted(Counter(group.nodes).values())
             assert groups[group.name].bundle_specs == list(group.bundles)
-        asked = sum(bundle["GPU"] for group in made.groups for bundle in group.bundles)
+        asked = sum(bundle["GPU"] for group in result.groups for bundle in group.bundles)
         wait_until_free(NODES * GPUS - asked)
 
 
 def test_workers_of_a_shared_group_share_its_gpus(cluster: Cluster) -> None:
-    made = plan(cluster, {"layout": "paired", "devices": {"actor": 2}})
-    with Reservation(made) as groups:
-        places = where(made, groups, "actor", "reference")
+    result = plan(cluster, {"layout": "paired", "devices": {"actor": 2}})
+    with Reservation(result) as groups:
+        places = where(result, groups, "actor", "reference")
     for rank in range(2):
         assert places["actor"][rank] == places["reference"][rank]
     node_of, gpus_of = zip(*places["actor"], strict=True)
@@ -137,9 +137,9 @@ def test_workers_of_a_shared_group_share_its_gpus(cluster: Cluster) -> None:
 
 def test_an_engine_lies_on_one_node(cluster: Cluster) -> None:
     placement = {"devices": {"rollout": 12, "actor": 4, "critic": 4, "reference": 4}}
-    made = plan(cluster, placement, rollout={"tensor_parallel": 4})
-    with Reservation(made) as groups:
-        engines = where(made, groups, "rollout")["rollout"]
+    result = plan(cluster, placement, rollout={"tensor_parallel": 4})
+    with Reservation(result) as groups:
+        engines = where(result, groups, "rollout")["rollout"]
     assert len(engines) == 3
     assert all(len(gpus) == 4 for _, gpus in engines)
     assert len({(node, gpu) for node, gpus in engines for gpu in gpus}) == 12
@@ -151,11 +151,11 @@ def test_strict_spread_takes_as_many_nodes(cluster: Cluster) -> None:
         {"roles": ["critic", "reference", "reward"], "devices": 8, "packing": "SPREAD"},
         {"roles": ["rollout"], "devices": 6, "packing": "STRICT_PACK"},
     ]
-    made = plan(cluster, {"groups": groups})
-    with Reservation(made) as reserved:
-        actors = where(made, reserved, "actor")["actor"]
+    result = plan(cluster, {"groups": groups})
+    with Reservation(result) as reserved:
+        actors = where(result, reserved, "actor")["actor"]
         assert len({node for node, _ in actors}) == 4
-        assert len(set(nodes_of(reserved["critic+reference+reward"]))) > 1  # SPREAD is Ray's best effort
+        assert len(set(nodes_of(reserved["critic+reference+reward"]))) > 1  # SPREAD is best effort in Ray
         assert len(set(nodes_of(reserved["rollout"]))) == 1
 
 
@@ -178,10 +178,10 @@ def test_ray_grants_what_the_plan_accepts(cluster: Cluster) -> None:
     while accepted < 20:
         ppo = {"prompts": DATA, "steps": 1, "prompts_per_step": 48, "actor_optimizer": ADAM, "critic_optimizer": ADAM}
         try:
-            made = plan(cluster, {"groups": drawn(draw)}, ppo=ppo)
+            result = plan(cluster, {"groups": drawn(draw)}, ppo=ppo)
         except PlanError:
             continue
-        with Reservation(made):
+        with Reservation(result):
             accepted += 1
         wait_until_free(NODES * GPUS)
 
@@ -192,77 +192,78 @@ def test_groups_are_laid_anew_when_room_comes_late(cluster: Cluster) -> None:
         {"roles": ["reference", "reward"], "devices": 8, "packing": "SPREAD"},
         {"roles": ["rollout"], "devices": 8},
     ]
-    made = plan(cluster, {"groups": groups})
+    result = plan(cluster, {"groups": groups})
     others = placement_group([{"GPU": 1.0}] * NODES, strategy="STRICT_SPREAD")
     assert others.wait(30)
     wait_until_free(NODES * (GPUS - 1))
     leave = threading.Timer(2.0, remove_placement_group, [others])
     leave.start()
-    # By then the spread group lies on every node, and none has the 8 GPUs that the first one wants.
-    with Reservation(made, timeout=60.0) as reserved:
+    # By then the spread group is on every node, and no node has the 8 GPUs that the first group needs.
+    with Reservation(result, timeout=60.0) as reserved:
         assert len(set(nodes_of(reserved["actor+critic"]))) == 1
     leave.join()
 
 
 def test_a_group_that_cannot_be_had_says_what_is_missing(cluster: Cluster) -> None:
-    made = plan(cluster, {"devices": {"actor": 8, "rollout": 2}, "groups": None})
+    result = plan(cluster, {"devices": {"actor": 8, "rollout": 2}, "groups": None})
     others = placement_group([{"GPU": 8.0}] * 3, name="job1-actor")
     assert others.wait(30)
     wait_until_free(8)
     started = time.monotonic()
     try:
         with pytest.raises(PlacementError) as refused:
-            create_groups(made, "late", timeout=3.0)
+            create_groups(result, "late", timeout=3.0)
     finally:
         remove_placement_group(others)
     assert time.monotonic() - started < 10
     text = str(refused.value)
-    # actor (8) is asked for first and fills the last free node; rollout's turn comes after.
+    # actor (8) is requested first and fills the last free node; rollout comes after it.
     assert text.startswith(
-        "placement group late-rollout was not to be had in 3 s (placement.timeout): 2 x (1 GPU + 1 CPU), PACK"
+        "placement group late-rollout could not be reserved within 3 s (placement.timeout): 2 x (1 GPU + 1 CPU), PACK"
     )
-    assert "; GPU is short: 2 asked, 0 there, 2 missing\n" in text
+    assert "; GPU is short: 2 requested, 0 available, 2 missing\n" in text
     assert "\n24 GPU are held by job1\n" in text
     assert (
-        "a longer placement.timeout waits for room; fewer placement.devices, or a smaller placement.cpus_per_device"
+        "a longer placement.timeout waits for free resources; fewer placement.devices or a smaller placement.cpus_per_device"
         in text
     )
     assert "of which late-actor would take a part:" in text
     assert text.count("free 0 of 8 GPU") == NODES - 1
     assert not any(entry["name"].startswith("late-") for entry in placement_group_table().values()), (
-        "nothing was asked for"
+        "no group was requested"
     )
 
 
 def test_who_waits_holds_nothing_and_says_who_does(cluster: Cluster) -> None:
-    made = plan(cluster, {"devices": {"actor": 8, "critic": 4, "rollout": 8}})
+    result = plan(cluster, {"devices": {"actor": 8, "critic": 4, "rollout": 8}})
     others = placement_group([{"GPU": 8.0, "CPU": 4.0}] * 2 + [{"GPU": 1.0}], name="job1-actor+critic")
     assert others.wait(30)
     actor = ray.remote(Worker).options(num_cpus=2).remote()
     ray.get(actor.where.remote(), timeout=60)
-    said: list[str] = []
+    reports: list[str] = []
     held: list[float] = []
     leave = threading.Timer(6.0, remove_placement_group, [others])
 
-    def say(line: str) -> None:
-        said.append(line)
+    def report(line: str) -> None:
+        reports.append(line)
         held.append(NODES * GPUS - ray.available_resources()["GPU"])
         leave.start()
 
-    groups = create_groups(made, "run", 60.0, say)
+    groups = create_groups(result, "run", 60.0, report)
     remove_groups(groups)
     ray.kill(actor)
     leave.join()
-    assert said == [
-        "waiting for room: 2 CPU are held by actors and tasks without a placement group, 17 GPU + 8 CPU are held by job1"
+    assert reports == [
+        "waiting for free resources: 2 CPU are held by actors and tasks without a placement group, "
+        "17 GPU + 8 CPU are held by job1"
     ]
     assert held == [17.0]
 
 
 def test_jobs_that_fit_one_at_a_time_all_get_through(cluster: Cluster) -> None:
-    """Each needs 20 of 32 GPUs in five parts, and gives them back in a moment; they begin together, again and again. That each
-    holds a part, and all wait, must not go on."""
-    made = plan(cluster, {"devices": dict.fromkeys(ROLES, 4)})
+    """Each job needs 20 of 32 GPUs in five groups and releases them soon; all start together, several times. A state in which
+    each job holds a part and all wait must not last."""
+    result = plan(cluster, {"devices": dict.fromkeys(ROLES, 4)})
     begin = threading.Barrier(3, timeout=120)
     errors: list[Exception] = []
 
@@ -270,7 +271,7 @@ def test_jobs_that_fit_one_at_a_time_all_get_through(cluster: Cluster) -> None:
         try:
             for _ in range(3):
                 begin.wait()
-                groups = create_groups(made, name, timeout=30.0)
+                groups = create_groups(result, name, timeout=30.0)
                 time.sleep(0.5)
                 remove_groups(groups)
         except Exception as error:
@@ -286,33 +287,33 @@ def test_jobs_that_fit_one_at_a_time_all_get_through(cluster: Cluster) -> None:
 
 
 def test_a_node_that_is_missing_is_named(cluster: Cluster) -> None:
-    made = plan(cluster, {"groups": [{"roles": list(ROLES), "devices": 8, "packing": "STRICT_PACK"}]})
+    result = plan(cluster, {"groups": [{"roles": list(ROLES), "devices": 8, "packing": "STRICT_PACK"}]})
     others = placement_group([{"GPU": 1.0}] * NODES, strategy="STRICT_SPREAD")
     assert others.wait(30)
     wait_until_free(NODES * (GPUS - 1))
     try:
-        with pytest.raises(PlacementError, match="the most that a node has is 7 GPU"):
-            create_groups(made, "run", timeout=2.0)
+        with pytest.raises(PlacementError, match="the largest node has 7 GPU"):
+            create_groups(result, "run", timeout=2.0)
     finally:
         remove_placement_group(others)
 
 
 def test_a_name_that_is_taken_is_refused_and_nothing_stays(cluster: Cluster) -> None:
-    made = plan(cluster, {})
-    with Reservation(made):
+    result = plan(cluster, {})
+    with Reservation(result):
         with pytest.raises(PlacementError, match="already exists"):
-            create_groups(made, "run", timeout=5.0)
+            create_groups(result, "run", timeout=5.0)
         wait_until_free(NODES * GPUS - len(ROLES))
-    with Reservation(made):  # the names are free again at once
+    with Reservation(result):  # the names are free again at once
         pass
 
 
 def test_ranks_find_their_bundles(cluster: Cluster) -> None:
-    made = plan(cluster, {"devices": {"rollout": 4, "actor": 2}}, rollout={"tensor_parallel": 2})
-    assert [bundle_of(made, "rollout", rank) for rank in range(2)] == [("rollout", 0), ("rollout", 1)]
-    assert bundle_of(made, "actor", 1) == ("actor", 1)
+    result = plan(cluster, {"devices": {"rollout": 4, "actor": 2}}, rollout={"tensor_parallel": 2})
+    assert [bundle_of(result, "rollout", rank) for rank in range(2)] == [("rollout", 0), ("rollout", 1)]
+    assert bundle_of(result, "actor", 1) == ("actor", 1)
     with pytest.raises(IndexError, match="actor has ranks 0 to 1, not 2"):
-        bundle_of(made, "actor", 2)
+        bundle_of(result, "actor", 2)
     shared = {"layout": "colocated", "devices": {"actor": 4}}
     on_cpu = plan(cluster, shared, rollout={"tensor_parallel": 2}, device="cpu")
     assert [bundle_of(on_cpu, "rollout", rank)[1] for rank in range(2)] == [0, 2]

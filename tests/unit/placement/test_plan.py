@@ -1,4 +1,4 @@
-"""Plans without a cluster: arithmetic, placement and refusals."""
+"""Plans without a running cluster: arithmetic, placement and refusals."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from rich.console import Console
 
 from configs.schema import ROLES, Role, RunConfig
 from placement import Cluster, Node, Plan, PlanError, make_plan, render
-from placement.cluster.bin_packing import Packing, Request, free_of, lay, units
-from placement.plan.time_sharing import in_words, time_shared
+from placement.cluster.bin_packing import Packing, Request, place_bundles, total_resources, units
+from placement.plan import time_shared
+from placement.plan.time_sharing import describe
 from placement.types import Stage
 
 DATA, ADAM = {"path": "rows.jsonl"}, {"lr": 1e-4}
@@ -91,40 +92,38 @@ def test_this_machine_is_a_cluster() -> None:
 
 
 def test_two_cores_apart() -> None:
-    made = plan("1x2cpu")
-    assert {role: planned.threads for role, planned in made.roles.items()} == {
+    result = plan("1x2cpu")
+    assert {role: planned.threads for role, planned in result.roles.items()} == {
         "rollout": 2,
         "actor": 1,
         "critic": 1,
         "reference": 1,
         "reward": 1,
     }
-    assert [group.bundles for group in made.groups] == [({"CPU": 0.4},)] * 5
-    assert made.device == "cpu"
-    assert {planned.cpus for planned in made.roles.values()} == {0.4}
-    assert {planned.gpus for planned in made.roles.values()} == {0.0}
+    assert [group.bundles for group in result.groups] == [({"CPU": 0.4},)] * 5
+    assert result.device == "cpu"
+    assert {planned.cpus for planned in result.roles.values()} == {0.4}
+    assert {planned.gpus for planned in result.roles.values()} == {0.0}
 
 
 def test_two_cores_together() -> None:
-    made = plan("1x2cpu", placement={"layout": "colocated"})
-    assert {planned.threads for planned in made.roles.values()} == {2}
-    assert [group.bundles for group in made.groups] == [({"CPU": 2.0},)]
-    assert {planned.cpus for planned in made.roles.values()} == {0.4}
+    result = plan("1x2cpu", placement={"layout": "colocated"})
+    assert {planned.threads for planned in result.roles.values()} == {2}
+    assert [group.bundles for group in result.groups] == [({"CPU": 2.0},)]
+    assert {planned.cpus for planned in result.roles.values()} == {0.4}
 
 
 def test_roles_of_one_group_hold_a_gpu_by_turns_and_a_cpu_says_that_it_cannot() -> None:
-    def said(cluster: str, layout: str) -> tuple[str, set[Role]]:
-        made = plan(cluster, placement={"layout": layout})
-        return in_words(made) or "", {role for role in made.roles if time_shared(made, role)}
+    def described(cluster: str, layout: str) -> tuple[str, set[Role]]:
+        result = plan(cluster, placement={"layout": layout})
+        return describe(result) or "", {role for role in result.roles if time_shared(result, role)}
 
-    assert said("1x8xA100-80GB", "separate") == ("", set())
-    words, roles = said("1x8xA100-80GB", "paired")
-    assert words.startswith("actor + reference; critic + reward hold their GPUs by turns")
+    assert described("1x8xA100-80GB", "separate") == ("", set())
+    text, roles = described("1x8xA100-80GB", "paired")
+    assert text.startswith("actor + reference; critic + reward take turns on their GPUs")
     assert roles == {"actor", "reference", "critic", "reward"}
-    words, roles = said("1x2cpu", "colocated")
-    assert words.startswith(
-        "actor + critic + reference + reward + rollout work by turns; on CPU each keeps what it holds"
-    )
+    text, roles = described("1x2cpu", "colocated")
+    assert text.startswith("actor + critic + reference + reward + rollout take turns; on CPU each keeps its memory")
     assert not roles
 
 
@@ -142,54 +141,54 @@ def test_more_cores_asked_for_are_no_more_threads() -> None:
 
 
 def test_cores_are_divided_so_that_no_bundle_crosses_nodes() -> None:
-    made = plan("2x16cpu")
-    # 32 / 5 = 6.4 would leave the fifth without room: 16 / 6.4 = 2.5 bundles a node.
-    assert {bundle["CPU"] for group in made.groups for bundle in group.bundles} == {5.33}
+    result = plan("2x16cpu")
+    # With 32 / 5 = 6.4 the fifth bundle would not fit: 16 / 6.4 = 2.5 bundles on a node.
+    assert {bundle["CPU"] for group in result.groups for bundle in group.bundles} == {5.33}
 
 
 @pytest.mark.parametrize(("stage", "role"), [("sft", "actor"), ("rm", "reward")])
 def test_supervised_stages_have_one_role(stage: Stage, role: Any) -> None:
-    made = plan("1x4cpu", stage, placement={"layout": "colocated", "devices": {role: 2, "rollout": 3}})
-    assert list(made.roles) == [role]
-    (group,) = made.groups
+    result = plan("1x4cpu", stage, placement={"layout": "colocated", "devices": {role: 2, "rollout": 3}})
+    assert list(result.roles) == [role]
+    (group,) = result.groups
     assert (group.roles, group.bundles) == ((role,), ({"CPU": 2.0},) * 2)
-    assert made.roles[role].threads == 2
-    assert made.batch.per_rank == {role: 16}
+    assert result.roles[role].threads == 2
+    assert result.batch.per_rank == {role: 16}
 
 
 def test_a_run_without_a_critic() -> None:
-    made = plan("1x2cpu", ppo={"critic": False, "advantage": "reinforce"})
-    assert set(made.roles) == {"actor", "reference", "reward", "rollout"}
+    result = plan("1x2cpu", ppo={"critic": False, "advantage": "reinforce"})
+    assert set(result.roles) == {"actor", "reference", "reward", "rollout"}
     paired = plan("1x2cpu", ppo={"critic": False, "advantage": "reinforce"}, placement={"layout": "paired"})
     assert [group.roles for group in paired.groups] == [("actor", "reference"), ("reward",), ("rollout",)]
 
 
 def test_a100s() -> None:
     devices = {"actor": 8, "critic": 8, "reference": 4, "reward": 4, "rollout": 8}
-    made = plan(
+    result = plan(
         "4x8xA100-80GB",
         placement={"devices": devices},
         rollout={"tensor_parallel": 4},
         strategy="zero3",
         ppo={"prompts_per_step": 128, "samples_per_prompt": 4, "mini_batches": 4},
     )
-    rollout = made.roles["rollout"]
+    rollout = result.roles["rollout"]
     assert (rollout.ranks, rollout.devices_per_rank, rollout.gpus, rollout.cpus) == (2, 4, 4.0, 4.0)
-    assert made.group("rollout").bundles == ({"CPU": 4.0, "GPU": 4.0},) * 2
-    assert made.group("actor").bundles == ({"CPU": 1.0, "GPU": 1.0},) * 8
-    assert made.roles["actor"].strategy == "zero3"
+    assert result.group("rollout").bundles == ({"CPU": 4.0, "GPU": 4.0},) * 2
+    assert result.group("actor").bundles == ({"CPU": 1.0, "GPU": 1.0},) * 8
+    assert result.roles["actor"].strategy == "zero3"
     assert rollout.strategy is None
-    assert (made.device, made.roles["actor"].ranks) == ("cuda", 8)
-    assert made.batch.sequences == 512
-    assert made.batch.per_rank == {"actor": 16, "critic": 16}
+    assert (result.device, result.roles["actor"].ranks) == ("cuda", 8)
+    assert result.batch.sequences == 512
+    assert result.batch.per_rank == {"actor": 16, "critic": 16}
 
 
 def test_roles_on_one_gpu_share_it() -> None:
-    made = plan("1x2xA100", placement={"layout": "paired", "cpus_per_device": 2}, device="cpu")
-    assert {planned.gpus for planned in made.roles.values()} == {0.0}
-    made = plan("1x3xA100", placement={"layout": "paired", "cpus_per_device": 2})
-    assert [made.roles[role].gpus for role in ROLES] == [0.5, 0.5, 0.5, 0.5, 1.0]
-    assert [made.roles[role].cpus for role in ROLES] == [1.0, 1.0, 1.0, 1.0, 2.0]
+    result = plan("1x2xA100", placement={"layout": "paired", "cpus_per_device": 2}, device="cpu")
+    assert {planned.gpus for planned in result.roles.values()} == {0.0}
+    result = plan("1x3xA100", placement={"layout": "paired", "cpus_per_device": 2})
+    assert [result.roles[role].gpus for role in ROLES] == [0.5, 0.5, 0.5, 0.5, 1.0]
+    assert [result.roles[role].cpus for role in ROLES] == [1.0, 1.0, 1.0, 1.0, 2.0]
     thirds = [{"roles": ["actor", "critic", "reference"]}, {"roles": ["reward", "rollout"]}]
     assert plan("1x3xA100", placement={"groups": thirds}).roles["actor"].gpus == 0.3333
 
@@ -200,12 +199,12 @@ def test_groups_of_ones_own() -> None:
         {"roles": ["critic", "actor"], "devices": 4, "packing": "STRICT_PACK"},
         {"roles": ["reference", "reward"], "devices": 2, "packing": "SPREAD"},
     ]
-    made = plan("4x8xA100", placement={"groups": groups})
-    rollout, train, score = made.groups
+    result = plan("4x8xA100", placement={"groups": groups})
+    rollout, train, score = result.groups
     assert len(set(rollout.nodes)) == 4
     assert len(set(score.nodes)) == 2
     assert (train.roles, set(train.nodes)) == (("actor", "critic"), set(train.nodes[:1]))
-    # A stage that needs only some of the roles takes their groups and leaves the rest.
+    # A stage that needs only some roles uses only their groups.
     sft = plan("4x8xA100", "sft", placement={"groups": groups})
     assert [(group.roles, len(group.bundles)) for group in sft.groups] == [(("actor",), 4)]
 
@@ -220,15 +219,15 @@ def test_the_hard_groups_are_laid_first() -> None:
 
 
 def test_the_plan_is_shown_and_is_json() -> None:
-    made = plan("4x8xA100-80GB", ppo={"samples_per_prompt": 4, "mini_batches": 2})
+    result = plan("4x8xA100-80GB", ppo={"samples_per_prompt": 4, "mini_batches": 2})
     out = io.StringIO()
-    Console(file=out, width=140).print(render(made))
+    Console(file=out, width=140).print(render(result))
     text = out.getvalue()
     for piece in ("4 nodes with 8 A100 80GB", "assumed", "1 engine", "1 x (1 GPU + 1 CPU)", "node-"):
         assert piece in text
     assert "64 prompts x 4 samples = 256 sequences in a step" in text
     assert "2 mini-batches of 128 sequences = 2 optimizer steps: 128 on the actor rank" in text
-    said = json.loads(json.dumps(made.as_dict()))
+    said = json.loads(json.dumps(result.as_dict()))
     assert said["roles"]["actor"]["gpus"] == 1.0
     assert said["groups"][0]["bundles"] == [{"CPU": 1.0, "GPU": 1.0}]
     assert said["batch"]["prompts"] == 64
@@ -263,7 +262,7 @@ TP2 = {"rollout": {"tensor_parallel": 2}}
         ("1x2cpu", {"placement": {"cpus_per_device": 1}}, "placement.cpus_per_device", ["5 CPU", "has 2", "=0.4"]),
         ("1x8xA100,cpus=4", {}, "placement.cpus_per_device", ["5 CPU", "has 4", "=0.8"]),
         ("2x8xA100,cpus=64", {"placement": {"cpus_per_device": 25}},
-         "placement.cpus_per_device", ["room for 0", "=21.33"]),
+         "placement.cpus_per_device", ["0 fit on the nodes", "=21.33"]),
         ("1x1cpu", {"placement": {"devices": {"actor": 64, "rollout": 64}}}, "placement.devices", ["at most"]),
         ("2x8cpu", {"placement": {"groups": SPREAD}, "ppo": {"prompts_per_step": 3}},
          "placement.groups.0.packing", ["2 have"]),
@@ -303,9 +302,9 @@ def test_what_cannot_be_is_refused(cluster: str, settings: dict[str, Any], setti
 
 @pytest.mark.parametrize(("stage", "role", "what"), [("sft", "actor", "rows"), ("rm", "reward", "pairs")])
 def test_a_supervised_batch_has_a_row_for_each_rank(stage: Stage, role: str, what: str) -> None:
-    made = plan("1x8cpu", stage, placement={"devices": {role: 5}})
-    assert made.batch.words == (f"32 {what} in an optimizer step: 6 or 7 on each of 5 {role} ranks",)
-    assert made.batch.per_rank == {role: 7}
+    result = plan("1x8cpu", stage, placement={"devices": {role: 5}})
+    assert result.batch.description == (f"32 {what} in an optimizer step: 6 or 7 on each of 5 {role} ranks",)
+    assert result.batch.per_rank == {role: 7}
     few = {"train": {"path": "rows.jsonl"}, "batch_size": 4, "optimizer": {"lr": 1e-4}}
     refused = problems("1x8cpu", stage, placement={"devices": {role: 5}}, **{stage: few})
     assert refused == {
@@ -320,17 +319,17 @@ def test_what_does_not_divide_is_shared_out_all_the_same() -> None:
         "mini_batches": 4,
         "ptx": {"coefficient": 1, "batch_size": 5},
     }
-    made = plan("1x16cpu", ppo=ppo, placement={"devices": {"actor": 2, "critic": 3, "reference": 4, "reward": 5}})
-    assert made.batch.words == (
+    result = plan("1x16cpu", ppo=ppo, placement={"devices": {"actor": 2, "critic": 3, "reference": 4, "reward": 5}})
+    assert result.batch.description == (
         "7 prompts x 3 samples = 21 sequences in a step",
         "generate: 7 prompts over 1 engine, balanced by outstanding tokens",
         "score: 21 sequences over 4 reference ranks, 3 critic ranks, 5 reward ranks, balanced by tokens",
         "train: 1 epoch x 4 mini-batches of 5 or 6 sequences = 4 optimizer steps: 2 or 3 on each of 2 actor ranks, "
         "1 or 2 on each of 3 critic ranks",
     )
-    assert made.batch.per_rank == {"actor": 3, "critic": 2}
+    assert result.batch.per_rank == {"actor": 3, "critic": 2}
     one = plan("1x8cpu", ppo={"prompts_per_step": 3, "mini_batches": 3})
-    assert "3 mini-batches of 1 sequence = 3 optimizer steps: 1 on the actor rank" in one.batch.words[-1]
+    assert "3 mini-batches of 1 sequence = 3 optimizer steps: 1 on the actor rank" in one.batch.description[-1]
 
 
 def test_a_stage_without_settings() -> None:
@@ -407,7 +406,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
 
 @st.composite
 def partitions(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Each role in one of up to five groups; now and then one is forgotten."""
+    """Each role in one of up to five groups; sometimes a role is missing."""
     where = draw(st.lists(st.integers(0, 5), min_size=5, max_size=5))
     named = [[role for role, group in zip(ROLES, where, strict=True) if group == index] for index in range(1, 6)]
     return [
@@ -467,11 +466,11 @@ def is_setting(path: str) -> bool:
     return True
 
 
-def check_accepted(made: Plan, asked: RunConfig) -> None:
-    """The groups part the roles, every bundle has room, the policies and the shares hold."""
-    assert sorted(role for group in made.groups for role in group.roles) == sorted(made.roles)
-    free = {node.name: units({"CPU": node.cpus, "GPU": node.gpus}) for node in made.cluster.nodes}
-    for group in made.groups:
+def check_accepted(result: Plan, asked: RunConfig) -> None:
+    """The groups partition the roles, every bundle fits, and policies and shares are respected."""
+    assert sorted(role for group in result.groups for role in group.roles) == sorted(result.roles)
+    free = {node.name: units({"CPU": node.cpus, "GPU": node.gpus}) for node in result.cluster.nodes}
+    for group in result.groups:
         assert len(group.nodes) == len(group.bundles)
         for name, bundle in zip(group.nodes, group.bundles, strict=True):
             for kind, size in units(bundle).items():
@@ -479,18 +478,18 @@ def check_accepted(made: Plan, asked: RunConfig) -> None:
         assert len(set(group.nodes)) == 1 or group.packing != "STRICT_PACK"
         assert len(set(group.nodes)) == len(group.nodes) or group.packing != "STRICT_SPREAD"
     assert all(left >= 0 for node in free.values() for left in node.values())
-    for group in made.groups:
-        workers = [made.roles[role] for role in group.roles]
+    for group in result.groups:
+        workers = [result.roles[role] for role in group.roles]
         for kind, shares in (("CPU", [each.cpus for each in workers]), ("GPU", [each.gpus for each in workers])):
             total, whole = sum(round(10_000 * share) for share in shares), round(10_000 * group.bundles[0].get(kind, 0))
             assert whole - len(shares) < total <= whole
-    assert all(planned.threads >= 1 for planned in made.roles.values())
-    for role, rows in made.batch.per_rank.items():
-        parts = made.roles[role].ranks * made.batch.mini_batches
-        assert rows == math.ceil(made.batch.sequences / parts)
-        assert made.roles[role].ranks <= math.ceil(made.batch.sequences / made.batch.mini_batches), "none is idle"
-    assert made.roles["rollout"].ranks * asked.rollout.tensor_parallel == sum(
-        len(group.bundles) * group.devices_per_bundle for group in made.groups if "rollout" in group.roles
+    assert all(planned.threads >= 1 for planned in result.roles.values())
+    for role, rows in result.batch.per_rank.items():
+        parts = result.roles[role].ranks * result.batch.mini_batches
+        assert rows == math.ceil(result.batch.sequences / parts)
+        assert result.roles[role].ranks <= math.ceil(result.batch.sequences / result.batch.mini_batches), "none is idle"
+    assert result.roles["rollout"].ranks * asked.rollout.tensor_parallel == sum(
+        len(group.bundles) * group.devices_per_bundle for group in result.groups if "rollout" in group.roles
     )
 
 
@@ -498,12 +497,12 @@ def check_accepted(made: Plan, asked: RunConfig) -> None:
 @given(SETTINGS, clusters())
 def test_a_plan_fits_or_names_settings(asked: dict[str, Any], cluster: Cluster) -> None:
     checked = config(**asked)
-    made = outcome(checked, cluster)
-    if isinstance(made, Plan):
-        check_accepted(made, checked)
+    result = outcome(checked, cluster)
+    if isinstance(result, Plan):
+        check_accepted(result, checked)
     else:
-        assert made.problems
-        assert [problem.setting for problem in made.problems if not is_setting(problem.setting)] == []
+        assert result.problems
+        assert [problem.setting for problem in result.problems if not is_setting(problem.setting)] == []
 
 
 @settings(max_examples=300, deadline=None)
@@ -513,8 +512,8 @@ def test_what_would_fit_does(asked: dict[str, Any], cluster: Cluster) -> None:
     for name, value in re.findall(r"placement\.(layout|cpus_per_device)=([\w.]+)", str(refused)):
         change = {name: value if name == "layout" else float(value)}
         idle = outcome(config(**asked | {"placement": asked["placement"] | change}), cluster)
-        if isinstance(idle, PlanError):  # for another reason than room
-            assert not re.search("missing|finds no room", str(idle))
+        if isinstance(idle, PlanError):  # refused for a reason other than free resources
+            assert not re.search("missing|does not fit", str(idle))
 
 
 @settings(max_examples=300, deadline=None)
@@ -532,7 +531,7 @@ def test_one_group_is_laid_wherever_it_can_be(cluster: Cluster, bundle: dict[str
         "STRICT_PACK": max(holds) >= count,
         "STRICT_SPREAD": sum(hold > 0 for hold in holds) >= count,
     }
-    free = free_of(cluster)
-    assert (lay(Request(bundle, count, packing), free) is not None) == possible[packing]
+    free = total_resources(cluster)
+    assert (place_bundles(Request(bundle, count, packing), free) is not None) == possible[packing]
     if not possible[packing]:
-        assert free == free_of(cluster)
+        assert free == total_resources(cluster)

@@ -1,4 +1,4 @@
-"""Roles that share a process: where they are planned, and what is refused before anything starts."""
+"""Roles that share a process: their placement, and the settings that are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from configs import ConfigError, RunConfig, load_config
 from orchestrator.run.run_dir import Run, RunError
-from placement.plan.time_sharing import time_shared
+from placement.plan import time_shared
 from tests.support.micro import write_micro
 from tests.support.runs import check
 from tests.unit.placement.test_plan import plan, problems
@@ -26,16 +26,16 @@ def shared(roles: list[str] = ALL, **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", ["separate", "paired", "colocated"])
 def test_they_lie_in_one_group_and_ask_for_what_all_of_them_ask_for(layout: str) -> None:
-    found = plan("1x8xA100-80GB,cpus=32", **shared(placement={"layout": layout, "devices": {"critic": 2}}))
-    roles = {role: planned for role, planned in found.roles.items() if role != "rollout"}
+    result = plan("1x8xA100-80GB,cpus=32", **shared(placement={"layout": layout, "devices": {"critic": 2}}))
+    roles = {role: planned for role, planned in result.roles.items() if role != "rollout"}
     assert {planned.process_roles for planned in roles.values()} == {("actor", "critic", "reference", "reward")}
     assert {planned.ranks for planned in roles.values()} == {2}
     assert len({(planned.group, planned.threads) for planned in roles.values()}) == 1
     gpus = sum(planned.gpus for planned in roles.values())
     assert gpus == pytest.approx(0.8 if layout == "colocated" else 1.0)
-    assert found.roles["rollout"].process_roles == ("rollout",)
-    # Alone on their devices they keep them; beside an engine's process the two take turns.
-    assert {time_shared(found, role) for role in found.roles} == {layout == "colocated"}
+    assert result.roles["rollout"].process_roles == ("rollout",)
+    # A process alone on its devices keeps them; with an engine's process on them the two take turns.
+    assert {time_shared(result, role) for role in result.roles} == {layout == "colocated"}
 
 
 def test_groups_are_joined_for_those_who_share_alone() -> None:
@@ -49,17 +49,17 @@ def test_groups_are_joined_for_those_who_share_alone() -> None:
 
 
 def test_without_a_critic_and_in_other_stages_there_is_less_to_share() -> None:
-    found = plan("1x8cpu", ppo={"critic": False, "advantage": "reinforce"}, **shared(["actor", "critic"]))
-    assert found.roles["actor"].process_roles == ("actor",)
+    result = plan("1x8cpu", ppo={"critic": False, "advantage": "reinforce"}, **shared(["actor", "critic"]))
+    assert result.roles["actor"].process_roles == ("actor",)
     assert plan("1x8cpu", "rm", **shared()).roles["reward"].process_roles == ("reward",)
 
 
 @pytest.mark.parametrize("roles", [["actor", "reference"], ["critic", "reward"]])
 def test_a_base_that_is_sharded_cannot_be_shared(roles: list[str]) -> None:
-    found = problems("1x8cpu", **shared(roles, strategies={roles[0]: "zero3"}))
-    assert list(found) == [f"strategies.{roles[0]}"]
-    assert found[f"strategies.{roles[0]}"].startswith(
-        f"zero3 shards the parameters of {roles[0]}, which `share` keeps whole"
+    result = problems("1x8cpu", **shared(roles, strategies={roles[0]: "zero3"}))
+    assert list(result) == [f"strategies.{roles[0]}"]
+    assert result[f"strategies.{roles[0]}"].startswith(
+        f"zero3 shards the parameters of {roles[0]}, but `share` needs them whole"
     )
     assert list(problems("1x8cpu", **shared(roles, strategy="zero3"))) == ["strategy"]
     plan("1x8cpu", **shared(roles, strategies={roles[0]: "zero2"}))
@@ -67,9 +67,9 @@ def test_a_base_that_is_sharded_cannot_be_shared(roles: list[str]) -> None:
 
 def test_groups_of_ones_own_that_part_them_are_refused() -> None:
     groups = [{"roles": ["actor", "critic"]}, {"roles": ["reference", "reward"]}, {"roles": ["rollout"]}]
-    found = problems("1x8cpu", **shared(placement={"groups": groups}))
-    assert found == {
-        "share": "actor, critic, reference, reward live in one process, so in one group, but placement.groups.0 holds "
+    result = problems("1x8cpu", **shared(placement={"groups": groups}))
+    assert result == {
+        "share": "actor, critic, reference, reward are in one process and must be in one group, but placement.groups.0 holds "
         "actor, critic, placement.groups.1 holds reference, reward"
     }
 
@@ -95,7 +95,7 @@ def test_settings_that_cannot_be(tmp_path: Path, override: str, says: str) -> No
 
 
 def reward_model(folder: Path, base: Path | None) -> Path:
-    """What tells of which base a reward model is."""
+    """The files that name a reward model's base."""
     (folder / "adapter").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     task = {"task_type": "SEQ_CLS" if base else "CAUSAL_LM", "base_model_name_or_path": str(base)}

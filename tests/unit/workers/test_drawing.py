@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.schema import ModelSettings
-from placement.models.architecture import Architecture
+from placement.models import Architecture
 from workers.models import random_models
 from workers.models.lora import refuse_other_base
 from workers.models.shared_base import SharedBase

@@ -8,7 +8,7 @@ import torch
 
 from configs.schema import ModelSettings
 from configs.zero import ZERO, Home, Strategy
-from placement.memory.states import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENTS
+from placement.memory import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENTS
 
 
 def deepspeed_settings(
