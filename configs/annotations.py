@@ -1,4 +1,4 @@
-"""What a setting may be: type annotations taken apart and put into words."""
+"""Type annotations of settings: parsed into a `Kind`, and described as text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-_WORDS: Mapping[Any, str] = {bool: "true | false", int: "integer", float: "number", str: "text"}
+_TYPE_NAMES: Mapping[Any, str] = {bool: "true | false", int: "integer", float: "number", str: "text"}
 
 
 @dataclass(frozen=True)
-class Called:
-    """In an annotation: what its values are called, in place of `text` and of the pattern that it matches."""
+class DisplayName:
+    """In an annotation: the name of its values in texts, instead of `text` and the pattern that they match."""
 
-    words: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Kind:
     members: tuple[Any, ...]
     """The annotations of a union's members, or the core alone."""
     constraints: tuple[Any, ...] = ()
-    """What `Annotated` and `Field` ask for: Gt, MinLen, a pattern ..."""
+    """Constraints in `Annotated` and `Field`: Gt, MinLen, a pattern ..."""
     discriminator: str | None = None
-    """Name of the field that tells a union's members apart."""
+    """Name of the field that selects a union's member."""
     optional: bool = False
     """None is allowed."""
 
     @property
     def model(self) -> type[BaseModel] | None:
-        """The settings that this is, if it is settings and no choice of several."""
+        """The settings class, if this is exactly one."""
         single = len(self.members) == 1 and isinstance(self.core, type) and issubclass(self.core, BaseModel)
         return self.core if single else None
 
     @property
     def models(self) -> dict[str, type[BaseModel]]:
-        """Of a discriminated union: the value of the discriminator -> settings."""
+        """For a discriminated union: value of the discriminator -> settings class."""
         if not self.discriminator:
             return {}
         return {
@@ -80,7 +80,7 @@ def kind_of_field(model: type[BaseModel], name: str) -> Kind:
 
 
 def kind_of_child(kind: Kind, key: str | int) -> Kind | None:
-    """What stands under a key or an index; None where nothing can."""
+    """The kind of the value under a key or an index; None where there can be none."""
     if kind.model:
         return kind_of_field(kind.model, str(key)) if key in kind.model.model_fields else None
     arguments = get_args(kind.core)
@@ -99,40 +99,40 @@ def choices(kind: Kind) -> tuple[str, ...]:
     return tuple(map(str, get_args(kind.core))) if get_origin(kind.core) is Literal else ()
 
 
-def in_words(kind: Kind) -> str:
-    """For example `integer > 0 or none`."""
+def describe_kind(kind: Kind) -> str:
+    """The allowed values as text, for example `integer > 0 or none`."""
     if kind.discriminator:
         text = f"settings with {kind.discriminator}: {' | '.join(kind.models)}"
     elif len(kind.members) > 1:
-        text = " or ".join(in_words(kind_of(member)) for member in kind.members)
+        text = " or ".join(describe_kind(kind_of(member)) for member in kind.members)
     else:
-        text = _core_in_words(kind)
+        text = _describe_core(kind)
     return text + (" or none" if kind.optional else "")
 
 
-def _core_in_words(kind: Kind) -> str:
+def _describe_core(kind: Kind) -> str:
     arguments = get_args(kind.core)
     if kind.model:
         text = "settings"
-    elif kind.core in _WORDS:
-        called = [note.words for note in kind.constraints if isinstance(note, Called)]
-        if called:
-            return called[0]
-        text = _WORDS[kind.core]
+    elif kind.core in _TYPE_NAMES:
+        names = [note.name for note in kind.constraints if isinstance(note, DisplayName)]
+        if names:
+            return names[0]
+        text = _TYPE_NAMES[kind.core]
     elif get_origin(kind.core) is list:
         least = "".join(f"at least {note.min_length} " for note in kind.constraints if isinstance(note, MinLen))
-        text = f"list of {least}{in_words(kind_of(arguments[0]))}"
+        text = f"list of {least}{describe_kind(kind_of(arguments[0]))}"
     elif get_origin(kind.core) is tuple:
-        text = f"[{', '.join(in_words(kind_of(argument)) for argument in arguments)}]"
+        text = f"[{', '.join(describe_kind(kind_of(argument)) for argument in arguments)}]"
     elif get_origin(kind.core) is dict:
-        text = f"mapping of {' | '.join(choices(kind_of(arguments[0]))) or 'text'} to {in_words(kind_of(arguments[1]))}"
+        text = f"mapping of {' | '.join(choices(kind_of(arguments[0]))) or 'text'} to {describe_kind(kind_of(arguments[1]))}"
     else:
         text = " | ".join(choices(kind))
-    bounds = " and ".join(filter(None, map(_constraint_in_words, kind.constraints)))
+    bounds = " and ".join(filter(None, map(_describe_constraint, kind.constraints)))
     return f"{text} {bounds}".rstrip()
 
 
-def _constraint_in_words(constraint: Any) -> str:
+def _describe_constraint(constraint: Any) -> str:
     match constraint:
         case Gt(gt):
             return f"> {gt:g}"

@@ -1,7 +1,7 @@
-"""How plugins add settings: further kinds of a component, and sections of stages of their own.
+"""How plugins add settings: new kinds of a component, and sections for their own stages.
 
-A plugin's settings are then settings like all others: checked when they are read, with the same error texts, and shown by
-`troupe config`. Importing the module registers them; the setting `plugins` names the modules.
+A plugin's settings behave like all others: they are checked when they are read, with the same error texts, and shown by
+`troupe config`. Importing the module registers them; the setting `plugins` lists the modules.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ S = TypeVar("S", bound=type[Settings])
 
 
 def settings_kind(owner: type[Settings], field: str) -> Callable[[S], S]:
-    """Decorator of a class of settings that `owner.field` may hold too, by the `kind` of the class.
+    """Decorator: allows a class of settings as a value of `owner.field`, chosen by the class's `kind`.
 
-    Raises ValueError where another class has the kind.
+    Raises ValueError where another class has the same kind.
     """
 
     def add(settings: S) -> S:
         info, (kind,) = owner.model_fields[field], choices(kind_of_field(settings, "kind"))
-        known = kind_of_field(owner, field).models.get(kind)
-        if known is not None and known.__module__ != settings.__module__:
-            raise ValueError(f"{field}: the kind {kind!r} is taken by {known.__module__}.{known.__qualname__}")
-        if known is None:
+        registered = kind_of_field(owner, field).models.get(kind)
+        if registered is not None and registered.__module__ != settings.__module__:
+            owner_name = f"{registered.__module__}.{registered.__qualname__}"
+            raise ValueError(f"{field}: the kind {kind!r} is already used by {owner_name}")
+        if registered is None:
             info.annotation = _union(info.annotation, settings)
             _rebuild(owner)
         return settings
@@ -40,10 +41,10 @@ def settings_kind(owner: type[Settings], field: str) -> Callable[[S], S]:
 
 
 def add_section(name: str, settings: type[Settings]) -> None:
-    """Give RunConfig a section `name`, of these settings or none. Raises ValueError where there is such a setting."""
-    known = RunConfig.model_fields.get(name)
-    if known is not None and settings.__module__ not in str(known.annotation):
-        raise ValueError(f"{name}: there is a setting of that name already")
+    """Add an optional section `name` with these settings to RunConfig. Raises ValueError where the name is already used."""
+    existing = RunConfig.model_fields.get(name)
+    if existing is not None and settings.__module__ not in str(existing.annotation):
+        raise ValueError(f"{name}: a setting with this name exists already")
     description = (settings.__doc__ or name).strip().partition("\n")[0]
     annotation = _union(settings, None)
     RunConfig.model_fields[name] = FieldInfo(annotation=annotation, default=None, description=description)
@@ -56,16 +57,16 @@ def _union(*members: Any) -> Any:
 
 
 def _rebuild(owner: type[Settings]) -> None:
-    """Pydantic builds a model's validator once; those of the models around it hold a copy."""
+    """Rebuild the validators: pydantic builds each once, and the models that contain `owner` hold a copy of its validator."""
     models: list[type[Settings]] = [owner, PPOSettings, RunConfig]
     for model in dict.fromkeys(models):
         model.model_rebuild(force=True)
 
 
 def import_plugins(modules: Sequence[str]) -> list[str]:
-    """Import plugins, also from the working folder. Returns a problem, setting first, for each that cannot be imported."""
+    """Import plugins, also from the working folder. Returns a problem, with its setting first, for each failed import."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are looked for from here on
+        sys.path.insert(0, os.getcwd())  # from now on plugins, rewards and judges are found here
     problems = []
     for i, module in enumerate(modules):
         try:

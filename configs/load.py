@@ -1,4 +1,4 @@
-"""Reads a run's settings from YAML and the command line, and says what is wrong with them."""
+"""Reads a run's settings from YAML and the command line, and reports every problem with them."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from configs.annotations import Kind, choices, in_words, kind_of, kind_of_child
+from configs.annotations import Kind, choices, describe_kind, kind_of, kind_of_child
 from configs.extensions import import_plugins
 from configs.schema import RunConfig
 from configs.yaml_values import (
-    DEEPEST,
-    MOST,
-    TooMuch,
-    Typed,
-    fitted,
+    MAX_DEPTH,
+    MAX_VALUES,
+    PlainScalar,
+    TreeTooLarge,
+    accepts,
+    convert,
     is_none,
     is_number,
     read_value,
     read_yaml,
-    takes,
     write_yaml,
 )
 
 _KEY = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 _ENVIRONMENT = (
-    "settings are saved and shown, and may not come from the environment; where the value is no secret, let the shell "
-    "fill it in on the command line: setting=$NAME"
+    "settings are saved and shown, so they may not come from the environment; pass a value that is not secret on the "
+    "command line: setting=$NAME"
 )
 _SHOWN_CHARACTERS = 60
 
 
 class ConfigError(ValueError):
-    """Settings that are refused: every problem on a line of its own, its dotted path first."""
+    """Invalid settings: one line for each problem, with its dotted path first."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -51,10 +51,10 @@ class ConfigError(ValueError):
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """The settings in a YAML file, or in a mapping like it, after the overrides.
+    """The settings in a YAML file, or in a mapping of the same form, with the overrides applied.
 
-    An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is a scalar as it is typed, or a list or mapping in YAML's
-    flow style. `none`, `null` and an empty value mean none, unless they are quoted. Interpolations `${a.b}` are resolved;
+    An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is a scalar as typed, or a list or mapping in YAML's flow
+    style. `none`, `null` and an empty value mean none, unless they are quoted. Interpolations `${a.b}` are resolved;
     `${oc.env:NAME}` is refused: settings are saved and shown, and the environment holds secrets.
 
     Raises:
@@ -69,11 +69,11 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             except ConfigError as error:
                 problems[override] = str(error)
         values = _Resolved(tree, problems)
-    if unknown := import_plugins(_plugins(values.tree)):  # what they register is needed to check the rest
-        raise ConfigError([*problems.values(), *unknown])
+    if failed := import_plugins(_plugins(values.tree)):  # the check of the settings needs what they register
+        raise ConfigError([*problems.values(), *failed])
     try:
-        # Through JSON: only there does pydantic's strict mode (no "3" for 3, no true for 1) take a list for a tuple.
-        plain = fitted(values.tree, kind_of(RunConfig))
+        # Through JSON: only there pydantic's strict mode (no "3" for 3, no true for 1) accepts a list for a tuple.
+        plain = convert(values.tree, kind_of(RunConfig))
         config = RunConfig.model_validate_json(json.dumps(plain, default=str), strict=True)
     except ValidationError as error:
         for details in error.errors():
@@ -85,13 +85,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def _plugins(tree: Any) -> list[str]:
-    """The modules that `plugins` names, as far as it is a list of text; else the check of the settings says what it is."""
-    named = tree.get("plugins") if isinstance(tree, dict) else None
-    return [str(name) for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    """The modules in `plugins`. Values that are not text are left to the check of the settings, which refuses them."""
+    modules = tree.get("plugins") if isinstance(tree, dict) else None
+    return [str(name) for name in modules if isinstance(name, str)] if isinstance(modules, list) else []
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Writes all settings, defaults too; `load_config` gives an equal config. The file appears whole or not at all."""
+    """Writes all settings, with defaults; `load_config` returns an equal config. The file is written whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = write_yaml(_escaped(config.model_dump(mode="json")))
@@ -107,7 +107,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 
 
 def _escaped(value: Any) -> Any:
-    """Text that only looks like an interpolation, written so that it is read as text."""
+    """The values with text that looks like an interpolation escaped, so that it is read back as text."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -128,8 +128,8 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError([f"{path}{line}: not YAML: {error.problem}"]) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{path}: not YAML text: {getattr(error, 'reason', error)}"]) from None
-    except (TooMuch, RecursionError):
-        raise ConfigError([f"{path}: nested too deeply, or too many values"]) from None
+    except (TreeTooLarge, RecursionError):
+        raise ConfigError([f"{path}: nested too deeply, or has too many values"]) from None
     if settings is None or settings == {}:
         raise ConfigError([f"{path}: is empty; at least name and model are needed"])
     if not isinstance(settings, dict):
@@ -139,7 +139,7 @@ def _read(path: Path) -> DictConfig:
 
 def _tree(settings: dict[str, Any], where: str) -> DictConfig:
     try:
-        # By this flag the library keeps values of other types than its own, `Typed` among them.
+        # With this flag the library keeps values of other types than its own, such as `PlainScalar`.
         return OmegaConf.create(settings, flags={"allow_objects": True})
     except OmegaConfBaseException as error:
         raise ConfigError([f"{where}: {_first_line(error)}"]) from None
@@ -156,8 +156,8 @@ def _apply(tree: DictConfig, override: str) -> None:
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or _first_line(error)
         raise ConfigError([f"{key}: the override's value is not YAML: {reason}"]) from None
-    except (TooMuch, RecursionError):
-        raise ConfigError([f"{key}: the override's value is nested too deeply, or holds too many values"]) from None
+    except (TreeTooLarge, RecursionError):
+        raise ConfigError([f"{key}: the override's value is nested too deeply, or has too many values"]) from None
     *parents, last = key.split(".")
     node: DictConfig | ListConfig = tree
     try:
@@ -169,30 +169,30 @@ def _apply(tree: DictConfig, override: str) -> None:
 
 
 def _enter(node: DictConfig | ListConfig, part: str, key: str, where: str) -> DictConfig | ListConfig:
-    """The container under `part`, made where there is none."""
+    """The container under `part`, created where there is none."""
     at = _position(node, part, key, where)
     if isinstance(node, DictConfig) and (at not in node or is_none(node[at])):
         node[at] = {}
     elif OmegaConf.is_interpolation(node, at):
-        node[at] = node[at]  # a copy, so that the override does not reach what the interpolation points to
+        node[at] = node[at]  # a copy, so that the override does not change the interpolation's target
     child = node[at]
     if not isinstance(child, DictConfig | ListConfig):
-        raise ConfigError([f"{key}: nothing can stand below {f'{where}.{part}'.lstrip('.')}, which is a single value"])
+        raise ConfigError([f"{key}: {f'{where}.{part}'.lstrip('.')} is a single value, so it has no settings below it"])
     return child
 
 
 def _position(node: DictConfig | ListConfig, part: str, key: str, where: str) -> Any:
-    """The key or the index that `part` stands for in a container."""
+    """The key or the index that `part` means in a container."""
     if isinstance(node, DictConfig):
         return part
     if not part.isdecimal() or int(part) >= len(node):
-        raise ConfigError([f"{key}: {where} is a list of {len(node)}; {part} is not one of its indices, from 0"])
+        raise ConfigError([f"{key}: {where} is a list of {len(node)} and has no index {part}; indices start at 0"])
     return int(part)
 
 
 @contextmanager
 def _environment_refused() -> Iterator[None]:
-    """Whatever way an interpolation is written, it does not reach the environment."""
+    """While this is active, no form of interpolation can read the environment."""
 
     def refuse(*_: Any) -> None:
         raise ConfigError([_ENVIRONMENT])
@@ -205,7 +205,7 @@ def _environment_refused() -> Iterator[None]:
 
 
 class _Resolved:
-    """Plain values of a tree, and which of them came from interpolations."""
+    """The plain values of a tree, and the interpolations that some of them came from."""
 
     def __init__(self, tree: DictConfig, problems: dict[str, str]) -> None:
         self.problems = problems
@@ -213,14 +213,14 @@ class _Resolved:
         self._count = 0
         try:
             self.tree = self._container(tree, "")
-        except (TooMuch, RecursionError):
-            text = "settings: too many, nested too deeply, or interpolations that go round in a circle"
+        except (TreeTooLarge, RecursionError):
+            text = "settings: too many values, nested too deeply, or circular interpolations"
             raise ConfigError([*problems.values(), text]) from None
 
     def _container(self, node: DictConfig | ListConfig, prefix: str) -> Any:
         self._count += len(node)
-        if prefix.count(".") > DEEPEST or self._count > MOST:
-            raise TooMuch
+        if prefix.count(".") > MAX_DEPTH or self._count > MAX_VALUES:
+            raise TreeTooLarge
         raw: Any = OmegaConf.to_container(node, resolve=False)
         if isinstance(node, ListConfig):
             return [self._item(node, index, raw[index], f"{prefix}{index}") for index in range(len(node))]
@@ -239,13 +239,13 @@ class _Resolved:
         except OmegaConfBaseException as error:
             reason = _first_line(error).removeprefix("ConfigError raised while resolving interpolation: ")
             if "oc.decode" in str(raw) and _ENVIRONMENT not in reason:
-                reason = "cannot be decoded"  # the library's reason shows the whole text
+                reason = "cannot be decoded"  # the library's reason contains the whole text
             self.problems[path] = f"{path}: was {raw}: {reason}"
             return None
         return self._container(value, f"{path}.") if isinstance(value, DictConfig | ListConfig) else value
 
-    def shown(self, path: str, value: Any) -> str:
-        """A value for an error text; never what an interpolation stands for, which is written elsewhere."""
+    def describe(self, path: str, value: Any) -> str:
+        """A value for an error text; for an interpolation its expression, since the value is written elsewhere."""
         parts = path.split(".")
         for depth in range(len(parts), 0, -1):
             origin = self.origins.get(".".join(parts[:depth]))
@@ -257,14 +257,14 @@ class _Resolved:
 
 
 def _brief(value: Any) -> str:
-    """A value for an error text, as it was typed."""
-    text = "nothing" if value == "" and isinstance(value, Typed) else _flow(value)
+    """A value for an error text, as typed."""
+    text = "nothing" if value == "" and isinstance(value, PlainScalar) else _flow(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _flow(value: Any) -> str:
-    """As JSON, but what was not quoted is not quoted here."""
-    if isinstance(value, Typed):
+    """As JSON, but text that was typed without quotes has none here."""
+    if isinstance(value, PlainScalar):
         return str(value)
     if isinstance(value, list):
         return f"[{', '.join(map(_flow, value))}]"
@@ -296,7 +296,7 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             return path, f"{path}: missing; must be {' | '.join(kind.models)}"
         case "union_tag_invalid":
             path = f"{path}.{kind.discriminator}"
-            tag = values.shown(path, _at(values.tree, path.split(".")))
+            tag = values.describe(path, _at(values.tree, path.split(".")))
             return path, f"{path}: was {tag}; must be {' | '.join(kind.models)}"
         case "missing":
             return path, f"{path}: missing; must be {_allowed(kind)}"
@@ -305,25 +305,27 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             path = f"{path}.{details['input']}"
             return path, f"{path}: no such key; {_suggestion(str(details['input']), keys)}"
     value = _at(values.tree, parts)
-    return path, f"{path}: was {values.shown(path, value)}; must be {_allowed(kind)}{_way_out(value, kind)}"
+    return path, f"{path}: was {values.describe(path, value)}; must be {_allowed(kind)}{_hint(value, kind)}"
 
 
-def _way_out(value: Any, kind: Kind) -> str:
-    """What else to write where the value is right but for how it is written."""
-    numeric = takes(kind, int, float)
-    if numeric and isinstance(value, Typed) and value.misread:
+def _hint(value: Any, kind: Kind) -> str:
+    """How to write the value, where only its notation is wrong."""
+    numeric = accepts(kind, int, float)
+    if numeric and isinstance(value, PlainScalar) and value.ambiguous:
         return f", in plain decimal digits (YAML reads {value} as {value.value})"
     if numeric and type(value) is str and is_number(value):
-        return "; a number is written without quotes"
-    no_text = value != "" and is_none(value) if isinstance(value, Typed) else isinstance(value, bool | int | float)
-    return "; where it is meant as text, quote it" if no_text and takes(kind, str) else ""
+        return "; write numbers without quotes"
+    not_text = (
+        value != "" and is_none(value) if isinstance(value, PlainScalar) else isinstance(value, bool | int | float)
+    )
+    return "; quote it if it is text" if not_text and accepts(kind, str) else ""
 
 
 def _locate(location: tuple[str | int, ...]) -> tuple[list[str], Kind, Kind]:
-    """(dotted path, kind of the parent, kind of the place) of an error.
+    """(parts of the dotted path, kind of the parent, kind of the setting) of an error.
 
-    Pydantic mixes names of union members into locations; walking the annotations tells them from keys. Below a union
-    without a discriminator each member complains: the place is then the union itself.
+    Pydantic's locations contain names of union members; following the annotations separates them from keys. For a union
+    without a discriminator pydantic reports an error of each member: the location is then the union itself.
     """
     parts: list[str] = []
     parent = kind = kind_of(RunConfig)
@@ -351,7 +353,7 @@ def _at(tree: Any, parts: Sequence[str]) -> Any:
 
 
 def _from_validator(path: str, kind: Kind, text: str) -> str:
-    """Validators that look at several settings start their text with the name of the one to change."""
+    """A validator that checks several settings starts its text with the name of the setting to change."""
     name = text.partition(":")[0].partition(".")[0]
     own = kind.model is not None and name in kind.model.model_fields
     return f"{path}.{text}".lstrip(".") if own else f"{path}: {text}".removeprefix(": ")
@@ -359,12 +361,12 @@ def _from_validator(path: str, kind: Kind, text: str) -> str:
 
 def _allowed(kind: Kind) -> str:
     if not kind.model:
-        return in_words(kind)
+        return describe_kind(kind)
     return f"settings ({', '.join(kind.model.model_fields)}){' or none' if kind.optional else ''}"
 
 
 def _nearest(name: str, parent: Kind) -> str:
-    from configs.reference import describe  # only needed when something is wrong
+    from configs.reference import describe  # needed only for an error
 
     names = list(parent.model.model_fields) if parent.model else []
     if not difflib.get_close_matches(name, names, n=1):

@@ -1,4 +1,4 @@
-"""The reference of all settings, made from the schema: `python -m configs.reference > docs/settings.md`."""
+"""The reference of all settings, generated from the schema: `python -m configs.reference > docs/settings.md`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from configs.annotations import Kind, in_words, kind_of, kind_of_field
+from configs.annotations import Kind, describe_kind, kind_of, kind_of_field
 from configs.schema import RunConfig
 
 
@@ -20,18 +20,18 @@ class Setting:
     """One line of the reference."""
 
     path: str
-    """Dotted; `[]` stands for an index."""
+    """Dotted; `[]` means any index."""
     type: str
-    """What it may be, in words."""
+    """Its allowed values as text."""
     default: str
-    """As YAML, `required`, `none`, or `below` for settings whose parts have their own."""
+    """As YAML, `required`, `none`, or `below` for a section whose settings have their own defaults."""
     meaning: str
     when: str = ""
-    """The choice that has this setting, where not all have it: `kind: function`."""
+    """The kinds that have this setting, where not all have it: `kind: function`."""
 
 
 def describe() -> list[Setting]:
-    """All settings in the schema's order, a group of settings before its parts."""
+    """All settings in the schema's order, a section before its settings."""
     return list(_settings(RunConfig, ""))
 
 
@@ -40,14 +40,14 @@ def settings_markdown() -> str:
     lines = [
         "# Settings",
         "",
-        "All settings of a run, generated from configs/schema.py by `python -m configs.reference > docs/settings.md`.",
-        "On the command line any of them is set by `path=value`, for example `ppo.steps=20`; an item of a list",
-        "(`[]` below) by its index, `ppo.rewards.0.weight=2`. In the file and in values `${other.path}` stands for",
-        "another setting's value.",
+        "All settings of a run, generated from configs/schema/ by `python -m configs.reference > docs/settings.md`.",
+        "On the command line `path=value` sets one of them, for example `ppo.steps=20`. An item of a list (`[]` below)",
+        "is set by its index: `ppo.rewards.0.weight=2`. In the file and in values `${other.path}` means the value of",
+        "another setting.",
         "",
-        "`none`, `null` and an empty value mean none, in the file and on the command line; text that looks so is quoted. Other",
-        "text is taken as it is typed: `name=0123` needs no quotes. A list or a mapping has YAML's form,",
-        "`placement.devices={actor: 2}`. In paths `~` is the home folder of whoever starts the run.",
+        "`none`, `null` and an empty value mean none, in the file and on the command line; quote them to mean text. Other",
+        "text is used as typed: `name=0123` needs no quotes. Lists and mappings are written in YAML:",
+        "`placement.devices={actor: 2}`. In paths `~` is the home folder of the user who starts the run.",
         "",
         *_table(setting for setting in describe() if "." not in setting.path and "[" not in setting.path),
     ]
@@ -58,7 +58,7 @@ def settings_markdown() -> str:
 
 
 def _table(settings: Iterator[Setting]) -> Iterator[str]:
-    yield "| Setting | May be | Default | Meaning |"
+    yield "| Setting | Allowed values | Default | Meaning |"
     yield "| --- | --- | --- | --- |"
     for setting in settings:
         meaning = f"({setting.when}) {setting.meaning}" if setting.when else setting.meaning
@@ -71,7 +71,7 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         kind = kind_of_field(model, name)
         path = f"{prefix}{name}"
-        yield Setting(path, in_words(kind), _default(field), " ".join((field.description or "").split()))
+        yield Setting(path, describe_kind(kind), _default(field), " ".join((field.description or "").split()))
         yield from _below(kind, path)
 
 
@@ -85,18 +85,18 @@ def _below(kind: Kind, path: str) -> Iterator[Setting]:
 
 
 def _choice(kind: Kind, prefix: str) -> Iterator[Setting]:
-    """The settings of a discriminated union's members; those that all share come once."""
+    """The settings of a discriminated union's members; settings that several members share are listed once."""
     tag = f"{prefix}{kind.discriminator}"
     meanings = "; ".join(f"{name}: {_summary(model)}" for name, model in kind.models.items())
     yield Setting(tag, " | ".join(kind.models), "required", meanings)
     members = {name: list(_settings(model, prefix)) for name, model in kind.models.items()}
-    seen: set[Setting] = set()
+    listed: set[Setting] = set()
     for settings in members.values():
         for setting in settings:
-            if setting.path == tag or setting in seen:
+            if setting.path == tag or setting in listed:
                 continue
-            seen.add(setting)
-            names = [name for name, theirs in members.items() if setting in theirs]
+            listed.add(setting)
+            names = [name for name, own in members.items() if setting in own]
             shared = len(names) == len(members)
             yield setting if shared else replace(setting, when=f"{kind.discriminator}: {', '.join(names)}")
 

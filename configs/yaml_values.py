@@ -1,7 +1,7 @@
-"""YAML read so that no text is lost: a plain scalar that YAML takes for a number, a truth value or none keeps its text.
+"""Reads YAML without losing text: a plain scalar that YAML reads as a number, a truth value or none also keeps its text.
 
-Which of the two a setting gets depends on what the setting may be (`fitted`): of `0123` a name gets the text, of `10` a number of
-steps gets the number. Only what is quoted is text for every setting.
+The type of the setting decides which of the two it gets (`convert`): from `0123` a name gets the text, from `10` a number of
+steps gets the number. Only quoted text is text for every setting.
 """
 
 from __future__ import annotations
@@ -15,37 +15,36 @@ from yaml.constructor import ConstructorError
 
 from configs.annotations import Kind, choices, kind_of, kind_of_child
 
-DEEPEST = 30
-"""Levels of a tree of settings, at most."""
-MOST = 10_000
-"""Values in a tree of settings, at most."""
+MAX_DEPTH = 30
+"""Most levels of a tree of settings."""
+MAX_VALUES = 10_000
+"""Most values in a tree of settings."""
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT, _NONE, _INTEGER, _FLOAT, _MERGE = (_TAG + name for name in ("str", "null", "int", "float", "merge"))
 
 
-class TooMuch(Exception):
-    """A value lies deeper than any setting, or there are more than any run has: aliases or interpolations lead back to where they
-    stand, or each stands for several."""
+class TreeTooLarge(Exception):
+    """A tree is deeper or has more values than any run's settings: aliases or interpolations are circular, or multiply."""
 
 
-class Typed(str):
-    """A plain scalar that YAML takes for a number, a truth value or none. As text it is what was typed."""
+class PlainScalar(str):
+    """A plain scalar that YAML reads as a number, a truth value or none. Its text is what was typed."""
 
     value: int | float | bool | None
-    """What YAML takes it for."""
+    """The value that YAML reads."""
 
     def __new__(cls, text: str, value: int | float | bool | None) -> Self:
-        made = super().__new__(cls, text)
-        made.value = value
-        return made
+        scalar = super().__new__(cls, text)
+        scalar.value = value
+        return scalar
 
-    def __getnewargs__(self) -> tuple[str, Any]:  # type: ignore[override]  # copies keep the value
+    def __getnewargs__(self) -> tuple[str, Any]:  # type: ignore[override]  # so that copies keep the value
         return str(self), self.value
 
     @property
-    def misread(self) -> bool:
-        """Whether people read these digits otherwise than YAML 1.1, in which 010 is octal, and 1:30 is 90."""
+    def ambiguous(self) -> bool:
+        """Whether people read these digits differently from YAML 1.1, in which 010 is octal and 1:30 is 90."""
         if isinstance(self.value, bool) or self.value is None:
             return False
         digits = self.lstrip("+-").replace("_", "")
@@ -53,12 +52,12 @@ class Typed(str):
 
 
 def is_none(value: Any) -> bool:
-    """Whether a value stands for none: `none`, `null`, `~` or nothing, none of them quoted."""
-    return value is None or (isinstance(value, Typed) and value.value is None)
+    """Whether a value means none: an unquoted `none`, `null`, `~` or nothing."""
+    return value is None or (isinstance(value, PlainScalar) and value.value is None)
 
 
 def is_number(text: str) -> bool:
-    """Whether text would be a number if it were not quoted."""
+    """Whether text would be a number without its quotes."""
     return _plain_tag(text) in (_INTEGER, _FLOAT)
 
 
@@ -70,12 +69,12 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for something else than text."""
+    """Quotes text that `_Loader` would not read as text."""
 
 
-for _either in (_Loader, _Dumper):
-    _either.add_implicit_resolver(_NONE, re.compile("^(?:none|None|NONE)$"), ["n", "N"])
-    _either.add_implicit_resolver(
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(_NONE, re.compile("^(?:none|None|NONE)$"), ["n", "N"])
+    _class.add_implicit_resolver(
         _FLOAT,
         re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
         list("-+.0123456789"),
@@ -87,12 +86,12 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_yaml(source: bytes | str) -> Any:
-    """The only document of a YAML text, as dicts with text as keys, lists, text and `Typed`; None where it is empty.
+    """The single document of a YAML text: dicts with text keys, lists, text and `PlainScalar`; None where it is empty.
 
     Raises:
-        yaml.YAMLError: it is not YAML, or holds a tag that settings have no use for, or a key twice.
-        TooMuch: it is nested too deeply, or its aliases stand for too many values.
-        RecursionError: it is nested more deeply still.
+        yaml.YAMLError: it is not YAML, or has a tag that settings do not use, or a duplicate key.
+        TreeTooLarge: it is nested too deeply, or its aliases expand to too many values.
+        RecursionError: it is nested even more deeply.
     """
     loader = _Loader(source)
     try:
@@ -103,8 +102,8 @@ def read_yaml(source: bytes | str) -> Any:
 
 
 def read_value(text: str) -> Any:
-    """What stands behind `a.b=` on the command line: a list, a mapping or quoted text in YAML; else the scalar as it was typed,
-    whatever signs are in it. Errors: see read_yaml."""
+    """The value after `a.b=` on the command line: a list, a mapping or quoted text is read as YAML; any other text is one scalar
+    as typed, whatever characters it has. Errors: see read_yaml."""
     text = text.strip()
     if text.startswith(("[", "{", "'", '"')):
         return read_yaml(text)
@@ -117,12 +116,12 @@ def _plain_tag(text: str) -> str:
 
 
 def write_yaml(tree: Any) -> str:
-    """Plain values as YAML that `read_yaml` reads as the same."""
+    """Plain values as YAML text that `read_yaml` reads back unchanged."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 class _Builder:
-    """Makes values of YAML's nodes. Aliases are counted as often as they are used."""
+    """Builds values from YAML nodes. An alias counts each time it is used."""
 
     def __init__(self, loader: _Loader) -> None:
         self.loader = loader
@@ -130,8 +129,8 @@ class _Builder:
 
     def build(self, node: yaml.Node, depth: int) -> Any:
         self.count += 1
-        if depth > DEEPEST or self.count > MOST:
-            raise TooMuch
+        if depth > MAX_DEPTH or self.count > MAX_VALUES:
+            raise TreeTooLarge
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         if isinstance(node, yaml.MappingNode):
@@ -151,10 +150,10 @@ class _Builder:
             return str(node.value)
         try:
             value = make(node)
-            json.dumps(value)  # a number may be too long for that
-        except (ValueError, LookupError):  # the text does not fit the tag
+            json.dumps(value)  # fails where a number has too many digits
+        except (ValueError, LookupError):  # the text does not match the tag
             return str(node.value)
-        return Typed(node.value, value)
+        return PlainScalar(node.value, value)
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -175,38 +174,40 @@ class _Builder:
         return merged | own
 
 
-# ---------------------------------------------------------------- what settings get
+# ---------------------------------------------------------------- conversion to settings
 
 
-def fitted(value: Any, kind: Kind | None) -> Any:
-    """A tree in which each `Typed` is what its setting can use: a number, a truth value, none, or the text. Where none of these
-    fits it is the text, which is then refused. kind: what may stand there; None: nothing that is known."""
+def convert(value: Any, kind: Kind | None) -> Any:
+    """The tree with each `PlainScalar` replaced by the value that its setting accepts: a number, a truth value, none or text.
+
+    Where none of these fits it becomes text, which validation then refuses. kind: the setting's type, None where unknown.
+    """
     if isinstance(value, dict):
         kind = _with_keys(kind, value)
-        return {key: fitted(item, kind_of_child(kind, key) if kind else None) for key, item in value.items()}
+        return {key: convert(item, kind_of_child(kind, key) if kind else None) for key, item in value.items()}
     if isinstance(value, list):
         kind = _with_items(kind)
-        return [fitted(item, kind_of_child(kind, index) if kind else None) for index, item in enumerate(value)]
-    return _fitted_scalar(value, kind) if isinstance(value, Typed) else value
+        return [convert(item, kind_of_child(kind, index) if kind else None) for index, item in enumerate(value)]
+    return _convert_scalar(value, kind) if isinstance(value, PlainScalar) else value
 
 
-def takes(kind: Kind, *types: type) -> bool:
-    """Whether values of one of these types may stand there."""
+def accepts(kind: Kind, *types: type) -> bool:
+    """Whether the setting may have values of one of these types."""
     return any(kind_of(member).core in types for member in kind.members)
 
 
-def _fitted_scalar(typed: Typed, kind: Kind | None) -> int | float | bool | str | None:
+def _convert_scalar(typed: PlainScalar, kind: Kind | None) -> int | float | bool | str | None:
     if kind is None:
         return typed.value
     if any(str(typed) in choices(kind_of(member)) for member in kind.members):
         return str(typed)
     value = typed.value
-    fits = {bool: takes(kind, bool), int: takes(kind, int, float), float: takes(kind, float)}
-    return value if value is None or (fits[type(value)] and not typed.misread) else str(typed)
+    fits = {bool: accepts(kind, bool), int: accepts(kind, int, float), float: accepts(kind, float)}
+    return value if value is None or (fits[type(value)] and not typed.ambiguous) else str(typed)
 
 
 def _with_keys(kind: Kind | None, value: dict[str, Any]) -> Kind | None:
-    """The member of a union that a mapping is."""
+    """The member of a union that a mapping selects."""
     if kind and kind.discriminator:
         chosen = kind.models.get(str(value.get(kind.discriminator)))
         return kind_of(chosen) if chosen else None
@@ -214,6 +215,6 @@ def _with_keys(kind: Kind | None, value: dict[str, Any]) -> Kind | None:
 
 
 def _with_items(kind: Kind | None) -> Kind | None:
-    """The member of a union that a list is."""
+    """The member of a union that accepts a list."""
     members = [kind_of(member) for member in kind.members] if kind else []
     return next((member for member in members if get_origin(member.core) in (list, tuple)), kind)

@@ -1,4 +1,4 @@
-"""Strategies by name: what each shards over a role's ranks, and where what it shards is kept."""
+"""Strategies by name: which states each one shards over a role's ranks, and where it keeps them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-Home = Literal["device", "host", "nvme"]
+StateLocation = Literal["device", "host", "nvme"]
 
 ALIASES = {
     "colossalai_zero1": "zero1",
@@ -20,38 +20,38 @@ ALIASES = {
     "colossalai_gemini_cpu": "zero3_offload",
     "ddp_offload": "zero1_offload",
 }
-"""Names of Colossal-AI's benchmark, and one that would be missed: without ZeRO DeepSpeed moves nothing to the host."""
+"""Names from Colossal-AI's benchmark, and ddp_offload: DeepSpeed offloads nothing without ZeRO, so it means zero1_offload."""
 
 
-def _ours(name: Any) -> Any:
-    return _told(name) if isinstance(name, str) and name in ALIASES else name
+def _without_alias(name: Any) -> Any:
+    return _resolve_alias(name) if isinstance(name, str) and name in ALIASES else name
 
 
 @cache
-def _told(alias: str) -> str:
-    """What an alias stands for; said once."""
-    logging.getLogger("troupe").warning("strategy: %s is %s here", alias, ALIASES[alias])
+def _resolve_alias(alias: str) -> str:
+    """The strategy that an alias means; logged once per alias."""
+    logging.getLogger("troupe").warning("strategy: %s is an alias of %s", alias, ALIASES[alias])
     return ALIASES[alias]
 
 
 Strategy = Annotated[
     Literal["ddp", "zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload", "zero3_nvme", "auto"],
-    BeforeValidator(_ours),
+    BeforeValidator(_without_alias),
 ]
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What a strategy does with a role's states (ZeRO: Rajbhandari et al. 2020; offload: Ren et al. 2021; NVMe: Rajbhandari
-    et al. 2021)."""
+    """How a strategy shards and offloads a role's states (ZeRO: Rajbhandari et al. 2020; offload: Ren et al. 2021; NVMe:
+    Rajbhandari et al. 2021)."""
 
     stage: int
-    """0: every rank holds everything. 1: it holds a shard of the optimizer's states; 2: of the gradients too; 3: of the
+    """0: every rank holds all states. 1: each rank holds a shard of the optimizer's states; 2: of the gradients too; 3: of the
     parameters too."""
-    optimizer: Home = "device"
-    """Where AdamW's moments are, and its own weights where it has them; there its step runs (from NVMe on the host)."""
-    parameters: Home = "device"
-    """Where the shards of the parameters are between passes."""
+    optimizer: StateLocation = "device"
+    """Location of AdamW's moments and of its own copy of the weights, if any. Its step runs there (with NVMe: on the host)."""
+    parameters: StateLocation = "device"
+    """Location of the parameter shards between passes."""
 
     @property
     def bfloat16_optimizer(self) -> bool:
@@ -69,4 +69,4 @@ ZERO: dict[Strategy, Zero] = {
     "zero3_offload": Zero(3, optimizer="host", parameters="host"),
     "zero3_nvme": Zero(3, optimizer="nvme", parameters="host"),
 }
-"""auto is not among them: it becomes one of these before a run starts."""
+"""Without auto, which becomes one of these before a run starts."""

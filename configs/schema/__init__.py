@@ -1,7 +1,7 @@
 """The settings of a run.
 
 The docstring below a field is its documentation: `troupe config` and docs/settings.md are generated from it.
-A default lives here and nowhere else.
+Each default is defined here and nowhere else.
 """
 
 from configs.schema.base import MAX_SERVED_RANK as MAX_SERVED_RANK

@@ -1,4 +1,4 @@
-"""What all settings have in common: their base class, names of roles, kinds of values."""
+"""Shared by all settings: their base class, names of roles, types of values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from configs.annotations import Called
+from configs.annotations import DisplayName
 
 Role = Literal["actor", "critic", "reference", "reward", "rollout"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
@@ -21,27 +21,27 @@ MAX_SERVED_RANK = 512
 """Highest rank of an adapter that vLLM serves."""
 
 Overlong = Literal["refuse", "cut", "drop"]
-"""What happens to rows that are too long."""
+"""How to treat rows that are too long."""
 
-FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"), Called("module:function")]
+FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"), DisplayName("module:function")]
 
 
 def with_home(path: str) -> str:
-    """A path with a home folder in place of `~` or `~name`. Done where settings are read, so that workers on other nodes, whose
-    home may be another, and a resumed run have the same path. Raises ValueError where no such user is known."""
+    """A path with `~` or `~name` replaced by the home folder. Done when settings are read, so that workers on nodes with another
+    home, and a resumed run, have the same path. Raises ValueError where the user does not exist."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ValueError(f"was {path!r}, but there is no user {path.partition('/')[0]} here")
+        raise ValueError(f"was {path!r}, but this machine has no user {path.partition('/')[0]}")
     if "\0" in path:
-        raise ValueError(f"was {path!r}; a path holds no null character")
+        raise ValueError(f"was {path!r}; a path cannot contain a null character")
     return expanded
 
 
-FilePath = Annotated[str, Field(min_length=1), AfterValidator(with_home), Called("path")]
-ModelPath = Annotated[str, Field(min_length=1), AfterValidator(with_home), Called("folder or hub name")]
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(with_home), DisplayName("path")]
+ModelPath = Annotated[str, Field(min_length=1), AfterValidator(with_home), DisplayName("folder or hub name")]
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are refused, docstrings are descriptions."""
+    """Base class of all settings: unknown keys are refused, docstrings are descriptions."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)

@@ -14,7 +14,7 @@ class DatasetSettings(Settings):
     `data/*.parquet`, a folder written by datasets.save_to_disk, or a hub name."""
 
     path: FilePath | Annotated[list[FilePath], Field(min_length=1)]
-    """File, folder, pattern or hub name; a list of them is read one after the other."""
+    """File, folder, pattern or hub name; the entries of a list are read one after another."""
     split: str | None = None
     """Split, where the dataset has several."""
     configuration: str | None = None
@@ -22,10 +22,10 @@ class DatasetSettings(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     columns: dict[str, str] = {}
-    """Our column -> the dataset's column. Ours: prompt, completion, messages, chosen, rejected, margin, input, tools. Of prompts
-    also a name of one's own -> another column, which reward functions then get under that name."""
+    """Troupe's column -> the dataset's column. Troupe's: prompt, completion, messages, chosen, rejected, margin, input, tools.
+    For prompts also any other name -> a column that reward functions get under that name."""
     limit: PositiveInt | None = None
-    """Use the first so many rows only."""
+    """Use only the first `limit` rows."""
 
     @property
     def paths(self) -> list[str]:
@@ -33,6 +33,6 @@ class DatasetSettings(Settings):
 
     @property
     def name(self) -> str:
-        """For errors and reports: the path, and how many more there are."""
+        """For errors and reports: the first path, and the number of others."""
         first, *others = self.paths
         return f"{first} and {len(others)} more" if others else first

@@ -1,4 +1,4 @@
-"""What carries a run: engines, weight updates, placement, the cluster, deadlines, recovery, checkpoints."""
+"""Infrastructure of a run: engines, weight updates, placement, cluster, deadlines, recovery, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from configs.schema.base import FilePath, Role, Settings
 
 
 class RolloutSettings(Settings):
-    """The vLLM engines."""
+    """vLLM engines."""
 
     max_new_tokens: PositiveInt = 128
-    """Longest answer in tokens."""
+    """Longest response in tokens."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    """Sampling temperature; log-probabilities are taken under it. vLLM would raise lower ones to 0.01."""
+    """Sampling temperature; log-probabilities are computed with it. vLLM would raise lower values to 0.01."""
     ignore_eos: bool = False
-    """Go on to max_new_tokens (for benchmarks)."""
+    """Continue to max_new_tokens after an end token (for benchmarks)."""
     tensor_parallel: PositiveInt = 1
-    """Devices of one engine."""
+    """Number of devices of one engine."""
     max_sequences: PositiveInt = 256
-    """Sequences that an engine works on at a time."""
+    """Most sequences that an engine generates at the same time."""
     kv_cache_gib: PositiveFloat = 1.0
-    """Memory of an engine's key-value cache on CPU, in GiB; one sequence of full length must fit."""
+    """Size of an engine's key-value cache on CPU, in GiB; one sequence of full length must fit."""
     gpu_memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     """Share of a GPU's memory that an engine may use."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile and CUDA graphs: slower start, faster generation. auto: on GPUs."""
+    """Use torch.compile and CUDA graphs: slower start, faster generation. auto: only on GPUs."""
 
 
 class VerifySettings(Settings):
-    """How near engines and exported folders must come to what the trainer computes. Log-probabilities of a few random tokens are
-    compared: of an engine after loading and after every update, of an exported folder read back from disk."""
+    """How closely engines and exported folders must match the trainer. Log-probabilities of a few random tokens are compared: an
+    engine's after loading and after every update, an exported folder's after it was read back from disk."""
 
     float32: PositiveFloat = 1e-4
     """Largest mean |difference| in nats per token for models in float32."""
     bfloat16: PositiveFloat = 0.25
-    """The same for models in bfloat16, whose products are rounded to 8 bits: two ways to compute the same SmolLM2-135M differ by
-    0.09 for random tokens, whose log-probabilities are about -15, and by 0.03 for likely ones."""
+    """The same for models in bfloat16, where products are rounded to 8 bits: two implementations of SmolLM2-135M differ by 0.09
+    for random tokens, with log-probabilities of about -15, and by 0.03 for likely ones."""
 
 
 class PublishSettings(Settings):
@@ -49,8 +49,8 @@ class PublishSettings(Settings):
     bucket_mib: PositiveInt = 128
     """Size of a bucket of weights in MiB."""
     lora: Literal["merged", "adapter"] = "merged"
-    """With `model.lora`. merged: all weights, the adapter added; generation costs nothing more. adapter: it alone is sent, a few
-    percent of the bytes, and applied by the engine's LoRA kernels."""
+    """Weights sent with `model.lora`. merged: all weights, with the adapter added; no extra cost in generation. adapter: only the
+    adapter, a few percent of the bytes, which the engine's LoRA kernels apply."""
 
 
 class GroupSettings(Settings):
@@ -59,98 +59,100 @@ class GroupSettings(Settings):
     roles: Annotated[list[Role], Field(min_length=1)]
     """Roles on the same devices."""
     devices: PositiveInt = 1
-    """Bundles, one device each. A training role has a rank on each; rollout has devices / tensor_parallel engines."""
+    """Number of bundles, each with one device. A training role has a rank on each; rollout has devices / tensor_parallel
+    engines."""
     packing: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
-    """How the bundles lie over nodes."""
+    """How Ray places the bundles on nodes."""
 
 
 class PlacementSettings(Settings):
-    """Which roles share devices, and how many they get."""
+    """Which roles share devices, and how many devices they get."""
 
     layout: Literal["separate", "paired", "colocated"] = "separate"
-    """separate: each role its own group. paired: actor+reference, critic+reward, rollout. colocated: one group."""
+    """separate: one group for each role. paired: actor+reference, critic+reward, rollout. colocated: one group for all."""
     devices: dict[Role, PositiveInt] = {}
-    """Devices of a role in a preset layout (1 where not named; a group takes its largest)."""
+    """Devices of a role in a preset layout (1 where not set; a group gets the devices of its largest role)."""
     groups: list[GroupSettings] | None = None
-    """A partition of the roles of one's own, in place of `layout`."""
+    """A custom partition of the roles into groups, instead of `layout`."""
     cpus_per_device: PositiveFloat | None = None
-    """CPU cores that a bundle asks for; none: 1 beside a GPU; without GPUs all cores, divided among the bundles."""
+    """CPU cores of a bundle; none: 1 with a GPU; without GPUs all cores, divided among the bundles."""
     timeout: PositiveFloat = 120.0
-    """Seconds to wait for the placement groups, also while another run holds their room."""
+    """Seconds to wait for the placement groups, for example while another run holds their resources."""
 
     @model_validator(mode="after")
     def _partition(self) -> Self:
         named = [role for group in self.groups or [] for role in group.roles]
         for role in named:
             if named.count(role) > 1:
-                raise ValueError(f"groups: the role {role} stands in more than one group")
+                raise ValueError(f"groups: the role {role} is in more than one group")
         return self
 
 
 class OffloadSettings(Settings):
-    """Where zero3_nvme keeps what it takes off the devices."""
+    """Disk for the optimizer states of zero3_nvme."""
 
     nvme_path: FilePath | None = None
-    """Folder on each node's fast disk; what a run puts there is gone when its workers are."""
+    """Folder on each node's fast disk; a run's files there are removed when its workers end."""
 
 
 class ClusterSettings(Settings):
     """The Ray cluster."""
 
     address: str | None = None
-    """Running cluster to join: HOST:PORT, or auto for the one on this machine; none: RAY_ADDRESS, else one is started here for
-    the run."""
+    """Running cluster to join: HOST:PORT, or auto for the one on this machine; none: RAY_ADDRESS, or else a new cluster for this
+    run on this machine."""
     dashboard_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
-    """Port of the dashboard of a cluster that the run starts; none: 8265, or the next one that is free."""
+    """Dashboard port of a cluster that the run starts; none: 8265, or the next free port."""
 
 
 class DeadlineSettings(Settings):
-    """Seconds that a call to a worker may take. A phase without a number of its own goes by `first`, `least` and `patience`."""
+    """Seconds that a call to a worker may take. A phase without its own number uses `first`, `least` and `patience`."""
 
     start: PositiveFloat | None = 600.0
-    """Workers start, meet, and load models and data."""
+    """Workers start, connect, and load models and data."""
     generate: PositiveFloat | None = None
-    """An engine writes a step's answers."""
+    """An engine generates a step's responses."""
     score: PositiveFloat | None = None
-    """Reference, critic or reward score a step's answers."""
+    """Reference, critic or reward score a step's responses."""
     train: PositiveFloat | None = None
-    """Actor or critic learn from a step."""
+    """Actor or critic train on a step."""
     publish: PositiveFloat | None = None
     """New weights reach all engines."""
     save: PositiveFloat | None = None
     """Workers save, restore or export."""
     first: PositiveFloat = 1800.0
-    """The first time that a call of its kind is made, when nothing is known of its speed."""
+    """Timeout of the first call of its kind, before its speed is known."""
     least: PositiveFloat = 60.0
-    """Later calls get no less."""
+    """Smallest timeout of later calls."""
     patience: PositiveFloat = 10.0
-    """Later calls get so many times the longest that the latest ones of their kind took, in proportion to what there is to do."""
+    """Timeout of later calls, as a multiple of the slowest recent call of their kind, scaled by the amount of work."""
 
 
 class RecoverySettings(Settings):
     """What happens when a worker dies or hangs."""
 
     restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts of a role within `window`, or within one step; one failure more ends the run. 0: every failure does."""
+    """Most restarts of a role within `window`, or within one step; the next failure ends the run. 0: any failure ends it."""
     window: PositiveFloat = 3600.0
-    """Seconds over which restarts are counted."""
+    """Seconds in which restarts are counted."""
     snapshot_every: PositiveInt | None = 10
-    """Steps between snapshots of the training state, kept in Ray's object store, from which lost steps are replayed; none:
-    they are replayed from the latest checkpoint, or from the stage's start."""
+    """Steps between snapshots of the training state in Ray's object store. Lost steps are replayed from the latest one; none:
+    from the latest checkpoint, or from the stage's start."""
     node_timeout: PositiveFloat = 600.0
-    """Seconds to wait for room elsewhere when a node is lost."""
+    """Seconds to wait for free resources on other nodes when a node is lost."""
     grace: PositiveFloat = 25.0
-    """Seconds that a run asked to stop has to end its step; then it stops at once, with the latest snapshot as checkpoint."""
+    """Seconds for a run that was asked to stop to finish its step; then it stops at once and saves the latest snapshot as
+    checkpoint."""
     refused_steps: PositiveInt = 3
-    """So many training steps in a row without a finite loss and gradient end the run."""
+    """Number of consecutive training steps without finite loss and gradient that ends the run."""
 
 
 class CheckpointSettings(Settings):
-    """Where a run can be taken up again."""
+    """Saved states from which a run can be resumed."""
 
     every: PositiveInt | None = None
     """Steps between checkpoints; none: only when the run is asked to stop."""
     keep: PositiveInt = 2
     """Checkpoints kept per stage."""
     on_error: Literal["stop", "continue"] = "stop"
-    """When a checkpoint or metrics cannot be written, as on a full disk. continue: warn, and try again at the next ones."""
+    """When a checkpoint or metrics cannot be written, for example on a full disk. continue: warn, and try again with the next."""

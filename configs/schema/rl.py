@@ -1,4 +1,4 @@
-"""PPO: the KL penalty, the loss, advantages, evaluation."""
+"""PPO: KL penalty, losses, advantages, evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from configs.schema.training import OptimizerSettings
 
 
 class FixedKL(Settings):
-    """The same coefficient throughout."""
+    """A constant coefficient."""
 
     kind: Literal["fixed"] = "fixed"
     coefficient: NonNegativeFloat = 0.1
@@ -25,35 +25,33 @@ class AdaptiveKL(Settings):
 
     kind: Literal["adaptive"] = "adaptive"
     coefficient: PositiveFloat = 0.1
-    """First value."""
+    """Initial value."""
     target: PositiveFloat = 0.1
-    """Wanted KL in nats per token."""
+    """Target KL in nats per token."""
     horizon: PositiveInt = 2000
-    """Samples over which the coefficient follows."""
+    """Samples over which the coefficient adapts."""
 
 
 class KLSettings(Settings):
     place: Literal["reward", "loss"] = "reward"
-    """reward: taken from each token's reward, which weighs on the tokens before it too. loss: added to the policy's loss token
-    by token, so that no answer gains by being short; its weight is then against advantages as they are trained on: whitened,
-    unless told otherwise."""
+    """reward: subtracted from each token's reward, so earlier tokens are penalized too. loss: added to the policy loss of each
+    token, so short responses gain nothing; its weight is then relative to the advantages as trained on: whitened by
+    default."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator of KL(actor | reference) (Schulman 2020). In the loss k2's gradient is that of
-    KL(actor | reference), k3's that of KL(reference | actor), and k1's is 0 in the mean: refused."""
+    """Per-token estimator of KL(actor | reference) (Schulman 2020). In the loss, k2 has the gradient of
+    KL(actor | reference), k3 that of KL(reference | actor); k1's gradient has mean 0, so it is refused."""
     control: Annotated[FixedKL | AdaptiveKL, Field(discriminator="kind")] = FixedKL()
-    """How the coefficient is chosen."""
+    """Controller of the coefficient."""
 
     @model_validator(mode="after")
     def _pulls(self) -> Self:
         if self.place == "loss" and self.estimator == "k1":
-            raise ValueError(
-                "k1 in the loss has a gradient whose mean is 0: it holds nothing back. Take estimator=k2 or k3."
-            )
+            raise ValueError("k1 in the loss has a gradient with mean 0, so it is no penalty. Use estimator=k2 or k3.")
         return self
 
 
 class PretrainingMix(Settings):
-    """PPO-ptx: a language-modelling loss beside the policy loss (Ouyang et al. 2022)."""
+    """PPO-ptx: a language-modelling loss added to the policy loss (Ouyang et al. 2022)."""
 
     coefficient: PositiveFloat
     """Weight of the loss on the demonstrations."""
@@ -64,111 +62,112 @@ class PretrainingMix(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Answers to held-out prompts, before and after training."""
+    """Responses to held-out prompts, before and after training."""
 
     prompts: DatasetSettings
     """Held-out prompts."""
     every: PositiveInt | None = None
     """Steps between evaluations; none: only before the first step and after the last."""
     samples: PositiveInt = 16
-    """Prompts that the report shows with their answers."""
+    """Prompts that the report shows with their responses."""
     judges: list[Judge] = []
     """Independent judges."""
 
 
 REWARD_METRICS = ("mean", "std")
-"""Last parts of PPO's metrics `reward/...` that are no source's name."""
+"""Last parts of PPO's metrics `reward/...`; no reward source may have such a name."""
 EVALUATION_METRICS = ("reward", "reward_ci_low", "reward_ci_high", "reward_std", "kl", "length", "distinct", "unscored")
-"""Last parts of the metrics `evaluation/...` that are no judge's name."""
+"""Last parts of the metrics `evaluation/...`; no judge may have such a name."""
 
 
 class AnswerLogSettings(Settings):
-    """Answers of training that are kept to be read, in samples/ppo.jsonl of the run's folder."""
+    """Training responses saved for reading, in samples/ppo.jsonl of the run's folder."""
 
     every: PositiveInt = 10
-    """Steps between those of which answers are kept; the first and the last are always among them."""
+    """Steps between saved steps; the first and the last step are always saved."""
     answers: PositiveInt = 8
-    """Answers that are kept of such a step, drawn at random."""
+    """Responses saved of such a step, drawn at random."""
     most_mib: PositiveInt = 64
-    """Largest size of the file in MiB; where it would grow beyond, its oldest steps are dropped."""
+    """Largest size of the file in MiB; beyond it the oldest steps are dropped."""
 
 
 class PPOSettings(Settings):
     """Proximal policy optimization (Schulman et al. 2017) on the reward, with a KL penalty."""
 
     prompts: DatasetSettings
-    """Prompts to answer."""
+    """Training prompts."""
     steps: PositiveInt
     """Rollout-and-train steps."""
     prompts_per_step: PositiveInt = 64
     """Prompts in one step."""
     samples_per_prompt: PositiveInt = 1
-    """Answers to each prompt."""
+    """Responses to each prompt."""
     epochs: PositiveInt = 1
-    """Passes over a step's samples, in the same mini-batches."""
+    """Passes over a step's samples, with the same mini-batches in each."""
     mini_batches: PositiveInt = 1
-    """Optimizer steps in one pass. Their samples differ by one at most; where too few samples have a score there are fewer."""
+    """Optimizer steps in one pass. Their sizes differ by at most one sample. Fewer, if too few samples have a score."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, in one forward pass of one rank."""
     max_prompt_tokens: PositiveInt = 256
     """Longest prompt in tokens."""
     overlong: Overlong = "refuse"
-    """Prompts longer than max_prompt_tokens. refuse: the run does not start. drop: they are left out. cut: their text is cut on
-    the left; of a conversation the oldest turns go first, and the template's headers stay."""
+    """Prompts longer than max_prompt_tokens. refuse: the run does not start. drop: they are not used. cut: their text is cut on
+    the left; a conversation loses its oldest turns first and keeps the template's headers."""
     rewards: Annotated[list[Reward], Field(min_length=1)] = [ModelReward()]
-    """Sources of the reward; their weighted sum is trained on."""
+    """Reward sources; the reward is their weighted sum."""
     max_unscored: Fraction = 0.1
-    """Share of a step's samples that may lack a score; above it the run stops. The others are trained on without them."""
+    """Largest share of a step's samples without a score; above it the run stops. Samples without a score are not trained on."""
     kl: KLSettings = KLSettings()
-    """Penalty for leaving the reference."""
+    """KL penalty to the reference."""
     policy_loss: str = "ppo_clip"
-    """Name in the registry of policy losses: ppo_clip, or reinforce for one update in a step."""
+    """Name of a registered policy loss: ppo_clip, or reinforce (for one update per step)."""
     value_loss: str = "clipped"
-    """Name in the registry of value losses: clipped, mse."""
+    """Name of a registered value loss: clipped, mse."""
     critic: bool = True
-    """Train a critic beside the actor. Without one the settings of its training are not looked at: critic_optimizer,
-    critic_warmup, value_loss, value_clip_range."""
+    """Train a critic beside the actor. Without one the settings of its training are ignored: critic_optimizer, critic_warmup,
+    value_loss, value_clip_range."""
     advantage: str = "gae"
-    """Name in the registry of advantage estimators: gae, which needs the critic, or reinforce. Where critic is false and none is
-    named, it is reinforce."""
+    """Name of a registered advantage estimator: gae (needs the critic) or reinforce. The default is reinforce where critic is
+    false."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
     """Lambda of generalised advantage estimation (Schulman et al. 2016), the estimator gae."""
     clip_range: PositiveFloat = 0.2
-    """Half-width of the clip on the probability ratio, of policy losses that clip: ppo_clip."""
+    """Half-width of the clip on the probability ratio, for policy losses that clip (ppo_clip)."""
     value_clip_range: PositiveFloat = 0.2
     """Half-width of the clip on the change of a value."""
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
-    """Advantages of a step get mean 0 and deviation 1."""
+    """Normalize the advantages of a step to mean 0 and standard deviation 1."""
     whiten_rewards: bool = False
-    """Scores of a step get mean 0 and deviation 1."""
+    """Normalize the scores of a step to mean 0 and standard deviation 1."""
     reward_clip: PositiveFloat | None = None
-    """Scores are cut to [-clip, clip]; none: they are not cut."""
+    """Clip scores to [-clip, clip]; none: no clipping."""
     missing_eos_penalty: NonNegativeFloat = 0.0
-    """Taken from the score of an answer without an end-of-sequence token."""
+    """Subtracted from the score of a response without an end-of-sequence token."""
     target_kl: PositiveFloat | None = None
-    """A step's remaining updates are dropped once the mean KL between the policy that sampled and the present one passes this;
-    none: never."""
+    """Skip a step's remaining updates once the mean KL between the sampling policy and the current one exceeds this; none:
+    never."""
     refuse_kl: PositiveFloat = 10.0
-    """Nats per token; from a step whose mean KL to the reference is larger, or not a number, neither actor nor critic learns."""
+    """Largest mean KL to the reference, in nats per token. A step with a larger KL, or one that is not a number, trains neither
+    actor nor critic."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
-    """First steps in which only the critic learns; fewer than `steps`."""
+    """Number of first steps that train only the critic; fewer than `steps`."""
     ptx: PretrainingMix | None = None
     """Pretraining-loss mix."""
     max_log_prob_gap: PositiveFloat | None = None
-    """Largest mean |difference| between the engine's and the trainer's log-probabilities of a step's answers; beyond it the run
-    stops. none: as `verify` says for the model's dtype."""
+    """Largest mean |difference| between the engine's and the trainer's log-probabilities of a step's responses; beyond it the run
+    stops. none: the bound in `verify` for the model's dtype."""
     actor_optimizer: OptimizerSettings
     """AdamW of the actor."""
     critic_optimizer: OptimizerSettings | None = None
-    """AdamW of the critic; needed where there is one."""
+    """AdamW of the critic; required where `critic` is true."""
     evaluation: EvaluationSettings | None = None
     """Evaluation on held-out prompts."""
     answer_log: AnswerLogSettings | None = AnswerLogSettings()
-    """Answers of training that are kept to be read; none: no answers are kept."""
+    """Training responses saved for reading; none: no responses are saved."""
 
     @property
     def sequences_per_step(self) -> int:
@@ -176,21 +175,21 @@ class PPOSettings(Settings):
 
     @property
     def warmup_steps(self) -> int:
-        """Steps before the actor learns."""
+        """Number of steps before the actor is trained."""
         return self.critic_warmup if self.critic else 0
 
-    def longest_scoring(self, answers: int) -> float:
-        """Seconds that functions, services and judges may take at worst over so many answers, by their own timeouts."""
+    def longest_scoring(self, responses: int) -> float:
+        """Most seconds that functions, services and judges may take for `responses` responses, by their own timeouts."""
         judges = self.evaluation.judges if self.evaluation else []
         timed = [source for source in (*self.rewards, *judges) if not isinstance(source, ModelReward)]
-        return sum(source.longest(answers) for source in timed)
+        return sum(source.longest(responses) for source in timed)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.mini_batches > self.sequences_per_step:
             raise ValueError(
                 f"mini_batches: was {self.mini_batches}, but a step has {self.sequences_per_step} sequences (prompts_per_step "
-                f"{self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt}); up to so many would fit"
+                f"{self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt}); that many or fewer would fit"
             )
         return self
 
@@ -217,12 +216,12 @@ class PPOSettings(Settings):
         updates = self.epochs * self.mini_batches
         if self.policy_loss == "reinforce" and updates > 1:
             raise ValueError(
-                f"policy_loss: was 'reinforce', which is right for one update in a step, but epochs ({self.epochs}) x "
+                f"policy_loss: was 'reinforce', which is correct for one update per step only, but epochs ({self.epochs}) x "
                 f"mini_batches ({self.mini_batches}) make {updates}; epochs 1 and mini_batches 1 would fit, or ppo_clip"
             )
         if all(source.weight == 0 for source in self.rewards):
             raise ValueError(
-                "rewards: every weight is 0, so nothing is rewarded; one at least must have another weight"
+                "rewards: every weight is 0, so there is no reward; at least one weight must differ from 0"
             )
         if self.whiten_rewards and self.sequences_per_step == 1:
             raise ValueError(
@@ -244,11 +243,13 @@ class PPOSettings(Settings):
         names = rewards + [judge.name for judge in judges]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"rewards: the name {name} stands more than once; rewards and judges need one each")
-        for kind, named, taken in (
+                raise ValueError(
+                    f"rewards: the name {name} is used more than once; each reward and judge needs its own"
+                )
+        for setting, own, reserved in (
             ("rewards", rewards, {*REWARD_METRICS, *(f"{name}_std" for name in rewards)}),
             ("evaluation.judges", [judge.name for judge in judges], set(EVALUATION_METRICS)),
         ):
-            if clashes := [name for name in named if name in taken]:
-                raise ValueError(f"{kind}: the name {clashes[0]} is that of a metric; choose another")
+            if clashes := [name for name in own if name in reserved]:
+                raise ValueError(f"{setting}: the name {clashes[0]} is the name of a metric; choose another")
         return self

@@ -1,4 +1,4 @@
-"""All settings of a run, and the rules that hold between its sections."""
+"""All settings of a run, and the rules between its sections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.annotations import Called
+from configs.annotations import DisplayName
 from configs.schema.base import MAX_SERVED_RANK, FilePath, Role, Settings, Shared
 from configs.schema.infra import (
     CheckpointSettings,
@@ -32,39 +32,38 @@ class RunConfig(Settings):
     name: Annotated[
         str,
         Field(pattern=r"^\w[\w.-]{0,62}$"),
-        Called("1 to 63 letters, digits, _ . and -, the first no . and no -"),
+        DisplayName("1 to 63 letters, digits, _ . and -, not starting with . or -"),
     ]
     """Name of the run and of its folder."""
     runs: FilePath = "runs"
-    """Folder that holds the runs' folders."""
+    """Folder for the folders of all runs."""
     start_from: FilePath | None = None
-    """Folder of another run, whose finished models serve where this run does not train its own: the SFT model for rm and ppo, the
-    reward model for ppo. What that run took from a third one serves too. `model.path`, `model.end_tokens`, `chat_template`,
-    `chat_template_args` and `system_prompt` must be as in that run."""
+    """Folder of another run. Its finished models are used where this run does not train its own: the SFT model for rm and ppo,
+    the reward model for ppo; also models that it took from a third run. `model.path`, `model.end_tokens`, `chat_template`,
+    `chat_template_args` and `system_prompt` must be the same as in that run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
     strategy: Strategy = "ddp"
-    """What is sharded over a role's ranks: ddp nothing; zero1 optimizer states; zero2 gradients too; zero3 parameters too.
-    _offload: optimizer states, and under zero3 parameters, in host memory; zero3_nvme: its optimizer states on disk, in
-    `offload.nvme_path`.
-    auto: the fastest that fits, by the plan."""
+    """States that are sharded over a role's ranks. ddp: none; zero1: optimizer states; zero2: gradients too; zero3: parameters
+    too. _offload: optimizer states, and with zero3 parameters, in host memory; zero3_nvme: optimizer states on disk, in
+    `offload.nvme_path`. auto: the fastest that fits by predicted memory."""
     strategies: dict[Role, Strategy] = {}
-    """Another strategy for single roles."""
+    """Strategies of single roles, instead of `strategy`."""
     share: list[Shared] = []
-    """Roles of PPO that one frozen base serves, in one process of each rank, by adapters and heads: actor, critic, reference,
-    reward. Needs `model.lora`; the results are those of the same roles apart."""
+    """PPO roles that share one frozen base in one process of each rank, each with its own adapters and head: actor, critic,
+    reference, reward. Needs `model.lora`; results are the same as without sharing."""
     model: ModelSettings
     """The starting model."""
     plugins: list[str] = []
-    """Modules to import in every process: what they register (estimators, losses) can be named in the settings."""
+    """Modules to import in every process. The components that they register (estimators, losses) can be named in the settings."""
     chat_template: bool = False
-    """Wrap prompts of text in the tokenizer's chat template. Prompts of messages always are."""
+    """Apply the tokenizer's chat template to text prompts. It is always applied to prompts of messages."""
     chat_template_args: dict[str, bool | int | str] = {}
-    """Further variables for the chat template, such as `enable_thinking: false`."""
+    """Additional variables for the chat template, such as `enable_thinking: false`."""
     system_prompt: str | None = None
-    """System message of conversations that have none."""
+    """System message for conversations without one."""
     sft: SFTSettings | None = None
     """Stage 1."""
     rm: RewardModelSettings | None = None
@@ -72,19 +71,19 @@ class RunConfig(Settings):
     ppo: PPOSettings | None = None
     """Stage 3."""
     rollout: RolloutSettings = RolloutSettings()
-    """The engines."""
+    """vLLM engines."""
     publish: PublishSettings = PublishSettings()
-    """Weights to the engines."""
+    """Sending weights to the engines."""
     verify: VerifySettings = VerifySettings()
-    """Proof that engines and exported models compute what was trained."""
+    """Checks that engines and exported models compute the same as the trainer."""
     offload: OffloadSettings = OffloadSettings()
     """Offload to disk."""
     placement: PlacementSettings = PlacementSettings()
-    """Roles to devices."""
+    """Placement of roles on devices."""
     cluster: ClusterSettings = ClusterSettings()
-    """Ray."""
+    """Ray cluster."""
     deadlines: DeadlineSettings = DeadlineSettings()
-    """Deadlines of the calls to workers."""
+    """Deadlines of calls to workers."""
     recovery: RecoverySettings = RecoverySettings()
     """Recovery from faults."""
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -93,7 +92,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _has_demonstrations(self) -> Self:
         if self.ppo and self.ppo.ptx and self.ppo.ptx.data is None and self.sft is None:
-            raise ValueError("ppo.ptx.data: missing; without a section sft there are no demonstrations to take")
+            raise ValueError("ppo.ptx.data: missing; without a section sft there are no demonstrations to use")
         return self
 
     @model_validator(mode="after")
@@ -101,13 +100,15 @@ class RunConfig(Settings):
         if len(self.share) == 1:
             raise ValueError(f"share: {self.share[0]} alone shares nothing; name two roles or more, or none")
         if twice := [role for role in self.share if self.share.count(role) > 1]:
-            raise ValueError(f"share: {twice[0]} stands more than once")
+            raise ValueError(f"share: {twice[0]} is listed more than once")
         if self.share and self.model.lora is None:
-            raise ValueError("share: needs model.lora, which is none: only a base that no role trains serves several")
+            raise ValueError(
+                "share: needs model.lora, which is none: roles can share a base only if none of them trains it"
+            )
         if "critic" in self.share and self.model.lora and self.model.lora.dora:
             raise ValueError(
-                "share: critic is among them and model.lora.dora is true, but DoRA would measure the base's weights, not those "
-                "that the reward model's adapter makes of them; leave one of the two out"
+                "share: includes critic and model.lora.dora is true, but DoRA would normalize by the base's weights, without the "
+                "reward model's adapter; remove one of the two"
             )
         return self
 
@@ -118,27 +119,29 @@ class RunConfig(Settings):
         return self
 
     def _why_merged(self) -> str | None:
-        """What keeps engines from serving this model's adapter beside the weights that they were started with."""
+        """Why engines cannot serve this model's adapter beside the weights that they started with; None where they can."""
         lora = self.model.lora
         if lora is None:
-            return "model.lora is none, so that there is no adapter"
+            return "model.lora is none, so there is no adapter"
         if lora.dora:
             return "vLLM serves no DoRA adapters (model.lora.dora)"
         if lora.rank > MAX_SERVED_RANK:
-            return f"vLLM serves adapters of rank {MAX_SERVED_RANK} at most, and model.lora.rank is {lora.rank}"
+            return f"vLLM serves adapters up to rank {MAX_SERVED_RANK}, and model.lora.rank is {lora.rank}"
         if self.model.quantize:
-            return f"the engines' own weights are not those that model.quantize={self.model.quantize} makes"
+            return (
+                f"the engines' weights differ from the trainer's, which model.quantize={self.model.quantize} quantizes"
+            )
         return None
 
     def gap_bound(self, model: ModelSettings) -> float:
-        """Largest mean |difference| between log-probabilities of the trainer's model and of an engine or an exported folder."""
+        """Largest mean |difference| of log-probabilities between the trainer's model and an engine or exported folder."""
         return self.verify.bfloat16 if model.dtype == "bfloat16" else self.verify.float32
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)
 
-    def learners(self) -> Iterator[tuple[Role, str, ModelSettings]]:
-        """Roles that learn in some stage, and the model that each starts from: its settings' path and its settings."""
+    def trained_models(self) -> Iterator[tuple[Role, str, ModelSettings]]:
+        """Roles that some stage trains; for each the settings of its starting model, and their dotted path."""
         if self.sft or self.ppo:
             yield "actor", "model", self.model
         if self.ppo and self.ppo.critic:
@@ -148,12 +151,12 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _offered(self) -> Self:
-        for role, path, model in self.learners():
+        for role, path, model in self.trained_models():
             strategy = self.strategy_of(role)
             if model.optimizer_dtype == "bfloat16" and strategy != "auto" and not ZERO[strategy].bfloat16_optimizer:
                 names = ", ".join(name for name, zero in ZERO.items() if zero.bfloat16_optimizer)
                 raise ValueError(
-                    f"{path}.optimizer_dtype: was 'bfloat16', which {strategy} of the {role} does not offer; {names} do"
+                    f"{path}.optimizer_dtype: was 'bfloat16', which {strategy} of the {role} does not support; {names} do"
                 )
         if self.offload.nvme_path is None and "zero3_nvme" in (self.strategy, *self.strategies.values()):
             raise ValueError("offload.nvme_path: was none; zero3_nvme needs a folder on a fast disk of every node")

@@ -29,8 +29,8 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from configs import ZERO
 from configs.schema import ModelReward, ModelSettings, Role, RunConfig
-from configs.zero import ZERO
 from orchestrator.run.run_dir import local
 from orchestrator.worker_groups.calls import Call, WorkerGroup, run_concurrently
 from orchestrator.worker_groups.deadlines import BACKWARD, Deadlines, Workload

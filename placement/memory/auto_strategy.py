@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs import ZERO
 from configs.schema import ROLES, Role, RunConfig, Strategy
-from configs.zero import ZERO
 from placement.cluster.spec import Cluster
 from placement.memory.estimate import estimate_memory
 from placement.models.shapes import NO_MODELS, read_shapes
@@ -26,7 +26,7 @@ def is_usable(strategy: Strategy, config: RunConfig, device: Device) -> bool:
         zero.optimizer
     ]
     whole = bool(config.share) or bool(config.model.quantize)
-    narrow = any(model.optimizer_dtype == "bfloat16" for _, _, model in config.learners())
+    narrow = any(model.optimizer_dtype == "bfloat16" for _, _, model in config.trained_models())
     return place_exists and not (whole and zero.stage == 3) and (zero.bfloat16_optimizer or not narrow)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from configs import ZERO, Zero
 from configs.schema import Strategy
-from configs.zero import ZERO, Zero
 from placement.memory.usage import MemoryBreakdown, MemoryUse, at
 from placement.models.activations import FLOAT32, Adapters
 from placement.models.architecture import Architecture

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from configs import ZERO
 from configs.schema import PlacementSettings, Role, RunConfig, Strategy
-from configs.zero import ZERO
 from placement.cluster.bin_packing import Packing, Request
 from placement.types import TRAINED, Device, Problem, Stage
 

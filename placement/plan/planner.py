@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs import ZERO
 from configs.schema import Role, RunConfig
-from configs.zero import ZERO
 from placement.cluster.spec import Cluster
 from placement.models.architecture import Architecture
 from placement.models.shapes import NO_MODELS, longest_row, min_kv_cache, model_settings

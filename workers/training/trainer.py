@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from configs import ZERO
 from configs.schema import ModelSettings, OptimizerSettings
-from configs.zero import ZERO
 from placement.memory import BUCKET_ELEMENTS
 from workers.data import end_tokens, load_tokenizer
 from workers.models.export import write_settings, write_weights

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, what is refused and in which words, the reference."""
+"""Settings: accepted values, refused values and their error texts, the reference."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from configs import ConfigError, RunConfig, load_config, save_config
 from configs.annotations import choices, kind_of
 from configs.reference import describe, settings_markdown
 from configs.schema import EVALUATION_METRICS
-from configs.zero import ALIASES, ZERO, Strategy, _told
+from configs.zero import ALIASES, ZERO, Strategy, _resolve_alias
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,14 +77,14 @@ def test_file_interpolations_and_overrides(tmp_path: Path) -> None:
 def test_names_of_the_original_benchmark_become_ours_and_it_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _told.cache_clear()
+    _resolve_alias.cache_clear()
     text = GOOD + "strategy: colossalai_zero2\nstrategies: {critic: colossalai_gemini_cpu, reference: zero3}\n"
     config = load_config(write(tmp_path, text), ["strategies.actor=colossalai_zero2"])
     assert config.strategy == "zero2"
     assert config.strategies == {"actor": "zero2", "critic": "zero3_offload", "reference": "zero3"}
     assert caplog.messages == [
-        "strategy: colossalai_zero2 is zero2 here",
-        "strategy: colossalai_gemini_cpu is zero3_offload here",
+        "strategy: colossalai_zero2 is an alias of zero2",
+        "strategy: colossalai_gemini_cpu is an alias of zero3_offload",
     ]
     save_config(config, tmp_path / "saved.yaml")
     assert "colossalai" not in (tmp_path / "saved.yaml").read_text()
@@ -99,7 +99,7 @@ def test_each_alias_and_each_name_is_a_strategy() -> None:
 
 @pytest.mark.parametrize("word", ["none", "None", "NONE", "null", "Null", "~", ""])
 def test_none_is_none_wherever_it_may_be(tmp_path: Path, word: str) -> None:
-    """In the file and on the command line; whether it stands for a number, text, a path, settings or a list."""
+    """In the file and on the command line, for a number, text, a path, settings or a list."""
     text = GOOD + f"  target_kl: {word}\ncluster: {{address: {word or 'null'}}}\n"
     section = f"sft={{train: {{path: a, split: {word or 'null'}}}, optimizer: {{lr: 1}}}}"
     overrides = [
@@ -128,7 +128,7 @@ def test_what_is_quoted_is_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["20250101", "1.10", "0123", "1e3", "0x10", "1_0", "yes", "off", "2024-01-01", "3.0"])
 def test_text_is_what_was_typed(tmp_path: Path, name: str) -> None:
-    """Also where YAML would take it for a number or a truth value, as a value and as a key."""
+    """Also where YAML would read a number or a truth value, as a value and as a key."""
     (tmp_path / "typed.yaml").write_text(GOOD.replace("name: run", f"name: {name}"))
     for config in (
         load_config(write(tmp_path, GOOD), [f"name={name}", "model.path=${name}/${name}"]),
@@ -189,15 +189,15 @@ def test_signs_of_yaml_mean_nothing_on_the_command_line(tmp_path: Path, text: st
 
 
 def test_numbers_from_python_that_are_to_be_text_are_refused() -> None:
-    """Whoever parsed `name: 0123` as YAML before has 83."""
+    """A caller that parsed `name: 0123` as YAML has 83."""
     base = {"name": "a", "model": {"path": "m"}, "ppo": {"prompts": {"path": "p"}, "steps": 1}}
     with pytest.raises(ConfigError) as caught:
         load_config(base | {"runs": 83, "device": True, "seed": "1", "cluster": {"address": False}})
     assert [problem for problem in caught.value.problems if "ppo" not in problem] == [
-        "runs: was 83; must be path; where it is meant as text, quote it",
-        'seed: was "1"; must be integer >= 0 and < 2147483648; a number is written without quotes',
+        "runs: was 83; must be path; quote it if it is text",
+        'seed: was "1"; must be integer >= 0 and < 2147483648; write numbers without quotes',
         "device: was true; must be auto | cpu | cuda",
-        "cluster.address: was false; must be text or none; where it is meant as text, quote it",
+        "cluster.address: was false; must be text or none; quote it if it is text",
     ]
 
 
@@ -205,7 +205,7 @@ def test_numbers_from_python_that_are_to_be_text_are_refused() -> None:
 
 
 def test_the_home_folder_stands_for_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everywhere; it is saved as it was at the start, since `~` may mean another folder elsewhere."""
+    """In every path; saved in expanded form, since `~` may mean another folder on another machine."""
     monkeypatch.setenv("HOME", "/home/me")
     config = load_config(
         write(tmp_path, GOOD),
@@ -234,7 +234,7 @@ def test_the_home_folder_stands_for_a_tilde(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_setting_that_names_a_path_knows_the_tilde() -> None:
-    """What is called `path`, `folder` or `runs` in the reference is of a kind that expands it."""
+    """Every setting named `path`, `runs` or `start_from` in the reference has a type that expands it."""
     paths = [setting for setting in describe() if setting.path.endswith(("path", "runs", "start_from"))]
     assert len(paths) > 12
     assert [setting.path for setting in paths if not setting.type.startswith(("path", "folder or hub name"))] == []
@@ -243,9 +243,9 @@ def test_every_setting_that_names_a_path_knows_the_tilde() -> None:
 # ---------------------------------------------------------------- refused
 
 
-NAME = "1 to 63 letters, digits, _ . and -, the first no . and no -"
+NAME = "1 to 63 letters, digits, _ . and -, not starting with . or -"
 BAD: list[tuple[str, str]] = [
-    # what a strategy needs or does not offer
+    # what a strategy needs or does not support
     ("strategy=zero3_nvme", "offload.nvme_path: was none; zero3_nvme needs a folder on a fast disk of every node"),
     (
         "strategies.reference=zero3_nvme",
@@ -257,7 +257,7 @@ BAD: list[tuple[str, str]] = [
     ),
     (
         "model={path: m, dtype: bfloat16, optimizer_dtype: bfloat16}",
-        "model.optimizer_dtype: was 'bfloat16', which ddp of the actor does not offer; zero1, zero2, zero3 do",
+        "model.optimizer_dtype: was 'bfloat16', which ddp of the actor does not support; zero1, zero2, zero3 do",
     ),
     ("model.activation_offload=true", "model.activation_offload: was true, which needs gradient_checkpointing: true"),
     # unknown names
@@ -282,8 +282,8 @@ BAD: list[tuple[str, str]] = [
     ("ppo.rewards.1={kind: function, function: 'a:b'}", "ppo.rewards.1.name: missing; must be text"),
     # type
     ("ppo.steps=many", 'ppo.steps: was "many"; must be integer > 0'),
-    ("ppo.steps='3'", 'ppo.steps: was "3"; must be integer > 0; a number is written without quotes'),
-    ("ppo.clip_range='1e-4'", 'ppo.clip_range: was "1e-4"; must be number > 0; a number is written without quotes'),
+    ("ppo.steps='3'", 'ppo.steps: was "3"; must be integer > 0; write numbers without quotes'),
+    ("ppo.clip_range='1e-4'", 'ppo.clip_range: was "1e-4"; must be number > 0; write numbers without quotes'),
     ("ppo.steps=2.5", "ppo.steps: was 2.5; must be integer > 0"),
     ("ppo.steps=null", "ppo.steps: was null; must be integer > 0"),
     ("seed=true", "seed: was true; must be integer >= 0 and < 2147483648"),
@@ -296,13 +296,13 @@ BAD: list[tuple[str, str]] = [
     ("ppo.clip_range=0,2", 'ppo.clip_range: was "0,2"; must be number > 0'),
     ("ppo.target_kl=0", "ppo.target_kl: was 0; must be number > 0 or none"),
     ("publish=none", "publish: was none; must be settings (transport, bucket_mib, lora)"),
-    ("runs=null", "runs: was null; must be path; where it is meant as text, quote it"),
-    ("runs=none", "runs: was none; must be path; where it is meant as text, quote it"),
-    ("runs=~", "runs: was ~; must be path; where it is meant as text, quote it"),
+    ("runs=null", "runs: was null; must be path; quote it if it is text"),
+    ("runs=none", "runs: was none; must be path; quote it if it is text"),
+    ("runs=~", "runs: was ~; must be path; quote it if it is text"),
     ("runs=", "runs: was nothing; must be path"),
     ("runs=''", 'runs: was ""; must be path'),
     ("device=on", "device: was on; must be auto | cpu | cuda"),
-    # digits that YAML reads otherwise than people do
+    # digits that YAML reads differently from people
     ("ppo.steps=010", "ppo.steps: was 010; must be integer > 0, in plain decimal digits (YAML reads 010 as 8)"),
     ("ppo.steps=1:30", "ppo.steps: was 1:30; must be integer > 0, in plain decimal digits (YAML reads 1:30 as 90)"),
     (
@@ -360,7 +360,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.kl.control={kind: fixed, coefficient: -1}", "ppo.kl.control.coefficient: was -1; must be number >= 0"),
     (
         "ppo.kl.place=loss",
-        "ppo.kl: k1 in the loss has a gradient whose mean is 0: it holds nothing back. Take estimator=k2 or k3.",
+        "ppo.kl: k1 in the loss has a gradient with mean 0, so it is no penalty. Use estimator=k2 or k3.",
     ),
     ("placement.devices={critic: 0}", "placement.devices.critic: was 0; must be integer > 0"),
     (
@@ -370,32 +370,32 @@ BAD: list[tuple[str, str]] = [
     # several settings at once
     (
         "ppo.mini_batches=65",
-        "ppo.mini_batches: was 65, but a step has 64 sequences (prompts_per_step 64 x samples_per_prompt 1); up to so many would "
-        "fit",
+        "ppo.mini_batches: was 65, but a step has 64 sequences (prompts_per_step 64 x samples_per_prompt 1); that many or "
+        "fewer would fit",
     ),
     (
         "placement.groups=[{roles: [actor]}, {roles: [actor]}]",
-        "placement.groups: the role actor stands in more than one group",
+        "placement.groups: the role actor is in more than one group",
     ),
     (
         "publish.lora=adapter",
-        "publish.lora: was 'adapter', but model.lora is none, so that there is no adapter; merged would fit",
+        "publish.lora: was 'adapter', but model.lora is none, so there is no adapter; merged would fit",
     ),
     (
         "model.quantize=4bit",
-        "model.quantize: was '4bit', but weights of so few bits cannot be trained, and there are no adapters; set lora too "
-        "(lora.rank), or leave quantize out",
+        "model.quantize: was '4bit', but quantized weights cannot be trained, and there are no adapters; set lora too "
+        "(lora.rank), or remove quantize",
     ),
     (
         "model={path: m, init: random, quantize: 8bit, lora: {}}",
-        "model.quantize: was '8bit', but init is random, and such weights have all to be trained",
+        "model.quantize: was '8bit', but init is random, and random weights must all be trained",
     ),
-    # what contradicts itself or would do nothing
+    # settings that contradict each other or would have no effect
     (
         "ppo={prompts: {path: p}, steps: 2, policy_loss: reinforce, epochs: 2, mini_batches: 4, actor_optimizer: {lr: 1}, "
         "critic_optimizer: {lr: 1}}",
-        "ppo.policy_loss: was 'reinforce', which is right for one update in a step, but epochs (2) x mini_batches (4) make 8; "
-        "epochs 1 and mini_batches 1 would fit, or ppo_clip",
+        "ppo.policy_loss: was 'reinforce', which is correct for one update per step only, but epochs (2) x mini_batches (4) make "
+        "8; epochs 1 and mini_batches 1 would fit, or ppo_clip",
     ),
     (
         "ppo.critic_warmup=3",
@@ -403,7 +403,7 @@ BAD: list[tuple[str, str]] = [
     ),
     (
         "ppo.rewards=[{kind: model, weight: 0}, {kind: function, name: f, function: 'a:b', weight: 0.0}]",
-        "ppo.rewards: every weight is 0, so nothing is rewarded; one at least must have another weight",
+        "ppo.rewards: every weight is 0, so there is no reward; at least one weight must differ from 0",
     ),
     ("rollout.temperature=0.009", "rollout.temperature: was 0.009; must be number >= 0.01"),
     ("rollout.gpu_memory_share=0", "rollout.gpu_memory_share: was 0; must be number > 0 and <= 1"),
@@ -429,42 +429,45 @@ BAD: list[tuple[str, str]] = [
         "ppo.refuse_kl: was 0.1, and kl.control.target is 0.1: a step at its target would not change the actor; a larger one "
         "would fit",
     ),
-    ("ppo.rewards.0.name=std", "ppo.rewards: the name std is that of a metric; choose another"),
-    ("ppo.rewards.0.name=short_std", "ppo.rewards: the name short_std is that of a metric; choose another"),
+    ("ppo.rewards.0.name=std", "ppo.rewards: the name std is the name of a metric; choose another"),
+    ("ppo.rewards.0.name=short_std", "ppo.rewards: the name short_std is the name of a metric; choose another"),
     (
         "ppo.evaluation={prompts: {path: p}, judges: [{name: kl, function: 'a:b'}]}",
-        "ppo.evaluation.judges: the name kl is that of a metric; choose another",
+        "ppo.evaluation.judges: the name kl is the name of a metric; choose another",
     ),
     (
         "ppo.evaluation={prompts: {path: p}, judges: [{name: short, function: 'a:b'}]}",
-        "ppo.rewards: the name short stands more than once; rewards and judges need one each",
+        "ppo.rewards: the name short is used more than once; each reward and judge needs its own",
     ),
     (
         "ppo.ptx={coefficient: 1}",
-        "ppo.ptx.data: missing; without a section sft there are no demonstrations to take",
+        "ppo.ptx.data: missing; without a section sft there are no demonstrations to use",
     ),
     (
         "sft={train: {path: x}, validate_every: 5, optimizer: {lr: 1}}",
-        "sft.validate_every: was 5, but there are no held-out rows to validate on (validation)",
+        "sft.validate_every: was 5, but there are no held-out rows (validation)",
     ),
     ("cluster.dashboard_port=70000", "cluster.dashboard_port: was 70000; must be integer >= 1 and <= 65535 or none"),
     (
         "runs=~nobody-of-this-name/runs",
-        "runs: was '~nobody-of-this-name/runs', but there is no user ~nobody-of-this-name here",
+        "runs: was '~nobody-of-this-name/runs', but this machine has no user ~nobody-of-this-name",
     ),
     # overrides and interpolations
     ("ppo.steps", "override ppo.steps: must have the form a.b=value"),
     ("=3", "override : must have the form a.b=value"),
     ("ppo..steps=secret", "override ppo..steps: must have the form a.b=value"),
     ("--ppo.steps=3", "override --ppo.steps: must have the form a.b=value"),
-    ("ppo.rewards.2.weight=1", "ppo.rewards.2.weight: ppo.rewards is a list of 2; 2 is not one of its indices, from 0"),
-    ("ppo.rewards.last=1", "ppo.rewards.last: ppo.rewards is a list of 2; last is not one of its indices, from 0"),
-    ("name.first=x", "name.first: nothing can stand below name, which is a single value"),
+    (
+        "ppo.rewards.2.weight=1",
+        "ppo.rewards.2.weight: ppo.rewards is a list of 2 and has no index 2; indices start at 0",
+    ),
+    ("ppo.rewards.last=1", "ppo.rewards.last: ppo.rewards is a list of 2 and has no index last; indices start at 0"),
+    ("name.first=x", "name.first: name is a single value, so it has no settings below it"),
     ("ppo.steps=${ppo.stepz}", "ppo.steps: was ${ppo.stepz}: Interpolation key 'ppo.stepz' not found"),
     (
         "runs=${oc.env:HOME}/runs",
-        "runs: was ${oc.env:HOME}/runs: settings are saved and shown, and may not come from the environment; where the value "
-        "is no secret, let the shell fill it in on the command line: setting=$NAME",
+        "runs: was ${oc.env:HOME}/runs: settings are saved and shown, so they may not come from the environment; "
+        "pass a value that is not secret on the command line: setting=$NAME",
     ),
     ("ppo.kl=${ppo}", "ppo.kl: was ${ppo}: Interpolation to parent node detected"),
 ]
@@ -472,7 +475,7 @@ BAD: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("override", "error"), BAD, ids=[override for override, _ in BAD])
 def test_bad_setting(tmp_path: Path, override: str, error: str) -> None:
-    """One wrong setting gives exactly its own error, and the same in the file as on the command line."""
+    """One wrong setting gives exactly one error, its own."""
     assert problems(write(tmp_path, GOOD), override) == [error]
 
 
@@ -490,7 +493,7 @@ def test_bad_setting(tmp_path: Path, override: str, error: str) -> None:
     ids=" ".join,
 )
 def test_what_is_turned_off_in_one_setting_is_turned_off(tmp_path: Path, overrides: list[str]) -> None:
-    """Settings that then do nothing may stay in the file."""
+    """Settings that then have no effect may stay in the file."""
     config = load_config(write(tmp_path, GOOD), overrides)
     assert config.ppo is not None
     assert config.ppo.advantage == ("gae" if config.ppo.critic else "reinforce")
@@ -513,18 +516,21 @@ def test_the_names_of_metrics_are_taken() -> None:
     ("model", "reason"),
     [
         ("lora: {dora: true}", "vLLM serves no DoRA adapters (model.lora.dora)"),
-        ("lora: {rank: 513}", "vLLM serves adapters of rank 512 at most, and model.lora.rank is 513"),
-        ("lora: {}, quantize: 8bit", "the engines' own weights are not those that model.quantize=8bit makes"),
+        ("lora: {rank: 513}", "vLLM serves adapters up to rank 512, and model.lora.rank is 513"),
+        (
+            "lora: {}, quantize: 8bit",
+            "the engines' weights differ from the trainer's, which model.quantize=8bit quantizes",
+        ),
     ],
 )
 def test_an_adapter_that_no_engine_can_serve_is_refused(tmp_path: Path, model: str, reason: str) -> None:
-    found = problems(write(tmp_path, GOOD), f"model={{path: m, {model}}}", "publish.lora=adapter")
-    assert found == [f"publish.lora: was 'adapter', but {reason}; merged would fit"]
+    errors = problems(write(tmp_path, GOOD), f"model={{path: m, {model}}}", "publish.lora=adapter")
+    assert errors == [f"publish.lora: was 'adapter', but {reason}; merged would fit"]
     load_config(write(tmp_path, GOOD), [f"model={{path: m, {model}}}"])
 
 
 def test_circle_of_interpolations(tmp_path: Path) -> None:
-    assert "settings: too many, nested too deeply, or interpolations that go round in a circle" in problems(
+    assert "settings: too many values, nested too deeply, or circular interpolations" in problems(
         write(tmp_path, GOOD), "ppo.kl.control={kind: '${rollout}'}", "rollout.seed={a: '${ppo.kl.control}'}"
     )
 
@@ -561,11 +567,11 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 )
 def test_bad_file(tmp_path: Path, text: str, error: str) -> None:
     path = write(tmp_path, text)
-    found = problems(path)
-    assert error in found[0]
+    errors = problems(path)
+    assert error in errors[0]
     if "broken" not in text:
-        assert found[0].startswith(str(path))
-        assert len(found) == 1
+        assert errors[0].startswith(str(path))
+        assert len(errors) == 1
 
 
 def test_no_file(tmp_path: Path) -> None:
@@ -591,9 +597,9 @@ def test_the_environment_reaches_no_setting(tmp_path: Path, monkeypatch: pytest.
         "cluster.address=${oc.select:'${oc.env:TOKEN}'}",
         "cluster.address=${oc.create:${oc.env:TOKEN}}",
     ):
-        found = "\n".join(problems(write(tmp_path, GOOD), override, "device=env"))
-        assert "hunter2" not in found, override
-        assert "may not come from the environment" in found, override
+        errors = "\n".join(problems(write(tmp_path, GOOD), override, "device=env"))
+        assert "hunter2" not in errors, override
+        assert "may not come from the environment" in errors, override
     text = GOOD.replace("some/model}", "some/model, lora: '${oc.decode:${oc.env:MAPPING}}'}")
     assert "77" not in "\n".join(problems(write(tmp_path, text), "model.lora.alpha=3"))
     assert OmegaConf.create({"a": "${oc.env:TOKEN}"}).a == "hunter2[", "other users of the library are left alone"

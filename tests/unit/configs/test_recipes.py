@@ -1,4 +1,4 @@
-"""The recipes for clusters: each fits, by prediction, on the cluster that its head names."""
+"""The recipes for clusters: by prediction each fits on the cluster named in its header."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_they_are_all_here() -> None:
 def test_it_fits_on_the_cluster_that_it_names(recipe: Path) -> None:
     named = re.search(r"^# Cluster: (\S+)$", recipe.read_text(), re.MULTILINE)
     assert named is not None
-    assert recipe.read_text().count(named[1]) == 2, "the command plans for it too"
+    assert recipe.read_text().count(named[1]) == 2, "the command in the header plans for the same cluster"
     config = load_config(recipe)
     assert config.name == recipe.stem
     reports, _ = planned(config, Cluster.parse(named[1]))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from configs import ZERO
 from configs.schema import RunConfig, Strategy
-from configs.zero import ZERO
 from placement import Cluster, PlanError, PlanReport, make_plan, render, with_memory
 from placement.memory import MemoryEstimate, Place
 from placement.memory.phases import (

@@ -78,10 +78,10 @@ def test_groups_of_ones_own_that_part_them_are_refused() -> None:
     ("override", "says"),
     [
         ("share=[actor]", "share: actor alone shares nothing; name two roles or more, or none"),
-        ("share=[actor,actor]", "share: actor stands more than once"),
+        ("share=[actor,actor]", "share: actor is listed more than once"),
         ("model.lora=null", "share: needs model.lora, which is none"),
         ("share=[actor,rollout]", "share.1: "),
-        ("model.lora.dora=true", "share: critic is among them and model.lora.dora is true"),
+        ("model.lora.dora=true", "share: includes critic and model.lora.dora is true"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, override: str, says: str) -> None:

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from configs import ZERO, Strategy
 from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
-from configs.zero import ZERO, Strategy
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan

@@ -487,7 +487,7 @@ def test_what_has_no_score_is_in_no_mean() -> None:
 @pytest.mark.parametrize("judges", [(), ("length",)])
 def test_names_tell_rewards_and_judges_apart(tmp_path: Path, judges: tuple[str, ...]) -> None:
     sources = [function("length")] if judges else [model("length", tmp_path), function("length")]
-    with pytest.raises(ValueError, match=r"rewards: the name length stands more than once"):
+    with pytest.raises(ValueError, match=r"rewards: the name length is used more than once"):
         run_config(*sources, judges=judges)
 
 

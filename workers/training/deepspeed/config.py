@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from configs import ZERO, StateLocation, Strategy
 from configs.schema import ModelSettings
-from configs.zero import ZERO, Home, Strategy
 from placement.memory import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENTS
 
 
@@ -18,7 +18,7 @@ def deepspeed_settings(
     zero, narrow = ZERO[strategy], model.optimizer_dtype == "bfloat16"
     on_gpu = device.type == "cuda"
 
-    def home(where: Home) -> dict[str, Any]:
+    def home(where: StateLocation) -> dict[str, Any]:
         names = {"device": "none", "host": "cpu", "nvme": "nvme"}
         return {"device": names[where], "pin_memory": on_gpu, "nvme_path": nvme_folder}
 
