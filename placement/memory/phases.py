@@ -173,7 +173,7 @@ def _train(model: Model, sharding: Sharding, work: Work, idle: MemoryUse) -> lis
     """The moments that may be the tightest: a later micro-batch's head, the end of its backward pass, the optimizer's step."""
     bucket = sharding.bucket(model)
     backward = idle + at("device", gradients=_backward(model, sharding), buffers=sharding.gathered(model) + bucket)
-    # One at a time: tied, the embeddings' gradient is added to the head's (`workers.models.heads.TiedEmbedding`).
+    # One at a time: tied, the embeddings' gradient is added to the head's (`workers.models.fused_log_probs.TiedEmbedding`).
     head = model.shape.word_embeddings * model.size if model.adapters is None and not model.scalar else 0
     embeddings = model.shape.word_embeddings * model.size if model.adapters is None else 0
     full = (

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from configs.schema import ModelSettings
 from workers.data import end_tokens, load_tokenizer
 from workers.models.export import write_settings
-from workers.models.heads import add_lora, has_scalar_head, load_config, load_hf
+from workers.models.loading import add_lora, has_scalar_head, load_config, load_hf
 from workers.models.logit_transforms import AfterHead
 from workers.models.served import Device, why_no_adapter, why_not_served
 

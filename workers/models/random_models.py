@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from configs.schema import LoraSettings
-from workers.models.heads import add_lora
+from workers.models.loading import add_lora
 from workers.models.lora import FOLDER as ADAPTER
 from workers.models.lora import add_head
 

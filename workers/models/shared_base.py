@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from configs.schema import ModelSettings
-from workers.models.heads import LEARNS, add_lora, load_config, load_hf, tell_zero3
+from workers.models.loading import LEARNS, add_lora, load_config, load_hf, tell_zero3
 from workers.models.lora import HEAD, base_of, real, refuse_other_base, scalar_adapter
 
 START = "start"

@@ -19,7 +19,7 @@ from configs.schema import LoraSettings
 from workers.data import end_tokens, load_tokenizer
 from workers.data.samples import RaggedArray, RolloutBatch
 from workers.data.step_inputs import RolloutInfo, StaleWeights
-from workers.models.heads import load_config
+from workers.models.loading import load_config
 from workers.models.served import engine_options, why_not_served
 from workers.process.worker import Worker, compiles
 from workers.weight_sync.checksums import Checksums

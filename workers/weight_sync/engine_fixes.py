@@ -56,6 +56,6 @@ def _rotated(self: Any, positions: torch.Tensor, query: torch.Tensor, *args: Any
 
 
 def _takes_adapter(name: str, module: torch.nn.Module, supported: Any) -> bool:
-    """Embeddings and heads are sent none (workers.models.heads.add_lora); made ready for some, a head on CPU fails where
+    """Embeddings and heads are sent none (workers.models.loading.add_lora); made ready for some, a head on CPU fails where
     log-probabilities of prompts are asked for."""
     return not isinstance(module, VocabParallelEmbedding) and bool(_supported(name, module, supported))

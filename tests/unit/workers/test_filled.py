@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from configs.schema import ModelSettings
 from tests.support.models import make_model, make_reward_model
-from workers.models.heads import load_hf
+from workers.models.loading import load_hf
 
 Weights = dict[str, Tensor]
 

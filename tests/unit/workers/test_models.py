@@ -17,8 +17,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from configs.schema import ModelSettings
 from tests.support.models import ARCHITECTURES, GROUPED, VOCABULARY, WIDTH, make_model
 from workers.data import Codec, Sequence, load_tokenizer
-from workers.models import heads
-from workers.models.heads import Batch, LanguageModel, ScalarModel, load_hf
+from workers.models import fused_log_probs
+from workers.models.heads import Batch, LanguageModel, ScalarModel
+from workers.models.loading import load_hf
 from workers.models.logit_transforms import AfterHead
 from workers.rl.losses import ppo_clip
 
@@ -174,11 +175,11 @@ def test_chunks_of_tokens_change_nothing(tmp_path: Path, chunk: int, monkeypatch
     folder = make_model(tmp_path, "gpt2", seed=1)  # of its widths only the vocabulary is 120
     rows = [*ROWS, *sequences([(60, 1)])]
     answers = sum(len(row.ids) - row.prompt_length for row in rows)
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", answers)
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", answers)
     whole, cut = language_model(folder), language_model(folder)
     wanted = whole(Batch(rows, CPU))
     (wanted[0].sum() + wanted[1].sum()).backward()
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", chunk)
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", chunk)
     with LogitsSeen() as seen:
         found = cut(Batch(rows, CPU))
         (found[0].sum() + found[1].sum()).backward()
@@ -205,7 +206,7 @@ def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
     """The peak of the critic and the reward model does not grow with the vocabulary; that of the reference by a chunk; and the
     actor keeps none of it for its backward pass, except the head and the room of one chunk."""
     folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # of its widths only the vocabulary is 120
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", 2)
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", 2)
     values, policy = scalar_model(folder), language_model(folder)
     with LogitsSeen() as seen:
         for per_token in (True, False):
@@ -335,7 +336,7 @@ def test_logits_that_are_scaled_or_capped_after_the_head(
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", 5)
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", 5)
     ours = LanguageModel(copy.deepcopy(plain)).eval()
     assert ours.after != AfterHead()
     batch = Batch(ROWS, CPU)
