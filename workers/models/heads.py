@@ -1,7 +1,7 @@
-"""The two kinds of model: a language model that gives log-probabilities and a scalar model that gives values or scores.
+"""The two kinds of model: a language model returns log-probabilities, a scalar model returns values or scores.
 
-Both run the transformer's body once and read its hidden states at the positions that matter: no logits are computed for
-prompts or padding, and those of the answers only a chunk of tokens at a time.
+Both run the transformer's body once and select the hidden states that they need. Logits are computed for answer tokens only, a
+chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Batch:
 
 
 class LanguageModel(nn.Module):
-    """A causal language model that returns the log-probabilities of its answers' tokens."""
+    """A causal language model that returns the log-probabilities of the answer tokens."""
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
@@ -76,10 +76,10 @@ class LanguageModel(nn.Module):
         if type(embeddings) is nn.Embedding and embeddings.weight is hf.get_output_embeddings().weight:
             embeddings.register_forward_hook(self._embed)
 
-    def _embed(self, embeddings: nn.Embedding, args: tuple[Tensor, ...], found: Tensor) -> Tensor:
-        """What the embeddings give, with a gradient that joins the head's."""
+    def _embed(self, embeddings: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook of tied embeddings: the same output, whose gradient is added to the head's."""
         if not (torch.is_grad_enabled() and embeddings.weight.requires_grad):
-            return found
+            return output
         self.tied = TableGradient()
         return TiedEmbedding.apply(embeddings.weight, *args, embeddings.padding_idx, self.tied)
 
@@ -99,11 +99,11 @@ class LanguageModel(nn.Module):
 class ScalarModel(nn.Module):
     """A transformer with a scalar head: the critic's values, the reward model's scores.
 
-    Its output is (head - mean) / deviation; both numbers live in the model's config, so that they travel with it. The head
-    computes in float32, whatever the type of its weights: bfloat16 has eight bits for a score.
+    Its output is (head output - mean) / standard deviation; the model's config holds both numbers, so every copy of the model
+    has them. The head computes in float32 whatever its weights' dtype: bfloat16 has eight bits for a score.
 
-    Dropout is drawn row by row, with the seed that the batch has for each: what beside a row goes through the model, on this
-    rank or on another, does not change it.
+    Each row's dropout is drawn from a seed of its own (`Batch.seeds`): it does not depend on the other rows of the
+    micro-batch, nor on the rank.
     """
 
     def __init__(self, hf: PreTrainedModel, dropout: float = 0.0) -> None:
@@ -111,9 +111,10 @@ class ScalarModel(nn.Module):
         self.hf = hf
         hf.score.forward = partial(_in_float32, hf.score)
         self.dropout = dropout
-        self.draws: list[torch.Generator] = []
+        self.generators: list[torch.Generator] = []
+        """Of each row of the current pass, the generator of its dropout; empty without dropout."""
         self.lengths: list[int] = []
-        """Of the rows of the pass that is under way: what draws their dropout, and their lengths."""
+        """Lengths of the same rows."""
         if dropout:
             hf.get_input_embeddings().register_forward_hook(self._drop_embeddings)
 
@@ -122,42 +123,42 @@ class ScalarModel(nn.Module):
         return getattr(self.hf.config, "score_mean", 0.0), getattr(self.hf.config, "score_std", 1.0)
 
     def _at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        self.draws = self._generators(batch)
-        self.lengths = batch.lengths.tolist() if self.draws else []
+        self.generators = self._generators(batch)
+        self.lengths = batch.lengths.tolist() if self.generators else []
         hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
         hidden = hidden[rows, columns]
-        if self.draws:
-            kept = self._kept(rows.bincount(minlength=len(self.draws)).tolist(), hidden.shape[-1])
-            hidden = hidden * torch.cat(kept).to(hidden.dtype) / (1 - self.dropout)
+        if self.generators:
+            masks = self._keep_masks(rows.bincount(minlength=len(self.generators)).tolist(), hidden.shape[-1])
+            hidden = hidden * torch.cat(masks).to(hidden.dtype) / (1 - self.dropout)
         mean, std = self.normalization
         return (self.hf.score(hidden).squeeze(-1) - mean) / std
 
     def _generators(self, batch: Batch) -> list[torch.Generator]:
-        """None where nothing is to be dropped, as of a micro-batch without rows."""
+        """One generator per row; empty where nothing is dropped, also for a micro-batch without rows."""
         if not (self.dropout and self.training):
             return []
         if batch.seeds is None:
             raise ValueError("a scalar model with dropout trains on batches with seeds")
         return [torch.Generator(batch.ids.device).manual_seed(seed) for seed in batch.seeds]
 
-    def _kept(self, counts: list[int], width: int) -> list[Tensor]:
-        """Of each row [count, width], which numbers are kept: the next that its generator draws."""
+    def _keep_masks(self, counts: list[int], width: int) -> list[Tensor]:
+        """Per row [count, width], which elements are kept; advances the row's generator."""
         return [
-            torch.rand(count, width, generator=draw, device=draw.device) >= self.dropout
-            for count, draw in zip(counts, self.draws, strict=True)
+            torch.rand(count, width, generator=generator, device=generator.device) >= self.dropout
+            for count, generator in zip(counts, self.generators, strict=True)
         ]
 
-    def _drop_embeddings(self, embeddings: nn.Module, args: tuple[Tensor, ...], found: Tensor) -> Tensor:
-        """[B, T, H] without what is dropped of each row's tokens; of the padding all is."""
-        if not self.draws:
-            return found
-        kept = torch.nn.utils.rnn.pad_sequence(self._kept(self.lengths, found.shape[-1]), batch_first=True)
-        return found * kept.to(found.dtype) / (1 - self.dropout)
+    def _drop_embeddings(self, embeddings: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook: dropout of each row's tokens, [B, T, H]; padding is dropped entirely."""
+        if not self.generators:
+            return output
+        keep = torch.nn.utils.rnn.pad_sequence(self._keep_masks(self.lengths, output.shape[-1]), batch_first=True)
+        return output * keep.to(output.dtype) / (1 - self.dropout)
 
     def forward(self, batch: Batch, per_token: bool) -> Tensor:
         """per_token: values of the states before each answer token, [B, R]. Else scores at the sequences' last tokens, [B].
 
-        The last token is found by the sequence's length, so that a pad token equal to eos does no harm.
+        The last token's position is the sequence's length less one: the pad token may equal eos.
         """
         if per_token:
             return batch.padded(self._at(batch, batch.rows, batch.before))

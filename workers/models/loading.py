@@ -1,4 +1,4 @@
-"""How models are loaded: config, weights, and the adapters that are put into them."""
+"""Loading of models: config, weights and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workers.models.weight_coverage import refuse_unfilled
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Tokens of the longest sequence that a model was made for; None where it sets no limit (ALiBi)."""
+    """Longest sequence that a model was built for, in tokens; None where it has no limit (ALiBi)."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(length := getattr(text, name, None), int):
@@ -31,7 +31,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def load_config(path: str, settings: ModelSettings, scalar: bool) -> PreTrainedConfig:
-    """A model's config. Its dropout is turned off: the policy that learns must be the policy that sampled."""
+    """A model's config, with dropout turned off: the policy that is trained must be the policy that sampled."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     if scalar:
         config.num_labels = 1
@@ -43,20 +43,20 @@ def load_config(path: str, settings: ModelSettings, scalar: bool) -> PreTrainedC
 
 def has_scalar_head(config: PreTrainedConfig) -> bool:
     """Whether a model of this family can have a scalar head."""
-    of_its_own = getattr(config, "auto_map", None) or {}
+    own_classes = getattr(config, "auto_map", None) or {}
     return (
-        type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in of_its_own
+        type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in own_classes
     )
 
 
 def load_hf(
     settings: ModelSettings, path: str, scalar: bool, seed: int, begins_head: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """A Hugging Face model with a language-model or a scalar head, from weights or drawn with the seed.
+    """A Hugging Face model with a language-model or a scalar head, with the folder's weights or random ones from the seed.
 
-    begins_head: a scalar head may be drawn where the folder is a language model's. options: of from_pretrained.
+    begins_head: a scalar head may be random where the folder holds a language model. options: arguments of from_pretrained.
 
-    Raises ValueError where the folder's weights are not exactly those that the model has.
+    Raises ValueError where the folder's weights are not exactly the model's.
     """
     auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     config = load_config(path, settings, scalar)
@@ -66,15 +66,15 @@ def load_hf(
         )
     options |= {"dtype": getattr(torch, settings.dtype), "trust_remote_code": settings.trust_remote_code}
     if getattr(config, "attn_logit_softcapping", None):
-        options["attn_implementation"] = "eager"  # the others leave the cap out
+        options["attn_implementation"] = "eager"  # other implementations ignore the cap
     if settings.quantize:
         options |= _quantized(settings)
     torch.manual_seed(seed)
     if settings.init == "random":
         model = auto.from_config(config, **options)
     else:
-        known = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = auto.from_pretrained(path, **known, **options)
+        checked = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = auto.from_pretrained(path, **checked, **options)
         refuse_unfilled(path, model, info, begins_head)
     if scalar and not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(
@@ -86,7 +86,7 @@ def load_hf(
 
 
 def _quantized(settings: ModelSettings) -> dict[str, Any]:
-    """Options by which from_pretrained puts all matrices but the heads into fewer bits, on this process's GPU.
+    """Options with which from_pretrained quantizes all matrices but the heads, on this process's GPU.
 
     4 bits: normal floats with quantized scales (Dettmers et al. 2023, section 3).
     """
@@ -102,13 +102,13 @@ def _quantized(settings: ModelSettings) -> dict[str, Any]:
 
 
 LEARNS = "default"
-"""PEFT's own name for the adapter that `add_lora` puts in."""
+"""Name of the adapter that `add_lora` adds: PEFT's default."""
 
 
 def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Module:
-    """Put adapters into the model, in place; returns the PEFT wrapper. A scalar head has none: it stays trainable in full.
+    """Add adapters to the model, in place; returns the PEFT wrapper. A scalar head has no adapter: all of it is trained.
 
-    Raises ValueError where `lora.targets` names something that cannot have an adapter, or nothing in the model.
+    Raises ValueError where `lora.targets` names a layer that takes no adapter, or matches no layer.
     """
     from peft import LoraConfig, get_peft_model  # two seconds and 80 MB that full training need not spend
 
@@ -149,9 +149,11 @@ def _is_linear(layer: Any) -> bool:
     return isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
 
 
-def tell_zero3(hf: PreTrainedModel) -> None:
-    """Adapters read weights past the modules that own them, which ZeRO-3 has put away when those are through: tell it who else
-    reads them. DoRA reads those of other modules, adapters of experts those of the module that they are put around."""
+def register_with_zero3(hf: PreTrainedModel) -> None:
+    """Register with ZeRO-3 which modules read parameters that they do not own: it frees a parameter after its owner's forward.
+
+    DoRA reads parameters of the base layer and of the adapter's matrices; adapters of experts read those of the wrapped module.
+    """
     from deepspeed import zero
 
     for layer in hf.modules():

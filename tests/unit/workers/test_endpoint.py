@@ -131,7 +131,8 @@ def test_rows_that_are_no_json_are_found_before_anything_is_sent() -> None:
     check_json(rows[:1], SETTING, "ppo.prompts (rows.parquet)")
     with pytest.raises(
         RewardError,
-        match=r"^ppo\.rewards\.0: .* the column what of row 2 of ppo\.prompts \(rows\.parquet\) cannot be written as: Unable to",
+        match=r"^ppo\.rewards\.0: .* the column what of row 2 of ppo\.prompts \(rows\.parquet\) cannot be written "
+        "as JSON: Unable to",
     ):
         check_json(rows, SETTING, "ppo.prompts (rows.parquet)")
 
@@ -187,19 +188,19 @@ def test_null_and_what_is_not_finite_are_errors_of_their_sample(service: Service
     [
         (
             says("<html>"),
-            "answered with something else than scores: body: Invalid JSON: expected value at line 1 column 1",
+            "answered with something other than scores: body: Invalid JSON: expected value at line 1 column 1",
         ),
-        (says("[" * 900), "answered with something else than scores: body: Invalid JSON: recursion limit exceeded"),
-        (says(""), "answered with something else than scores: body: Invalid JSON: EOF"),
-        (says("[1, 2]"), "answered with something else than scores: body: Input should be an object"),
-        (says("{}"), "answered with something else than scores: scores: Field required"),
+        (says("[" * 900), "answered with something other than scores: body: Invalid JSON: recursion limit exceeded"),
+        (says(""), "answered with something other than scores: body: Invalid JSON: EOF"),
+        (says("[1, 2]"), "answered with something other than scores: body: Input should be an object"),
+        (says("{}"), "answered with something other than scores: scores: Field required"),
         (
             says('{"scores": [1, "2"]}'),
-            "answered with something else than scores: scores.1: Input should be a valid number",
+            "answered with something other than scores: scores.1: Input should be a valid number",
         ),
         (
             says('{"scores": [1, true]}'),
-            "answered with something else than scores: scores.1: Input should be a valid number",
+            "answered with something other than scores: scores.1: Input should be a valid number",
         ),
         (says('{"scores": [1]}'), "answered with 1 scores for 2 answers"),
         (says('{"scores": [1, 2, 3]}'), "answered with 3 scores for 2 answers"),
@@ -232,7 +233,7 @@ def test_columns_are_sent_as_json_or_are_an_error(service: Service) -> None:
     assert without(score(service.url, "a", columns={"day": [day], "x": [float("nan")]})) == (0, 0)
     assert service.requests[0]["columns"] == {"day": ["2020-02-01"], "x": [None]}
     found = score(service.url, "a", columns={"x": [object()]})
-    assert without(found) == (0, 1) and "cannot be sent the rows' columns as JSON" in found.example
+    assert without(found) == (0, 1) and "gets JSON, as which the rows' columns cannot be written" in found.example
     assert len(service.requests) == 1
 
 

@@ -146,7 +146,7 @@ def test_a_call_past_its_deadline_is_killed_and_a_fresh_process_serves_the_next(
 def test_only_the_batch_of_the_late_answer_is_lost(start: Start) -> None:
     found = score(start("sleep_at_wait", timeout=1.0, batch_size=2), "a", "bb", "wait", "ccc", "dddd")
     np.testing.assert_array_equal(found.values, np.array([1, 2, np.nan, np.nan, 4], np.float32))
-    assert found.late.tolist() == [False, False, True, True, False] and without(found) == (2, 0)
+    assert found.timed_out.tolist() == [False, False, True, True, False] and without(found) == (2, 0)
 
 
 @pytest.mark.parametrize("answer", ["stop", "spin"])
@@ -170,7 +170,7 @@ def test_a_process_that_does_not_read_is_a_timeout_too(start: Start) -> None:
 
 
 def test_a_stopped_guard_does_not_hold_its_owner_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.rewards.function_process._PATIENCE", 0.3)
+    monkeypatch.setattr("workers.rewards.function_process._KILL_TIMEOUT", 0.3)
     process = start("misbehave")
     guard = psutil.Process(process._process.pid)
     [child] = guard.children()
@@ -266,7 +266,7 @@ def test_what_a_function_prints_is_output(start: Start, capfd: pytest.CaptureFix
     [
         ("tests.nowhere:f", r"^ppo\.rewards\.0\.function: cannot import 'tests\.nowhere:f': No module named"),
         (f"{FUNCTIONS}:no_such", r"^ppo\.rewards\.0\.function: cannot import .* has no attribute 'no_such'"),
-        (f"{FUNCTIONS}:not_a_function", r"^ppo\.rewards\.0\.function: '.*:not_a_function' is no function but 3"),
+        (f"{FUNCTIONS}:not_a_function", r"^ppo\.rewards\.0\.function: '.*:not_a_function' is not a function but 3"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused_at_the_start(start: Start, function: str, text: str) -> None:

@@ -82,7 +82,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "said"),
     [
-        ("mpt", "MptForCausalLM is not served: vLLM gave it up after 0.28.0"),
+        ("mpt", "MptForCausalLM is not served: vLLM dropped it after 0.28.0"),
         ("mamba", "mamba is not served: .* vLLM's CPU build lacks"),
         ("qwen3_next", "qwen3_next is not served: .* bfloat16 only"),
     ],

@@ -361,7 +361,9 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(monkeypatc
     model = other_model("granite", logits_scaling=8.0)
     model.config.logits_scaling = 4.0  # not what it does
     monkeypatch.setattr(type(model), "forward", _halved(type(model).forward))
-    with pytest.raises(ValueError, match="granite changes its logits around the head in a way that is not known"):
+    with pytest.raises(
+        ValueError, match="granite changes its logits around the head in a way that Troupe does not support"
+    ):
         LanguageModel(model)
 
 

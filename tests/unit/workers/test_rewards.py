@@ -248,7 +248,7 @@ def test_a_score_of_a_model_that_is_not_finite_is_an_error_of_its_answer(
 
 def test_scores_of_ranks_are_gathered_with_each_answer_counted_once() -> None:
     """Ranks work on equally many answers, so that some are scored twice."""
-    one, two = RewardResult.of([1.0, 2.0]), RewardResult.nothing(2, "no answer", late=True)
+    one, two = RewardResult.of([1.0, 2.0]), RewardResult.nothing(2, "no answer", timed_out=True)
     found = RewardResult.gather([np.array([0, 2]), np.array([1, 0])], [one, two], 3)
     np.testing.assert_array_equal(found.values, np.array([np.nan, np.nan, 2.0], np.float32))
     assert (found.timeouts, found.errors, found.example) == (2, 0, "no answer")

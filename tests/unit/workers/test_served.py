@@ -19,7 +19,7 @@ def config(kind: str, architecture: str = "", **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (config("mpt", "MptForCausalLM"), "MptForCausalLM is not served: vLLM gave it up after 0.28.0"),
+        (config("mpt", "MptForCausalLM"), "MptForCausalLM is not served: vLLM dropped it after 0.28.0"),
         (config("jamba", "JambaForCausalLM"), "jamba is not served: its state space layers need a kernel"),
         (
             config("somebodys", "SomebodysForCausalLM", layer_types=["linear_attention", "full_attention"]),
