@@ -39,14 +39,14 @@ class Prompts:
 def encode_prompts(codec: Codec, rows: Items[Row], max_tokens: int, overlong: Overlong) -> tuple[Prompts, Counts]:
     """Prompts of at most max_tokens. Raises DataError where one has no tokens, or is too long and `overlong` is refuse."""
     limit = _Limit(max_tokens, "max_prompt_tokens", overlong, len(rows))
-    with _with_place(rows) as checked:
-        texts = [codec.prompt_text(row.prompt, row.tools) for row in checked]
+    with _with_place(rows) as located:
+        texts = [codec.prompt_text(row.prompt, row.tools) for row in located]
     tokens = codec.tokens_of(prompts=texts)
     kept: list[Row] = []
     encoded: list[np.ndarray] = []
     counts = Counts("prompts", len(rows))
-    with _with_place(rows) as checked:
-        for row, text in zip(checked, texts, strict=True):
+    with _with_place(rows) as located:
+        for row, text in zip(located, texts, strict=True):
             ids = codec.encode_prompt(text, codec.is_chat(row.prompt), tokens)
             if not ids:
                 raise DataError("prompt: has no tokens, so an engine cannot answer it")
@@ -72,14 +72,14 @@ def encode_demonstrations(
     Raises DataError, with the row's place, where a row cannot be tokenised as it will be used, or is too long and refused.
     """
     limit = _Limit(max_length, "max_length", overlong, len(rows))
-    with _with_place(rows) as checked:
-        exchanges = [_exchange(codec, row, turns) for row in checked]
+    with _with_place(rows) as located:
+        exchanges = [_exchange(codec, row, turns) for row in located]
     tokens = _tokens_of(codec, [exchange for exchange in exchanges if exchange])
     kept: list[Row] = []
     encoded: list[Sequence] = []
     counts = Counts("rows", len(rows))
-    with _with_place(rows) as checked:
-        for row, exchange in zip(checked, exchanges, strict=True):
+    with _with_place(rows) as located:
+        for row, exchange in zip(located, exchanges, strict=True):
             sequence = (
                 Sequence.of(*codec.encode(exchange, tokens)) if exchange else _all_turns(codec, row, row.prompt, tokens)
             )
@@ -103,14 +103,14 @@ def encode_preferences(
     """Pairs, each side at most max_length tokens. Prompts are cut equally on both sides; pairs whose sides have the same tokens
     are left out. Raises DataError as `encode_demonstrations` does."""
     limit = _Limit(max_length, "max_length", overlong, len(rows))
-    with _with_place(rows) as checked:
-        pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in checked]
+    with _with_place(rows) as located:
+        pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in located]
     tokens = _tokens_of(codec, [exchange for pair in pairs for exchange in pair])
     kept: list[Row] = []
     encoded: list[tuple[Sequence, Sequence]] = []
     counts = Counts("pairs", len(rows))
-    with _with_place(rows) as checked:
-        for row, pair in zip(checked, pairs, strict=True):
+    with _with_place(rows) as located:
+        for row, pair in zip(located, pairs, strict=True):
             sides = [codec.encode(exchange, tokens) for exchange in pair]
             longest = max(len(prompt) + len(answer) for prompt, answer in sides)
             counts.longest = max(counts.longest, longest)

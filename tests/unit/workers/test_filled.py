@@ -1,4 +1,4 @@
-"""A folder's weights are those of the model, or the model is refused: nothing is drawn at random in silence."""
+"""A folder whose weights are not exactly the model's is refused: no weight is silently random."""
 
 from __future__ import annotations
 
