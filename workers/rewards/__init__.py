@@ -1,6 +1,10 @@
 """Rewards from trained models, Python functions and HTTP services.
 
-worker: RewardWorker, which scores answers with all sources. result: RewardResult. function: RewardFunction, SampleRecord,
-RewardError. function_process: FunctionProcess, a function in a process of its own. http: Endpoint. Import from the modules: the
-function's process imports `function` and must start without numpy, torch and Ray.
+worker: RewardWorker, which scores answers with all sources. result: RewardResult. function_process: FunctionProcess, a function in
+a process of its own. http: Endpoint. Import these from their modules: a function's process imports this package, and must start
+fast, without numpy, torch and Ray.
 """
+
+from workers.rewards.function import RewardError, RewardFunction, SampleRecord, Score
+
+__all__ = ["RewardError", "RewardFunction", "SampleRecord", "Score"]
