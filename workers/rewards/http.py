@@ -80,7 +80,7 @@ def check_json(rows: Sequence[Mapping[str, Any]], setting: str, dataset: str) ->
                 any_value.dump_json(value)
             except (PydanticSerializationError, ValueError) as error:
                 raise RewardError(
-                    f"{setting}: a service gets JSON, and the column {name} of row {number} of {dataset} cannot be written as "
+                    f"{setting}: a service accepts JSON, but the column {name} of row {number} of {dataset} cannot be written as "
                     f"JSON: {error}; remove the column from the dataset, or make it text or numbers"
                 ) from None
 
@@ -147,7 +147,7 @@ class Endpoint:
         try:
             body = request.model_dump_json(exclude=None if self.wants_samples else {"samples"}).encode()
         except PydanticSerializationError as error:
-            raise _Failure(f"gets JSON, as which the rows' columns cannot be written: {error}") from None
+            raise _Failure(f"accepts JSON, but the rows' columns cannot be written as JSON: {error}") from None
         for attempt in itertools.count():
             try:
                 return _read(await self._post(session, body), len(request.answers))

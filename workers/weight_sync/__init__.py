@@ -16,7 +16,8 @@
 4. Proof: the engine's log-probabilities of random tokens must be close to the actor's, which checksums alone do not show.
    Otherwise it raises DifferentModel and serves nothing.
 
-After an error the driver replaces dead engines and repeats the whole update; StaleWeights and DifferentModel once only.
+After an error `Team.publish` repeats the whole update: once after StaleWeights or DifferentModel, and after it has replaced dead
+engines, unless the actor's ranks wait for one another (ZeRO-3). Other errors are raised.
 
 Modules: gather (GatheredWeights, EngineClient), senders (make_sender), receivers (the engine's side, in vLLM's processes),
 reloading and engine_fixes (corrections to vLLM), checksums, probe (Probe).

@@ -233,7 +233,9 @@ def test_columns_are_sent_as_json_or_are_an_error(service: Service) -> None:
     assert without(score(service.url, "a", columns={"day": [day], "x": [float("nan")]})) == (0, 0)
     assert service.requests[0]["columns"] == {"day": ["2020-02-01"], "x": [None]}
     result = score(service.url, "a", columns={"x": [object()]})
-    assert without(result) == (0, 1) and "gets JSON, as which the rows' columns cannot be written" in result.example
+    assert (
+        without(result) == (0, 1) and "accepts JSON, but the rows' columns cannot be written as JSON" in result.example
+    )
     assert len(service.requests) == 1
 
 
