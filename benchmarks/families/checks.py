@@ -28,7 +28,8 @@ from benchmarks.families.zoo import VOCABULARY
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, RunConfig
 from workers.data.samples import Sample
 from workers.data.step_inputs import SupervisedBatch
-from workers.models.heads import LEARNS, Batch, load_hf
+from workers.models.heads import Batch
+from workers.models.loading import LEARNS, load_hf
 from workers.models.model_facts import model_facts
 from workers.process.worker import WorkerSpec
 from workers.rollout.engine import RolloutWorker

@@ -181,7 +181,7 @@ def _train(model: Model, sharding: Sharding, pass_size: PassSize, idle: MemoryUs
     """The candidates for the peak: a later micro-batch at its head, the end of its backward pass, the optimizer's step."""
     bucket = sharding.bucket(model)
     backward = idle + at("device", gradients=_backward(model, sharding), buffers=sharding.gathered(model) + bucket)
-    # Never both: if tied, the embeddings' gradient is added to the head's (`workers.models.heads.TiedEmbedding`).
+    # Never both: if tied, the embeddings' gradient is added to the head's (`workers.models.fused_log_probs.TiedEmbedding`).
     head = model.shape.word_embeddings * model.size if model.adapters is None and not model.scalar else 0
     embeddings = model.shape.word_embeddings * model.size if model.adapters is None else 0
     full = (

@@ -1,4 +1,4 @@
-"""Conversations to tokens: what is learnt of them, by the templates of well-known families, against a slow oracle."""
+"""Conversations to tokens: which tokens are learnt, with the templates of well-known families, against a slow oracle."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def codec_of(name: str, **settings: Any) -> Codec:
 
 
 def learnt(codec: Codec, row: Row, turns: Any = "all", max_length: int = 1000) -> str:
-    """What is learnt of a row; what lies between, as one dot."""
-    made, counts = encode_demonstrations(codec, [row], max_length, "cut", turns)
+    """The learnt text of a row; a dot stands for what lies between."""
+    sequences, counts = encode_demonstrations(codec, [row], max_length, "cut", turns)
     assert counts.kept == 1
-    return shown(codec, made[0])
+    return shown(codec, sequences[0])
 
 
 def shown(codec: Codec, sequence: Sequence) -> str:
@@ -102,7 +102,7 @@ def test_all_turns_or_the_last(name: str) -> None:
     assert learnt(codec, THREE_TURNS) == f"yes{end}·no{end}·well{end}"
     assert learnt(codec, THREE_TURNS, "last") == f"well{end}"
     given_alone = Row(THREE_TURNS.prompt, completion="well", given=5)
-    assert learnt(codec, given_alone) == f"well{end}", "what stands in a column of its own is given"
+    assert learnt(codec, given_alone) == f"well{end}", "the messages of `prompt` are not learnt"
 
 
 def test_spaces_of_the_template_are_learnt_too() -> None:
@@ -120,17 +120,17 @@ def test_a_template_that_writes_the_latest_turn_otherwise() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sequence_begins_with_what_an_engine_gets(name: str) -> None:
-    """For each turn that is learnt: the ids before it are those of the conversation up to there as a prompt."""
+    """The ids before each learnt turn are those of the conversation up to that turn as a prompt."""
     codec = codec_of(name)
     row = Row([user("one")], completion=THOUGHT) if name == "r1" else THREE_TURNS
-    made = encode_demonstrations(codec, [row], 1000, "refuse", "all")[0][0]
-    mask = np.concatenate([np.zeros(made.prompt_length, bool), made.loss_mask])
+    sequence = encode_demonstrations(codec, [row], 1000, "refuse", "all")[0][0]
+    mask = np.concatenate([np.zeros(sequence.prompt_length, bool), sequence.loss_mask])
     starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
     assert isinstance(row.prompt, list)
     asked = [k for k, message in enumerate(row.prompt) if message["role"] == "assistant"] + [len(row.prompt)]
     assert len(starts) == len(asked)
     for start, k in zip(starts, asked, strict=True):
-        assert made.ids[:start].tolist() == codec.prompt_ids(row.prompt[:k])
+        assert sequence.ids[:start].tolist() == codec.prompt_ids(row.prompt[:k])
 
 
 WORDS = st.text("ab c\n", max_size=8)
@@ -138,9 +138,9 @@ WORDS = st.text("ab c\n", max_size=8)
 
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4), st.sampled_from(["llama3", "qwen2.5", "gemma"]))
 def test_masks_by_tokens_are_those_of_a_slow_oracle(exchanges: list[tuple[str, str]], name: str) -> None:
-    """The oracle walks the rendered text: learnt is what stands between an assistant's header and the end of its turn."""
+    """The oracle reads the rendered text: the text between an assistant's header and the end of its turn is learnt."""
     codec = CODECS[name]
-    messages = [message for asked, said in exchanges for message in (user(asked), assistant(said))]
+    messages = [message for question, answer in exchanges for message in (user(question), assistant(answer))]
     row = Row(messages[:-1], completion=messages[-1]["content"])
     text = codec.tokenizer.apply_chat_template(messages, tokenize=False)
     header = {
@@ -149,12 +149,12 @@ def test_masks_by_tokens_are_those_of_a_slow_oracle(exchanges: list[tuple[str, s
         "gemma": "<start_of_turn>model\n",
     }[name]
     head, *turns = text.split(header)
-    wanted = [part[: part.index(ENDS[name])] + ENDS[name] for part in turns]
-    made = encode_demonstrations(codec, [row], 10_000, "refuse", "all")[0][0]
-    assert shown(codec, made).split("·") == wanted
+    expected = [part[: part.index(ENDS[name])] + ENDS[name] for part in turns]
+    sequence = encode_demonstrations(codec, [row], 10_000, "refuse", "all")[0][0]
+    assert shown(codec, sequence).split("·") == expected
     whole = codec.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert made.ids.tolist() == whole[: len(made.ids)]
-    assert made.ids[: made.prompt_length].tolist() == codec._tokens(head + header)
+    assert sequence.ids.tolist() == whole[: len(sequence.ids)]
+    assert sequence.ids[: sequence.prompt_length].tolist() == codec._tokens(head + header)
 
 
 CODECS = {name: codec_of(name) for name in FAMILIES}
@@ -211,7 +211,7 @@ def test_a_prompt_that_begins_the_answer() -> None:
         DataError, match=r"begins every answer with '<think>\\n', and the answer 'fine' does not begin so"
     ):
         learnt(codec, Row([user("a")], completion="fine"))
-    with pytest.raises(DataError, match=r"writes message 2 otherwise once others follow.*sft.turns=last"):
+    with pytest.raises(DataError, match=r"writes message 2 differently once others follow.*sft.turns=last"):
         learnt(codec, Row([user("a"), assistant(THOUGHT), user("b")], completion=THOUGHT))
 
 
@@ -239,23 +239,23 @@ SENTENCEPIECE = Codec(make_sentencepiece())
 @given(prompt=st.text("the film is good,:\n ", max_size=20), completion=st.text("the film is good,:\n ", max_size=20))
 def test_a_completion_has_the_tokens_of_the_whole_text(prompt: str, completion: str) -> None:
     try:
-        made = SENTENCEPIECE.sequence(prompt, completion)
+        sequence = SENTENCEPIECE.sequence(prompt, completion)
     except DataError as error:
         if "lies within a token" in str(error):
             return
         raise
     whole = SENTENCEPIECE.tokenizer(prompt + completion)["input_ids"]
-    assert SENTENCEPIECE.decode(made.ids[:-1]) == SENTENCEPIECE.decode(whole), "no space comes in between"
+    assert SENTENCEPIECE.decode(sequence.ids[:-1]) == SENTENCEPIECE.decode(whole), "no space is added between them"
     start = SENTENCEPIECE.prompt_ids(prompt)
-    assert made.ids[: made.prompt_length].tolist() == start
+    assert sequence.ids[: sequence.prompt_length].tolist() == start
     if whole[: len(start)] == start:
-        assert made.ids.tolist() == [*whole, SENTENCEPIECE.end]
+        assert sequence.ids.tolist() == [*whole, SENTENCEPIECE.end]
 
 
 def test_a_word_after_a_prompt_does_not_begin_with_two_spaces() -> None:
-    made = SENTENCEPIECE.sequence("the film", " is good")
-    assert SENTENCEPIECE.decode(made.ids) == "the film is good"
-    assert made.ids[:-1].tolist() == SENTENCEPIECE.tokenizer("the film is good")["input_ids"]
+    sequence = SENTENCEPIECE.sequence("the film", " is good")
+    assert SENTENCEPIECE.decode(sequence.ids) == "the film is good"
+    assert sequence.ids[:-1].tolist() == SENTENCEPIECE.tokenizer("the film is good")["input_ids"]
 
 
 def test_answers_keep_their_special_tokens_and_lose_their_end() -> None:
@@ -277,9 +277,9 @@ def test_a_long_prompt_keeps_its_headers(name: str) -> None:
     codec = codec_of(name)
     whole = codec.prompt_text([user(LONG + "end")])
     short = len(codec.prompt_ids([user("")])) + 5
-    made, counts = encode_prompts(codec, [Row([user(LONG + "end")])], short, "cut")
+    prompts, counts = encode_prompts(codec, [Row([user(LONG + "end")])], short, "cut")
     assert (counts.cut, counts.kept) == (1, 1)
-    assert codec.decode(made.ids.row(0), skip_special_tokens=False) == whole.replace(LONG + "end", "xxend")
+    assert codec.decode(prompts.ids.row(0), skip_special_tokens=False) == whole.replace(LONG + "end", "xxend")
     nothing, counts = encode_prompts(codec, [Row([user(LONG)])], short - 6, "cut")
     assert (counts.dropped, len(nothing.rows)) == (1, 0), "the template alone is longer"
 
@@ -289,19 +289,19 @@ def test_the_oldest_turns_go_first() -> None:
     conversation = [SYSTEM, user("one"), assistant("yes"), user("two"), assistant("no"), user("three")]
     newest = [SYSTEM, user("two"), assistant("no"), user("three")]
     limit = len(codec.prompt_ids(newest))
-    made, _ = encode_prompts(codec, [Row(conversation)], limit, "cut")
-    assert made.ids.row(0).tolist() == codec.prompt_ids(newest)
+    prompts, _ = encode_prompts(codec, [Row(conversation)], limit, "cut")
+    assert prompts.ids.row(0).tolist() == codec.prompt_ids(newest)
     row = Row(conversation, completion="well")
     assert learnt(codec, row, "all", limit + 5) == "no<|im_end|>·well<|im_end|>"
 
 
 def test_a_pair_is_cut_once_for_both_sides() -> None:
-    """So that no length shows which side is better."""
+    """Lengths must not show which side is better."""
     codec = codec_of("qwen2.5")
     row = Row([user(LONG)], chosen="yes", rejected="no, " * 5)
     limit = len(codec.prompt_ids(row.prompt)) + 5
-    made, counts = encode_preferences(codec, [row], limit, "cut")
-    pair = made[0]
+    pairs, counts = encode_preferences(codec, [row], limit, "cut")
+    pair = pairs[0]
     assert counts.cut == 1
     assert pair.chosen.prompt_length == pair.rejected.prompt_length
     start = pair.chosen.ids[: pair.chosen.prompt_length]
@@ -323,16 +323,16 @@ def test_pairs_that_are_equal_are_left_out() -> None:
         Row([user("a")], chosen="good", rejected="bad"),
     ]
     limit = len(codec.prompt_ids([user("a")])) + 20
-    made, counts = encode_preferences(codec, rows, limit, "cut")
-    assert (len(made), counts.kept, counts.equal) == (1, 1, 2), "of the second, what differs was cut off"
+    pairs, counts = encode_preferences(codec, rows, limit, "cut")
+    assert (len(pairs), counts.kept, counts.equal) == (1, 1, 2), "the second pair differs only in what was cut off"
     assert "2 left out with two equal answers" in counts.describe()
 
 
 def test_rows_that_are_too_long_are_left_out_or_refused() -> None:
     codec = Codec(make_tokenizer("mistral"))
     rows = [Row("a", completion="b", place="rows.jsonl:1"), Row("a", completion=LONG, place="rows.jsonl:2")]
-    made, counts = encode_demonstrations(codec, rows, 20, "drop", "all")
-    assert (len(made), counts.dropped, counts.longest) == (1, 1, 43)
+    sequences, counts = encode_demonstrations(codec, rows, 20, "drop", "all")
+    assert (len(sequences), counts.dropped, counts.longest) == (1, 1, 43)
     with pytest.raises(DataError) as refused:
         encode_demonstrations(codec, rows, 20, "refuse", "all")
     assert str(refused.value) == (
@@ -355,13 +355,13 @@ def test_models_that_read_the_same_conversation_otherwise() -> None:
     assert difference(base, instruct, "chat") is None
     instruct = codec_of("llama3")
     instruct.tokenizer.chat_template = "{{ bos_token }}" + instruct.tokenizer.chat_template
-    told = difference(base, instruct, "chat")
+    text = difference(base, instruct, "chat")
     assert (
-        told is not None
-        and "<|begin_of_text|><|begin_of_text|>" in told
-        and "the policy has '<|begin_of_text|><|start" in told
+        text is not None
+        and "<|begin_of_text|><|begin_of_text|>" in text
+        and "the policy has '<|begin_of_text|><|start" in text
     )
-    assert difference(base, instruct, "text") is None, "plain text does not see the template"
+    assert difference(base, instruct, "text") is None, "plain text does not use the template"
     other_end = Codec(make_tokenizer("llama3"))
     assert "other end tokens (<|end_of_text|>; the policy has <|end_of_text|>, <|eot_id|>)" in str(
         difference(base, other_end, "text")

@@ -35,7 +35,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: bool
 ) -> None:
     from workers.data import load_tokenizer
-    from workers.models.heads import load_hf
+    from workers.models.loading import load_hf
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     folder, marker = tmp_path / "model", tmp_path / "it-ran"
@@ -74,7 +74,7 @@ class Trap:
 
 
 def test_weights_in_a_pickle_run_no_code(tmp_path: Path) -> None:
-    from workers.models.heads import load_hf
+    from workers.models.loading import load_hf
 
     folder, marker = tmp_path / "model", tmp_path / "it-ran"
     make_model(folder)

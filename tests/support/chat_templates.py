@@ -1,6 +1,6 @@
-"""Tokenizers whose chat templates are built as those of well-known models are: what they write, refuse, drop and begin.
+"""Tokenizers with chat templates like those of well-known models: they write, refuse, drop and prefill the same parts.
 
-A token per byte, so that text and tokens agree at sight; the special tokens of each family are single tokens.
+One token per byte, so that tokens are readable; each special token of a family is a single token.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ FAMILIES = {
 
 
 def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family, a token per byte."""
+    """The tokenizer of a family, with one token per byte."""
     family = FAMILIES[name]
     bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -110,7 +110,7 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def make_sentencepiece() -> PreTrainedTokenizerFast:
-    """A tokenizer of Llama 2's kind: spaces are part of words, and a text alone begins with one."""
+    """A tokenizer like Llama 2's: spaces are parts of words, and a text on its own begins with one."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -125,7 +125,7 @@ def make_sentencepiece() -> PreTrainedTokenizerFast:
 
 
 def save(name: str, folder: Path) -> Path:
-    """The tokenizer of a family in a folder, beside a generation config that names its end tokens."""
+    """Write a family's tokenizer to a folder, with a generation config that names its end tokens."""
     from transformers import GenerationConfig
 
     tokenizer, family = make_tokenizer(name), FAMILIES[name]

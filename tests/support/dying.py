@@ -1,8 +1,8 @@
 """A plugin whose workers die, or stop, at a given point.
 
 Each file in the folder `faults` beside the run's folder, `<role>-<rank>.<point>.<count>.<signal>`, is a fault: the process
-sends itself the signal when it comes to the point for the count-th time in its life. The file is removed first, so that a
-fault happens once. Signal 0 is none: at the point `loss` the loss becomes nan instead, and the point `export` raises.
+sends itself the signal when it reaches the point for the count-th time. It removes the file first, so that a fault happens
+once. Signal 0 sends nothing: the point `loss` then makes the loss nan, and the point `export` raises.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from workers.process.worker_process import KINDS
 
 
 def fault(runs: Path, who: str, point: str, count: int, number: int = signal.SIGKILL) -> None:
-    """Arrange for one in the runs of a folder."""
+    """Write a fault for the runs in a folder."""
     folder = runs / "faults"
     folder.mkdir(exist_ok=True)
     (folder / f"{who}.{point}.{count}.{int(number)}").touch()

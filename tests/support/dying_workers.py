@@ -21,10 +21,10 @@ from workers.weight_sync.probe import Probe
 
 
 class _Dying(Worker):
-    """What the workers below share."""
+    """Common part of the workers below."""
 
     def reach(self, point: str) -> bool:
-        """Whether the fault without a signal is due at this point; those with one are sent."""
+        """Send the signal that is due at this point, if any. Returns whether a fault was due."""
         counts: Counter[str] = vars(self).setdefault("counts", Counter())
         counts[point] += 1
         for number in (0, signal.SIGKILL, signal.SIGSTOP):
@@ -50,9 +50,9 @@ class _DyingTrainer(_Dying, Trainer):
 
         def share(loss: Any) -> Tensor:
             self.reach("forward")
-            found: Tensor = loss()
-            found.register_hook(lambda _: self.reach("backward") or None)  # what it returns would be the gradient
-            return found * float("nan") if self.reach("loss") else found
+            value: Tensor = loss()
+            value.register_hook(lambda _: self.reach("backward") or None)  # a returned value would replace the gradient
+            return value * float("nan") if self.reach("loss") else value
 
         return super().optimize([lambda loss=loss: share(loss) for loss in losses], *args)  # type: ignore[misc]
 
@@ -92,7 +92,7 @@ class DyingRollout(_Dying, RolloutWorker):
     wrong: tuple[str, int] = ("", 0)
 
     def go_wrong(self, after: str, times: int) -> None:
-        """Compute something else after each of the next so many calls of `load` or `finish_weight_update`."""
+        """Compute with wrong weights after each of the next `times` calls of `load` or `finish_weight_update`."""
         self.wrong = after, times
 
     def _follow(self, call: str) -> None:
@@ -130,7 +130,7 @@ class DyingRollout(_Dying, RolloutWorker):
 
 
 def _move_a_weight(engine: Any) -> None:
-    """The last norm's become a tenth larger, as if an update had not reached the kernels."""
+    """Scale the last norm by 1.1, as if an update had not reached the kernels."""
     weight: Tensor = engine.get_model().model.norm.weight
     with torch.no_grad():
         weight.mul_(1.1)

@@ -1,6 +1,6 @@
-"""Workers that go wrong when told to. The plugin `tests.support.faults` adds them to the kinds of worker that a Host knows.
+"""Workers with faults on request. The plugin `tests.support.faults` adds them to the kinds of worker.
 
-They show that a check sees what it is there for: with the fault it must fail, without it must hold.
+They prove that a check detects its fault: it must fail with the fault and pass without it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS |= {
 
 
 class FaultyEngine(ObjectStoreEngine):
-    """The engine's side without one of its cares."""
+    """The engine's side of a weight update without one of its precautions."""
 
     without: ClassVar[str] = ""
     memory: ClassVar[np.ndarray] = np.empty(2**24, np.uint8)
@@ -46,9 +46,7 @@ class FaultyEngine(ObjectStoreEngine):
             super().start_weight_update()
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
-        if (
-            self.without == "memory of their own"
-        ):  # every bucket into the same memory, as a receiver of a stream might do
+        if self.without == "memory of their own":  # all buckets in the same memory, as in a streaming receiver
             arrays, start = [], 0
             for array in update_info.arrays:
                 view = self.memory[start : start + array.nbytes]
@@ -71,7 +69,7 @@ class FaultyEngine(ObjectStoreEngine):
 
 
 class FaultyRollout(RolloutWorker):
-    """A rollout worker that can change its model and, loaded with the transport "faulty", leave out a care."""
+    """A rollout worker that can leave out a precaution when loaded with the transport "faulty"."""
 
     def leave_out(self, care: str) -> None:
         """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache, experts one by one; "": none."""
@@ -81,7 +79,7 @@ class FaultyRollout(RolloutWorker):
             self.engine.reset_prefix_cache = lambda: True
 
     def begin_answer(self) -> None:
-        """Leave a request unfinished, as a call that broke off would."""
+        """Leave a request unfinished, as an interrupted call does."""
         self.engine.add_request("unfinished", TokensPrompt(prompt_token_ids=[5, 6, 7]), self._sampling(1))
         self.engine.step()
 
@@ -90,7 +88,7 @@ class FaultyRollout(RolloutWorker):
 
 
 class FaultySender(ObjectStoreSender):
-    """The trainer's side; `fault` happens to the tensors of one update, after their checksums were taken."""
+    """The trainer's side; `fault` changes the tensors of one update after their checksums were taken."""
 
     fault: str = ""
     sent: int = 0
@@ -121,7 +119,7 @@ class FaultySender(ObjectStoreSender):
 
 
 class FaultyPolicy(OpenPolicy):
-    """A language model whose transfers can be disturbed."""
+    """A language model whose weight updates can be disturbed."""
 
     sender: FaultySender
 
@@ -135,7 +133,7 @@ class FaultyPolicy(OpenPolicy):
         self.sender.fault = fault
 
     def refuse_descriptions(self, refuse: bool) -> None:
-        """Let the configs of an export be refused, or not any longer."""
+        """Make an export fail when it writes its configs, or no longer."""
 
         def refused(folder: Path) -> None:
             raise ValueError(f"no description of this model is written to {folder}")

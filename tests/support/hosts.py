@@ -1,4 +1,4 @@
-"""Workers outside a team: groups on the tests' cluster, one thread each, to be loaded with one tiny model after another."""
+"""Worker groups without a team, on the tests' cluster, with one thread per worker. Tests load tiny models into them in turn."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def run_config(**settings: Any) -> RunConfig:
 
 
 class Hosts:
-    """Groups by kind and size; each is started when it is first asked for. A trainer takes up the strategy asked for at its
-    next `load`, so that one process serves many tests: most of a test would be its start."""
+    """Groups by kind and size, each started at its first use. A trainer changes its strategy at its next `load`, so that one
+    process serves many tests: starting it takes longer than most tests."""
 
     def __init__(self) -> None:
         self.groups: dict[tuple[str, int, bool, str], WorkerGroup] = {}
@@ -57,7 +57,7 @@ class Hosts:
         another: bool = False,
         served: LoraSettings | None = None,
     ) -> WorkerGroup:
-        """another: other processes than without it. served: an adapter that is published alone."""
+        """another: a second group of the same kind. served: an adapter that is published without the base."""
         key = (kind, ranks, another, served.model_dump_json() if served else "")
         if key not in self.groups:
             plugin = "tests.support.learners" if kind.startswith("open") else "tests.support.faults"
@@ -82,7 +82,7 @@ class Hosts:
 
 
 def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[SampleRefs, RolloutBatch, int]:
-    """Answer each row of "prompts" once: where the answers lie, the answers, and the version that wrote them."""
+    """Answer each row of "prompts" once. Returns references to the samples, the batch, and its policy version."""
     rows = np.arange(prompts)
     call: Call[list[Any]] = engine.scatter("generate", [("prompts", rows, np.zeros_like(rows), step)], keep=1)
     ref, written = call.get()[0]
@@ -90,7 +90,7 @@ def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[SampleRefs, 
 
 
 def log_probs(actor: WorkerGroup, refs: SampleRefs) -> np.ndarray:
-    """[answer tokens] the trainer's log-probabilities, row after row; every rank computes them all."""
+    """[answer tokens] the trainer's log-probabilities, row after row; every rank computes all of them."""
     micro_batches = list(np.array_split(np.arange(len(refs)), 2))
     first, *others = (ragged.values for ragged, _ in actor.call("log_probs", refs, micro_batches).get())
     for other in others:
@@ -105,14 +105,14 @@ PAIRS = [Row(f"{i} and {i} is ", chosen=str(2 * i), rejected=str(2 * i + 1)) for
 
 
 def load(group: WorkerGroup, model: Path, kind: RowKind = "demonstration", **settings: Any) -> None:
-    """Let a group begin with a model, and give it what `train` trains on. settings: of the model."""
+    """Load a model into a group, and the rows for `train`. settings: of the model."""
     chosen = ModelSettings.model_validate({"path": str(model), "dtype": "float32"} | settings)
     group.call("load", str(model), chosen, OptimizerSettings(lr=1e-2, weight_decay=0.1)).get()
     group.call("add_rows", "rows", encoded(DEMONSTRATIONS if kind == "demonstration" else PAIRS, kind)).get()
 
 
 def train(group: WorkerGroup, step: int, method: str = "train_demonstrations", spoil: str = "") -> dict[str, float]:
-    """One optimizer step on eight rows, two micro-batches a rank; `spoil` happens on the last rank alone."""
+    """One optimizer step on eight rows, two micro-batches per rank; `spoil` applies to the last rank only."""
     if spoil:
         group.scatter("spoil", [("",)] * (len(group) - 1) + [(spoil,)]).get()
     rows = np.random.default_rng(step).permutation(16)[:8].reshape(len(group), 2, -1)
@@ -126,12 +126,12 @@ def train(group: WorkerGroup, step: int, method: str = "train_demonstrations", s
 
 
 Held = list[dict[str, np.ndarray]]
-"""What `held` says of each rank: all that learning changes."""
+"""Result of `held` for each rank: all tensors that training changes."""
 
 
-def same_held(found: Held, wanted: Held) -> None:
-    """Bit for bit."""
-    for rank, (a, b) in enumerate(zip(found, wanted, strict=True)):
+def same_held(actual: Held, expected: Held) -> None:
+    """Assert equality, bit for bit."""
+    for rank, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert a.keys() == b.keys()
         assert any(name.startswith("exp_avg_sq") for name in a)
         for name in b:
@@ -143,7 +143,7 @@ def steps(group: WorkerGroup, *numbers: int) -> list[dict[str, float]]:
     return [train(group, step) for step in numbers]
 
 
-def close(found: list[dict[str, float]], wanted: list[dict[str, float]], rel: float) -> None:
-    """The same metrics within `rel`; a tenth of it where they are near 0."""
-    for step, (a, b) in enumerate(zip(found, wanted, strict=True), start=1):
+def close(actual: list[dict[str, float]], expected: list[dict[str, float]], rel: float) -> None:
+    """Assert equal metrics within `rel`, or `rel / 10` absolutely."""
+    for step, (a, b) in enumerate(zip(actual, expected, strict=True), start=1):
         assert a == pytest.approx(b, rel=rel, abs=rel / 10), step

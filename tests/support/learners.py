@@ -1,5 +1,5 @@
-"""Trainers that tests can look into and whose steps they can spoil. With the plugin `tests.support.learners` they are a team's
-actor and critic, and kinds of worker by names of their own; it does without vLLM, which takes long to import.
+"""Trainers whose state tests can read and whose steps they can spoil. The plugin `tests.support.learners` makes them a team's
+actor and critic, and adds them as kinds of worker. It does not import vLLM, which takes long.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Open(Trainer):
-    """A trainer that can change its model, and whose weights and outputs a test can reach."""
+    """A trainer whose weights, gradients and strategy a test can read or change."""
 
     spoiled: str = ""
 
     def spoil(self, how: str) -> None:
-        """Something happens to the loss of this rank's last micro-batch, in the next optimizer step. See SPOILED."""
+        """Change the loss of this rank's last micro-batch in the next optimizer step. how: a key of SPOILED."""
         self.spoiled = how
 
     def optimize(self, losses: Iterable[Callable[[], Tensor]], *args: Any) -> dict[str, float]:
@@ -70,23 +70,23 @@ class Open(Trainer):
         return int(self.engine.zero_optimization_stage())
 
     def held(self) -> dict[str, np.ndarray]:
-        """Everything that learning changes, as this rank holds it: weights, and AdamW's own copies and states."""
+        """All tensors that training changes, as this rank holds them: weights, and AdamW's copies and states."""
         assert self.engine is not None
         adam = self.engine.basic_optimizer
         tensors = {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}
         for i, master in enumerate(self._masters()):
             tensors |= {f"master {i}": master, **{f"{name} {i}": v for name, v in adam.state.get(master, {}).items()}}
-        # A clone, since memory that numpy knows can no longer be given back.
+        # A clone: memory that numpy refers to cannot be released.
         return {name: tensor.detach().float().clone().numpy() for name, tensor in tensors.items()}
 
     def gradients(self) -> list[int]:
-        """Where those lie that have memory now."""
+        """Addresses of the gradients that are allocated."""
         return [p.grad.data_ptr() for p in self.model.parameters() if p.grad is not None]
 
     def offload_and_onload(self) -> tuple[int, int]:
-        """As between the turns of a shared device. Bytes that were held before, and that were held meanwhile."""
+        """As between phases on a time-shared device. Returns the bytes held before and while offloaded."""
         turns = DeviceTimeSharing([self], "cpu")
-        # On CPU some have memory that is not theirs to give back, such as a file's.
+        # On CPU some tensors cannot release their memory, such as a mapped file.
         tensors = [t for t in self.tensors() if t.untyped_storage().resizable()]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
         before = sum(storage.nbytes() for storage in held.values())
@@ -96,7 +96,7 @@ class Open(Trainer):
         return before, meanwhile
 
     def _masters(self) -> list[Tensor]:
-        """The tensors that AdamW moves."""
+        """The tensors that AdamW updates."""
         assert self.engine is not None
         whole = [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
         return list(getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", whole))

@@ -1,4 +1,4 @@
-"""A run so small that its stages take seconds: 2 layers of width 64, 60 rows, a few steps."""
+"""A tiny run whose stages take seconds: 2 layers of width 64, 60 rows, a few steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ VERDICTS = ("dull", "fine", "great")
 
 
 def write_micro(folder: Path, **settings: Any) -> Path:
-    """Write model, data and config.yaml of all three stages; returns the config. settings: in place of its sections."""
-    from tests.support.models import make_model  # imports torch, which the process of `short` can do without
+    """Write model, data and config.yaml of all three stages; returns the config. settings: replace sections of the config."""
+    from tests.support.models import make_model  # imports torch, which the process of `short` does not need
 
     folder.mkdir(exist_ok=True)
     make_model(folder / "model")

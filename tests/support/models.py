@@ -17,7 +17,7 @@ from workers.data import Codec, Row, RowKind, encode_demonstrations, encode_pref
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt", "bloom")
 GROUPED = ("llama", "qwen2", "qwen3")
-"""Those that can share key-value heads between query heads."""
+"""Architectures that can share key-value heads between query heads."""
 
 VOCABULARY, LAYERS, WIDTH, HEADS, POSITIONS = 120, 2, 64, 2, 256
 CHAT_TEMPLATE = (
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A token per printable ASCII character; <pad> is 0, <eos> is 1. Decoding gives the text back. It has a chat template."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # what some model types insist on
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # some model types require it
     characters = string.digits + string.ascii_letters + string.punctuation + " \n"
     tokens = ["<pad>", "<eos>", "<unk>", *byte_level.pre_tokenize_str(characters)[0][0]]
     tokens += [f"<{i}>" for i in range(len(tokens), VOCABULARY)]
@@ -46,7 +46,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encoded(rows: Sequence[Row], kind: RowKind, max_length: int = 64) -> Any:
-    """Rows tokenised as `make_tokenizer` does: Sequences, Preferences, or of prompts their ids."""
+    """Rows tokenised with `make_tokenizer`: Sequences, Preferences, or the ids of prompts."""
     codec = Codec(make_tokenizer())
     if kind == "demonstration":
         return encode_demonstrations(codec, rows, max_length, "cut", "last")[0]
@@ -56,7 +56,7 @@ def encoded(rows: Sequence[Row], kind: RowKind, max_length: int = 64) -> Any:
 
 
 def _settings(architecture: str, grouped: bool) -> dict[str, Any]:
-    """The shape, in the architecture's own words."""
+    """The shape under the architecture's own setting names."""
     if architecture == "gpt2":
         dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         return {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS} | dropout
@@ -88,7 +88,7 @@ def make_model(
     """Write a random model (float32) and its tokenizer to a folder; returns the folder.
 
     No parameter has a value that would hide a fault: biases are not 0, norms are not 1, and the next token is far from
-    evenly distributed. settings: further settings of the model's config, which win over ours.
+    evenly distributed. settings: further settings of the model's config, which override ours.
     """
     if grouped and architecture not in GROUPED:
         raise ValueError(f"{architecture} has no grouped key-value heads")

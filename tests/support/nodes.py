@@ -1,4 +1,4 @@
-"""Nodes: a cluster of several, simulated on this machine, and where processes of one listen."""
+"""A simulated cluster of several nodes on this machine, and the addresses on which its processes listen."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from orchestrator.run.access import private_cluster
 
 @contextmanager
 def simulated_cluster(head: dict[str, Any], **options: Any) -> Iterator[Cluster]:
-    """The cluster with its first node, to which this process is connected; `add_node` adds others. options: of ray.init."""
-    # The simulation notes its address in the folder that Ray has by default, which nothing of ours makes.
+    """A cluster with one node, to which this process is connected; `add_node` adds others. options: of ray.init."""
+    # The simulation writes its address to Ray's default folder, which our code does not create.
     Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     with private_cluster() as temp:
         started = Cluster(
@@ -33,10 +33,10 @@ def simulated_cluster(head: dict[str, Any], **options: Any) -> Iterator[Cluster]
 
 
 def listening(processes: Iterable[psutil.Process]) -> list[tuple[psutil.Process, str, int]]:
-    """Process, address and port of all that they listen on; of those that ended meanwhile, nothing."""
-    found = []
+    """Process, address and port of each listening socket; processes that have ended are skipped."""
+    listening = []
     for one in processes:
         with suppress(psutil.NoSuchProcess):
             taken = [c.laddr for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-            found += [(one, host.removeprefix("::ffff:"), port) for host, port in taken]
-    return found
+            listening += [(one, host.removeprefix("::ffff:"), port) for host, port in taken]
+    return listening

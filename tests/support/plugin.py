@@ -1,4 +1,4 @@
-"""An advantage estimator of one's own, as a module that `plugins` names."""
+"""A custom advantage estimator, as a module for `plugins`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plugin with a worker that raises what it is told to. Where the environment says so, the plugin itself cannot be imported."""
+"""A plugin with a worker that raises a given error. An environment variable makes the import of the plugin fail."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if os.environ.get("TESTS_RAISING") == "broken":
 
 
 class OfThePlugin(Exception):
-    """Of a module that the driver need not have."""
+    """An exception from a module that the driver may not have."""
 
 
 class RaisesWhenPickled(Exception):
-    """Ray's own code for the exceptions of a worker dies of it."""
+    """An exception on which Ray's own code for worker exceptions fails."""
 
     def __reduce__(self) -> Any:
         raise RuntimeError("not to be pickled")
@@ -42,7 +42,7 @@ class Raising(Worker):
                 error = OSError("no model gpt-9 is here\nCheck your internet connection")
                 error.lock = threading.Lock()  # type: ignore[attr-defined]
                 raise error
-            case "pydantic":  # which holds what it was given, as vLLM's configs do
+            case "pydantic":  # its error holds the invalid input, as with vLLM's configs
                 Shape.model_validate({"width": "wide", "source": threading.Lock()})
             case "plugin":
                 raise OfThePlugin("first line\nsecond line") from LookupError("its cause")

@@ -1,4 +1,4 @@
-"""Reward functions, good and bad. Light to import: their processes do it anew."""
+"""Reward functions, correct and faulty. Light to import: every process imports them again."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _calls = 0
 
 
 def fewer_and_fewer(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float | None]:
-    """Has a score for every answer in its first call, for all but the first in its second, for none in its third; and again."""
+    """Scores every answer in its first call, all but the first in its second, none in its third; then repeats."""
     global _calls
     _calls += 1
     missing = {1: 0, 2: 1, 0: len(answers)}[_calls % 3]
@@ -84,7 +84,7 @@ def fewer_and_fewer(prompts: list[str], answers: list[str], **columns: list[Any]
 
 
 async def slowly(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
-    """All answers at once, on the event loop that served the call before."""
+    """All answers concurrently, on the same event loop in every call."""
     LOOPS.append(asyncio.get_running_loop())
     assert LOOPS[0] is LOOPS[-1]
 
@@ -109,27 +109,27 @@ async def never(prompts: list[str], answers: list[str], **columns: list[Any]) ->
 
 
 def detailed(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[Any]:
-    """Scores with other numbers beside them, for some."""
-    found: list[Any] = [{"score": float(len(a)), "acc": a == "bb", "words": 1, "why": "text"} for a in answers]
+    """Scores, some with further numbers."""
+    scores: list[Any] = [{"score": float(len(a)), "acc": a == "bb", "words": 1, "why": "text"} for a in answers]
     for i, answer in enumerate(answers):
         if answer == "plain":
-            found[i] = 5.0
+            scores[i] = 5.0
         elif answer == "none":
-            found[i] = {"score": None, "acc": 1}
+            scores[i] = {"score": None, "acc": 1}
         elif answer == "lacking":
-            found[i] = {"acc": math.nan}
-    return found
+            scores[i] = {"acc": math.nan}
+    return scores
 
 
 async def half_of_them(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[Any]:
-    """Those whose characters have an even sum."""
+    """Scores answers whose characters have an even sum; fails for the others."""
     if sum(map(ord, answers[0])) % 2:
         raise ValueError("an odd answer")
     return [{"score": 1.0, "even": 1.0}]
 
 
 def by_sample(prompts: list[str], answers: list[str], *, samples: list[SampleRecord], **columns: Any) -> list[Any]:
-    """What the records say, as numbers."""
+    """The fields of the records, as numbers."""
     return [
         {
             "score": r.step,
@@ -170,7 +170,7 @@ def process_number(prompts: list[str], answers: list[str], **columns: list[Any])
 
 
 def misbehave(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:
-    """Does what the first answer says; else gives its process number."""
+    """Does what the first answer names; otherwise returns its process id."""
     match answers[0]:
         case "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -192,7 +192,7 @@ def misbehave(prompts: list[str], answers: list[str], **columns: list[Any]) -> l
 
 
 def leave_processes(prompts: list[str], answers: list[str], folder: list[str]) -> list[float]:
-    """Leaves a process, one in another session, and an orphan of one that ended; their numbers are written to the folder."""
+    """Leaves three processes: a child, one in another session and an orphan. Writes their process ids to the folder."""
     leave = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, start_new_session=True).pid)"
     left = [subprocess.Popen(["sleep", "600"], start_new_session=apart).pid for apart in (False, True)]
     orphan = subprocess.run(
@@ -207,7 +207,7 @@ def leave_processes(prompts: list[str], answers: list[str], folder: list[str]) -
 
 
 def fork_and_crash(prompts: list[str], answers: list[str], **columns: list[Any]) -> NoReturn:
-    """A fork of it lives on, with its end of the connection."""
+    """A fork of the process stays alive and holds the connection open."""
     if os.fork():
         os._exit(5)
     time.sleep(600)
@@ -215,7 +215,7 @@ def fork_and_crash(prompts: list[str], answers: list[str], **columns: list[Any])
 
 
 def mixed(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[Any]:
-    """What is no score, beside two that are."""
+    """Two scores, and values that are not scores."""
     return [1.0, None, math.nan, "2.0", True, 1e300, 10**400, [3.0]]
 
 

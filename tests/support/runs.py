@@ -1,4 +1,4 @@
-"""What tests of runs share: models compared, commands, a run of which some stages have not begun."""
+"""Helpers for tests of runs: comparing models, command lines, a run with some stages not started."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TWO_ENGINES = "placement.devices.rollout=2"
 
 
 def check(run: Run, stages: Sequence[Stage]) -> None:
-    """All checks of a run's settings; raises the error of the first that is wrong."""
-    for each in settings_checks(run, stages):
-        each()
+    """Run all checks of a run's settings; raises the first error."""
+    for settings_check in settings_checks(run, stages):
+        settings_check()
 
 
 def assert_same_model(a: Path, b: Path) -> None:
-    """Bit for bit."""
-    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+    """Equal bit for bit."""
+    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name].tobytes() != second[name].tobytes()] == []
 
 
 def flip_bit(path: Path, at: int = 0) -> None:
@@ -54,7 +54,7 @@ def command(*args: str) -> list[str]:
 
 
 def begun(whole: Result, folder: Path, without: tuple[str, ...]) -> Path:
-    """A copy of a whole run in which some stages have not begun; returns its folder."""
+    """A copy of a finished run in which some stages have not started; returns its folder."""
     copy = folder / whole.folder.name
     shutil.copytree(whole.folder, copy, symlinks=True)
     for stage in without:

@@ -1,4 +1,4 @@
-"""A real service that scores answers over HTTP, on this machine, as well or badly as a test wants it."""
+"""A real local HTTP service that scores answers, correctly or with faults as a test requires."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Service(ThreadingHTTPServer):
-    """Answers each request with the next of `plan`, and the last of it from then on. Keeps what it was sent."""
+    """Handles each request with the next entry of `plan`, then always with the last one. Keeps the requests."""
 
     daemon_threads = True
 
@@ -29,7 +29,7 @@ class Service(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/score"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left is no news."""
+        """Ignore clients that disconnected."""
 
     @contextmanager
     def running(self) -> Iterator[Service]:
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
-        """Not on stderr."""
+        """No log on stderr."""
 
 
 def good(handler: Handler, body: dict[str, Any]) -> None:

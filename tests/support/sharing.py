@@ -1,4 +1,4 @@
-"""Workers that can leave the base that they share, and say what memory they hold. The plugin puts them in place of the usual."""
+"""Workers that can leave their shared base and report the memory of their parameters. The plugin replaces the usual workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Sharing(Worker):
     left: SharedBase | None = None
 
     def leave(self, alone: bool) -> None:
-        """Whether the next `load` is on a base of its own."""
+        """alone: the next `load` uses a base of its own; else the shared one."""
         if alone and self.base:
             self.left, self.base = self.base, None
         elif not alone and self.left:
@@ -26,12 +26,12 @@ class _Sharing(Worker):
 
     def storage(self) -> dict[int, int]:
         """Address -> bytes of the parameters' memory."""
-        found = {}
+        sizes = {}
         for model in self.holds():
             for parameter in model.parameters():
                 memory = parameter.untyped_storage()
-                found[memory.data_ptr()] = memory.nbytes()
-        return found
+                sizes[memory.data_ptr()] = memory.nbytes()
+        return sizes
 
 
 class _SharingTrainer(_Sharing, Open):

@@ -1,4 +1,8 @@
-"""Data: rows read and checked, text to token ids, and the order in which rows are trained on. Nothing here needs torch itself."""
+"""Datasets: reading and checking rows, text to token ids, and the order of training. Imports no torch: the driver uses it.
+
+The names below are the public ones, with the modules batching (micro-batches), samples (SampleRefs) and step_inputs, which the
+driver shares with workers, and probes (whether two models tokenize alike).
+"""
 
 from workers.data.encoding import Prompts, Turns, encode_demonstrations, encode_preferences, encode_prompts
 from workers.data.messages import Message, Prompt

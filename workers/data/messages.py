@@ -1,7 +1,7 @@
-"""Messages of a conversation, checked and brought into the form that chat templates take.
+"""Messages of a conversation: checks, and conversion to the form of chat templates.
 
-A message goes to the template whole: role, content, name, tool calls, reasoning. What is not known here is refused, since a
-template would drop it without a word.
+The template gets the whole message: role, content, name, tool calls, reasoning. Unknown keys are refused, since a template would
+silently drop them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from workers.data.sources import DataError
 
 Message = dict[str, Any]
-"""role, and as there is: content, name, tool_calls, tool_call_id, and the reasoning."""
+"""role, and optionally content, name, tool_calls, tool_call_id and the reasoning."""
 Prompt = str | list[Message]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names that templates know an assistant's reasoning by."""
+"""Keys under which templates expect an assistant's reasoning."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -39,10 +39,10 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def read_messages(value: Any, name: str) -> list[Message]:
-    """The messages of a column: a list, the same as JSON text, or a dialogue of Anthropic's HH form.
+    """The messages of a column: a list, a list as JSON text, or a dialogue in the form of Anthropic's HH data.
 
-    Messages may be those of the chat templates (role, content ...) or of ShareGPT (from, value). Content may be text or a
-    list of parts, which must be text too. Raises DataError.
+    Messages have the keys of chat templates (role, content ...) or of ShareGPT (from, value). Content is text or a list of
+    text parts. Raises DataError.
     """
     if isinstance(value, str):
         value = hh_dialogue(value) or _from_json(value) or value
@@ -57,8 +57,8 @@ def _message(value: Any, where: str) -> Message:
     message = {key: item for key, item in value.items() if item is not None}
     if "from" in message:
         message = _from_sharegpt(message, where)
-    if strange := [key for key in message if key not in KEYS]:
-        raise DataError(f"{where}.{strange[0]}: no such key of a message; there are {', '.join(KEYS)}")
+    if unknown := [key for key in message if key not in KEYS]:
+        raise DataError(f"{where}.{unknown[0]}: no such key of a message; there are {', '.join(KEYS)}")
     if message.get("role") not in ROLES:
         raise DataError(f"{where}.role: must be {', '.join(ROLES)}, was {brief(message.get('role'))}")
     if "tool_calls" in message:
@@ -89,24 +89,28 @@ def _text(content: Any, where: str) -> str:
         raise DataError(f"{where}: must be text or a list of parts, was {brief(content)}")
     texts = []
     for index, part in enumerate(content):
-        kept = {key: item for key, item in part.items() if item is not None} if isinstance(part, dict) else part
-        if isinstance(kept, str):
-            texts.append(kept)
-        elif isinstance(kept, dict) and kept.keys() == {"type", "text"} and kept["type"] in ("text", "input_text"):
-            texts.append(str(kept["text"]))
+        present = {key: item for key, item in part.items() if item is not None} if isinstance(part, dict) else part
+        if isinstance(present, str):
+            texts.append(present)
+        elif (
+            isinstance(present, dict)
+            and present.keys() == {"type", "text"}
+            and present["type"] in ("text", "input_text")
+        ):
+            texts.append(str(present["text"]))
         else:
             raise DataError(f"{where}.{index}: must be a part of text ({{type: text, text: ...}}), was {brief(part)}")
     return "".join(texts)
 
 
 def _tool_calls(message: Message, where: str) -> list[Any]:
-    """With the arguments as mappings, which templates write as JSON themselves: OpenAI's API has them as JSON text."""
+    """The calls with arguments as mappings, as templates expect. In OpenAI's API they are JSON text."""
     if message.get("role") != "assistant":
         raise DataError(f"{where}.tool_calls: only messages of the assistant may have them")
     calls = _from_json(message["tool_calls"]) if isinstance(message["tool_calls"], str) else message["tool_calls"]
     if not isinstance(calls, list):
         raise DataError(f"{where}.tool_calls: must be a list, was {brief(calls)}")
-    made = []
+    normalised = []
     for index, call in enumerate(without_none(calls)):
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
@@ -116,12 +120,12 @@ def _tool_calls(message: Message, where: str) -> list[Any]:
         if not isinstance(parsed, dict):
             raise DataError(f"{where}.tool_calls.{index}.function.arguments: must be a mapping, was {brief(arguments)}")
         function = {**inner, "arguments": parsed}
-        made.append({**call, "function": function} if "function" in call else function)
-    return made
+        normalised.append({**call, "function": function} if "function" in call else function)
+    return normalised
 
 
 def read_tools(value: Any) -> list[Any] | None:
-    """The functions that a row's assistant may call, as JSON schemas; none where there are none. Raises DataError."""
+    """The functions that a row's assistant may call, as JSON schemas; None where there are none. Raises DataError."""
     tools = _from_json(value) if isinstance(value, str) else value
     tools = without_none(tools)
     if not tools:
@@ -132,23 +136,23 @@ def read_tools(value: Any) -> list[Any] | None:
 
 
 def hh_dialogue(text: str) -> list[Message] | None:
-    """Messages of a dialogue as Anthropic's HH data has it, "\\n\\nHuman: ...\\n\\nAssistant: ..."; none for other texts."""
+    """Messages of a dialogue of Anthropic's HH data, "\\n\\nHuman: ...\\n\\nAssistant: ..."; None for other texts."""
     if not text.startswith("\n\nHuman:"):
         return None
     _, *parts = _HH_TURN.split(text)
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": roles[who], "content": turn.strip()} for who, turn in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def without_none(value: Any) -> Any:
-    """Without keys whose value is None: a table of columns fills them in where another row has the key."""
+    """The value without keys whose value is None: a columnar table adds them where another row has the key."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def as_messages(prompt: Prompt) -> list[Message]:
-    """A text as what the user says."""
+    """The messages of a prompt; a text becomes a message of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
@@ -159,7 +163,7 @@ def brief(value: Any) -> str:
 
 
 def _from_json(text: str) -> Any:
-    """The list or mapping that a text is the JSON of; None where it is no such text."""
+    """The list or mapping that a JSON text holds; None for other texts."""
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:

@@ -13,17 +13,17 @@ _WINDOW = 16
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """[n] the rows in the order of an epoch: a permutation, the same on every machine."""
+    """[n] the order of the rows in an epoch: a permutation, the same on every machine."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batches(lengths: npt.ArrayLike, batch_size: int, epochs: float, seed: int) -> list[npt.NDArray[np.int64]]:
     """The rows of each optimizer step, [batch_size] each; ceil(epochs * N / batch_size) steps, at least one.
 
-    The steps end to end run through epoch after epoch, each with every row once, in a random order. Where an epoch ends
-    within a batch, the next epoch's first rows fill it, after the last epoch too: no row is dropped, and a few are
-    seen once more. Rows of like length go together, as far as 16 batches of the epoch's order allow; batches come in a
-    random order. More epochs continue fewer: the first steps stay the same.
+    The concatenated steps are the concatenated epochs, each a random order of all rows. Where an epoch ends within a batch, the
+    next epoch's first rows fill the batch, also after the last epoch: no row is dropped, and a few rows occur once more.
+    Within a window of 16 batches, rows of similar length share a batch; batches are in random order. A larger `epochs` only
+    appends steps.
 
     lengths: [N] tokens of each row.
     """
@@ -40,7 +40,7 @@ def batches(lengths: npt.ArrayLike, batch_size: int, epochs: float, seed: int) -
 def _sorted_within(
     order: npt.NDArray[np.int64], lengths: npt.NDArray[Any], start: int, batch_size: int, seed: tuple[int, ...]
 ) -> npt.NDArray[np.int64]:
-    """An epoch's order whose whole batches, the first at `start`, hold rows of like length."""
+    """An epoch's order in which full batches, the first at `start`, hold rows of similar length."""
     count = max(0, len(order) - start) // batch_size
     whole = order[start : start + count * batch_size]
     for window in np.split(whole, range(_WINDOW * batch_size, len(whole), _WINDOW * batch_size)):

@@ -1,4 +1,4 @@
-"""Whether two models read the same tokens from the same conversations: compared on a few."""
+"""Compares the tokens of two models on a few conversations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PROBES: dict[Form, list[Prompt]] = {
 
 
 def difference(policy: Codec, other: Codec, form: Form) -> str | None:
-    """What two codecs read differently, with both texts; None where they read the same.
+    """The first difference between two codecs, with both texts; None where they give the same tokens.
 
-    form: whether conversations go through chat templates. A conversation that both templates refuse says nothing.
+    form: whether conversations go through chat templates. A conversation that both templates refuse is no difference.
     """
     if policy.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         return f"another vocabulary ({len(other.tokenizer)} tokens; the policy has {len(policy.tokenizer)})"
@@ -41,7 +41,7 @@ def _names(codec: Codec) -> str:
 
 
 def _read(codec: Codec, prompt: Prompt) -> str:
-    """The tokens of a prompt with an answer as text, special tokens included; what refuses it otherwise."""
+    """The tokens of a prompt with an answer as text, special tokens included; or the text of the refusal."""
     try:
         return codec.decode(codec.sequence(prompt, "Great.").ids, skip_special_tokens=False)
     except DataError as error:

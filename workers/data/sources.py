@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and globs of files, folders of datasets.save_to_disk, hub datasets."""
+"""Sources of rows: files, folders and globs of files, folders of datasets.save_to_disk, hub datasets."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from typing import IO, Any
 from configs.schema import DatasetSettings
 
 Record = tuple[str, Any]
-"""Where a record stands (for errors), and the record, or the DataError that it is refused with."""
+"""Place of a record (for errors), and the record, or the DataError that refuses it."""
 
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
-"""Files by which a folder of datasets.save_to_disk is known."""
+"""Files that identify a folder of datasets.save_to_disk."""
 _SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 
 
 class DataError(ValueError):
-    """A dataset that cannot be used: says where, and what it may be."""
+    """A dataset that cannot be used. The text names the place and what would be valid."""
 
 
 def records(data: DatasetSettings) -> Iterator[Record]:
-    """All records of a dataset, in order: file after file, where there are several.
+    """All records of a dataset, in order, file after file.
 
-    Raises DataError where a file cannot be read at all; a single bad line is a record of its own.
+    Raises DataError where a file cannot be read at all; a single bad line gives a record that is a DataError.
     """
-    return chain.from_iterable(_of_path(path, data) for path in data.paths)
+    return chain.from_iterable(_from_path(path, data) for path in data.paths)
 
 
-def _of_path(text: str, data: DatasetSettings) -> Iterator[Record]:
+def _from_path(text: str, data: DatasetSettings) -> Iterator[Record]:
     path = Path(text)
     if path.is_dir():
         _refuse_hub_settings(text, data)
         if any((path / name).is_file() for name in _SAVED):
-            return _saved(path, data)
-        return chain.from_iterable(map(_of_file, _shards(path, data.split)))
+            return _from_saved(path, data)
+        return chain.from_iterable(map(_from_file, _shards(path, data.split)))
     if path.is_file():
         _refuse_hub_settings(text, data)
         if data.split is not None:
             raise DataError(f"{path}: split {data.split}: a file has no splits; leave it out")
-        return _of_file(path)
+        return _from_file(path)
     if glob.has_magic(text):
-        return chain.from_iterable(map(_of_file, _matches(text)))
+        return chain.from_iterable(map(_from_file, _matches(text)))
     if _reader(path) or path.is_absolute() or text[0] == "." or len(path.parts) > 2:
         raise DataError(f"{text}: no such file or folder")
-    return _of_hub(text, data)
+    return _from_hub(text, data)
 
 
 def _refuse_hub_settings(path: str, data: DatasetSettings) -> None:
@@ -63,7 +63,7 @@ def _refuse_hub_settings(path: str, data: DatasetSettings) -> None:
 # ---------------------------------------------------------------- files
 
 
-def _of_file(path: Path) -> Iterator[Record]:
+def _from_file(path: Path) -> Iterator[Record]:
     reader = _reader(path)
     if reader is None:
         raise DataError(
@@ -80,7 +80,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Record]] | None:
 
 
 def _shards(folder: Path, split: str | None) -> list[Path]:
-    """The data files below a folder, sorted; of one split where their names tell splits apart."""
+    """The data files below a folder, sorted; those of one split where their names contain splits."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _reader(path) and path.name[0] != ".")
     if not files:
         raise DataError(f"{folder}: a folder without data files ({', '.join(_READERS)}), not of datasets.save_to_disk")
@@ -100,10 +100,10 @@ def _shards(folder: Path, split: str | None) -> list[Path]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-    if not found:
+    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+    if not files:
         raise DataError(f"{pattern}: no file matches")
-    return found
+    return files
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -111,7 +111,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    with _open(path) as file:  # bytes: only there is a line just what ends with \n
+    with _open(path) as file:  # bytes: in text mode lines would also end at \r
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -121,11 +121,11 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 
 def _from_json(line: bytes) -> Any:
-    """A line's value; DataError where it has none."""
+    """A line's value; a DataError where it is not valid JSON."""
     try:
         value = json.loads(line.decode("utf-8-sig").rstrip())
         if rb"\ud" in line.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, though JSON can write it
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair: valid JSON, but not text
         return value
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} at column {error.colno}")
@@ -140,7 +140,7 @@ def _from_json(line: bytes) -> Any:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """An array of records, an object with one such array, or JSON lines under the name .json, as the hub has many."""
+    """An array of records, an object with one such array, or JSON lines, which many files of the hub named .json hold."""
     with _open(path) as file:
         try:
             content = file.read()
@@ -153,7 +153,7 @@ def _json(path: Path) -> Iterator[Record]:
             return
         raise DataError(f"{path}: {value}")
     if isinstance(value, dict):
-        lists = [each for each in value.values() if isinstance(each, list)]
+        lists = [item for item in value.values() if isinstance(item, list)]
         value = lists[0] if len(lists) == 1 and len(value) == 1 else [value]
     if not isinstance(value, list):
         raise DataError(f"{path}: must be a list of records, was a single value")
@@ -162,7 +162,7 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    """Records of a table with a header line; an empty cell is no value."""
+    """Records of a table with a header line; an empty cell is None."""
     with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
             table = csv.DictReader(text, strict=True)
@@ -185,7 +185,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         rows = (record for batch in table.iter_batches() for record in batch.to_pylist())
         for number, record in enumerate(rows, start=1):
             yield f"{path}: row {number}", record
-    except Exception as error:  # of damaged bytes the library makes errors of many types
+    except Exception as error:  # the library raises many types of errors for damaged bytes
         raise DataError(f"{path}: cannot be read as Parquet: {_reason(error)}") from error
 
 
@@ -200,17 +200,17 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
 # ---------------------------------------------------------------- datasets
 
 
-def _saved(path: Path, data: DatasetSettings) -> Iterator[Record]:
+def _from_saved(path: Path, data: DatasetSettings) -> Iterator[Record]:
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # of damaged bytes the library makes errors of many types
+    except Exception as error:  # the library raises many types of errors for damaged bytes
         raise DataError(f"{path}: a damaged dataset: {_reason(error)}") from error
-    return _loaded(str(path), data, loaded)
+    return _from_loaded(str(path), data, loaded)
 
 
-def _of_hub(name: str, data: DatasetSettings) -> Iterator[Record]:
+def _from_hub(name: str, data: DatasetSettings) -> Iterator[Record]:
     import datasets
 
     try:
@@ -219,10 +219,10 @@ def _of_hub(name: str, data: DatasetSettings) -> Iterator[Record]:
         raise DataError(
             f"{name}: no file or folder here, and it cannot be loaded from the hub: {_reason(error)}"
         ) from error
-    return _loaded(name, data, loaded)
+    return _from_loaded(name, data, loaded)
 
 
-def _loaded(name: str, data: DatasetSettings, loaded: Any) -> Iterator[Record]:
+def _from_loaded(name: str, data: DatasetSettings, loaded: Any) -> Iterator[Record]:
     import datasets
 
     if isinstance(loaded, datasets.DatasetDict):
@@ -236,10 +236,11 @@ def _loaded(name: str, data: DatasetSettings, loaded: Any) -> Iterator[Record]:
         raise DataError(f"{name}: split {data.split}: this folder holds a single dataset; leave it out")
     where = f"{name} {data.split}" if data.split else name
     try:
-        loaded.data.table.validate(full=True)  # Arrow trusts the offsets in a file: wrong ones would end the process
+        # Arrow does not check offsets when it loads: wrong ones would crash the process.
+        loaded.data.table.validate(full=True)
         for number, record in enumerate(loaded, start=1):
             yield f"{where}: row {number}", record
-    except Exception as error:  # of damaged bytes the library makes errors of many types
+    except Exception as error:  # the library raises many types of errors for damaged bytes
         raise DataError(f"{where}: a damaged dataset: {_reason(error)}") from error
 
 

@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = Callable[[str], list[int]]
-"""Gives the ids of a text."""
+"""Text -> token ids."""
 
-_MOST_KEPT = 100_000
-"""Prompts whose text and ids are kept for the next dataset."""
+_CACHED_PROMPTS = 100_000
+"""Number of prompts whose text and ids are cached for the next dataset."""
 _ANCHORS = ("\n", "a", "1", ":")
-"""Texts to put before one whose tokens, taken alone, would begin with a space (SentencePiece)."""
+"""Prefixes for a text whose tokens on their own would begin with a space (SentencePiece)."""
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Raises ValueError where there is none, for which transformers may give one without tokens."""
+    """A model's tokenizer. Raises ValueError where there is none: transformers may then return one without tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise ValueError(f"{path}: no tokenizer is here, or one that finds no token in a text")
+        raise ValueError(f"{path}: no tokenizer here, or one that gives no tokens for a text")
     return tokenizer
 
 
 def end_tokens(path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> list[int]:
-    """Ids of the tokens of which each ends an answer of the model in a folder, or of that hub name.
+    """Ids of the tokens that end an answer of a model, given by folder or hub name.
 
-    Those that `end_tokens` names; else the tokenizer's eos token and those of the model's generation config.
-    Raises DataError where a name is no token, or there is no end token at all.
+    Those of the setting `end_tokens`; else the tokenizer's eos token and those of the model's generation config.
+    Raises DataError where a name is not a token, or there is no end token.
     """
     if settings.end_tokens:
         return [_single_token(tokenizer, name) for name in settings.end_tokens]
@@ -66,7 +66,7 @@ def _generation_ends(path: str, trust_remote_code: bool) -> list[int]:
 
     try:
         generation = GenerationConfig.from_pretrained(path)
-    except OSError:  # there is none beside the model
+    except OSError:  # the model has none
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         generation = GenerationConfig.from_model_config(config)
     return _as_list(generation.eos_token_id)
@@ -88,10 +88,11 @@ class Exchange(NamedTuple):
 class Codec:
     """Text to token ids and back.
 
-    A sequence begins with exactly the ids that an engine gets as its prompt, and goes on with the tokens that the whole text
-    has. Plain text: a prompt begins with the bos token where the tokenizer adds one; an empty prompt may thus have no ids at all.
-    An answer ends with an end token. Chat template (always for messages; with `chat_template` for text too): the prompt ends with
-    the template's generation prompt, and the answer is what the template writes after it. Either ends at its first end token.
+    A sequence is exactly the ids that an engine gets as its prompt, then the ids of the answer, cut after its first end token.
+
+    Plain text: a prompt begins with the bos token where the tokenizer adds one, so an empty prompt may have no ids; an end token
+    follows the answer. Chat template (always for messages, with `chat_template` for text too): the prompt ends with the
+    template's generation prompt, and the answer is the text that the template writes after it.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Codec:
         ends: Items[int] = (),
         template: ChatTemplate | None = None,
     ) -> None:
-        """ends: ids of the end tokens; empty: the tokenizer's eos token. template: none: the tokenizer's, without settings.
+        """ends: ids of the end tokens; empty: the tokenizer's eos token. template: None: the tokenizer's, without settings.
 
         Raises DataError where there is no end token.
         """
@@ -116,15 +117,15 @@ class Codec:
         """The end token of answers in plain text."""
         self._prompt_texts: dict[Any, str] = {}
         self._prompt_ids: dict[str, list[int]] = {}
-        """Ids of prompts' texts: the same prompts stand in the datasets of several stages."""
+        """Ids of prompts' texts: the datasets of several stages contain the same prompts."""
         with_special, plain = tokenizer("a")["input_ids"], self._tokens("a")
         self.bos: list[int] = with_special[:1] if with_special[0] not in plain else []
 
     @classmethod
     def load(cls, path: str, config: RunConfig, settings: ModelSettings, started: datetime | None = None) -> Codec:
-        """The codec of the model in a folder, or of that hub name, under a run's settings.
+        """The codec of a model, given by folder or hub name, under a run's settings.
 
-        started: when the run began. Raises DataError, ValueError, OSError.
+        started: start of the run. Raises DataError, ValueError, OSError.
         """
         tokenizer = load_tokenizer(path, settings.trust_remote_code)
         template = ChatTemplate(tokenizer, config.system_prompt, config.chat_template_args, started)
@@ -137,7 +138,7 @@ class Codec:
     # ------------------------------------------------------------ texts
 
     def prompt_text(self, prompt: Prompt, tools: Tools = None) -> str:
-        """The text of a prompt, as its tokens have it (but for a bos token)."""
+        """The text of a prompt that is tokenised, without the bos token."""
         if not self.is_chat(prompt):
             assert isinstance(prompt, str)
             return prompt
@@ -146,12 +147,12 @@ class Codec:
         if key in self._prompt_texts:
             return self._prompt_texts[key]
         text = self.template.prompt(self.template.conversation(messages), tools)
-        if key and len(self._prompt_texts) < _MOST_KEPT and all(isinstance(part, str) for part in key):
+        if key and len(self._prompt_texts) < _CACHED_PROMPTS and all(isinstance(part, str) for part in key):
             self._prompt_texts[key] = text
         return text
 
     def exchange(self, prompt: Prompt, answer: Answer, tools: Tools = None) -> Exchange:
-        """The texts of a prompt and its answer. Raises DataError where the template does not write all of the answer."""
+        """The texts of a prompt and its answer. Raises DataError where the template drops part of the answer."""
         before, chat = self.prompt_text(prompt, tools), self.is_chat(prompt)
         if chat:
             messages = self.template.conversation(as_messages(prompt))
@@ -166,10 +167,10 @@ class Codec:
 
     def answer_text(self, ids: npt.ArrayLike) -> str:
         """Text of an answer without the end and pad tokens at its end; other special tokens, such as <think>, stay."""
-        kept = np.asarray(ids).tolist()
-        while kept and (kept[-1] in self.ends or kept[-1] == self.tokenizer.pad_token_id):
-            kept.pop()
-        return self.decode(kept, skip_special_tokens=False)
+        tokens = np.asarray(ids).tolist()
+        while tokens and (tokens[-1] in self.ends or tokens[-1] == self.tokenizer.pad_token_id):
+            tokens.pop()
+        return self.decode(tokens, skip_special_tokens=False)
 
     # ------------------------------------------------------------ tokens
 
@@ -178,14 +179,14 @@ class Codec:
         return self.encode_prompt(self.prompt_text(prompt, tools), self.is_chat(prompt), self._tokens)
 
     def sequence(self, prompt: Prompt, answer: Answer, tools: Tools = None) -> Sequence:
-        """Token ids of a prompt and its answer, which is learnt or scored."""
+        """Token ids of a prompt and of its answer, which is learnt or scored."""
         return Sequence.of(*self.encode(self.exchange(prompt, answer, tools), self._tokens))
 
     def encode_prompt(self, text: str, chat: bool, tokens: Tokens) -> list[int]:
         return tokens(text) if chat else self.bos + tokens(text)
 
     def encode(self, exchange: Exchange, tokens: Tokens) -> tuple[list[int], list[int]]:
-        """Ids of a prompt, and of its answer up to and with the first end token. tokens: ids of a text."""
+        """Ids of a prompt, and of its answer up to and including the first end token. tokens: text to ids."""
         start = tokens(exchange.before)
         ids = self._continued(start, exchange.before, exchange.answer, tokens)
         if exchange.chat:
@@ -195,10 +196,10 @@ class Codec:
     def conversation(
         self, messages: list[Message], given: int, answer: Answer, tools: Tools, tokens: Tokens
     ) -> Sequence:
-        """Token ids of a conversation and its last answer, in which all turns of the assistant are learnt but those within the
-        first `given` messages, each up to and with its first end token.
+        """Token ids of a conversation and its last answer. All turns of the assistant after the first `given` messages are
+        learnt, each up to and including its first end token.
 
-        Raises DataError where the template does not keep earlier turns as they were written.
+        Raises DataError where the template changes earlier turns once others follow.
         """
         whole = self.template.conversation(messages)
         given += len(whole) - len(messages)
@@ -219,29 +220,29 @@ class Codec:
         for k, token in enumerate(ids):
             if token in self.ends:
                 return ids[: k + 1]
-        known = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(token)) for token in self.ends)
+        names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(token)) for token in self.ends)
         raise DataError(
-            f"{self.template.source}: the chat template does not end an answer with an end token ({known}), but with "
+            f"{self.template.source}: the chat template does not end an answer with an end token ({names}), but with "
             f"{self.decode(ids[-8:], skip_special_tokens=False)!r}; name its end token: model.end_tokens"
         )
 
     def _continued(self, before: list[int], text_before: str, text: str, tokens: Tokens) -> list[int]:
-        """Tokens of a text that follows one whose tokens are given: those that the whole text has, where the first part keeps
-        its own; else the text's own tokens, so chosen that all together decode to the whole text."""
+        """Tokens of `text` after the tokens `before` of `text_before`: those of the joint text, where it begins with `before`;
+        else tokens of `text` on its own, with which the whole decodes to the joint text."""
         whole = tokens(text_before + text)
         if whole[: len(before)] == before:
             return whole[len(before) :]
         wanted = self.decode(whole, skip_special_tokens=False)
-        for ids in self._alone(text):
+        for ids in self._candidates(text):
             if self.decode(before + ids, skip_special_tokens=False) == wanted:
                 return ids
         raise DataError(
-            f"{self.template.source}: no tokens of {text[:40]!r} can follow those of {text_before[-40:]!r}, for the border "
+            f"{self.template.source}: no tokens of {text[:40]!r} can follow those of {text_before[-40:]!r}: the border "
             "between prompt and answer lies within a token; move it"
         )
 
-    def _alone(self, text: str) -> Iterator[list[int]]:
-        """Candidates for the tokens that a text has within a longer one."""
+    def _candidates(self, text: str) -> Iterator[list[int]]:
+        """Candidates for the tokens of a text within a longer text."""
         yield self._tokens(text)
         for anchor in _ANCHORS:
             first, both = self._tokens(anchor), self._tokens(anchor + text)
@@ -252,14 +253,14 @@ class Codec:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def tokens_of(self, prompts: Iterable[str] = (), others: Iterable[str] = ()) -> Tokens:
-        """A function from text to ids that has encoded these texts already, many at a time, which is faster. prompts: texts that
-        are likely to come again."""
-        if len(self._prompt_ids) < _MOST_KEPT:
+        """A function from text to ids that has already encoded these texts, in one fast batch. prompts: texts that are cached
+        for later calls."""
+        if len(self._prompt_ids) < _CACHED_PROMPTS:
             self._prompt_ids |= self._encoded(text for text in prompts if text not in self._prompt_ids)
-        known = self._encoded(text for text in (*prompts, *others) if text not in self._prompt_ids)
+        encoded = self._encoded(text for text in (*prompts, *others) if text not in self._prompt_ids)
 
         def tokens(text: str) -> list[int]:
-            ids = self._prompt_ids.get(text) or known.get(text)
+            ids = self._prompt_ids.get(text) or encoded.get(text)
             return self._tokens(text) if ids is None else ids
 
         return tokens

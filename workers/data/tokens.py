@@ -1,4 +1,4 @@
-"""Tokenised rows: what workers are given to train on, and what was done to the rows on the way."""
+"""Tokenised rows, as workers train on them, and counts of kept, cut and dropped rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Sequence:
     """A prompt with its answer, or a conversation with several answers."""
 
     ids: npt.NDArray[np.int32]
-    """[length] end tokens included, unless they were cut off."""
+    """[length] with the end tokens, unless they were cut off."""
     prompt_length: int
-    """Tokens before the first that is learnt or scored."""
+    """Number of tokens before the first one that is learnt or scored."""
     loss_mask: npt.NDArray[np.bool_]
-    """[length - prompt_length] which of the tokens from there on are learnt: those of the assistant."""
+    """[length - prompt_length] which of the tokens after the prompt are learnt: those of the assistant."""
 
     @classmethod
     def of(cls, prompt: npt.ArrayLike, answer: npt.ArrayLike) -> Sequence:
-        """A prompt's ids and those of an answer of which every token is learnt."""
+        """A prompt, and an answer of which every token is learnt."""
         start, end = np.asarray(prompt, np.int32), np.asarray(answer, np.int32)
         return cls(np.concatenate([start, end]), len(start), np.ones(len(end), np.bool_))
 
@@ -40,14 +40,14 @@ class Preference:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Tokenised sequences, end to end in a few arrays, so that they travel and are shared cheaply."""
+    """Tokenised sequences, concatenated in a few arrays, which are cheap to send and to share."""
 
     ids: RaggedArray
     """int32"""
     prompt_lengths: np.ndarray
     """[rows] int32"""
     loss_masks: RaggedArray
-    """bool, of each row's tokens from the prompt's end on"""
+    """bool, of each row's tokens after the prompt"""
 
     @classmethod
     def of(cls, rows: Items[Sequence]) -> Sequences:
@@ -70,7 +70,7 @@ class Sequences:
 
     @property
     def learnt(self) -> np.ndarray:
-        """[rows] tokens of each row whose log-probability is learnt; nothing predicts a row's first token."""
+        """[rows] learnt tokens of each row, except a row's first token, which nothing predicts."""
         masks = self.loss_masks
         sums = np.concatenate([[0], np.cumsum(masks.values)])
         learnt = sums[masks.offsets[1:]] - sums[masks.offsets[:-1]]
@@ -107,10 +107,10 @@ class Preferences:
 
 @dataclass
 class Counts:
-    """What became of a dataset's rows."""
+    """Counts of a dataset's rows: read, kept, cut, dropped."""
 
     noun: str = "rows"
-    """What its rows are called: rows, pairs or prompts."""
+    """Noun for the rows in texts: rows, pairs or prompts."""
     rows: int = 0
     """Rows that were read."""
     kept: int = 0
@@ -118,9 +118,9 @@ class Counts:
     cut: int = 0
     """Of these, rows that were too long and were shortened."""
     dropped: int = 0
-    """Rows left out because they are too long."""
+    """Rows left out because they were too long."""
     equal: int = 0
-    """Pairs left out because both answers have the same tokens."""
+    """Pairs left out because both sides have the same tokens."""
     longest: int = 0
     """Tokens of the longest row, before anything was cut."""
     tokens: int = 0

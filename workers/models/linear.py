@@ -1,4 +1,4 @@
-"""Linear layers whose weights' gradients are summed over micro-batches by the matrix products that make them."""
+"""Linear layers that accumulate their weight gradients over micro-batches inside the matrix product."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 
 class Linear(torch.autograd.Function):
-    """`x @ weight.T + bias`, whose backward pass adds the weight's gradient to the one that is there.
+    """`x @ weight.T + bias`; the backward pass adds to `weight.grad` in place.
 
-    Left to autograd, each micro-batch makes a tensor of the weight's size, which is then read once more and added.
+    Autograd alone allocates a tensor of the weight's size for each micro-batch, then reads it again to add it.
     """
 
     @staticmethod
@@ -24,24 +24,24 @@ class Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, of_found: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        of_x = of_found @ ctx.weight if ctx.needs_input_grad[0] else None
-        rows = of_found.flatten(0, -2)
-        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        grad_x = grad_output @ ctx.weight if ctx.needs_input_grad[0] else None
+        rows = grad_output.flatten(0, -2)
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         if ctx.weight.grad is None:
-            return of_x, rows.t() @ x.flatten(0, -2), of_bias
+            return grad_x, rows.t() @ x.flatten(0, -2), grad_bias
         ctx.weight.grad.addmm_(rows.t(), x.flatten(0, -2))
-        return of_x, None, of_bias
+        return grad_x, None, grad_bias
 
 
 def add_in_place(model: nn.Module) -> None:
-    """Let all linear layers that learn do so. For a model without hooks on its gradients: they would not be called."""
+    """Use `Linear` in all linear layers that are trained. The model must have no hooks on its gradients: none would be called."""
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.weight.requires_grad:
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    found: Tensor = Linear.apply(x, layer.weight, layer.bias)
-    return found
+    output: Tensor = Linear.apply(x, layer.weight, layer.bias)
+    return output

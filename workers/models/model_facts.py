@@ -1,7 +1,7 @@
-"""What is known of a model before its weights are read: it is built without any, on the meta device.
+"""Facts and problems of a model, from building it without weights on the meta device.
 
-For a check before anything starts. It takes about a second for each model once transformers is imported, reads of weight files
-their headers only, and needs neither Ray nor a device.
+For the checks before a run starts: about a second per model once transformers is imported, only the headers of weight files are
+read, and neither Ray nor a device is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from configs.schema import ModelSettings
 from workers.data import end_tokens, load_tokenizer
 from workers.models.export import write_settings
-from workers.models.heads import add_lora, has_scalar_head, load_config, load_hf
+from workers.models.loading import add_lora, has_scalar_head, load_config, load_hf
 from workers.models.logit_transforms import AfterHead
 from workers.models.served import Device, why_no_adapter, why_not_served
 
@@ -27,26 +27,26 @@ Head = Literal["language", "scalar"]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model is, and what stands against using it as asked."""
+    """Properties of a model, and the problems with the requested use."""
 
     model_type: str
     parameters: int
-    """With the first of the heads that were asked for, adapters not counted."""
+    """With the first of the requested heads; adapters are not counted."""
     vocabulary: int
     """Rows of the word embeddings: token ids must be below."""
     longest: int | None
-    """Tokens that a sequence may have: the trained positions, stretched as the config's rope scaling says, which is what vLLM
-    allows. None: there is no limit (ALiBi, state space models)."""
+    """Longest sequence that vLLM allows, in tokens: the trained positions times the config's rope scaling. None: no limit (ALiBi,
+    state space models)."""
     has_scalar_head: bool
-    """Whether transformers has this family with a scalar head: critics and reward models can be made of it."""
+    """Whether transformers has this family with a scalar head, for critics and reward models."""
     after_head: AfterHead
-    """What the model does with its head's output; of a scalar model nothing."""
+    """Transform of the head's output; the identity for a scalar model."""
     weights_checked: bool
-    """Whether the names and shapes of the folder's weights were compared: not of a hub name that was not downloaded yet, and not
-    where `init` is random."""
+    """Whether the names and shapes of the folder's weights were compared. They are not for a hub name that is not downloaded yet,
+    nor where `init` is random."""
     problems: tuple[str, ...]
-    """Why it cannot be used as asked: one sentence each, which names the folder, the family or the setting below `model`. Empty:
-    nothing is known against it."""
+    """Why the requested use is impossible: one sentence each, which names the folder, the family or the setting below `model`.
+    Empty: no problem is known."""
 
 
 def model_facts(
@@ -60,13 +60,13 @@ def model_facts(
 ) -> ModelFacts:
     """Facts of a model, and all problems at once.
 
-    path: folder or hub name. settings: of the run's model; its path is not looked at.
-    heads: "language" for an actor, a reference or SFT; "scalar" for a critic or a reward model; both where both are made of it.
-    learns: adapters are tried where the settings have some, a scalar head may begin where the folder is a language model's, and
-    what an export writes beside weights is tried. served_on: device of the engines that will serve it. adapter_served: they get
-    its adapters alone (`publish.lora=adapter`).
+    path: folder or hub name. settings: of the run's model; its path is not used.
+    heads: "language" for an actor, a reference or SFT; "scalar" for a critic or a reward model; both where it serves as both.
+    learns: the model will be trained: also test its adapters, if the settings have some, and what an export writes beside the
+    weights; a scalar head may be new where the folder holds a language model. served_on: device of the engines that will serve
+    it. adapter_served: engines get only its adapter (`publish.lora=adapter`).
 
-    Raises OSError or ValueError where there is no config to read; the text names the path.
+    Raises OSError or ValueError where the config cannot be read; the text names the path.
     """
     settings = settings.model_copy(update={"dtype": "float32", "quantize": None})
     config = load_config(path, settings, scalar=False)
@@ -75,17 +75,17 @@ def model_facts(
     built: PreTrainedModel | None = None
     after = AfterHead()
     for head in sorted(heads):
-        model, was_checked = _built(path, settings, head == "scalar", learns, problems)
+        model, was_checked = _build(path, settings, head == "scalar", learns, problems)
         checked = checked and was_checked
         if model is None:
             continue
         built = built or model
         if head == "language":
-            after = _tried(problems, lambda: AfterHead.of(model)) or after  # noqa: B023  called at once
+            after = _try(problems, lambda: AfterHead.of(model)) or after  # noqa: B023  called at once
         if learns:
-            _tried(problems, lambda: _write_dry(path, settings, model))  # noqa: B023
+            _try(problems, lambda: _write_dry(path, settings, model))  # noqa: B023
             if settings.lora:
-                _tried(problems, lambda: _add_lora(model, settings))  # noqa: B023
+                _try(problems, lambda: _add_lora(model, settings))  # noqa: B023
     if served_on and (reason := why_not_served(config, served_on)):
         problems.append(reason)
     if adapter_served and (reason := why_no_adapter(config)):
@@ -104,8 +104,8 @@ def model_facts(
 
 
 def longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens that a sequence may have (`ModelFacts.longest`). Follows vLLM's ModelConfig: of several limits the smallest, which
-    `model_max_length` overrides, times the factor of those kinds of rope scaling whose positions are not stretched already."""
+    """Longest sequence in tokens (`ModelFacts.longest`), as in vLLM's ModelConfig: the smallest limit, or `model_max_length` if
+    the config has it, times the rope factor of those kinds of scaling whose limit does not include it yet."""
     limits = [getattr(config, name, None) for name in _LIMITS]
     longest = getattr(config, "model_max_length", None) or min((limit for limit in limits if limit), default=None)
     if longest is None or "gemma3" in config.model_type:
@@ -130,30 +130,30 @@ _STRETCHED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_lla
 
 
 def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rope parameters of all layers, or of each kind of layer."""
+    """The rope parameters: one for all layers, or one per kind of layer."""
     return (
         [parameters] if "rope_type" in parameters else [each for each in parameters.values() if isinstance(each, dict)]
     )
 
 
-def _built(
+def _build(
     path: str, settings: ModelSettings, scalar: bool, learns: bool, problems: list[str]
 ) -> tuple[PreTrainedModel | None, bool]:
-    """The model without values, and whether its weights' names and shapes were compared."""
+    """The model on the meta device (None: a problem), and whether its weights' names and shapes were compared."""
 
     def build(settings: ModelSettings, **options: Any) -> PreTrainedModel:
         with torch.device("meta"):
             return load_hf(settings, path, scalar, seed=0, begins_head=learns, **options)
 
-    here = settings.init == "pretrained"
-    if here and not Path(path).is_dir():
+    has_files = settings.init == "pretrained"
+    if has_files and not Path(path).is_dir():
         try:
             return build(settings, device_map="meta", local_files_only=True), True
-        except OSError:  # it was not downloaded yet
-            here = False
-    if here:
-        return _tried(problems, lambda: build(settings, device_map="meta")), True
-    return _tried(problems, lambda: build(settings.model_copy(update={"init": "random"}))), False
+        except OSError:  # not downloaded yet
+            has_files = False
+    if has_files:
+        return _try(problems, lambda: build(settings, device_map="meta")), True
+    return _try(problems, lambda: build(settings.model_copy(update={"init": "random"}))), False
 
 
 def _add_lora(model: PreTrainedModel, settings: ModelSettings) -> None:
@@ -163,7 +163,7 @@ def _add_lora(model: PreTrainedModel, settings: ModelSettings) -> None:
 
 
 def _write_dry(path: str, settings: ModelSettings, model: PreTrainedModel) -> None:
-    """Write what an export writes beside weights to a folder that is removed again."""
+    """Write an export's config and tokenizer to a temporary folder."""
     tokenizer = load_tokenizer(path, settings.trust_remote_code)
     with TemporaryDirectory() as folder:
         write_settings(model, tokenizer, end_tokens(path, tokenizer, settings), Path(folder))
@@ -172,12 +172,12 @@ def _write_dry(path: str, settings: ModelSettings, model: PreTrainedModel) -> No
 Result = TypeVar("Result")
 
 
-def _tried(problems: list[str], work: Callable[[], Result]) -> Result | None:
-    """What it returns; None where it fails, whose text is noted."""
+def _try(problems: list[str], function: Callable[[], Result]) -> Result | None:
+    """The function's result; on an error None, and its text is added to `problems`."""
     try:
-        return work()
+        return function()
     except (ValueError, OSError) as error:
         problems.append(str(error))
-    except Exception as error:  # whatever libraries raise of a model that they do not understand
+    except Exception as error:  # libraries raise anything for a model that they do not support
         problems.append(f"{type(error).__name__}: {error}")
     return None

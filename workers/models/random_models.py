@@ -1,6 +1,6 @@
-"""A model of a given shape with random weights, and a tokenizer to go with it: for benchmarks, which need no trained one.
+"""Models of a given shape with random weights, each with a tokenizer: for benchmarks, which need no trained model.
 
-python -m workers.models.random_models model FOLDER float32 1       # FOLDER/config.json says the shape
+python -m workers.models.random_models model FOLDER float32 1       # FOLDER/config.json gives the shape
 python -m workers.models.random_models reward FOLDER BASE 8 1       # an adapter of rank 8 and a head on the model in BASE
 """
 
@@ -24,18 +24,18 @@ from transformers import (
 )
 
 from configs.schema import LoraSettings
-from workers.models.heads import add_lora
+from workers.models.loading import add_lora
 from workers.models.lora import FOLDER as ADAPTER
 from workers.models.lora import add_head
 
 SHARD_BYTES = 2**28
-"""Of a file of weights, unless one tensor is larger: no more than that is held at a time."""
+"""Size of a weights file, unless one tensor is larger. At most one file is held in memory."""
 
 
 def draw_model(folder: Path, dtype: torch.dtype, seed: int, scalar: bool = False) -> int:
-    """Write weights and tokenizer beside a config.json; scalar: of a model that scores. Returns the number of parameters.
+    """Write weights and tokenizer beside a config.json. scalar: with a scalar head. Returns the number of parameters.
 
-    Matrices are normal with the deviation `initializer_range`, norms 1, biases 0: what the decoders that we know start from.
+    Matrices are normal with the standard deviation `initializer_range`, norms are 1, biases 0, as in common decoders.
     """
     config = AutoConfig.from_pretrained(folder, **({"num_labels": 1} if scalar else {}))
     with torch.device("meta"):
@@ -48,7 +48,7 @@ def draw_model(folder: Path, dtype: torch.dtype, seed: int, scalar: bool = False
     generator = torch.Generator().manual_seed(seed)
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _drawn(name, shapes[name], config.initializer_range, generator) for name in names}
+        shard = {name: _random_tensor(name, shapes[name], config.initializer_range, generator) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -57,14 +57,14 @@ def draw_model(folder: Path, dtype: torch.dtype, seed: int, scalar: bool = False
     return sum(p.numel() for p in shapes.values())
 
 
-def _drawn(name: str, like: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+def _random_tensor(name: str, like: Tensor, std: float, generator: torch.Generator) -> Tensor:
     if like.dim() > 1:
-        return torch.empty(like.shape, dtype=like.dtype).normal_(0.0, deviation, generator=generator)
+        return torch.empty(like.shape, dtype=like.dtype).normal_(0.0, std, generator=generator)
     return torch.full(like.shape, float(name.endswith("weight")), dtype=like.dtype)
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Token i is the word `i`, but for the last two: a prompt of n words has n tokens, whatever they are."""
+    """Token i is the word `i`, except the last two: a prompt of n words has n tokens."""
     words = {**{str(i): i for i in range(vocabulary - 2)}, "<unk>": vocabulary - 2, "<eos>": vocabulary - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -72,9 +72,9 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def draw_reward_model(folder: Path, base: Path, rank: int, seed: int) -> None:
-    """Write a reward model that is an adapter and a head on a base, as the rm stage trains it: for roles that share one base.
+    """Write a reward model as the rm stage exports it: an adapter and a head on a base, for roles that share one base.
 
-    The adapter changes nothing yet, as every adapter begins.
+    The adapter is new: it adds zero to the base's weights.
     """
     hf = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto")
     hf.config.save_pretrained(folder)

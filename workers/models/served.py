@@ -1,7 +1,7 @@
-"""Which models vLLM 0.32 serves as transformers computes them, and what its engine is told for that.
+"""Which models vLLM 0.32 serves with the results of transformers, and the engine options that this needs.
 
-Known from a model's config alone: the driver asks before anything starts, and an engine before it loads. What is said here of
-single families was found by comparing log-probabilities (`python -m benchmarks.families`, docs/models.md).
+A model's config is enough: the driver asks before a run starts, an engine before it loads. The entries for single families come
+from comparing log-probabilities (`python -m benchmarks.families`, docs/models.md).
 """
 
 from __future__ import annotations
@@ -47,39 +47,41 @@ UNSERVED_ON_CPU: dict[str, str] = {
 """Model type -> why it is not served on CPU."""
 
 NO_ADAPTERS = ("bloom", "falcon", "glm4", "gpt2", "gpt_bigcode", "gptj", "stablelm")
-"""Model types whose adapters engines get merged only (publish.lora). Mixtures of experts are others: with adapters of whatever
-layers vLLM takes kernels for their experts that a CPU does not have."""
+"""Model types for which publish.lora must be merged. The same holds for mixtures of experts: with adapters of any layer vLLM uses
+expert kernels that a CPU does not have."""
 
 
 def why_not_served(config: PreTrainedConfig, device: Device) -> str | None:
-    """Why vLLM would not serve a model, or not as transformers computes it; None where nothing is known against it."""
+    """Why vLLM does not serve a model with the results of transformers; None where no reason is known."""
     kind, (architecture, *_) = config.model_type, config.architectures or [""]
     if reason := UNSERVED.get(kind) or (UNSERVED_ON_CPU.get(kind) if device == "cpu" else None):
         return f"{kind} is not served: {reason}"
     if quantized := getattr(config, "quantization_config", None):
         method = quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method
         return f"{kind} is not served: its weights are quantized ({method}), which updates are not; dequantize the folder first"
-    registered, gone = _registry()
-    if last := gone.get(architecture):
-        return f"{architecture} is not served: vLLM gave it up after {last}"
+    registered, dropped = _registry()
+    if last := dropped.get(architecture):
+        return f"{architecture} is not served: vLLM dropped it after {last}"
     if architecture in registered or getattr(config, "auto_map", None):
         return None
-    other = {*(getattr(config, "layer_types", None) or [])} - {
+    unsupported = {*(getattr(config, "layer_types", None) or [])} - {
         "full_attention",
         "sliding_attention",
         "chunked_attention",
     }
-    if other:
+    if unsupported:
         return (
             f"{architecture} is not served: vLLM has no implementation of its own, and its Transformers backend cannot do layers "
-            f"of {', '.join(sorted(other))}"
+            f"of {', '.join(sorted(unsupported))}"
         )
     return None
 
 
 def why_no_adapter(config: PreTrainedConfig | SimpleNamespace) -> str | None:
-    """Why engines cannot be given a model's adapter beside the weights that they started with; None where nothing is known
-    against it. config: transformers', or the contents of config.json."""
+    """Why engines cannot apply a model's adapter to the weights that they started with; None where no reason is known.
+
+    config: transformers' config, or the contents of config.json.
+    """
     kind = config.model_type
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if kind in NO_ADAPTERS or any(getattr(config, name, None) for name in experts):
@@ -88,22 +90,24 @@ def why_no_adapter(config: PreTrainedConfig | SimpleNamespace) -> str | None:
 
 
 def engine_options(config: PreTrainedConfig, device: Device) -> dict[str, Any]:
-    """vLLM's EngineArgs that a family needs."""
+    """EngineArgs of vLLM that a family needs."""
     options: dict[str, Any] = {}
     if device == "cpu" and getattr(config, "kv_lora_rank", None):
-        options["attention_backend"] = "CPU_MLA"  # the other one, for AMX, has no float32
+        options["attention_backend"] = "CPU_MLA"  # the other backend, for AMX, has no float32
     if device == "cpu" and {"conv", "linear_attention", "mamba"} & {*(getattr(config, "layer_types", None) or [])}:
-        options["enable_prefix_caching"] = False  # of states it would need chunked prefill
+        options["enable_prefix_caching"] = False  # caching states needs chunked prefill
     if config.model_type == "cohere2" and config.sliding_window:
-        # Its window has one token more in vLLM than in transformers.
+        # The window in vLLM is one token larger than in transformers.
         options["hf_overrides"] = {"sliding_window": config.sliding_window - 1}
     return options
 
 
 @cache
 def _registry() -> tuple[Collection[str], dict[str, str]]:
-    """The architectures that vLLM implements, and of those that it did the last version; read from the source of its
-    registry, whose import takes many seconds. Nothing of both where vLLM is not installed."""
+    """The architectures that vLLM implements, and of dropped ones the last version that had them; both empty without vLLM.
+
+    Read from the source of vLLM's registry: importing it takes many seconds.
+    """
     spec = find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return (), {}

@@ -1,12 +1,12 @@
-"""One frozen base in a process, for the models of several roles.
+"""One frozen base in a process, shared by the models of several roles.
 
-Each role has modules of its own, and the adapters and the head in them; only the base's parameters are common. So a role
-computes, trains, saves and publishes what it would with a base to itself, and sees no other role's adapter:
+Each role has its own modules, adapters and head; only the base's parameters are shared. A role computes, trains, saves and
+publishes exactly what it would with a base of its own, and has no access to another role's adapter:
 
-    actor       base + adapter, which learns
+    actor       base + adapter (trained)
     reference   base
     reward      base + adapter (frozen) + head
-    critic      base + the reward model's adapter (frozen) + adapter and head, which learn
+    critic      base + the reward model's adapter (frozen) + adapter and head (trained)
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from configs.schema import ModelSettings
-from workers.models.heads import LEARNS, add_lora, load_config, load_hf, tell_zero3
+from workers.models.loading import LEARNS, add_lora, load_config, load_hf, register_with_zero3
 from workers.models.lora import HEAD, base_of, real, refuse_other_base, scalar_adapter
 
 START = "start"
-"""Name in PEFT of the adapter that a scalar model starts from; what learns is `LEARNS`."""
+"""Name in PEFT of the frozen adapter that a scalar model starts from; the trained one is `LEARNS`."""
 
 
 class SharedBase:
-    """The base of a process: loaded for the first role that asks, frozen, and never given away but by its parameters."""
+    """The frozen base of a process, loaded for the first role that needs it. Each role gets a copy of its modules."""
 
     def __init__(self) -> None:
         self.path = ""
         self.model: PreTrainedModel | None = None
 
     def language_model(self, path: str, settings: ModelSettings, seed: int) -> PreTrainedModel:
-        """The base itself, in modules of its own."""
+        """The base in new modules that hold its parameters."""
         if self.model is None:
             self.path = real(path)
             self.model = load_hf(settings, path, scalar=False, seed=seed).requires_grad_(False)
         if real(path) != self.path:
             raise ValueError(f"{path}: the roles of this process share {self.path} as base, and cannot have another")
-        return _twin(self.model)
+        return _copy_modules(self.model)
 
     def scalar_model(self, path: str, settings: ModelSettings, seed: int, begins_head: bool) -> PreTrainedModel:
-        """The base with a scalar head: that of the adapter beside the model, or a new one where the model is the base."""
+        """The base with a scalar head: the exported adapter's head, or a new one where the model is the base."""
         adapter = scalar_adapter(path)
         config = load_config(path, settings, scalar=True)
         if adapter is None and config.architectures and "SequenceClassification" in config.architectures[0]:
@@ -65,9 +65,9 @@ class SharedBase:
         else:
             torch.manual_seed(seed)
             model._init_weights(model.score)
-        if lacking := [name for name, p in model.named_parameters() if p.is_meta]:
+        if missing := [name for name, p in model.named_parameters() if p.is_meta]:
             raise ValueError(
-                f"share: {config.model_type} with a scalar head has more than its base and the head: {lacking}"
+                f"share: {config.model_type} with a scalar head has weights beside its base and the head: {missing}"
             )
         return model
 
@@ -75,9 +75,9 @@ class SharedBase:
 def build(
     base: SharedBase | None, path: str, settings: ModelSettings, scalar: bool, seed: int, learns: bool
 ) -> tuple[PreTrainedModel, Any]:
-    """A role's Hugging Face model, on the base that it shares or on its own, and the PEFT wrapper of its adapters (or None).
+    """A role's Hugging Face model, on a shared base or its own, and the PEFT wrapper of its adapters (or None).
 
-    learns: adapters or all weights, as the settings say; then a scalar head may begin, too.
+    learns: the role is trained (adapters or all weights, by the settings); a scalar head may then be new.
     """
     if base is None:
         hf = load_hf(settings, path, scalar, seed, begins_head=learns)
@@ -87,35 +87,35 @@ def build(
         hf = base.language_model(path, settings, seed)
     peft = add_lora(hf, settings.lora, seed) if settings.lora and learns else None
     if base is not None and scalar and (adapter := scalar_adapter(path)):
-        peft = _put_below(hf, peft, adapter)
+        peft = _add_frozen_adapter(hf, peft, adapter)
     if peft is not None:
-        tell_zero3(hf)
+        register_with_zero3(hf)
     return hf, peft
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules, which hold the same parameters and buffers."""
-    common = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, common)
+def _copy_modules(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules with the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
-def _put_below(hf: PreTrainedModel, peft: Any, folder: Path) -> Any:
-    """Add an adapter from its folder, frozen, below what learns."""
+def _add_frozen_adapter(hf: PreTrainedModel, peft: Any, folder: Path) -> Any:
+    """Add a frozen adapter from its folder, applied together with the trained one."""
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(folder))
-    # The head is the model's own, which does not learn here by PEFT; what is frozen is not dropped either.
+    # The model already has the head, and PEFT must not wrap it; a frozen adapter has no dropout.
     config.modules_to_save, config.task_type, config.lora_dropout = None, None, 0.0
     if peft is None:
         peft = PeftModel(hf, config, adapter_name=START, autocast_adapter_dtype=False)
     else:
         peft.add_adapter(START, config, autocast_adapter_dtype=False)
         peft.base_model.set_adapter([START, LEARNS])
-    found = set_peft_model_state_dict(peft, _read(folder)[0], adapter_name=START)
-    strange = [*found.unexpected_keys, *(name for name in found.missing_keys if f".{START}." in name)]
-    if strange:
+    loaded = set_peft_model_state_dict(peft, _read(folder)[0], adapter_name=START)
+    mismatched = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if f".{START}." in name)]
+    if mismatched:
         raise ValueError(
-            f"{folder}: is not an adapter of this model; {len(strange)} weights do not fit, first {strange[0]}"
+            f"{folder}: is not an adapter of this model; {len(mismatched)} weights do not fit, first {mismatched[0]}"
         )
     for name, parameter in hf.named_parameters():
         if f".{START}" in name:
@@ -124,7 +124,7 @@ def _put_below(hf: PreTrainedModel, peft: Any, folder: Path) -> Any:
 
 
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """An adapter's own tensors, and those of its head, under the head's names."""
+    """An adapter's tensors, and its head's tensors under the head's own names."""
     tensors = load_file(folder / "adapter_model.safetensors")
     head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}, head

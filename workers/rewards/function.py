@@ -10,17 +10,17 @@ from inspect import Parameter
 from typing import Any
 
 Score = float | None | dict[str, Any]
-"""What an answer is worth: a number, None for none, or a dict with the number under `score` and others to be reported."""
+"""Score of an answer: a number, None for no score, or a dict with the number under `score` and further numbers to report."""
 RewardFunction = Callable[..., Any]
-"""(prompts, answers, **columns) -> Sequence[Score], one per answer, or a coroutine of it; columns are the prompts' other columns,
-a list each. A function with a keyword-only parameter `samples` also gets a SampleRecord of each answer."""
+"""(prompts, answers, **columns) -> Sequence[Score], one per answer, or a coroutine of it; columns: the prompts' other columns, a
+list each. A function with a keyword-only parameter `samples` also gets a SampleRecord of each answer."""
 
 SAMPLES = "samples"
-"""The parameter by which a function asks for SampleRecords."""
+"""Name of the parameter that takes the SampleRecords."""
 
 
 class RewardError(ValueError):
-    """A source of rewards that cannot be had."""
+    """A source of rewards that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +28,27 @@ class SampleRecord:
     """One answer as it was sampled, for functions that need more than its text."""
 
     prompt_ids: list[int]
-    """Token ids of the prompt, as the engine got them."""
+    """Token ids of the prompt, as the engine received them."""
     answer_ids: list[int]
     """Token ids of the answer, with the token that ended it."""
     ended: bool
     """Whether the answer ended by itself; False: it was cut off at the token limit."""
     number: int
-    """Of the answers to its prompt in this step, which one it is, from 0."""
+    """Index of the answer among those to its prompt in this step, from 0."""
     step: int
-    """Step of training, from 1; 0 in evaluations."""
+    """Training step, from 1; 0 in evaluations."""
 
 
 def find_function(path: str, setting: str) -> RewardFunction:
     """The function module:function. Raises RewardError that names the setting."""
     module, _, name = path.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise RewardError(f"{setting}: cannot import {path!r}: {error}") from error
-    if not callable(found):
-        raise RewardError(f"{setting}: {path!r} is no function but {found!r:.100}")
-    return found
+    if not callable(function):
+        raise RewardError(f"{setting}: {path!r} is not a function but {function!r:.100}")
+    return function
 
 
 def wants_samples(function: RewardFunction) -> bool:
@@ -61,11 +61,11 @@ def wants_samples(function: RewardFunction) -> bool:
 def check_columns(function: RewardFunction, setting: str, columns: Collection[str], dataset: str) -> None:
     """Check that a function can be called with a dataset's columns.
 
-    setting: dotted path of the function's setting. columns: the dataset's columns apart from the prompt. dataset: dotted path of
-    its setting, and where it lies, for the error.
+    setting: dotted path of the function's setting. columns: the dataset's columns except the prompt. dataset: dotted path of its
+    setting, and its file, for the error.
 
     Raises:
-        RewardError: names the setting, the column and what would fit.
+        RewardError: names the setting, the column and a fix.
     """
     signature = _signature(function)
     if signature is None:
@@ -81,7 +81,7 @@ def check_columns(function: RewardFunction, setting: str, columns: Collection[st
 
 
 def _misfit(signature: inspect.Signature, columns: Collection[str], records: Collection[str]) -> str:
-    """Why a call with these columns does not fit; empty where nothing is known."""
+    """Why the function cannot be called with these columns; empty where the reason is unknown."""
     parameters = list(signature.parameters.values())
     first = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][:2]
     if len(first) < 2 and not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
@@ -95,17 +95,17 @@ def _misfit(signature: inspect.Signature, columns: Collection[str], records: Col
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     needed = [p.name for p in parameters if p.kind in named and p not in first and p.default is Parameter.empty]
     if missing := [name for name in needed if name not in {*columns, *records}]:
-        there = ", ".join(columns) or "none"
-        return f"it needs the column {', '.join(missing)}, and there are: {there}"
+        names = ", ".join(columns) or "none"
+        return f"it needs the column {', '.join(missing)}, and there are: {names}"
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
         return ""
-    known = {p.name for p in parameters if p.kind in named}
-    surplus = [name for name in columns if name not in known]
-    return f"it does not take the column {', '.join(surplus)}; give it a parameter **columns" if surplus else ""
+    accepted = {p.name for p in parameters if p.kind in named}
+    extra = [name for name in columns if name not in accepted]
+    return f"it does not take the column {', '.join(extra)}; give it a parameter **columns" if extra else ""
 
 
 def _signature(function: RewardFunction) -> inspect.Signature | None:
-    """None for what has none, such as some functions written in C."""
+    """A function's signature; None where it has none, as some functions written in C."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -113,6 +113,6 @@ def _signature(function: RewardFunction) -> inspect.Signature | None:
 
 
 def as_sequence(values: Any) -> Sequence[Any] | None:
-    """A list of an array's, tensor's or series' values; None where it is none."""
+    """The values as a list, also those of an array, tensor or series; None for anything else."""
     plain = values.tolist() if hasattr(values, "tolist") else values
     return plain if isinstance(plain, list | tuple) else None

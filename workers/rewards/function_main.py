@@ -1,7 +1,7 @@
-"""What runs in a function's process: a guard, and its child, which calls the function.
+"""Main program of a function's process: a guard, and its child, which calls the function.
 
-Requests (pickled) and replies (a line of JSON) go through one socket, so that what the function prints is only output. When
-the owner closes its end, or dies, the guard kills its child and whatever processes the function left.
+Requests (pickled) and replies (one line of JSON) go through a socket: whatever the function prints is only output. When the owner
+closes its end, or dies, the guard kills its child and all processes that the function started.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _SHOWN_CHARACTERS = 300
 _TRACEBACK_CHARACTERS = 8000
 
 
-def main(line: int, setting: str, function: str, plugins: list[str]) -> None:
-    """Serve a function on the socket with that file number."""
-    connection = socket.socket(fileno=line)
+def main(descriptor: int, setting: str, function: str, plugins: list[str]) -> None:
+    """Serve a function on the socket with this file descriptor."""
+    connection = socket.socket(fileno=descriptor)
     guard = os.getpid()
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the function's processes leave becomes the guard's child
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the function's processes become children of the guard
     child = os.fork()
     if child:
         _guard(connection, child)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guard:  # it died before it could be told of
+    if os.getppid() != guard:  # the guard died before the line above
         return
     _serve(connection, setting, function, plugins)
 
@@ -60,11 +60,11 @@ def _prctl(option: int, value: int) -> None:
 # ---------------------------------------------------------------- the guard
 
 
-def _guard(line: socket.socket, child: int) -> NoReturn:
-    """Outlive the child, leave no process of the function, and end as the child did (128 + n after signal n)."""
-    Thread(target=_kill_at_hangup, args=(line, child), daemon=True).start()
+def _guard(connection: socket.socket, child: int) -> NoReturn:
+    """Wait for the child, kill all remaining processes, then exit with the child's exit code (128 + n after signal n)."""
+    Thread(target=_kill_at_hangup, args=(connection, child), daemon=True).start()
     pid, status = os.wait()
-    while pid != child:  # others are what the function's processes left: their ends interest nobody
+    while pid != child:  # others are orphans of the function's processes
         pid, status = os.wait()
     while left := psutil.Process().children(recursive=True):
         for process in left:
@@ -75,9 +75,9 @@ def _guard(line: socket.socket, child: int) -> NoReturn:
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _kill_at_hangup(line: socket.socket, child: int) -> None:
+def _kill_at_hangup(connection: socket.socket, child: int) -> None:
     poll = select.poll()
-    poll.register(line, 0)  # nothing but the end of the connection; requests are the child's to read
+    poll.register(connection, 0)  # only the end of the connection: the child reads the requests
     poll.poll()
     os.kill(child, signal.SIGKILL)
 
@@ -85,12 +85,12 @@ def _kill_at_hangup(line: socket.socket, child: int) -> None:
 # ---------------------------------------------------------------- the calls
 
 
-def _serve(line: socket.socket, setting: str, path: str, plugins: list[str]) -> None:
-    """Say that the function is there (`{"samples": whether it wants records of the answers}`), then answer requests (prompts,
-    answers, columns, records) until the owner leaves."""
-    stream = line.makefile("rwb")
+def _serve(connection: socket.socket, setting: str, path: str, plugins: list[str]) -> None:
+    """Report that the function is imported (`{"samples": whether it wants records of the answers}`), then answer requests
+    (prompts, answers, columns, records) until the owner closes the socket."""
+    stream = connection.makefile("rwb")
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         stream.write(json.dumps(message).encode() + b"\n")
         stream.flush()
 
@@ -98,18 +98,18 @@ def _serve(line: socket.socket, setting: str, path: str, plugins: list[str]) -> 
         for plugin in plugins:
             import_module(plugin)
         function = find_function(path, setting)
-    except Exception as error:  # whatever a module raises when it is imported
+    except Exception as error:  # importing a module may raise anything
         traceback.print_exc()
-        say({"error": _short(str(error))})
+        send({"error": _short(str(error))})
         return
-    say({"samples": wants_samples(function)})
-    runner = asyncio.Runner()  # one event loop for all calls: clients that a function keeps are bound to theirs
+    send({"samples": wants_samples(function)})
+    runner = asyncio.Runner()  # one event loop for all calls: clients that a function keeps are bound to their loop
     while True:
         try:
             request = pickle.load(stream)  # noqa: S301  written by the worker that started this process
         except EOFError:
             return
-        say(_call(function, runner, *request))
+        send(_call(function, runner, *request))
 
 
 def _call(
@@ -121,29 +121,29 @@ def _call(
     samples: list[SampleRecord] | None,
 ) -> dict[str, Any]:
     try:
-        found = function(prompts, answers, **columns, **({} if samples is None else {SAMPLES: samples}))
-        if inspect.isawaitable(found):
-            found = runner.run(_result(found))
-        return _plain(found, len(answers))
-    except Exception as error:  # whatever the function raises
+        scores = function(prompts, answers, **columns, **({} if samples is None else {SAMPLES: samples}))
+        if inspect.isawaitable(scores):
+            scores = runner.run(_await(scores))
+        return _to_json(scores, len(answers))
+    except Exception as error:  # the function may raise anything
         traceback.print_exc()
         trace = "".join(traceback.format_exception(error))
         return {"error": _short(f"{type(error).__name__}: {error}"), "traceback": trace[-_TRACEBACK_CHARACTERS:]}
 
 
-async def _result(awaitable: Awaitable[Any]) -> Any:
+async def _await(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-def _plain(values: Any, count: int) -> dict[str, Any]:
-    """`scores`, one per answer: a number, None, or the text of what is neither; `numbers`: name -> what dicts say besides."""
+def _to_json(values: Any, count: int) -> dict[str, Any]:
+    """`scores`, one per answer: a number, None, or the text of anything else. `numbers`: name -> the dicts' further values."""
     plain = as_sequence(values)
     if plain is None or len(plain) != count:
         raise ValueError(f"gave {_short(repr(values))} for {count} answers; a list with one number each is needed")
     scores = [_short(repr(v)) if isinstance(v, dict) and "score" not in v else _number(_score_of(v)) for v in plain]
     names = dict.fromkeys(name for v in plain if isinstance(v, dict) for name in v if name != "score")
     numbers = {str(name): [_number(v.get(name)) if isinstance(v, dict) else None for v in plain] for name in names}
-    # What is a number of no answer at all is no measure: a text, say.
+    # Drop names that have no number for any answer, such as texts.
     return {
         "scores": scores,
         "numbers": {name: x for name, x in numbers.items() if any(isinstance(v, float) for v in x)},
@@ -159,7 +159,7 @@ def _number(value: Any) -> float | str | None:
         return None
     try:
         return float(value) if isinstance(value, SupportsFloat) else _short(repr(value))
-    except Exception:  # of many elements, or too large: each library has its own
+    except Exception:  # of several elements, or too large: the type depends on the library
         return _short(repr(value))
 
 

@@ -1,4 +1,4 @@
-"""A reward function in a process of its own: it may hang, crash or leave processes, and the worker goes on."""
+"""A reward function in a process of its own: the worker survives if it hangs, crashes or leaves processes behind."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import troupe.imports; "
     "from workers.rewards.function_main import main; main(**json.loads(sys.argv[2]))"
 )
-_PATIENCE = 5.0
-"""Seconds for the guard to kill what the function left."""
+_KILL_TIMEOUT = 5.0
+"""Seconds for the guard to kill all processes of the function."""
 
 
 class FunctionProcess:
-    """A function's process (workers/rewards/function_main.py), kept between calls; a fresh one takes the place of one that
-    failed.
+    """A function's process (workers/rewards/function_main.py), kept between calls and replaced after a failure.
 
-    It is started, not forked, since a worker holds the threads of torch; and it ends with the worker, however that ends.
+    It is spawned, not forked, since a worker has threads of torch. It ends with the worker, however the worker ends.
     """
 
     def __init__(self, settings: FunctionSettings, setting: str, plugins: Sequence[str]) -> None:
@@ -37,14 +36,14 @@ class FunctionProcess:
         self.setting = setting
         self.plugins = list(plugins)
         self.wants_samples = False
-        """Whether the function wants records of the answers; known once it is imported."""
+        """Whether the function wants records of the answers; valid once it is imported."""
         self._ready = False
         self._launch()
 
     def wait_ready(self) -> None:
-        """Until the function is imported. Raises RewardError that names the setting."""
+        """Wait until the function is imported. Raises RewardError, which names the setting."""
         try:
-            self._greet()
+            self._await_ready()
         except TimeoutError:
             self.close()
             raise RewardError(
@@ -53,7 +52,7 @@ class FunctionProcess:
         except (OSError, EOFError):
             self.close()
             raise RewardError(
-                f"{self.setting}.function: {self._end()} while {self.settings.function!r} was imported"
+                f"{self.setting}.function: {self._exit_text()} while {self.settings.function!r} was imported"
             ) from None
 
     def score(
@@ -63,20 +62,20 @@ class FunctionProcess:
         columns: dict[str, list],
         samples: Sequence[SampleRecord] | None = None,
     ) -> RewardResult:
-        """Scores of some answers, a batch at a time. samples: where the function wants them."""
+        """Scores of the answers, a batch per call. samples: records, where the function wants them."""
         size = self.settings.batch_size or max(len(answers), 1)
         return RewardResult.join(
             [self._score(*batch) for batch in in_batches(prompts, answers, columns, samples, size)]
         )
 
     def close(self) -> None:
-        """Kill the process and all that it started."""
+        """Kill the process and all processes that it started."""
         self._ready = False
-        self._line.close()  # which the guard takes as its order
+        self._socket.close()  # the guard then kills all of them
         try:
-            self._process.wait(_PATIENCE)
+            self._process.wait(_KILL_TIMEOUT)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # its child gets a SIGKILL with it
+            self._process.kill()  # the kernel then kills its child
             self._process.wait()
 
     # ------------------------------------------------------------ one call
@@ -88,10 +87,10 @@ class FunctionProcess:
         columns: dict[str, list],
         samples: Sequence[SampleRecord] | None,
     ) -> RewardResult:
-        if self._process.poll() is not None:  # since the last call; nothing is lost by it
+        if self._process.poll() is not None:  # it ended after the last call; no result is lost
             self._relaunch()
         try:
-            self._greet()
+            self._await_ready()
             reply = self._exchange(self.settings.timeout, pickle.dumps((prompts, answers, columns, samples)))
         except RewardError as error:
             self._relaunch()
@@ -101,19 +100,19 @@ class FunctionProcess:
             self._relaunch()
             seconds = getattr(self.settings, limit)
             return RewardResult.nothing(
-                len(answers), f"no answer in {seconds:g} s ({self.setting}.{limit}): killed", late=True
+                len(answers), f"no answer in {seconds:g} s ({self.setting}.{limit}): killed", timed_out=True
             )
         except (OSError, EOFError):
             self.close()
-            why = self._end()
+            why = self._exit_text()
             self._launch()
             return RewardResult.nothing(len(answers), why)
         if "error" in reply:
             return RewardResult.nothing(len(answers), reply["error"], detail=reply["traceback"])
         return RewardResult.of(reply["scores"], reply["numbers"])
 
-    def _greet(self) -> None:
-        """Wait for the process to say that it is ready. Raises RewardError where it says that it cannot be."""
+    def _await_ready(self) -> None:
+        """Wait until the process reports that it is ready. Raises RewardError where it reports an error."""
         if not self._ready:
             reply = self._exchange(self.settings.start_timeout)
             if "error" in reply:
@@ -121,50 +120,50 @@ class FunctionProcess:
             self._ready, self.wants_samples = True, reply["samples"]
 
     def _exchange(self, seconds: float, request: bytes = b"") -> dict[str, Any]:
-        """Send a request, if any, and wait for a line of JSON. Raises TimeoutError, or EOFError or OSError where the process is
-        gone."""
+        """Send a request, if any, and wait for a line of JSON. Raises TimeoutError; EOFError or OSError if the process has
+        ended."""
         deadline = time.monotonic() + seconds
-        if request:  # to send nothing fails as well where the process is gone, though what it said last is still there
-            self._line.settimeout(seconds)
-            self._line.sendall(request)
+        if request:  # sending nothing would fail if the process has ended, and its last reply can still be read
+            self._socket.settimeout(seconds)
+            self._socket.sendall(request)
         reply = bytearray()
         while not reply.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 raise TimeoutError
-            self._line.settimeout(left)
-            part = self._line.recv(2**16)
-            if not part:
+            self._socket.settimeout(remaining)
+            data = self._socket.recv(2**16)
+            if not data:
                 raise EOFError
-            reply += part
+            reply += data
         return json.loads(reply)
 
     # ------------------------------------------------------------ the process
 
     def _launch(self) -> None:
-        """Start the process; `_greet` waits for it."""
-        self._line, theirs = socket.socketpair()
-        with theirs:
-            what = {
-                "line": theirs.fileno(),
+        """Start the process; `_await_ready` waits for it."""
+        self._socket, child_end = socket.socketpair()
+        with child_end:
+            arguments = {
+                "descriptor": child_end.fileno(),
                 "setting": f"{self.setting}.function",
                 "function": self.settings.function,
                 "plugins": self.plugins,
             }
-            # The path goes as an argument: in the environment it would reach every program that the function starts.
+            # The path is an argument: in the environment, every program that the function starts would inherit it.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-u", "-c", _START, json.dumps(sys.path), json.dumps(what)],
+                [sys.executable, "-P", "-u", "-c", _START, json.dumps(sys.path), json.dumps(arguments)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the driver, which checkpoints before it ends its workers
+                pass_fds=[child_end.fileno()],
+                start_new_session=True,  # Ctrl-C must reach only the driver, which checkpoints before it ends its workers
             )
 
     def _relaunch(self) -> None:
         self.close()
         self._launch()
 
-    def _end(self) -> str:
-        """How the process ended, in words."""
+    def _exit_text(self) -> str:
+        """Text that says how the process ended."""
         code = self._process.returncode
         number = -code if code < 0 else code - 128
         if number in list(signal.Signals):

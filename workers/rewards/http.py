@@ -1,4 +1,4 @@
-"""A reward that a service gives over HTTP; docs/rewards.md has the contract."""
+"""Rewards from an HTTP service; docs/rewards.md describes the contract."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from workers.rewards.function import RewardError, SampleRecord
 from workers.rewards.result import RewardResult, in_batches
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
-"""Seconds: the bound on the pause before the second attempt, which doubles with each further one, and its end."""
+"""Seconds: upper bound of the pause before the second attempt, which doubles with each further attempt, and its maximum."""
 _OK, _TOO_MANY_REQUESTS, _SERVER_ERRORS = 200, 429, range(500, 600)
 
 
 class Request(BaseModel):
-    """What is posted: equally long lists."""
+    """Body of a request: lists of equal length."""
 
     prompts: list[Any]
     """Text, or a list of messages with role and content."""
@@ -31,55 +31,57 @@ class Request(BaseModel):
     columns: dict[str, list[Any]]
     """The dataset's other columns."""
     samples: list[SampleRecord] | None = None
-    """Records of the answers, where the settings ask for them; else the key is not there."""
+    """Records of the answers; the key is sent only where the settings ask for it."""
 
 
 class Response(BaseModel):
-    """What must come back; other keys are ignored."""
+    """Body of a response; other keys are ignored."""
 
     model_config = ConfigDict(strict=True, hide_input_in_errors=True)
 
     scores: list[Annotated[float | dict[str, Any] | None, Field(union_mode="left_to_right")]]
-    """One per answer; null: no score; an object: the score under `score`, and other numbers to be reported."""
+    """One per answer. null: no score; an object: the score under `score`, and further numbers to report."""
 
 
 class _Failure(Exception):
     """A request without scores."""
 
-    def __init__(self, why: str, again: bool = False, late: bool = False) -> None:
-        """again: another attempt may do better. late: it was a timeout."""
+    def __init__(self, why: str, retryable: bool = False, timed_out: bool = False) -> None:
+        """retryable: another attempt may succeed."""
         super().__init__(why)
-        self.again = again
-        self.late = late
+        self.retryable = retryable
+        self.timed_out = timed_out
 
 
 def read_token(name: str, setting: str) -> str:
-    """The token in an environment variable. Raises RewardError that names the setting, and never shows the token."""
+    """The token in an environment variable. Raises RewardError, which names the setting and never shows the token."""
     token = os.environ.get(name, "").strip()
     if not token:
         raise RewardError(f"{setting}: the environment variable {name} is not set")
     if not (token.isascii() and token.isprintable()):
-        raise RewardError(f"{setting}: the environment variable {name} holds characters that no header may have")
+        raise RewardError(
+            f"{setting}: the environment variable {name} holds characters that are not allowed in a header"
+        )
     return token
 
 
 def check_json(rows: Sequence[Mapping[str, Any]], setting: str, dataset: str) -> None:
-    """Check that rows of columns can be sent to a service.
+    """Check that the rows' columns can be sent to a service as JSON.
 
-    setting: dotted path of the reward. dataset: dotted path of the rows' setting, and where they lie, for the error.
+    setting: dotted path of the reward. dataset: dotted path of the rows' setting, and their file, for the error.
 
     Raises:
         RewardError: names the first row, counted from 1, and the column.
     """
-    anything = TypeAdapter(Any)
+    any_value = TypeAdapter(Any)
     for number, row in enumerate(rows, start=1):
         for name, value in row.items():
             try:
-                anything.dump_json(value)
+                any_value.dump_json(value)
             except (PydanticSerializationError, ValueError) as error:
                 raise RewardError(
-                    f"{setting}: a service is sent JSON, which the column {name} of row {number} of {dataset} cannot be written "
-                    f"as: {error}; leave the column out of the dataset, or make it text or numbers"
+                    f"{setting}: a service accepts JSON, but the column {name} of row {number} of {dataset} cannot be written as "
+                    f"JSON: {error}; remove the column from the dataset, or make it text or numbers"
                 ) from None
 
 
@@ -93,11 +95,11 @@ class Endpoint:
         self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if settings.token_env:
             self.headers["Authorization"] = f"Bearer {read_token(settings.token_env, f'{setting}.token_env')}"
-        self._random = random.Random()  # its own: pauses must not move the draws of anything else
+        self._random = random.Random()  # separate: pauses must not change other random draws
 
     @property
     def wants_samples(self) -> bool:
-        """Whether the service is sent records of the answers."""
+        """Whether requests contain records of the answers."""
         return self.settings.samples
 
     def score(
@@ -107,15 +109,17 @@ class Endpoint:
         columns: dict[str, list],
         samples: Sequence[SampleRecord] | None = None,
     ) -> RewardResult:
-        """Scores of some answers, in several requests at a time. samples: where the service wants them."""
+        """Scores of the answers, in concurrent requests. samples: records, where the service wants them."""
         requests = [
             Request(
-                prompts=list(some),
-                answers=list(theirs),
-                columns=cut,
+                prompts=list(batch_prompts),
+                answers=list(batch_answers),
+                columns=batch_columns,
                 samples=None if records is None else list(records),
             )
-            for some, theirs, cut, records in in_batches(prompts, answers, columns, samples, self.settings.batch_size)
+            for batch_prompts, batch_answers, batch_columns, records in in_batches(
+                prompts, answers, columns, samples, self.settings.batch_size
+            )
         ]
         return RewardResult.join(asyncio.run(self._ask_all(requests)))
 
@@ -124,7 +128,7 @@ class Endpoint:
         async with aiohttp.ClientSession(
             headers=self.headers,
             timeout=aiohttp.ClientTimeout(total=self.settings.request_timeout),
-            auto_decompress=False,  # a small response could become a large one
+            auto_decompress=False,  # a small compressed response could become very large
         ) as session:
             return await asyncio.gather(*(self._ask(session, gate, request) for request in requests))
 
@@ -134,32 +138,32 @@ class Endpoint:
             async with asyncio.timeout(self.settings.timeout), gate:
                 return await self._scores(session, request)
         except _Failure as failure:
-            return RewardResult.nothing(count, f"{self.settings.url} {failure}", failure.late)
+            return RewardResult.nothing(count, f"{self.settings.url} {failure}", failure.timed_out)
         except TimeoutError:
             why = f"{self.settings.url} gave no score in {self.settings.timeout:g} s ({self.setting}.timeout)"
-            return RewardResult.nothing(count, why, late=True)
+            return RewardResult.nothing(count, why, timed_out=True)
 
     async def _scores(self, session: aiohttp.ClientSession, request: Request) -> RewardResult:
         try:
             body = request.model_dump_json(exclude=None if self.wants_samples else {"samples"}).encode()
         except PydanticSerializationError as error:
-            raise _Failure(f"cannot be sent the rows' columns as JSON: {error}") from None
+            raise _Failure(f"accepts JSON, but the rows' columns cannot be written as JSON: {error}") from None
         for attempt in itertools.count():
             try:
                 return _read(await self._post(session, body), len(request.answers))
             except _Failure as failure:
-                if not failure.again or attempt == self.settings.retries:
+                if not failure.retryable or attempt == self.settings.retries:
                     raise
             await asyncio.sleep(self._random.uniform(0, min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)))
         raise AssertionError("count() does not end")
 
     async def _post(self, session: aiohttp.ClientSession, body: bytes) -> bytes:
-        """The body of the response. No error text shows it: a service may repeat there the token that it was sent."""
+        """The body of the response. No error text shows it: a service may repeat the token in it."""
         try:
             async with session.post(self.settings.url, data=body, allow_redirects=False) as response:
                 if response.status != _OK:
-                    again = response.status == _TOO_MANY_REQUESTS or response.status in _SERVER_ERRORS
-                    raise _Failure(f"answered with status {response.status}", again)
+                    retryable = response.status == _TOO_MANY_REQUESTS or response.status in _SERVER_ERRORS
+                    raise _Failure(f"answered with status {response.status}", retryable)
                 content = bytearray()
                 async for part in response.content.iter_any():
                     content += part
@@ -170,10 +174,10 @@ class Endpoint:
                 return bytes(content)
         except TimeoutError:
             why = f"gave no answer in {self.settings.request_timeout:g} s ({self.setting}.request_timeout)"
-            raise _Failure(why, again=True, late=True) from None
+            raise _Failure(why, retryable=True, timed_out=True) from None
         except aiohttp.ClientError as error:
-            why = f": {error}" if isinstance(error, OSError) else ""  # others may quote the response
-            raise _Failure(f"failed: {type(error).__name__}{why}", again=True) from None
+            why = f": {error}" if isinstance(error, OSError) else ""  # other errors may quote the response
+            raise _Failure(f"failed: {type(error).__name__}{why}", retryable=True) from None
 
 
 def _read(content: bytes, count: int) -> RewardResult:
@@ -181,8 +185,8 @@ def _read(content: bytes, count: int) -> RewardResult:
         scores = Response.model_validate_json(content).scores
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"][:2])) or "body"  # what follows names the kinds that were tried
-        raise _Failure(f"answered with something else than scores: {where}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"][:2])) or "body"  # the rest names the types that were tried
+        raise _Failure(f"answered with something other than scores: {where}: {first['msg']}") from None
     if len(scores) != count:
         raise _Failure(f"answered with {len(scores)} scores for {count} answers")
     names = dict.fromkeys(name for each in scores if isinstance(each, dict) for name in each if name != "score")
@@ -194,5 +198,5 @@ def _read(content: bytes, count: int) -> RewardResult:
 
 
 def _number(value: Any) -> float | None:
-    """What an object holds, where it is a number."""
+    """An object's value as a float; None where it is not a number."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

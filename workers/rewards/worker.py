@@ -15,7 +15,8 @@ from workers.data import Codec, DataError, Row, Sequence, load_tokenizer
 from workers.data.batching import Rows, micro_batches
 from workers.data.samples import Sample, SampleRefs
 from workers.data.step_inputs import ScoringRequest
-from workers.models.heads import ScalarModel, context_length
+from workers.models.heads import ScalarModel
+from workers.models.loading import context_length
 from workers.models.shared_base import build
 from workers.process.remote_error import summary
 from workers.process.worker import Worker, WorkerSpec

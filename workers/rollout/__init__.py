@@ -1,1 +1,1 @@
-"""The rollout engines: vLLM in a Ray actor."""
+"""Rollout engines: RolloutWorker (engine), vLLM in a Ray actor. Importing `engine` imports vLLM."""

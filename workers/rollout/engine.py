@@ -19,7 +19,7 @@ from configs.schema import LoraSettings
 from workers.data import end_tokens, load_tokenizer
 from workers.data.samples import RaggedArray, RolloutBatch
 from workers.data.step_inputs import RolloutInfo, StaleWeights
-from workers.models.heads import load_config
+from workers.models.loading import load_config
 from workers.models.served import engine_options, why_not_served
 from workers.process.worker import Worker, compiles
 from workers.weight_sync.checksums import Checksums
@@ -28,13 +28,13 @@ from workers.weight_sync.receivers import ADAPTER_ID
 
 
 def sample_seed(run: int, step: int, prompt: int, sample: int) -> int:
-    """Seed of one answer, the same whatever engine writes it, in whatever batch."""
+    """Seed of one answer. It does not depend on the engine or the batch."""
     digest = hashlib.blake2b(f"{run}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 2**63
 
 
 def _adapter_options(lora: LoraSettings) -> dict[str, Any]:
-    """Room for one adapter, of the least rank that vLLM has kernels for."""
+    """Engine options for one adapter, at the smallest rank that vLLM has kernels for."""
     return {
         "enable_lora": True,
         "max_loras": 1,
@@ -47,15 +47,15 @@ def _in_peft_words(lora: LoraSettings) -> dict[str, Any]:
 
 
 class RolloutWorker(Worker):
-    """One engine. It serves exactly one policy version; while an update is under way, or after one failed, it serves none."""
+    """One engine. It serves exactly one policy version; during an update, or after a failed one, it serves none."""
 
     engine: LLMEngine
     version: int | None = None
     adapter: LoRARequest | None = None
-    """What requests ask for once an adapter was published."""
+    """The adapter of all requests, once one was published."""
 
     def load(self, path: str, transport: str, max_length: int) -> None:
-        """Start the engine on the model in a folder; one that was there before ends."""
+        """Start the engine on the model in a folder; a previous engine is shut down."""
         if hasattr(self, "engine"):
             self.engine.engine_core.shutdown()
             del self.engine
@@ -77,17 +77,17 @@ class RolloutWorker(Worker):
         args = EngineArgs(
             model=path,
             skip_tokenizer_init=True,
-            generation_config="vllm",  # no end tokens and no sampling settings but those of each request
+            generation_config="vllm",  # end tokens and sampling settings come from each request only
             trust_remote_code=model.trust_remote_code,
             dtype=model.dtype,
             seed=self.config.seed,
             max_model_len=max_length,
             max_num_seqs=settings.max_sequences,
             tensor_parallel_size=settings.tensor_parallel,
-            # In a placement group vLLM's own default would be its Ray executor, which would place workers itself.
+            # vLLM's default inside a placement group is its Ray executor, which would place workers itself.
             distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
             enforce_eager=not compiles(self.config, self.spec.device),
-            # A prompt cut in two would set back its request's random generator, which a CPU's cannot do.
+            # A prompt in two chunks would rewind its request's random generator, which is impossible on CPU.
             enable_chunked_prefill=None if on_gpu else False,
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(
@@ -100,7 +100,7 @@ class RolloutWorker(Worker):
             **(_adapter_options(model.lora) if sends_adapter and model.lora else {}),
             **engine_options(config, "cuda" if on_gpu else "cpu"),
         )
-        # By itself vLLM would open a rendezvous store, which listens on every interface.
+        # vLLM itself would open a rendezvous store that listens on every interface.
         if settings.tensor_parallel == 1 and not dist.is_initialized():
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
@@ -109,12 +109,12 @@ class RolloutWorker(Worker):
         self._sleep()
 
     def _sleep(self) -> None:
-        """Leave the device to others: the weights go to host memory, and the cache of keys and values is thrown away."""
+        """Free the device for other roles: the weights move to host memory, the KV cache is dropped."""
         if self.spec.time_shared:
             self.engine.sleep(level=1)
 
     def _wake(self, *parts: str) -> None:
-        """parts: weights, kv_cache; none: all that sleeps. vLLM does nothing where one of several is awake already."""
+        """parts: weights, kv_cache; none: all that sleep. vLLM does nothing if one of several parts is awake already."""
         if self.spec.time_shared and self.engine.is_sleeping():
             self.engine.wake_up(list(parts) or None)
 
@@ -123,7 +123,7 @@ class RolloutWorker(Worker):
     ) -> tuple[RolloutBatch, RolloutInfo]:
         """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset.
 
-        Raises StaleWeights where the engine's weights are not those of `version` (none: whatever it serves).
+        Raises StaleWeights where the engine's weights are not those of `version` (None: any version).
         """
         if self.version is None:
             raise StaleWeights(f"{self!r} holds no published weights: it serves nothing until an update succeeds")
@@ -145,11 +145,11 @@ class RolloutWorker(Worker):
         return self._chunk(answers)
 
     def prove(self, version: int, probe: Probe) -> float:
-        """Show that the engine computes what the trainer does: log-probabilities of the same tokens. Returns their gap.
+        """Compare the engine's log-probabilities of the probe's tokens with the trainer's. Returns their gap.
 
-        Raises DifferentModel where it is beyond the bound; the engine then serves nothing until another update succeeds.
+        Raises DifferentModel where it is above the bound; the engine then serves nothing until another update succeeds.
         """
-        probe = probe.within(self.longest - 1)  # beside the one token that an engine cannot but write
+        probe = probe.within(self.longest - 1)  # an engine always generates at least one token
         self._wake()
         asked = SamplingParams(
             prompt_logprobs=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
@@ -208,8 +208,8 @@ class RolloutWorker(Worker):
 
     def start_weight_update(self) -> None:
         self.version = None
-        self._wake("weights")  # until the next answers were written: beside them the publishing actor has the device
-        self.engine.collective_rpc("forget_weight_update")  # where a trainer died in the middle of one
+        self._wake("weights")  # no KV cache until the next `generate`: the actor needs the device now
+        self.engine.collective_rpc("forget_weight_update")  # if a trainer died during one
         self.engine.collective_rpc("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -218,7 +218,7 @@ class RolloutWorker(Worker):
         self.engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def finish_weight_update(self, version: int, checksums: Checksums) -> None:
-        """Serve the new version if what arrived is what was sent."""
+        """Serve the new version if the engine has the weights that were sent (protocol: workers.weight_sync)."""
         shown = self.engine.collective_rpc("weight_checksums")
         self.engine.collective_rpc("finish_weight_update")
         for received in shown:
@@ -235,7 +235,7 @@ class RolloutWorker(Worker):
             assert self.config.model.lora is not None
             self.engine.collective_rpc("apply_adapter", kwargs={"config": _in_peft_words(self.config.model.lora)})
             self.adapter = LoRARequest("actor", ADAPTER_ID, "in memory")
-        if not self.engine.reset_prefix_cache():  # it was computed with the old weights
+        if not self.engine.reset_prefix_cache():  # the old weights computed it
             raise StaleWeights(
                 f"{self!r}: version {version} came while requests were running: they hold its prefix cache"
             )

@@ -12,7 +12,8 @@ from torch import Tensor
 from workers.data.batching import Rows
 from workers.data.samples import RaggedArray, SampleRefs
 from workers.data.step_inputs import MiniBatch, SupervisedBatch, TrainStepInput
-from workers.models.heads import LEARNS, Batch, load_hf
+from workers.models.heads import Batch
+from workers.models.loading import LEARNS, load_hf
 from workers.rl.advantages import masked
 from workers.rl.kl import kl_estimate
 from workers.rl.losses import masked_sum, next_token, policy_losses

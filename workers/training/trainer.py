@@ -25,8 +25,9 @@ from configs.schema import ModelSettings, OptimizerSettings
 from placement.memory import BUCKET_ELEMENTS
 from workers.data import end_tokens, load_tokenizer
 from workers.models.export import write_settings, write_weights
-from workers.models.heads import LEARNS, LanguageModel, ScalarModel, context_length
+from workers.models.heads import LanguageModel, ScalarModel
 from workers.models.linear import add_in_place
+from workers.models.loading import LEARNS, context_length
 from workers.models.lora import FOLDER as ADAPTER
 from workers.models.lora import add_head, write_adapter
 from workers.models.shared_base import build

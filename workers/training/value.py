@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from workers.data.batching import Rows
 from workers.data.samples import RaggedArray, SampleRefs
 from workers.data.step_inputs import SupervisedBatch, TrainStepInput
-from workers.models.heads import Batch, ScalarModel, load_hf
+from workers.models.heads import Batch, ScalarModel
+from workers.models.loading import load_hf
 from workers.rl.advantages import moments
 from workers.rl.losses import explained_variance, masked_sum, pairwise, value_losses
 from workers.training import experience

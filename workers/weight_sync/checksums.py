@@ -14,11 +14,11 @@ _COLUMNS = 4096
 
 
 def checksum(tensor: Tensor) -> int:
-    """64-bit hash of the tensor's type, shape and sums: its words of 8 bytes laid out in rows of 4096, the sum of every row and
-    of every column modulo 2**64.
+    """64-bit hash of the tensor's dtype, shape and sums: its 8-byte words form rows of 4096, and the sum of every row and every
+    column is taken modulo 2**64.
 
-    A changed word shows in a row and in a column, two words exchanged in two rows or in two columns. The same on CPU and
-    GPU, where int64 wraps around; only the sums leave the device.
+    A changed word changes a row sum and a column sum; two exchanged words change two row sums or two column sums. Equal on CPU
+    and GPU, where int64 wraps around. Only the sums leave the device.
     """
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     data = torch.nn.functional.pad(data, (0, -len(data) % (8 * _COLUMNS))) if len(data) % (8 * _COLUMNS) else data

@@ -1,6 +1,6 @@
-"""Where vLLM 0.32 computes a family otherwise than transformers: mended in the classes, before an engine is built.
+"""Fixes to vLLM 0.32 where it computes a family differently from transformers. They patch its classes before an engine is built.
 
-Each was found by comparing log-probabilities (`python -m benchmarks.families`).
+Each difference was found by comparing log-probabilities (`python -m benchmarks.families`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models import apertus, bloom
 
 
-def repair() -> None:
-    """Mend the classes of this process."""
-    # BLOOM's activation is the approximation by tanh; vLLM takes the exact one.
+def apply_fixes() -> None:
+    """Patch the classes of this process."""
+    # BLOOM's activation is GELU approximated by tanh; vLLM uses the exact GELU.
     bloom.get_act_fn = lambda name: torch.nn.GELU(approximate="tanh")
     # Apertus's activation has parameters of the model's type; vLLM's are always bfloat16.
     apertus.XIELU = lambda: _XIELU(dtype=torch.get_default_dtype())
@@ -34,8 +34,8 @@ _supported: Any = model_manager.is_supported_lora_module
 
 
 def _biased(self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **options: Any) -> Any:
-    """On CPU vLLM leaves out the correction bias of experts that are in no groups, and knows no sigmoid for them: as one group
-    they get both."""
+    """On CPU vLLM ignores the correction bias of ungrouped experts and has no sigmoid for them. Its code for grouped experts
+    has both, so they are routed as one group."""
     if self.e_score_correction_bias is None or self.use_grouped_topk or self.scoring_func not in ("softmax", "sigmoid"):
         return _routing(self, hidden_states, router_logits, *args, **options)
     return cpu_router._grouped_topk(
@@ -51,11 +51,11 @@ def _biased(self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor,
 
 
 def _rotated(self: Any, positions: torch.Tensor, query: torch.Tensor, *args: Any) -> Any:
-    """The CPU's kernel takes the heads of queries of three dimensions, as DeepSeek's attention has them, for tokens."""
+    """The CPU kernel mistakes the heads of three-dimensional queries (DeepSeek's attention) for tokens: use the native code."""
     return (self.forward_native if query.dim() == 3 else partial(_rotary, self))(positions, query, *args)
 
 
 def _takes_adapter(name: str, module: torch.nn.Module, supported: Any) -> bool:
-    """Embeddings and heads are sent none (workers.models.heads.add_lora); made ready for some, a head on CPU fails where
-    log-probabilities of prompts are asked for."""
+    """No adapters for embeddings and heads: `add_lora` makes none, and a head on CPU that is prepared for one fails when
+    log-probabilities of prompts are requested."""
     return not isinstance(module, VocabParallelEmbedding) and bool(_supported(name, module, supported))

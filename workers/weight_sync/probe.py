@@ -1,7 +1,7 @@
-"""Proof by computing: a few random tokens, and what a model makes of them.
+"""Probes: random tokens and the trainer's outputs for them, which an engine or an exported model must reproduce.
 
-Weights that arrived are not yet weights that compute: an engine may keep packed copies of the old ones, an exported file may be
-read otherwise than it was written. So whoever serves or saves a trainer's model shows that it computes the same.
+Checksums do not prove what a model computes: an engine may keep packed copies of the old weights, and an exported file may be
+read differently from how it was written.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from workers.data import Sequence
 from workers.data.step_inputs import DifferentModel
 
 FILE = "probe.json"
-"""In an exported folder: what its model computed when it was trained."""
+"""File of an exported folder: the trainer's outputs for the probe."""
 ROWS, LENGTH = 2, 24
 """Sequences of a probe, and tokens of each: few enough to cost nothing, many enough to reach most of a model."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Random token ids, and what a model says of them."""
+    """Random token ids, and a model's outputs for them."""
 
     ids: np.ndarray
     """[rows, length] int32"""
     values: np.ndarray
     """float32: log-probabilities [rows, length - 1] of the tokens after the first, or the scores [rows] of a scalar model."""
     seconds: float = 0.0
-    """What it took to compute them."""
+    """Time that it took to compute them."""
 
     def gap(self, values: np.ndarray) -> float:
-        """Mean |difference| from what another model says; nan where one of them is not a number, 0 where there is nothing."""
+        """Mean |difference| from another model's values; nan where any is nan, 0 where there are no values."""
         if not self.values.size:
             return 0.0
         return float(np.abs(self.values.astype(np.float64) - values).mean())
 
     def require(self, values: np.ndarray, bound: float, who: str) -> float:
-        """The gap, which is at most `bound`. Raises DifferentModel, which names both."""
+        """The gap. Raises DifferentModel, with the gap and the bound, where it is above `bound`."""
         gap = self.gap(values)
         if not gap <= bound:
             kind = "log-probabilities" if self.values.ndim > 1 else "scores"
@@ -50,7 +50,7 @@ class Probe:
         return gap
 
     def within(self, longest: int) -> Probe:
-        """Its rows cut to so many tokens. Of scores there is none to cut."""
+        """The probe with its rows cut to `longest` tokens; for log-probabilities only."""
         return Probe(self.ids[:, :longest], self.values[:, : max(longest - 1, 0)])
 
     def save(self, folder: Path) -> None:
@@ -59,7 +59,7 @@ class Probe:
 
     @classmethod
     def load(cls, folder: Path) -> Probe | None:
-        """That of an exported folder; None where it has none."""
+        """The probe of an exported folder; None where it has none."""
         if not (folder / FILE).is_file():
             return None
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -67,10 +67,10 @@ class Probe:
 
 
 def draw(vocabulary: int, length: int, *seed: int) -> np.ndarray:
-    """[rows, length] int32 random ids; other ones for another seed, so that a run's probes reach all of a model's experts."""
+    """[rows, length] int32 random ids. They differ by seed, so that a run's probes reach all of a model's experts."""
     return np.random.default_rng(seed).integers(0, vocabulary, (ROWS, length), np.int32)
 
 
 def sequences(ids: np.ndarray) -> list[Sequence]:
-    """The rows, of which all tokens but the first are scored."""
+    """The rows as sequences: all tokens but the first are scored."""
     return [Sequence.of(row[:1], row[1:]) for row in ids]

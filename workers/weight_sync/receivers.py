@@ -1,16 +1,8 @@
-"""The engines' side of weight transfer: vLLM transports, each wrapped so that what arrives is checked.
+"""Receivers, the engine's side of a weight update (protocol: workers.weight_sync): vLLM's transports with checksums.
 
-    trainer                                              every engine
-    -------                                              ------------
-    start_weight_update                             ->   serves nothing from here on
-    for each bucket: gather layer by layer, send    ->   load_weights; a checksum of each tensor as it arrived
-    finish_weight_update(version, checksums)        ->   equal to its own: serves the new version; else an error,
-                                                         and it still serves nothing
-
-Transports: `object_store` (ours: buckets in Ray's shared memory), `nccl` and `ipc` (vLLM's). Over each come either all weights,
-which are loaded in place of the old, or those of an adapter, which are kept until the update is finished and then applied
-beside the weights that the engine started with. vLLM imports this module in each of its worker processes, as the module of its
-`worker_extension_cls`.
+Transports: `object_store` (ours: buckets in Ray's shared memory), `nccl` and `ipc` (vLLM's). Each carries either all weights,
+which replace the old ones, or an adapter's, which are stored until the update is finished and then applied to the weights that
+the engine started with. vLLM imports this module in each of its worker processes, as the module of its `worker_extension_cls`.
 """
 
 from __future__ import annotations
@@ -34,14 +26,14 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
 from workers.weight_sync.checksums import Checksums, checksum
-from workers.weight_sync.engine_fixes import repair
+from workers.weight_sync.engine_fixes import apply_fixes
 from workers.weight_sync.reloading import begin_reload, by_expert, end_reload
 
-repair()  # vLLM imports this before it builds a model
+apply_fixes()  # vLLM imports this module before it builds a model
 
 
 class _Verified:
-    """Mixin of a transport's engine side: checksums of what load_weights is given."""
+    """Mixin of a transport's receiver: a checksum of every tensor that load_weights gets."""
 
     received: Checksums
 
@@ -52,7 +44,7 @@ class _Verified:
         load = self.load
 
         def checked(weights: Iterable[tuple[str, Tensor]]) -> Any:
-            return load(self._witness(weights))
+            return load(self._with_checksums(weights))
 
         self.model.load_weights = checked  # type: ignore[attr-defined]
         try:
@@ -60,7 +52,7 @@ class _Verified:
         finally:
             del self.model.load_weights  # type: ignore[attr-defined]
 
-    def _witness(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _with_checksums(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             self.received[name] = checksum(tensor)
             yield name, tensor
@@ -70,9 +62,9 @@ class _Verified:
 
 
 class _Weights(_Verified):
-    """All weights: a reload, and the repairs that it needs (workers.weight_sync.reloading)."""
+    """All weights: a reload, with its corrections (workers.weight_sync.reloading)."""
 
-    lacking: list[str]
+    incomplete: list[str]
 
     def start_weight_update(self) -> None:
         super().start_weight_update()
@@ -83,11 +75,11 @@ class _Weights(_Verified):
         return type(model).load_weights(model, by_expert(model, weights))
 
     def finish_weight_update(self) -> None:
-        self.lacking = end_reload(self.model, self.model_config)  # type: ignore[attr-defined]
+        self.incomplete = end_reload(self.model, self.model_config)  # type: ignore[attr-defined]
 
 
 class _Adapter(_Verified):
-    """An adapter: its tensors in memory of their own, for vLLM multiplies the scale into them."""
+    """An adapter: copies of its tensors, since vLLM multiplies the scale into them."""
 
     tensors: dict[str, Tensor]
 
@@ -99,12 +91,12 @@ class _Adapter(_Verified):
         self.tensors |= {name: tensor.to("cpu", copy=True) for name, tensor in weights}
 
     def finish_weight_update(self) -> None:
-        """vLLM drops all adapters after this; `Witness.apply_adapter` follows."""
+        """vLLM drops all adapters after this; `WeightVerifier.apply_adapter` follows."""
 
 
 @dataclass
 class ObjectStoreInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on."""
+    """Empty: this transport needs no rendezvous."""
 
 
 @dataclass
@@ -115,7 +107,7 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
     dtypes: list[str]
     shapes: list[tuple[int, ...]]
     arrays: list[np.ndarray]
-    """uint8 views of the tensors, in shared memory; the engine may keep them until the update is finished."""
+    """uint8 views of the tensors, in shared memory. The engine may hold them until the update is finished."""
 
 
 class _ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
@@ -159,7 +151,7 @@ class NCCLAdapter(_Adapter, NCCLWeightTransferEngine):
 
 
 class _Closing:
-    """Mixin of `ipc`: it lets go of the trainer's memory."""
+    """Mixin of `ipc`: releases the trainer's memory."""
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()  # type: ignore[misc]
@@ -175,47 +167,47 @@ class IPCAdapter(_Closing, _Adapter, IPCWeightTransferEngine):
 
 
 class WeightVerifier:
-    """Extension of vLLM's worker, through which an engine shows what it received."""
+    """Extension of vLLM's worker: reports what an engine received."""
 
     def forget_weight_update(self) -> None:
-        """Let an update begin though the last one was never finished."""
+        """Allow an update to start although the last one was not finished."""
         self._weight_update_active = False
 
     def weight_checksums(self) -> Checksums:
         return self.weight_transfer_engine.received  # type: ignore[attr-defined]
 
     def layers_without_weights(self) -> list[str]:
-        """Layers that the last update did not reach, though all of it arrived: vLLM loaded it elsewhere."""
-        return getattr(self.weight_transfer_engine, "lacking", [])  # type: ignore[attr-defined]
+        """Layers that got no weights in the last update, although all tensors arrived: vLLM loaded them elsewhere."""
+        return getattr(self.weight_transfer_engine, "incomplete", [])  # type: ignore[attr-defined]
 
     def apply_adapter(self, config: dict[str, Any]) -> None:
-        """Put the adapter that arrived in the place of the last one. config: PEFT's.
+        """Replace the last adapter by the one that arrived. config: PEFT's.
 
-        Raises ValueError where it is for layers to which this engine cannot apply it.
+        Raises ValueError where it has layers to which this engine applies no adapter.
         """
-        workers = self.model_runner.lora_manager  # type: ignore[attr-defined]
-        manager = workers._adapter_manager
+        lora_manager = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        manager = lora_manager._adapter_manager
         names = getattr(manager.model, "hf_to_vllm_mapper", None)
         adapter = LoRAModel.from_lora_tensors(
             ADAPTER_ID,
             self.weight_transfer_engine.tensors,  # type: ignore[attr-defined]
             PEFTHelper.from_dict(config),
-            device="cpu",  # whence activate_adapter takes them to the engine's device
-            dtype=workers.lora_config.lora_dtype,
+            device="cpu",  # activate_adapter copies them to the engine's device
+            dtype=lora_manager.lora_config.lora_dtype,
             weights_mapper=names and names.get_rename_mapper(),
         )
         manager.remove_adapter(ADAPTER_ID)
         manager.add_adapter(adapter)
-        if strange := adapter.loras.keys() - manager.modules.keys():
+        if unsupported := adapter.loras.keys() - manager.modules.keys():
             raise ValueError(
-                f"publish.lora: was 'adapter', but vLLM applies none to {', '.join(sorted(strange)[:3])}; merged would fit"
+                f"publish.lora: was 'adapter', but vLLM applies none to {', '.join(sorted(unsupported)[:3])}; merged would fit"
             )
         manager.activate_adapter(ADAPTER_ID)
         self.weight_transfer_engine.tensors = {}  # type: ignore[attr-defined]
 
 
 ADAPTER_ID = 1
-"""Number of the one adapter that an engine has, in vLLM's words."""
+"""vLLM's id of an engine's only adapter."""
 
 ENGINES: dict[str, type[WeightTransferEngine]] = {
     "weights_object_store": ObjectStoreEngine,

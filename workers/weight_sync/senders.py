@@ -1,4 +1,4 @@
-"""The trainer's side of the transports: `object_store` is ours and needs no vLLM; `nccl` and `ipc` are vLLM's."""
+"""Senders, the trainer's side of the transports. `object_store` is ours and needs no vLLM; `nccl` and `ipc` are vLLM's."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from workers.weight_sync.gather import EngineClient, GatheredWeights
 
 
 class Sender(Protocol):
-    """Sends a model's weights to all engines. Collective over the trainer's ranks, of which the first one speaks."""
+    """Sends a model's weights to all engines. Collective over the trainer's ranks; rank 0 calls the engines."""
 
     def send_weights(self) -> None: ...
 
 
 class ObjectStoreSender:
-    """Puts buckets into Ray's object store, one at a time; each is freed once every engine has taken it."""
+    """Puts buckets into Ray's object store, one at a time. A bucket is freed once every engine has loaded it."""
 
     def __init__(self, client: EngineClient, source: GatheredWeights, is_leader: bool, bucket_bytes: int) -> None:
         self.client, self.source, self.is_leader, self.bucket_bytes = client, source, is_leader, bucket_bytes
@@ -27,7 +27,7 @@ class ObjectStoreSender:
 
     def send_weights(self) -> None:
         if not self.is_leader:
-            for _ in self.source:  # gathering takes all ranks
+            for _ in self.source:  # gathering is collective
                 pass
             return
         self.client.start_weight_update()
@@ -62,10 +62,10 @@ def make_sender(
     engine_ranks: int,
     address: tuple[str, int],
 ) -> Sender:
-    """The sender of a trainer's rank. engine_ranks: processes of all engines; address: where they meet (nccl)."""
+    """The sender of a trainer's rank. engine_ranks: processes of all engines. address: host and port of the rendezvous (nccl)."""
     if transport == "object_store":
         return ObjectStoreSender(client, source, rank == 0, bucket_bytes)
-    # Here, since they bring all of vLLM: a second and 150 MB that a trainer on CPU need not spend.
+    # Imported here: they import all of vLLM, a second and 150 MB that a trainer on CPU does not need.
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo

@@ -44,7 +44,7 @@ def test_what_has_no_score_is_left_out_of_the_means() -> None:
 
 def test_no_scores_at_all_are_no_error() -> None:
     """A judge that times out, a service that is down."""
-    found = evaluation([nan, nan], RewardResult.nothing(2, "no answer in 60 s", late=True)).metrics()
+    found = evaluation([nan, nan], RewardResult.nothing(2, "no answer in 60 s", timed_out=True)).metrics()
     assert found == pytest.approx(
         {"evaluation/kl": 0.1, "evaluation/length": 5.0, "evaluation/distinct": 1.0, "evaluation/unscored": 2.0}
     )
@@ -137,7 +137,7 @@ def test_a_source_that_fails_in_ever_new_words_leaves_ten_files(tmp_path: Path) 
     log = FailureLog(tmp_path)
     for i in range(50):
         record_faults(
-            log, {"f": RewardResult.nothing(4, f"KeyError: {i}"), "g": RewardResult.nothing(4, "late", late=True)}
+            log, {"f": RewardResult.nothing(4, f"KeyError: {i}"), "g": RewardResult.nothing(4, "late", timed_out=True)}
         )
     found = texts(tmp_path)
     assert len(found) == MOST_KINDS + 1

@@ -1,4 +1,4 @@
-"""Data: rows of every form, malformed ones, token ids, the order of training."""
+"""Data: rows of every form, malformed rows, token ids, the order of training."""
 
 import json
 from collections import Counter
@@ -124,7 +124,7 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
 
 
 def test_a_column_of_prompts_may_get_another_name(tmp_path: Path) -> None:
-    """So that a reward function, which has arguments `prompts` and `answers`, can be given a column of that name."""
+    """A reward function already has arguments `prompts` and `answers`; a column of that name needs another name."""
     path = jsonl(tmp_path, {"prompt": "a", "answers": ["b"]}, {"prompt": "c", "id": 1})
     assert read(path, "prompt", columns={"gold": "answers"}) == [
         Row("a", columns={"gold": ["b"]}),
@@ -348,19 +348,19 @@ def test_plain_text(pad_is_eos: bool, adds_bos: bool) -> None:
     plain = tokenizer("the film", add_special_tokens=False)["input_ids"]
     assert codec.prompt_ids("the film") == bos + plain
     assert codec.prompt_ids("") == bos
-    made = codec.sequence("the film", " is good")
+    sequence = codec.sequence("the film", " is good")
     answer = tokenizer(" is good", add_special_tokens=False)["input_ids"]
-    assert made.ids.dtype == np.int32
-    assert made.ids.tolist() == bos + plain + answer + [tokenizer.eos_token_id]
-    assert made.prompt_length == len(bos + plain)
-    assert codec.decode(made.ids) == "the film is good"
-    assert codec.decode(made.ids, skip_special_tokens=False).endswith(" is good</s>")
+    assert sequence.ids.dtype == np.int32
+    assert sequence.ids.tolist() == bos + plain + answer + [tokenizer.eos_token_id]
+    assert sequence.prompt_length == len(bos + plain)
+    assert codec.decode(sequence.ids) == "the film is good"
+    assert codec.decode(sequence.ids, skip_special_tokens=False).endswith(" is good</s>")
 
 
 def test_an_empty_answer_is_eos_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     for codec in (Codec(tokenizer, True), Codec(tokenizer, False)):
-        made = codec.sequence("the film", "")
-        assert made.ids[made.prompt_length :].tolist() == [tokenizer.eos_token_id]
+        sequence = codec.sequence("the film", "")
+        assert sequence.ids[sequence.prompt_length :].tolist() == [tokenizer.eos_token_id]
 
 
 def test_eos_within_a_text_ends_it(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -373,9 +373,9 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     codec = Codec(tokenizer, chat_template=False)
     expected = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert codec.prompt_ids(conversation) == expected
-    made = codec.sequence(conversation, "Bad.")
-    assert made.ids[: made.prompt_length].tolist() == expected
-    assert codec.decode(made.ids[made.prompt_length :], skip_special_tokens=False) == "Bad.</s>"
+    sequence = codec.sequence(conversation, "Bad.")
+    assert sequence.ids[: sequence.prompt_length].tolist() == expected
+    assert codec.decode(sequence.ids[sequence.prompt_length :], skip_special_tokens=False) == "Bad.</s>"
     wrapped = Codec(tokenizer, chat_template=True)
     assert wrapped.prompt_ids("How was it?") == codec.prompt_ids([USER]) != codec.prompt_ids("How was it?")
     assert wrapped.sequence("How was it?", "Bad.").ids.tolist() == codec.sequence([USER], "Bad.").ids.tolist()
@@ -419,9 +419,12 @@ def test_cutting_plain_text(prompt: str, completion: str, max_length: int) -> No
     start, end = whole.ids[: whole.prompt_length].tolist(), whole.ids[whole.prompt_length :].tolist()
     assert start == PLAIN.prompt_ids(prompt), "the engine's prompt"
     assert end.index(PLAIN.end) == len(end) - 1, "one end token, at the end"
-    made = cut(PLAIN, Row(prompt, completion=completion), max_length)
-    kept_start, kept_end = made.ids[: made.prompt_length].tolist(), made.ids[made.prompt_length :].tolist()
-    assert len(made.ids) == min(max_length, len(whole.ids))
+    sequence = cut(PLAIN, Row(prompt, completion=completion), max_length)
+    kept_start, kept_end = (
+        sequence.ids[: sequence.prompt_length].tolist(),
+        sequence.ids[sequence.prompt_length :].tolist(),
+    )
+    assert len(sequence.ids) == min(max_length, len(whole.ids))
     assert kept_start[:1] == start[:1], "the bos token stays"
     assert start[len(start) - len(kept_start) + 1 :] == kept_start[1:]
     assert end[: len(kept_end)] == kept_end
@@ -432,9 +435,9 @@ def test_cutting_plain_text(prompt: str, completion: str, max_length: int) -> No
 
 
 def cut(codec: Codec, row: Row, max_length: int) -> Sequence:
-    made, counts = encode_demonstrations(codec, [row], max_length, "cut", "all")
+    sequences, counts = encode_demonstrations(codec, [row], max_length, "cut", "all")
     assert counts.kept == 1
-    return made[0]
+    return sequences[0]
 
 
 # ---------------------------------------------------------------- order
@@ -462,27 +465,27 @@ def test_epoch_order_is_pinned() -> None:
 )
 def test_batches(lengths: list[int], batch_size: int, epochs: float, seed: int) -> None:
     n = len(lengths)
-    made = batches(lengths, batch_size, epochs, seed)
-    assert {len(batch) for batch in made} == {batch_size}
-    assert (len(made) - 1) * batch_size < max(epochs * n, 1) <= len(made) * batch_size + 1e-6
-    stream = np.concatenate(made)
+    steps = batches(lengths, batch_size, epochs, seed)
+    assert {len(batch) for batch in steps} == {batch_size}
+    assert (len(steps) - 1) * batch_size < max(epochs * n, 1) <= len(steps) * batch_size + 1e-6
+    stream = np.concatenate(steps)
     for start in range(0, len(stream) - n + 1, n):
         assert sorted(stream[start : start + n]) == list(range(n)), "each row once in every epoch"
     counts = Counter(stream.tolist())
     assert max(counts.values()) - min(counts[row] for row in range(n)) <= 1
     longer = batches(lengths, batch_size, epochs + 1, seed)
-    assert all(np.array_equal(one, other) for one, other in zip(made, longer, strict=False))
+    assert all(np.array_equal(one, other) for one, other in zip(steps, longer, strict=False))
 
 
 def test_batches_hold_rows_of_like_length() -> None:
-    """All but those in which an epoch ends: 1007 rows are no multiple of 10."""
+    """Except the batches in which an epoch ends: 1007 is not a multiple of 10."""
     lengths = np.random.default_rng(0).integers(1, 100, size=1007)
-    made = batches(lengths, 10, 3, seed=3)
-    assert len(made) == 303
-    spread = np.array([np.ptp(lengths[batch]) for batch in made])
+    steps = batches(lengths, 10, 3, seed=3)
+    assert len(steps) == 303
+    spread = np.array([np.ptp(lengths[batch]) for batch in steps])
     assert np.flatnonzero(spread > 40).tolist() == [100, 201, 302]
     assert np.median(spread) < 10
-    assert not np.array_equal(np.concatenate(made), np.concatenate(batches(lengths, 10, 3, seed=4)))
+    assert not np.array_equal(np.concatenate(steps), np.concatenate(batches(lengths, 10, 3, seed=4)))
 
 
 def test_short_and_long_batches_come_in_a_random_order() -> None:

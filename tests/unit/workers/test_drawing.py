@@ -1,4 +1,4 @@
-"""Random models for the benchmark: of the right size and type, whole in shards, with a tokenizer that counts words."""
+"""Random models for benchmarks: the right size and dtype, complete in shards, with a tokenizer of one token per word."""
 
 from __future__ import annotations
 

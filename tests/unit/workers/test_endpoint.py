@@ -1,4 +1,4 @@
-"""Rewards over HTTP, from a real server on this machine that answers well, badly, late or not at all."""
+"""Rewards over HTTP, from a real local server that answers correctly, wrongly, late or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def one_at_a_time(handler: Handler, body: dict[str, Any]) -> None:
 
 
 def trickle(handler: Handler, body: dict[str, Any]) -> None:
-    """Never silent for long, and never done."""
+    """Sends bytes at short intervals and never finishes."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000000")
     handler.end_headers()
@@ -97,8 +97,8 @@ def without(scored: RewardResult) -> tuple[int, int]:
 
 def test_what_is_sent_and_what_comes_back(service: Service) -> None:
     conversation = [{"role": "user", "content": "hé"}]
-    found = make(service.url).score(["one", conversation], ["a", "bb"], {"label": [1.5, None]})
-    assert found.values.tolist() == [1.0, 2.0] and found.values.dtype == np.float32 and without(found) == (0, 0)
+    result = make(service.url).score(["one", conversation], ["a", "bb"], {"label": [1.5, None]})
+    assert result.values.tolist() == [1.0, 2.0] and result.values.dtype == np.float32 and without(result) == (0, 0)
     assert service.requests == [
         {"prompts": ["one", conversation], "answers": ["a", "bb"], "columns": {"label": [1.5, None]}}
     ]
@@ -120,10 +120,10 @@ def test_records_of_the_answers_are_sent_where_the_settings_say_so(service: Serv
 
 def test_objects_bring_other_numbers_beside_their_score(service: Service) -> None:
     service.plan = [says('{"scores": [{"score": 1, "acc": 0.5, "why": "text"}, 2, {"acc": 1}, {"score": "3"}]}')]
-    found = score(service.url, *"abcd")
-    np.testing.assert_array_equal(found.values, np.array([1, 2, np.nan, np.nan], np.float32))
-    assert without(found) == (0, 2)
-    assert {name: x.tolist()[::2] for name, x in found.numbers.items()} == {"acc": [0.5, 1.0]}
+    result = score(service.url, *"abcd")
+    np.testing.assert_array_equal(result.values, np.array([1, 2, np.nan, np.nan], np.float32))
+    assert without(result) == (0, 2)
+    assert {name: x.tolist()[::2] for name, x in result.numbers.items()} == {"acc": [0.5, 1.0]}
 
 
 def test_rows_that_are_no_json_are_found_before_anything_is_sent() -> None:
@@ -131,7 +131,8 @@ def test_rows_that_are_no_json_are_found_before_anything_is_sent() -> None:
     check_json(rows[:1], SETTING, "ppo.prompts (rows.parquet)")
     with pytest.raises(
         RewardError,
-        match=r"^ppo\.rewards\.0: .* the column what of row 2 of ppo\.prompts \(rows\.parquet\) cannot be written as: Unable to",
+        match=r"^ppo\.rewards\.0: .* the column what of row 2 of ppo\.prompts \(rows\.parquet\) cannot be written "
+        "as JSON: Unable to",
     ):
         check_json(rows, SETTING, "ppo.prompts (rows.parquet)")
 
@@ -139,8 +140,8 @@ def test_rows_that_are_no_json_are_found_before_anything_is_sent() -> None:
 def test_batches_go_several_at_a_time_and_come_back_in_order(service: Service) -> None:
     service.plan = [one_at_a_time]
     answers = ["x" * n for n in range(11)]
-    found = score(service.url, *answers, columns={"n": list(range(11))}, batch_size=2, concurrency=3)
-    assert found.values.tolist() == list(range(11))
+    result = score(service.url, *answers, columns={"n": list(range(11))}, batch_size=2, concurrency=3)
+    assert result.values.tolist() == list(range(11))
     assert sorted(len(request["answers"]) for request in service.requests) == [1, 2, 2, 2, 2, 2]
     assert all([len(a) for a in request["answers"]] == request["columns"]["n"] for request in service.requests)
     assert service.most_at_once == 3
@@ -170,16 +171,16 @@ def test_a_token_that_cannot_be_sent_is_refused(value: str | None, monkeypatch: 
 def test_no_error_text_repeats_the_token(service: Service, monkeypatch: pytest.MonkeyPatch, step: Any) -> None:
     monkeypatch.setenv("SERVICE_TOKEN", TOKEN)
     service.plan = [step]
-    found = score(service.url, "a", token_env="SERVICE_TOKEN", retries=0)
-    assert without(found) == (0, 1)
-    assert found.example and TOKEN not in found.example
+    result = score(service.url, "a", token_env="SERVICE_TOKEN", retries=0)
+    assert without(result) == (0, 1)
+    assert result.example and TOKEN not in result.example
 
 
 def test_null_and_what_is_not_finite_are_errors_of_their_sample(service: Service) -> None:
     service.plan = [says('{"scores": [1, null, NaN, 1e39, -2.5]}')]
-    found = score(service.url, *"abcde")
-    np.testing.assert_array_equal(found.values, np.array([1, np.nan, np.nan, np.nan, -2.5], np.float32))
-    assert without(found) == (0, 3) and found.example == "gave None for an answer; one finite number is needed"
+    result = score(service.url, *"abcde")
+    np.testing.assert_array_equal(result.values, np.array([1, np.nan, np.nan, np.nan, -2.5], np.float32))
+    assert without(result) == (0, 3) and result.example == "gave None for an answer; one finite number is needed"
 
 
 @pytest.mark.parametrize(
@@ -187,19 +188,19 @@ def test_null_and_what_is_not_finite_are_errors_of_their_sample(service: Service
     [
         (
             says("<html>"),
-            "answered with something else than scores: body: Invalid JSON: expected value at line 1 column 1",
+            "answered with something other than scores: body: Invalid JSON: expected value at line 1 column 1",
         ),
-        (says("[" * 900), "answered with something else than scores: body: Invalid JSON: recursion limit exceeded"),
-        (says(""), "answered with something else than scores: body: Invalid JSON: EOF"),
-        (says("[1, 2]"), "answered with something else than scores: body: Input should be an object"),
-        (says("{}"), "answered with something else than scores: scores: Field required"),
+        (says("[" * 900), "answered with something other than scores: body: Invalid JSON: recursion limit exceeded"),
+        (says(""), "answered with something other than scores: body: Invalid JSON: EOF"),
+        (says("[1, 2]"), "answered with something other than scores: body: Input should be an object"),
+        (says("{}"), "answered with something other than scores: scores: Field required"),
         (
             says('{"scores": [1, "2"]}'),
-            "answered with something else than scores: scores.1: Input should be a valid number",
+            "answered with something other than scores: scores.1: Input should be a valid number",
         ),
         (
             says('{"scores": [1, true]}'),
-            "answered with something else than scores: scores.1: Input should be a valid number",
+            "answered with something other than scores: scores.1: Input should be a valid number",
         ),
         (says('{"scores": [1]}'), "answered with 1 scores for 2 answers"),
         (says('{"scores": [1, 2, 3]}'), "answered with 3 scores for 2 answers"),
@@ -214,25 +215,27 @@ def test_null_and_what_is_not_finite_are_errors_of_their_sample(service: Service
 )
 def test_a_wrong_response_is_an_error_and_not_asked_for_again(service: Service, step: Any, example: str) -> None:
     service.plan = [step, good]
-    found = score(service.url, "a", "bb", max_response_bytes=1000)
-    assert np.isnan(found.values).all() and without(found) == (0, 2)
-    assert found.example.startswith(f"{service.url} {example}")
+    result = score(service.url, "a", "bb", max_response_bytes=1000)
+    assert np.isnan(result.values).all() and without(result) == (0, 2)
+    assert result.example.startswith(f"{service.url} {example}")
     assert len(service.requests) == 1
 
 
 def test_only_the_batch_of_a_failed_request_is_lost(service: Service) -> None:
     service.plan = [wrong_for_bb]
-    found = score(service.url, "a", "bb", "c", batch_size=1)
-    np.testing.assert_array_equal(found.values, np.array([1, np.nan, 1], np.float32))
-    assert without(found) == (0, 1)
+    result = score(service.url, "a", "bb", "c", batch_size=1)
+    np.testing.assert_array_equal(result.values, np.array([1, np.nan, 1], np.float32))
+    assert without(result) == (0, 1)
 
 
 def test_columns_are_sent_as_json_or_are_an_error(service: Service) -> None:
     day = datetime.date(2020, 2, 1)
     assert without(score(service.url, "a", columns={"day": [day], "x": [float("nan")]})) == (0, 0)
     assert service.requests[0]["columns"] == {"day": ["2020-02-01"], "x": [None]}
-    found = score(service.url, "a", columns={"x": [object()]})
-    assert without(found) == (0, 1) and "cannot be sent the rows' columns as JSON" in found.example
+    result = score(service.url, "a", columns={"x": [object()]})
+    assert (
+        without(result) == (0, 1) and "accepts JSON, but the rows' columns cannot be written as JSON" in result.example
+    )
     assert len(service.requests) == 1
 
 
@@ -242,8 +245,8 @@ def test_columns_are_sent_as_json_or_are_an_error(service: Service) -> None:
 @pytest.mark.parametrize("step", [says("", 500), says("", 503), says("", 429), hang_up, cut_off, slow])
 def test_a_passing_failure_is_asked_again(service: Service, step: Any) -> None:
     service.plan = [step, step, good]
-    found = score(service.url, "a", "bb", retries=2, request_timeout=0.5)
-    assert found.values.tolist() == [1.0, 2.0] and without(found) == (0, 0)
+    result = score(service.url, "a", "bb", retries=2, request_timeout=0.5)
+    assert result.values.tolist() == [1.0, 2.0] and without(result) == (0, 0)
     assert len(service.requests) == 3
 
 
@@ -259,9 +262,9 @@ def test_a_passing_failure_is_asked_again(service: Service, step: Any) -> None:
 )
 def test_attempts_are_bounded(service: Service, step: Any, counts: tuple[int, int], example: str) -> None:
     service.plan = [step]
-    found = score(service.url, "a", "bb", retries=2, request_timeout=0.3)
-    assert np.isnan(found.values).all() and without(found) == counts
-    assert found.example.startswith(f"{service.url} {example}")
+    result = score(service.url, "a", "bb", retries=2, request_timeout=0.3)
+    assert np.isnan(result.values).all() and without(result) == counts
+    assert result.example.startswith(f"{service.url} {example}")
     assert len(service.requests) == 3
 
 
@@ -269,29 +272,31 @@ def test_a_service_that_is_not_there_is_an_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        found = score(url, "a", retries=1)
-    assert without(found) == (0, 1) and found.example.startswith(f"{url} failed: ClientConnectorError: Cannot connect")
-    found = score("http://no-such-host.invalid/", "a", retries=0)
-    assert without(found) == (0, 1) and "failed: ClientConnectorDNSError" in found.example
+        result = score(url, "a", retries=1)
+    assert without(result) == (0, 1) and result.example.startswith(
+        f"{url} failed: ClientConnectorError: Cannot connect"
+    )
+    result = score("http://no-such-host.invalid/", "a", retries=0)
+    assert without(result) == (0, 1) and "failed: ClientConnectorDNSError" in result.example
 
 
 def test_a_service_without_tls_is_an_error_where_the_url_asks_for_it(service: Service) -> None:
-    found = score(service.url.replace("http:", "https:"), "a", retries=0)
-    assert without(found) == (0, 1) and "failed: Client" in found.example
+    result = score(service.url.replace("http:", "https:"), "a", retries=0)
+    assert without(result) == (0, 1) and "failed: Client" in result.example
 
 
 def test_all_attempts_end_at_the_timeout(service: Service) -> None:
-    """What has a score by then keeps it."""
+    """Answers scored before the timeout keep their scores."""
     service.plan = [good, slow]
     began = time.monotonic()
-    found = score(service.url, *"abc", batch_size=1, concurrency=1, timeout=1.0, request_timeout=0.3, retries=10)
+    result = score(service.url, *"abc", batch_size=1, concurrency=1, timeout=1.0, request_timeout=0.3, retries=10)
     assert 1.0 <= time.monotonic() - began < 5.0
-    assert found.values[0] == 1.0 and without(found) == (2, 0)
-    assert found.example == f"{service.url} gave no score in 1 s (ppo.rewards.0.timeout)"
+    assert result.values[0] == 1.0 and without(result) == (2, 0)
+    assert result.example == f"{service.url} gave no score in 1 s (ppo.rewards.0.timeout)"
 
 
 def test_pauses_grow_are_drawn_and_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full jitter: anything between nothing and a bound that doubles up to a largest."""
+    """Full jitter: uniform between 0 and a bound that doubles up to a maximum."""
     monkeypatch.setattr(http, "_FIRST_PAUSE", 0.5)
     bounds: list[float] = []
 

@@ -41,7 +41,7 @@ SAME = 1e-5
 def group_with(
     hosts: Hosts, kind: str, folder: Path, strategy: Strategy = "ddp", lora: LoraSettings | None = None
 ) -> WorkerGroup:
-    """A model that is no longer the one in its folder."""
+    """Change the model, so that it differs from the one in its folder."""
     group = hosts.group(kind, "actor", strategy, 2 if strategy == "zero3" else 1)
     group.call(
         "load", str(folder), ModelSettings(path=str(folder), dtype="float32", lora=lora), OptimizerSettings(lr=0.03)
@@ -56,7 +56,7 @@ def outputs(model: nn.Module) -> np.ndarray:
 
 
 def export(group: WorkerGroup, folder: Path) -> np.ndarray:
-    """Export; returns the trainer's own outputs."""
+    """Export the model; returns the trainer's outputs."""
     group.call("export", str(folder)).get()
     for file in folder.rglob("*"):
         assert file.is_dir() or file.stat().st_mode & 0o777 == 0o644, f"{file}: others cannot read it"
@@ -88,29 +88,29 @@ def test_a_language_model_is_read_back(
 
 
 GENERATION = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [1, 2], "pad_token_id": 0}
-"""As Llama 2's: transformers refuses to save a temperature for what is not sampled."""
+"""As Llama 2's: transformers refuses to save a temperature with do_sample: false."""
 
 
 def test_a_generation_config_is_exported_as_it_was(hosts: Hosts, tmp_path: Path) -> None:
     start = make_model(tmp_path / "start", "llama")
     (start / "generation_config.json").write_text(json.dumps(GENERATION))
     config = json.loads((start / "config.json").read_text())
-    (start / "config.json").write_text(json.dumps(config | {"repetition_penalty": 1.1}))  # where older models had it
+    (start / "config.json").write_text(json.dumps(config | {"repetition_penalty": 1.1}))  # as in older models
     expected = export(group_with(hosts, "faulty_policy", start), tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert {name: found.get(name) for name in GENERATION} == GENERATION
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: generation.get(name) for name in GENERATION} == GENERATION
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.generation_config.temperature, model.generation_config.top_p) == (0.9, 0.6)
     np.testing.assert_allclose(outputs(model), expected, SAME, SAME)
 
 
 LONG = 48
-"""Tokens of an answer that nothing ends."""
+"""Length of an answer without an end token."""
 
 
 def made_to_end_soon(folder: Path, of_tokenizer: bool) -> int:
-    """A model of whose answers every third token, and each that is the most likely, is <|im_end|>, where its configs name another
-    end token, and the tokenizer that one or theirs. Returns its id."""
+    """A model whose answers contain <|im_end|> as the most likely token, and as every third token otherwise. Its configs name
+    another end token; the tokenizer names either. Returns the id of <|im_end|>."""
     make_model(folder, "gpt2", tied=False, vocab_size=160)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
@@ -129,7 +129,7 @@ def made_to_end_soon(folder: Path, of_tokenizer: bool) -> int:
 
 
 def written(folder: Path, **options: Any) -> list[int]:
-    """An answer by plain transformers."""
+    """An answer from plain transformers."""
     torch.manual_seed(3)
     ids = AutoTokenizer.from_pretrained(folder)("It is", return_tensors="pt")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -150,13 +150,13 @@ print(json.dumps([list(answer.outputs[0].token_ids) for answer in llm.generate(p
 
 @pytest.mark.parametrize("of_tokenizer", [True, False], ids=["the tokenizer's", "named by model.end_tokens"])
 def test_an_exported_folder_ends_its_answers_by_itself(hosts: Hosts, tmp_path: Path, of_tokenizer: bool) -> None:
-    """With end tokens that were trained and that the start model's configs do not name, in plain transformers and plain vLLM."""
+    """With trained end tokens that the start model's configs do not name, in plain transformers and plain vLLM."""
     end = made_to_end_soon(start := tmp_path / "start", of_tokenizer)
     settings = {"path": str(start), "dtype": "float32", "end_tokens": None if of_tokenizer else ["<|im_end|>"]}
     group = hosts.group("faulty_policy", "actor")
     group.call("load", str(start), ModelSettings.model_validate(settings), OptimizerSettings(lr=0.03)).get()
     group.call("export", str(out := tmp_path / "out")).get()
-    assert written(start) == [end] * LONG, "as it came it does not stop"
+    assert written(start) == [end] * LONG, "the start model does not stop"
     assert written(out) == [end]
     assert written(start, do_sample=True).count(end) > 1
     sampled = written(out, do_sample=True)
@@ -195,7 +195,7 @@ def test_an_export_that_fails_on_the_rank_that_writes_leaves_no_rank_waiting(
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"^actor rank 0 failed in export: FileExistsError: "):
         group.call("export", str(tmp_path / "taken")).get()
-    assert len({str(found) for found in group.call("logits", IDS).get()}) == 1, "all ranks answer"
+    assert len({str(logits) for logits in group.call("logits", IDS).get()}) == 1, "all ranks answer"
     assert time.monotonic() - began < 60
     export(group, tmp_path / "out")
 
@@ -225,7 +225,7 @@ def test_experts_and_buffers_are_read_back(
 
 @pytest.mark.parametrize("kind", ["faulty_policy", "open_value"])
 def test_an_adapters_folder_is_whole(hosts: Hosts, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT finds its base and its task from any working folder; its tokenizer lies beside it; base and adapter may be moved
+    """PEFT finds the base and the task from any working folder, the tokenizer is in the folder, and base and adapter may be moved
     together."""
     start = make_model(tmp_path / "here" / "start", "llama")
     group = group_with(hosts, kind, start, lora=LORA)
@@ -262,13 +262,13 @@ def test_a_scalar_model_is_read_back(hosts: Hosts, tmp_path: Path, lora: LoraSet
     assert (config["score_mean"], config["score_std"]) == pytest.approx(moments)
     assert (model.config.score_mean, model.config.score_std) == pytest.approx(moments)
     assert config["architectures"] == ["LlamaForSequenceClassification"]
-    # What it scores after a second reading has mean 0 and deviation 1.
+    # Loaded again, its scores have mean 0 and standard deviation 1.
     again = group_with_export(hosts, tmp_path / "out", rows)
     assert again == pytest.approx((0.0, 1.0), abs=1e-4)
 
 
 def group_with_export(hosts: Hosts, folder: Path, rows: list[Row]) -> tuple[float, float]:
-    """Mean and deviation of an exported model's normalised scores."""
+    """Mean and standard deviation of an exported model's normalised scores."""
     group = hosts.group("open_value", "actor")
     group.call("load", str(folder), ModelSettings(path=str(folder), dtype="float32"), None).get()
     return group.first("normalize", "sft", [np.arange(len(rows))])

@@ -1,4 +1,4 @@
-"""A folder's weights are those of the model, or the model is refused: nothing is drawn at random in silence."""
+"""A folder whose weights are not exactly the model's is refused: no weight is silently random."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from configs.schema import ModelSettings
 from tests.support.models import make_model, make_reward_model
-from workers.models.heads import load_hf
+from workers.models.loading import load_hf
 
 Weights = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""Reward functions in processes of their own: what they may do, and that nothing of it goes unnoticed or is left behind."""
+"""Reward functions in their own processes: every failure is reported, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Start = Callable[..., FunctionProcess]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """start(function, **settings): its process, ready."""
+    """start(function, **settings): the function's process, after it is ready."""
     started: list[FunctionProcess] = []
 
     def get(function: str, plugins: tuple[str, ...] = (), **settings: Any) -> FunctionProcess:
@@ -69,9 +69,9 @@ def test_one_process_serves_call_after_call(start: Start) -> None:
 
 
 def test_a_large_batch_goes_through(start: Start) -> None:
-    """More than a socket's buffers hold, there and back."""
-    found = score(start("length"), *["x" * 1000] * 20_000, label=list(range(20_000)))
-    assert (found.values == 1000).all() and without(found) == (0, 0)
+    """Request and reply are larger than a socket's buffers."""
+    result = score(start("length"), *["x" * 1000] * 20_000, label=list(range(20_000)))
+    assert (result.values == 1000).all() and without(result) == (0, 0)
 
 
 def test_no_answers_are_no_call(start: Start) -> None:
@@ -85,19 +85,19 @@ def test_a_function_may_be_a_coroutine(start: Start) -> None:
     process = start("slowly", timeout=20.0)
     for answers in (["a", "bb"], ["ccc"]):
         assert score(process, *answers).values.tolist() == [len(answer) for answer in answers]
-    found = score(start("broken_slowly"), "a", "b")
-    assert found.example == "ZeroDivisionError: of the reward's own" and without(found) == (0, 2)
+    result = score(start("broken_slowly"), "a", "b")
+    assert result.example == "ZeroDivisionError: of the reward's own" and without(result) == (0, 2)
     assert without(score(start("never", timeout=0.5), "a")) == (1, 0)
 
 
 def test_other_numbers_beside_a_score_are_measured(start: Start) -> None:
-    found = score(start("detailed"), "a", "bb", "plain", "none", "lacking")
-    np.testing.assert_array_equal(found.values, np.array([1, 2, 5, np.nan, np.nan], np.float32))
-    assert without(found) == (0, 2)
-    assert found.numbers.keys() == {"acc", "words"}, "text is no measure"
-    np.testing.assert_array_equal(found.numbers["acc"], np.array([0, 1, np.nan, 1, np.nan], np.float32))
-    assert found.means("reward/f") == pytest.approx({"reward/f": 8 / 3, "reward/f/acc": 2 / 3, "reward/f/words": 1.0})
-    assert {fault.why for fault in found.faults} == {
+    result = score(start("detailed"), "a", "bb", "plain", "none", "lacking")
+    np.testing.assert_array_equal(result.values, np.array([1, 2, 5, np.nan, np.nan], np.float32))
+    assert without(result) == (0, 2)
+    assert result.numbers.keys() == {"acc", "words"}, "text is no measure"
+    np.testing.assert_array_equal(result.numbers["acc"], np.array([0, 1, np.nan, 1, np.nan], np.float32))
+    assert result.means("reward/f") == pytest.approx({"reward/f": 8 / 3, "reward/f/acc": 2 / 3, "reward/f/words": 1.0})
+    assert {fault.why for fault in result.faults} == {
         "gave None for an answer; one finite number is needed",
         "gave {'acc': nan} for an answer; one finite number is needed",
     }
@@ -108,9 +108,9 @@ def test_a_function_that_asks_for_samples_gets_them_and_no_other_does(start: Sta
     assert process.wants_samples
     assert not start("length").wants_samples
     records = [SampleRecord([1, 2], [3] * n, n != 2, n - 1, 7) for n in (1, 2, 3)]
-    found = process.score(["p"] * 3, ["a"] * 3, {"column": [0, 0, 0]}, records)
-    assert found.values.tolist() == [7, 7, 7]
-    assert {name: x.tolist() for name, x in found.numbers.items()} == {
+    result = process.score(["p"] * 3, ["a"] * 3, {"column": [0, 0, 0]}, records)
+    assert result.values.tolist() == [7, 7, 7]
+    assert {name: x.tolist() for name, x in result.numbers.items()} == {
         "prompt": [2, 2, 2],
         "answer": [1, 2, 3],
         "last": [3, 3, 3],
@@ -120,8 +120,8 @@ def test_a_function_that_asks_for_samples_gets_them_and_no_other_does(start: Sta
 
 
 def test_an_exception_is_told_with_its_traceback_and_its_answers(start: Start) -> None:
-    found = score(start("misbehave", batch_size=1), "raise", "b", "raise")
-    [fault] = found.faults
+    result = score(start("misbehave", batch_size=1), "raise", "b", "raise")
+    [fault] = result.faults
     assert fault.why == "ZeroDivisionError: of the reward's own" and fault.samples.tolist() == [0, 2]
     assert "reward_functions.py" in fault.detail and 'raise ZeroDivisionError("of the reward' in fault.detail
 
@@ -144,14 +144,14 @@ def test_a_call_past_its_deadline_is_killed_and_a_fresh_process_serves_the_next(
 
 
 def test_only_the_batch_of_the_late_answer_is_lost(start: Start) -> None:
-    found = score(start("sleep_at_wait", timeout=1.0, batch_size=2), "a", "bb", "wait", "ccc", "dddd")
-    np.testing.assert_array_equal(found.values, np.array([1, 2, np.nan, np.nan, 4], np.float32))
-    assert found.late.tolist() == [False, False, True, True, False] and without(found) == (2, 0)
+    result = score(start("sleep_at_wait", timeout=1.0, batch_size=2), "a", "bb", "wait", "ccc", "dddd")
+    np.testing.assert_array_equal(result.values, np.array([1, 2, np.nan, np.nan, 4], np.float32))
+    assert result.timed_out.tolist() == [False, False, True, True, False] and without(result) == (2, 0)
 
 
 @pytest.mark.parametrize("answer", ["stop", "spin"])
 def test_a_process_that_cannot_run_its_own_code_is_killed(start: Start, answer: str) -> None:
-    """Stopped, or in a library that does not let go."""
+    """Stopped, or in C code that holds the interpreter lock."""
     process = start("misbehave", timeout=0.5)
     children = [child.pid for child in psutil.Process(process._process.pid).children()]
     assert without(score(process, answer)) == (1, 0)
@@ -164,17 +164,17 @@ def test_a_process_that_does_not_read_is_a_timeout_too(start: Start) -> None:
     process = start("length", timeout=0.5)
     for child in psutil.Process(process._process.pid).children():
         child.suspend()
-    found = score(process, *["x" * 1000] * 2000)
-    assert without(found) == (2000, 0)
+    result = score(process, *["x" * 1000] * 2000)
+    assert without(result) == (2000, 0)
     assert without(score(process, "a")) == (0, 0)
 
 
 def test_a_stopped_guard_does_not_hold_its_owner_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.rewards.function_process._PATIENCE", 0.3)
+    monkeypatch.setattr("workers.rewards.function_process._KILL_TIMEOUT", 0.3)
     process = start("misbehave")
     guard = psutil.Process(process._process.pid)
     [child] = guard.children()
-    child.suspend()  # so that it does not leave by itself
+    child.suspend()  # so that it does not end by itself
     guard.suspend()
     process.close()
     assert gone([guard.pid, child.pid])
@@ -195,17 +195,17 @@ def test_a_stopped_guard_does_not_hold_its_owner_up(start: Start, monkeypatch: p
 def test_a_crash_or_an_exception_is_an_error_of_all_answers(start: Start, answer: str, example: str) -> None:
     process = start("misbehave")
     before = score(process, "a").values[0]
-    found = score(process, answer, "b", "c")
-    assert np.isnan(found.values).all() and without(found) == (0, 3)
-    assert found.example == example
+    result = score(process, answer, "b", "c")
+    assert np.isnan(result.values).all() and without(result) == (0, 3)
+    assert result.example == example
     after = score(process, "a").values[0]
-    assert (after == before) == (answer == "raise")  # a process that merely raised stays
+    assert (after == before) == (answer == "raise")  # after an exception the process is kept
 
 
 def test_a_crash_is_seen_at_once_though_a_fork_holds_the_connection(start: Start) -> None:
     began = time.monotonic()
-    found = score(start("fork_and_crash"), "a")
-    assert found.example == "its process ended with exit code 5" and without(found) == (0, 1)
+    result = score(start("fork_and_crash"), "a")
+    assert result.example == "its process ended with exit code 5" and without(result) == (0, 1)
     assert time.monotonic() - began < 10.0  # the timeout is 30
 
 
@@ -218,11 +218,11 @@ def test_a_process_that_died_between_calls_costs_nothing(start: Start) -> None:
 
 
 def test_what_is_no_finite_number_is_an_error_of_its_sample(start: Start) -> None:
-    found = score(start("mixed"), *"abcdefgh")
+    result = score(start("mixed"), *"abcdefgh")
     nan = np.nan
-    np.testing.assert_array_equal(found.values, np.array([1, nan, nan, nan, 1, nan, nan, nan], np.float32))
-    assert without(found) == (0, 6)
-    assert found.example == "gave None for an answer; one finite number is needed"
+    np.testing.assert_array_equal(result.values, np.array([1, nan, nan, nan, 1, nan, nan, nan], np.float32))
+    assert without(result) == (0, 6)
+    assert result.example == "gave None for an answer; one finite number is needed"
 
 
 @pytest.mark.parametrize(
@@ -240,19 +240,19 @@ def test_what_is_no_finite_number_is_an_error_of_its_sample(start: Start) -> Non
     ],
 )
 def test_a_wrong_result_is_an_error_of_all_answers(start: Start, function: str, example: str) -> None:
-    found = score(start(function), *"abcd")
-    assert np.isnan(found.values).all() and without(found) == (0, 4)
-    assert found.example.removeprefix("ValueError: ").startswith(example)
+    result = score(start(function), *"abcd")
+    assert np.isnan(result.values).all() and without(result) == (0, 4)
+    assert result.example.removeprefix("ValueError: ").startswith(example)
 
 
 def test_a_long_error_text_is_cut(start: Start) -> None:
-    found = score(start("one_too_few"), *["a"] * 10_000)
-    assert found.errors == 10_000 and len(found.example) < 500
+    result = score(start("one_too_few"), *["a"] * 10_000)
+    assert result.errors == 10_000 and len(result.example) < 500
 
 
 def test_what_a_function_prints_is_output(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
-    found = score(start("misbehave"), "print")
-    assert without(found) == (0, 0) and found.values[0] != 7.0
+    result = score(start("misbehave"), "print")
+    assert without(result) == (0, 0) and result.values[0] != 7.0
     out, err = capfd.readouterr()
     assert out.splitlines() == ["to stdout", "below Python"]
     assert err.splitlines() == ['{"scores": [7.0]}']
@@ -266,7 +266,7 @@ def test_what_a_function_prints_is_output(start: Start, capfd: pytest.CaptureFix
     [
         ("tests.nowhere:f", r"^ppo\.rewards\.0\.function: cannot import 'tests\.nowhere:f': No module named"),
         (f"{FUNCTIONS}:no_such", r"^ppo\.rewards\.0\.function: cannot import .* has no attribute 'no_such'"),
-        (f"{FUNCTIONS}:not_a_function", r"^ppo\.rewards\.0\.function: '.*:not_a_function' is no function but 3"),
+        (f"{FUNCTIONS}:not_a_function", r"^ppo\.rewards\.0\.function: '.*:not_a_function' is not a function but 3"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused_at_the_start(start: Start, function: str, text: str) -> None:
@@ -276,7 +276,7 @@ def test_a_function_that_is_not_there_is_refused_at_the_start(start: Start, func
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module `fickle` on this process's path, to be written by the test."""
+    """Path of a module `fickle` that the process can import; the test writes it."""
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path / "fickle.py"
 
@@ -296,10 +296,10 @@ def test_an_import_that_fails_later_on_is_an_error_of_that_call(start: Start, mo
     process = start("fickle:f", timeout=1.0)
     module.write_text("raise RuntimeError('for a while')")
     assert without(score(process, "wait")) == (1, 0)
-    found = score(process, "a", "b")
-    assert without(found) == (0, 2) and found.example == "for a while"
+    result = score(process, "a", "b")
+    assert without(result) == (0, 2) and result.example == "for a while"
     module.write_text(good)
-    score(process, "a")  # perhaps by a process that was started before the module was good again
+    score(process, "a")  # this process may have started before the module was fixed
     assert without(score(process, "a", "b")) == (0, 0)
 
 
@@ -321,8 +321,8 @@ def test_a_function_brings_no_torch_into_its_process(start: Start, module: Path)
 @pytest.mark.parametrize("how", ["close", "crash", "wait"])
 def test_what_a_function_started_ends_with_its_process(start: Start, tmp_path: Path, how: str) -> None:
     process = start("leave_processes", timeout=3.0)
-    found = score(process, how, folder=[str(tmp_path)])
-    assert without(found) == {"close": (0, 0), "crash": (0, 1), "wait": (1, 0)}[how]
+    result = score(process, how, folder=[str(tmp_path)])
+    assert without(result) == {"close": (0, 0), "crash": (0, 1), "wait": (1, 0)}[how]
     left = [int(pid) for pid in (tmp_path / "left").read_text().split()]
     assert len(left) == 5
     if how == "close":
@@ -346,7 +346,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("when", ["idle", "wait"])
 def test_nothing_outlives_an_owner_that_was_killed(tmp_path: Path, when: str) -> None:
-    """Between calls and in the midst of one."""
+    """Between calls and during one."""
     owner = subprocess.Popen([sys.executable, "-c", OWNER, when, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert owner.stdout and owner.stdout.readline() == b"scoring\n"

@@ -1,4 +1,4 @@
-"""What a process frees is not held, wherever it lay."""
+"""Freed tensors are returned to the system, wherever they were allocated."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from workers.process import malloc
 if "apart" in sys.argv:
     malloc.keep_tensors_apart()
 resident = lambda: psutil.Process().memory_info().rss
-np.ones(2**21)  # 16 MiB, freed at once: from here on glibc, left alone, puts what is smaller into its heap
+np.ones(2**21)  # 16 MiB, freed at once: by default glibc then allocates smaller blocks in its heap
 tensors, small = [], []
 for _ in range(10):
     tensors.append(np.ones(2**20))  # 8 MiB
     small.append(np.ones(2**10))
-most = resident()
+peak = resident()
 tensors.clear()
 if "back" in sys.argv:
     malloc.give_back()
-print((most - resident()) // 2**20)
+print((peak - resident()) // 2**20)
 """
 
 

@@ -1,4 +1,4 @@
-"""Gradients that linear layers add in place are those of autograd."""
+"""Gradients that linear layers accumulate in place equal those of autograd."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from workers.models.linear import add_in_place
 
 
 def gradients(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """Of three micro-batches, of weights and inputs."""
-    found = {}
+    """Gradients of the weights and of each micro-batch's input."""
+    by_input = {}
     for k, x in enumerate(inputs):
         x = x.clone().requires_grad_()
         model(x).square().sum().backward()
         assert x.grad is not None
-        found[f"input {k}"] = x.grad
-    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        by_input[f"input {k}"] = x.grad
+    return by_input | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_gradients_are_those_of_autograd() -> None:
@@ -30,14 +30,14 @@ def test_gradients_are_those_of_autograd() -> None:
     add_in_place(added)
     for step in range(2):
         inputs = [torch.randn(2, rows, 5, dtype=torch.float64) for rows in (3, 1, 4)]
-        wanted, found = gradients(plain, inputs), gradients(added, inputs)
-        places = [p.grad.data_ptr() for p in added.parameters() if p.grad is not None]
-        assert found.keys() == wanted.keys(), step
-        for name in wanted:
-            assert torch.allclose(found[name], wanted[name]), name
+        expected, actual = gradients(plain, inputs), gradients(added, inputs)
+        addresses = [p.grad.data_ptr() for p in added.parameters() if p.grad is not None]
+        assert actual.keys() == expected.keys(), step
+        for name in expected:
+            assert torch.allclose(actual[name], expected[name]), name
         for model in (plain, added):
             model.zero_grad(set_to_none=False)
-        assert [p.grad.data_ptr() for p in added.parameters() if p.grad is not None] == places
+        assert [p.grad.data_ptr() for p in added.parameters() if p.grad is not None] == addresses
 
 
 def test_nothing_is_kept_without_gradients() -> None:

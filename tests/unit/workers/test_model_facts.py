@@ -1,4 +1,4 @@
-"""What is known of models before their weights are read."""
+"""Facts of models before their weights are read."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def facts(
 
 
 def test_nothing_stands_against_a_plain_model(tmp_path: Path) -> None:
-    found = facts(
+    result = facts(
         make_model(tmp_path, "llama"), "language", "scalar", learns=True, served_on="cpu", adapter_served=True
     )
-    assert found.problems == ()
-    assert (found.model_type, found.vocabulary, found.longest) == ("llama", VOCABULARY, 256)
-    assert (found.has_scalar_head, found.after_head, found.weights_checked) == (True, AfterHead(), True)
-    assert found.parameters == sum(p.numel() for p in _tensors(tmp_path))
+    assert result.problems == ()
+    assert (result.model_type, result.vocabulary, result.longest) == ("llama", VOCABULARY, 256)
+    assert (result.has_scalar_head, result.after_head, result.weights_checked) == (True, AfterHead(), True)
+    assert result.parameters == sum(p.numel() for p in _tensors(tmp_path))
 
 
 def _tensors(folder: Path) -> Any:
@@ -63,35 +63,35 @@ def test_a_shape_without_weights_is_built(tmp_path: Path) -> None:
     ],
 )
 def test_what_comes_after_the_head_is_known(tmp_path: Path, family: str, after: AfterHead) -> None:
-    found = facts(make(tmp_path, family), "language")
-    assert found.after_head == after and not found.problems
+    result = facts(make(tmp_path, family), "language")
+    assert result.after_head == after and not result.problems
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
     """Of a mixture of experts without a scalar head in transformers, whose adapters vLLM does not apply."""
     folder = make(tmp_path, "granitemoe")
-    found = facts(folder, "language", "scalar", learns=True, served_on="cpu", adapter_served=True)
-    assert not found.has_scalar_head
-    assert [problem for problem in found.problems if "no granitemoe with a scalar head" in problem]
-    assert [problem for problem in found.problems if problem.startswith("publish.lora: was 'adapter', but vLLM")]
-    assert len(found.problems) == 2
-    found = facts(folder, "language", lora=LoraSettings(targets=["nothing"]), learns=True)
-    assert [problem for problem in found.problems if problem.startswith("model.lora.targets: ")]
+    result = facts(folder, "language", "scalar", learns=True, served_on="cpu", adapter_served=True)
+    assert not result.has_scalar_head
+    assert [problem for problem in result.problems if "no granitemoe with a scalar head" in problem]
+    assert [problem for problem in result.problems if problem.startswith("publish.lora: was 'adapter', but vLLM")]
+    assert len(result.problems) == 2
+    result = facts(folder, "language", lora=LoraSettings(targets=["nothing"]), learns=True)
+    assert [problem for problem in result.problems if problem.startswith("model.lora.targets: ")]
 
 
 @pytest.mark.parametrize(
-    ("family", "said"),
+    ("family", "message"),
     [
-        ("mpt", "MptForCausalLM is not served: vLLM gave it up after 0.28.0"),
+        ("mpt", "MptForCausalLM is not served: vLLM dropped it after 0.28.0"),
         ("mamba", "mamba is not served: .* vLLM's CPU build lacks"),
         ("qwen3_next", "qwen3_next is not served: .* bfloat16 only"),
     ],
 )
-def test_a_family_that_engines_cannot_serve_is_refused_by_name(tmp_path: Path, family: str, said: str) -> None:
-    found = facts(make(tmp_path, family), "language", served_on="cpu")
-    assert len(found.problems) == 1
-    with pytest.raises(ValueError, match=said):
-        raise ValueError(found.problems[0])
+def test_a_family_that_engines_cannot_serve_is_refused_by_name(tmp_path: Path, family: str, message: str) -> None:
+    result = facts(make(tmp_path, family), "language", served_on="cpu")
+    assert len(result.problems) == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(result.problems[0])
     assert not facts(tmp_path, "language").problems, "SFT alone needs no engine"
 
 
@@ -140,5 +140,5 @@ def test_a_hub_name_that_was_not_downloaded_is_built_from_its_config(
     monkeypatch.setattr(
         "huggingface_hub.constants.HF_HUB_OFFLINE", True
     )  # or it asks again and again where there is no hub
-    found = facts("somebody/something", "language")
-    assert not found.weights_checked and found.parameters and not found.problems
+    result = facts("somebody/something", "language")
+    assert not result.weights_checked and result.parameters and not result.problems

@@ -1,4 +1,4 @@
-"""The language model and the scalar model, against the plain Hugging Face models, row by row and without tricks."""
+"""The language model and the scalar model, compared with plain Hugging Face models, one row at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from configs.schema import ModelSettings
 from tests.support.models import ARCHITECTURES, GROUPED, VOCABULARY, WIDTH, make_model
 from workers.data import Codec, Sequence, load_tokenizer
-from workers.models import heads
-from workers.models.heads import Batch, LanguageModel, ScalarModel, load_hf
+from workers.models import fused_log_probs
+from workers.models.heads import Batch, LanguageModel, ScalarModel
+from workers.models.loading import load_hf
 from workers.models.logit_transforms import AfterHead
 from workers.rl.losses import ppo_clip
 
@@ -64,7 +65,7 @@ def language_model(path: Path, **settings: Any) -> LanguageModel:
 
 
 def plain_log_probs(hf: PreTrainedModel, row: Sequence, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each answer token that has one before it, of this row alone, from all logits."""
+    """Log-probability and entropy of each predicted answer token, from all logits of this row alone."""
     ids = torch.from_numpy(row.ids.astype(np.int64))
     log_softmax = torch.log_softmax(hf(input_ids=ids[None]).logits[0].double() / temperature, -1)
     before = torch.arange(max(row.prompt_length, 1), len(ids)) - 1
@@ -73,7 +74,7 @@ def plain_log_probs(hf: PreTrainedModel, row: Sequence, temperature: float) -> t
 
 
 def plain_values(hf: Any, row: Sequence) -> Tensor:
-    """The scalar head at every token of this row alone."""
+    """The scalar head's output at every token of this row alone."""
     ids = torch.from_numpy(row.ids.astype(np.int64))
     return hf.score(hf.base_model(input_ids=ids[None])[0])[0, :, 0]
 
@@ -108,12 +109,12 @@ def test_gradients_are_those_of_the_plain_model(folder: Path) -> None:
 
 
 def same_gradients(a: nn.Module, b: nn.Module) -> None:
-    wanted = {name: p.grad for name, p in b.named_parameters() if p.grad is not None}
-    assert wanted
+    expected = {name: p.grad for name, p in b.named_parameters() if p.grad is not None}
+    assert expected
     for name, parameter in a.named_parameters():
-        if name in wanted:
-            scale = float(wanted[name].abs().max())
-            torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-5 * max(scale, 1.0), rtol=1e-4)
+        if name in expected:
+            scale = float(expected[name].abs().max())
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5 * max(scale, 1.0), rtol=1e-4)
         else:
             assert parameter.grad is None
 
@@ -134,9 +135,9 @@ class TablesMade(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("architecture", "padding"), [("gpt2", None), ("opt", 7)])  # no other matrix has this shape
+@pytest.mark.parametrize(("architecture", "padding"), [("gpt2", None), ("opt", 7)])  # no other matrix has its shape
 def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: int | None, tmp_path: Path) -> None:
-    """Also where two passes are made before the first one's backward pass; of a padding token the head alone learns."""
+    """Also with two forward passes before the first backward pass. A padding token has a gradient from the head only."""
     folder = make_model(tmp_path, architecture, seed=1, pad_token_id=padding)
     plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), language_model(folder)
     assert ours.hf.get_input_embeddings().padding_idx == padding
@@ -155,7 +156,7 @@ def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: i
 
 
 class LogitsSeen(TorchDispatchMode):
-    """The most rows of logits that any operation gave."""
+    """Records the largest number of rows of logits in the output of any operation."""
 
     most = 0
 
@@ -170,25 +171,25 @@ class LogitsSeen(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk", [1, 3, 26])
 def test_chunks_of_tokens_change_nothing(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the chunk, and no operation gives more logits than a chunk's: none for prompts and padding."""
-    folder = make_model(tmp_path, "gpt2", seed=1)  # of its widths only the vocabulary is 120
+    """Results do not depend on the chunk, and no operation computes more logits than a chunk: none for prompts and padding."""
+    folder = make_model(tmp_path, "gpt2", seed=1)  # only the vocabulary has the width 120
     rows = [*ROWS, *sequences([(60, 1)])]
     answers = sum(len(row.ids) - row.prompt_length for row in rows)
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", answers)
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", answers)
     whole, cut = language_model(folder), language_model(folder)
-    wanted = whole(Batch(rows, CPU))
-    (wanted[0].sum() + wanted[1].sum()).backward()
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", chunk)
+    expected = whole(Batch(rows, CPU))
+    (expected[0].sum() + expected[1].sum()).backward()
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", chunk)
     with LogitsSeen() as seen:
-        found = cut(Batch(rows, CPU))
-        (found[0].sum() + found[1].sum()).backward()
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        outputs = cut(Batch(rows, CPU))
+        (outputs[0].sum() + outputs[1].sum()).backward()
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
     same_gradients(cut.hf, whole.hf)
     assert seen.most == chunk
 
 
 def test_a_graph_may_be_gone_through_twice(folder: Path) -> None:
-    """The first backward pass writes over the logits that the forward pass left it."""
+    """The first backward pass overwrites the logits that the forward pass kept."""
     once, twice = language_model(folder), language_model(folder)
     log_probs, entropy = once(Batch(ROWS, CPU))
     (2 * (log_probs.sum() + entropy.sum())).backward()
@@ -202,10 +203,10 @@ def test_a_graph_may_be_gone_through_twice(folder: Path) -> None:
 def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The peak of the critic and the reward model does not grow with the vocabulary; that of the reference by a chunk; and the
-    actor keeps none of it for its backward pass, except the head and the room of one chunk."""
-    folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # of its widths only the vocabulary is 120
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", 2)
+    """The peak of critic and reward model does not depend on the vocabulary; the reference adds one chunk. The actor keeps only
+    the head and the buffer of one chunk for its backward pass."""
+    folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # only the vocabulary has the width 120
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", 2)
     values, policy = scalar_model(folder), language_model(folder)
     with LogitsSeen() as seen:
         for per_token in (True, False):
@@ -230,8 +231,8 @@ def test_an_answer_after_no_prompt_begins_with_a_token_that_nothing_predicts(fol
     with torch.no_grad():
         log_probs, _ = language_model(folder)(batch)
         for i, row in enumerate(rows):
-            wanted, _ = plain_log_probs(plain, row, 1.0)
-            torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), wanted, atol=2e-5, rtol=1e-5)
+            expected, _ = plain_log_probs(plain, row, 1.0)
+            torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_rows_of_one_token_alone_have_no_log_probs(llama: Path) -> None:
@@ -260,9 +261,9 @@ def test_a_model_in_training_is_the_model_that_sampled(
 ) -> None:
     model = language_model(make_model(tmp_path, architecture, seed=1, **settings))
     with torch.no_grad():
-        wanted = model(Batch(ROWS, CPU))
-        found = model.train()(Batch(ROWS, CPU))
-    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+        expected = model(Batch(ROWS, CPU))
+        outputs = model.train()(Batch(ROWS, CPU))
+    torch.testing.assert_close(outputs, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_a_model_in_training_is_the_model_that_sampled(
 def test_a_micro_batch_without_rows_runs_the_model_and_teaches_nothing(
     tmp_path: Path, architecture: str, tied: bool, scalar: bool
 ) -> None:
-    """Padding, for a rank that has fewer rows than others: the same modules run, and no number comes out of it."""
+    """Padding, for a rank with fewer rows than others: the same modules run, without any output."""
     folder = make_model(tmp_path, architecture, tied, seed=1)
     model = scalar_model(folder) if scalar else language_model(folder)
     model.hf.gradient_checkpointing_enable()
@@ -282,7 +283,7 @@ def test_a_micro_batch_without_rows_runs_the_model_and_teaches_nothing(
         module.register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
 
     def learn(rows: list[Sequence]) -> tuple[float, dict[str, Tensor], list[str]]:
-        """The loss, the gradients that there are, and the modules in the order in which they run."""
+        """The loss, the gradients, and the modules in the order in which they run."""
         model.zero_grad()
         ran.clear()
         loss = _any_loss(model, Batch(rows, CPU), scalar)
@@ -298,7 +299,7 @@ def test_a_micro_batch_without_rows_runs_the_model_and_teaches_nothing(
 
 
 def _any_loss(model: nn.Module, batch: Batch, scalar: bool) -> Tensor:
-    """Made of all that a model gives; what it is compared with is nan where there are no rows."""
+    """A loss from all outputs of a model; its targets are nan where there are no rows."""
     if scalar:
         values, scores = model(batch, per_token=True), model(batch, per_token=False)
         assert values.shape == batch.mask.shape and scores.shape == batch.lengths.shape
@@ -329,22 +330,22 @@ CHANGED: list[tuple[str, dict[str, Any]]] = [
 def test_logits_that_are_scaled_or_capped_after_the_head(
     kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probabilities, entropies and gradients are the plain model's, whatever the temperature and the chunks."""
+    """Log-probabilities, entropies and gradients equal the plain model's at any temperature and chunk size."""
     torch.manual_seed(1)
     plain = other_model(kind, **settings).eval()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    monkeypatch.setattr(heads, "LOGITS_CHUNK", 5)
+    monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", 5)
     ours = LanguageModel(copy.deepcopy(plain)).eval()
     assert ours.after != AfterHead()
     batch = Batch(ROWS, CPU)
     log_probs, entropy = ours(batch, 0.7)
     (log_probs.sum() + 0.3 * entropy.sum()).backward()
     for i, row in enumerate(ROWS):
-        wanted, plain_entropy = plain_log_probs(plain, row, 0.7)
-        (wanted.sum() + 0.3 * plain_entropy.sum()).backward()
-        torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), wanted, atol=2e-5, rtol=1e-5)
+        expected, plain_entropy = plain_log_probs(plain, row, 0.7)
+        (expected.sum() + 0.3 * plain_entropy.sum()).backward()
+        torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), expected, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(entropy[i][batch.mask[i]].double(), plain_entropy, atol=2e-5, rtol=1e-5)
     same_gradients(ours.hf, plain)
 
@@ -358,31 +359,33 @@ def test_a_model_that_could_change_its_logits_but_does_not(kind: str, settings: 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = other_model("granite", logits_scaling=8.0)
-    model.config.logits_scaling = 4.0  # not what it does
+    model.config.logits_scaling = 4.0  # the model does not scale
     monkeypatch.setattr(type(model), "forward", _halved(type(model).forward))
-    with pytest.raises(ValueError, match="granite changes its logits around the head in a way that is not known"):
+    with pytest.raises(
+        ValueError, match="granite changes its logits around the head in a way that Troupe does not support"
+    ):
         LanguageModel(model)
 
 
 def _halved(forward: Any) -> Any:
     def changed(self: Any, *args: Any, **options: Any) -> Any:
-        found = forward(self, *args, **options)
-        found.logits = found.logits / 3
-        return found
+        output = forward(self, *args, **options)
+        output.logits = output.logits / 3
+        return output
 
     return changed
 
 
 def test_a_cap_on_attention_is_applied(tmp_path: Path) -> None:
-    """torch's fused attention would leave Gemma 2's out, and engines do not."""
+    """torch's fused attention ignores Gemma 2's cap; engines apply it."""
     folder = tmp_path / "model"
     model = other_model("gemma2", attn_logit_softcapping=0.1, initializer_range=0.3)
     model.save_pretrained(folder)
-    wanted = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    expected = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     without = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     ids = torch.arange(5, 40)[None]
-    assert torch.equal(load(folder)(ids).logits, wanted(ids).logits)
-    assert (without(ids).logits - wanted(ids).logits).abs().max() > 1e-3
+    assert torch.equal(load(folder)(ids).logits, expected(ids).logits)
+    assert (without(ids).logits - expected(ids).logits).abs().max() > 1e-3
 
 
 # ---------------------------------------------------------------- scalar model
@@ -400,15 +403,15 @@ def test_scores_and_values_are_those_of_the_plain_model(folder: Path) -> None:
     assert scores.shape == (len(ROWS),)
     assert values.shape == batch.mask.shape
     for i, row in enumerate(ROWS):
-        wanted = plain_values(model.hf, row)
-        torch.testing.assert_close(scores[i], wanted[-1], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(values[i][batch.mask[i]], wanted[row.prompt_length - 1 : -1], atol=1e-5, rtol=1e-5)
+        expected = plain_values(model.hf, row)
+        torch.testing.assert_close(scores[i], expected[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values[i][batch.mask[i]], expected[row.prompt_length - 1 : -1], atol=1e-5, rtol=1e-5)
     assert not values[~batch.mask].any()
 
 
 @torch.no_grad()
 def test_the_score_stands_at_the_last_token_whatever_it_is(llama: Path) -> None:
-    """Rows in which pad (0, also what we pad with) and eos stand in the middle and at the end; pad and eos are one."""
+    """Rows with the pad token, which equals eos (0, also our padding), in the middle and at the end."""
     model = scalar_model(llama)
     model.hf.config.pad_token_id = model.hf.config.eos_token_id = 0
     rows = [
@@ -416,14 +419,14 @@ def test_the_score_stands_at_the_last_token_whatever_it_is(llama: Path) -> None:
         for ids in ([5, 6, 7, 0], [5, 6, 0, 7, 0], [5, 0, 7, 8, 9, 10], [5, 6, 0, 0, 0], [0, 0, 0])
     ]
     scores = model(Batch(rows, CPU), per_token=False)
-    wanted = torch.stack([plain_values(model.hf, row)[-1] for row in rows])
-    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+    expected = torch.stack([plain_values(model.hf, row)[-1] for row in rows])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
     assert len(set(scores.tolist())) == len(rows)
 
 
 @torch.no_grad()
 def test_padding_changes_no_score(llama: Path) -> None:
-    """What pads a row is not looked at: the same rows beside a longer one score the same."""
+    """Padding has no influence: the same rows in a batch with a longer one have the same scores."""
     model, long = scalar_model(llama), sequences([(20, 30)])
     alone, beside = model(Batch(ROWS, CPU), per_token=False), model(Batch(ROWS + long, CPU), per_token=False)
     torch.testing.assert_close(alone, beside[:-1], atol=1e-5, rtol=1e-5)
@@ -433,8 +436,8 @@ def test_padding_changes_no_score(llama: Path) -> None:
 def test_answers_after_no_prompt_have_scores(folder: Path) -> None:
     model, rows = scalar_model(folder), [*sequences([(0, 4), (0, 1)], seed=6), ROWS[0]]
     scores = model(Batch(rows, CPU), per_token=False)
-    wanted = torch.stack([plain_values(model.hf, row)[-1] for row in rows])
-    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+    expected = torch.stack([plain_values(model.hf, row)[-1] for row in rows])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -455,8 +458,8 @@ def test_normalisation_shifts_and_scales_and_travels_with_the_model(llama: Path,
 @torch.no_grad()
 def test_dropout_is_for_training_alone(llama: Path) -> None:
     plain, model, batch = scalar_model(llama), scalar_model(llama, dropout=0.3), Batch(ROWS, CPU)
-    wanted = plain(batch, per_token=False)
-    torch.testing.assert_close(model(batch, per_token=False), wanted, atol=0, rtol=0)
+    expected = plain(batch, per_token=False)
+    torch.testing.assert_close(model(batch, per_token=False), expected, atol=0, rtol=0)
 
     def trained(seed: int) -> Tensor:
         seeds = [seed + k for k in range(len(ROWS))]
@@ -464,12 +467,12 @@ def test_dropout_is_for_training_alone(llama: Path) -> None:
 
     assert torch.equal(trained(1), trained(1))
     assert not torch.equal(trained(1), trained(2))
-    assert not torch.equal(trained(1), wanted)
-    torch.testing.assert_close(model.eval()(batch, per_token=False), wanted, atol=0, rtol=0)
+    assert not torch.equal(trained(1), expected)
+    torch.testing.assert_close(model.eval()(batch, per_token=False), expected, atol=0, rtol=0)
 
 
 def test_dropout_is_on_the_embeddings_and_before_the_head(llama: Path) -> None:
-    """With all of it dropped nothing is left of either."""
+    """With everything dropped, both outputs are zero."""
     model = scalar_model(llama, dropout=1 - 1e-9).train()
     seen: list[Tensor] = []
     model.hf.base_model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
@@ -492,10 +495,10 @@ def test_dropout_drops_its_share_and_keeps_the_mean(llama: Path) -> None:
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_dropout_of_a_row_depends_on_its_seed_alone(llama: Path, per_token: bool) -> None:
-    """Not on the rows beside it, its place among them or its padding; nor do the gradients."""
+    """Not on the other rows, the row's position or its padding; the same holds for the gradients."""
     model = scalar_model(llama, dropout=0.3).train()
 
-    def found(*parts: list[int]) -> tuple[dict[int, Tensor], list[Tensor]]:
+    def computed(*parts: list[int]) -> tuple[dict[int, Tensor], list[Tensor]]:
         model.zero_grad()
         of: dict[int, Tensor] = {}
         for part in parts:
@@ -506,7 +509,7 @@ def test_dropout_of_a_row_depends_on_its_seed_alone(llama: Path, per_token: bool
         return of, [p.grad for p in model.parameters() if p.grad is not None]
 
     everything = list(range(len(ROWS)))
-    (values, gradients), cut = found(everything), found(*[[i] for i in reversed(everything)], [])
+    (values, gradients), cut = computed(everything), computed(*[[i] for i in reversed(everything)], [])
     for i in everything:
         torch.testing.assert_close(cut[0][i], values[i], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(cut[1], gradients, atol=1e-4, rtol=1e-4)
@@ -543,7 +546,7 @@ def test_gradient_checkpointing_changes_no_gradient(llama: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, architecture: str) -> None:
-    """For some model types transformers gives an empty one."""
+    """For some model types transformers returns an empty tokenizer."""
     for file in make_model(tmp_path, architecture).glob("token*"):
         file.unlink()
     with pytest.raises(ValueError, match=r"tokenizer"):

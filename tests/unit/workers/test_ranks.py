@@ -29,7 +29,8 @@ from placement import Cluster, make_plan
 from tests.support.models import VOCABULARY, encoded, make_model
 from workers.data import Row, RowKind
 from workers.data.samples import RaggedArray, RolloutBatch, Sample, SampleRefs
-from workers.models.heads import Batch, LanguageModel, load_hf
+from workers.models.heads import Batch, LanguageModel
+from workers.models.loading import load_hf
 from workers.training.schedule import StageStep
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Rewards: what functions, services and models give for answers, and that nothing wrong of it goes on silently."""
+"""Rewards from functions, services and models, and that no error among them goes unnoticed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def spec(config: RunConfig, role: Role = "reward", rank: int = 0, world: int = 1
 
 
 def answers_of(tokenizer: Any) -> RolloutBatch:
-    """PROMPTS and ANSWERS as an engine would have written them; each answer ends with eos."""
+    """PROMPTS and ANSWERS as an engine writes them; each answer ends with eos."""
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     answers = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ANSWERS]
     return RolloutBatch(
@@ -74,7 +74,7 @@ def answers_of(tokenizer: Any) -> RolloutBatch:
 
 
 def request(prompts: np.ndarray, step: int = 3) -> ScoringRequest:
-    """To score the answers to these rows, of which all but the last ended by themselves."""
+    """A request to score the answers to these rows; all but the last ended by themselves."""
     return ScoringRequest("prompts", prompts, np.zeros_like(prompts), prompts < 3, step)
 
 
@@ -94,7 +94,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scores(ray_here: Cluster, folder: Path) -> Iterator[Scores]:
-    """scores(sources, rows, prompts, judges): what a reward worker in this process gives for ANSWERS."""
+    """scores(sources, rows, prompts, judges): the results of a reward worker in this process for ANSWERS."""
 
     def get(
         *sources: dict[str, Any],
@@ -122,14 +122,14 @@ def scores(ray_here: Cluster, folder: Path) -> Iterator[Scores]:
 
 
 def test_a_function_gets_prompts_and_answers_as_text(scores: Scores) -> None:
-    found = scores(function("length"), judges=("vowels",))
-    assert found["length"].values.tolist() == [1, 2, 0, 4]  # without eos
-    assert found["vowels"].values.tolist() == [2, 1, 2, 2]
-    assert {scored.values.dtype for scored in found.values()} == {np.dtype(np.float32)}
+    results = scores(function("length"), judges=("vowels",))
+    assert results["length"].values.tolist() == [1, 2, 0, 4]  # without eos
+    assert results["vowels"].values.tolist() == [2, 1, 2, 2]
+    assert {scored.values.dtype for scored in results.values()} == {np.dtype(np.float32)}
 
 
 def test_columns_of_the_rows_reach_the_function(scores: Scores) -> None:
-    """Also one that only some rows have, even where no row of this rank's answers has it."""
+    """Also a column that only some rows have, even where no row of this rank's answers has it."""
     columns = {"label", "note"}
     rows = [Row(row.prompt, columns={k: v for k, v in row.columns.items() if k in columns}) for row in ROWS]
     assert scores(function("by_label"), rows=rows)["by_label"].values.tolist() == [1.0, 2.5, 3.0, 4.0]
@@ -137,17 +137,17 @@ def test_columns_of_the_rows_reach_the_function(scores: Scores) -> None:
 
 
 def test_each_source_says_which_answers_it_has_no_score_for(scores: Scores, service: Service) -> None:
-    """A function that fails, one that is late, a service and a judge that know some; the others are whole."""
+    """A function that fails, one that times out, a service and a judge that score some; the other results are complete."""
     service.plan = [says('{"scores": [1, null, 3, 4]}')]
     late = function("sleep_at_bb") | {"timeout": 1.0, "batch_size": 1}
     http = {"kind": "http", "name": "service", "url": service.url}
-    found = scores(function("length"), function("broken"), late, http, judges=("nothing_for_some",))
+    results = scores(function("length"), function("broken"), late, http, judges=("nothing_for_some",))
     assert service.requests[0]["columns"] == {
         "label": [1.0, 2.0, 3.0, 4.0],
         "note": [None, "well", None, None],
         "other": [None, None, None, 1],
     }
-    assert {name: (scored.timeouts, scored.errors) for name, scored in found.items()} == {
+    assert {name: (scored.timeouts, scored.errors) for name, scored in results.items()} == {
         "length": (0, 0),
         "broken": (0, 4),
         "sleep_at_bb": (1, 0),
@@ -155,14 +155,14 @@ def test_each_source_says_which_answers_it_has_no_score_for(scores: Scores, serv
         "nothing_for_some": (0, 1),
     }
     for name in ("sleep_at_bb", "service", "nothing_for_some"):
-        assert np.isnan(found[name].values).tolist() == [False, True, False, False]
-    assert found["broken"].example == "ZeroDivisionError: of the reward's own"
+        assert np.isnan(results[name].values).tolist() == [False, True, False, False]
+    assert results["broken"].example == "ZeroDivisionError: of the reward's own"
 
 
 def test_a_function_that_lacks_a_column_is_an_error(scores: Scores) -> None:
-    found = scores(function("by_label"), rows=[Row(prompt) for prompt in PROMPTS])["by_label"]
-    assert found.errors == 4 and "missing 2 required positional arguments" in found.example
-    lines = found.faults[0].detail.splitlines()
+    result = scores(function("by_label"), rows=[Row(prompt) for prompt in PROMPTS])["by_label"]
+    assert result.errors == 4 and "missing 2 required positional arguments" in result.example
+    lines = result.faults[0].detail.splitlines()
     assert lines[:3] == [
         "row 1 of prompts, answer 1: 'a'",
         "row 2 of prompts, answer 1: 'bb'",
@@ -172,10 +172,10 @@ def test_a_function_that_lacks_a_column_is_an_error(scores: Scores) -> None:
 
 
 def test_a_function_gets_records_of_the_answers(scores: Scores) -> None:
-    """Token ids as the engine wrote them, with the token that ended each."""
-    found = scores(function("by_sample"), prompts=(0, 2, 3))["by_sample"]
-    assert found.values.tolist() == [3, 3, 3], "the step"
-    assert {name: x.tolist() for name, x in found.numbers.items()} == {
+    """Token ids as the engine wrote them, each with its end token."""
+    result = scores(function("by_sample"), prompts=(0, 2, 3))["by_sample"]
+    assert result.values.tolist() == [3, 3, 3], "the step"
+    assert {name: x.tolist() for name, x in result.numbers.items()} == {
         "prompt": [len(PROMPTS[i]) for i in (0, 2, 3)],
         "answer": [len(ANSWERS[i]) + 1 for i in (0, 2, 3)],
         "last": [1, 1, 1],
@@ -185,10 +185,10 @@ def test_a_function_gets_records_of_the_answers(scores: Scores) -> None:
 
 
 def test_a_source_that_raises_in_the_worker_takes_no_other_along(scores: Scores) -> None:
-    """Here a column cannot be sent to the function's process."""
+    """A column that cannot be sent to the function's process."""
     rows = [Row(prompt, columns={"what": lambda: None}) for prompt in PROMPTS]
-    found = scores(function("length"), rows=rows)["length"]
-    assert found.errors == 4 and "pickle" in found.example and "function_process.py" in found.faults[0].detail
+    result = scores(function("length"), rows=rows)["length"]
+    assert result.errors == 4 and "pickle" in result.example and "function_process.py" in result.faults[0].detail
 
 
 THINKING = "<think>two and two</think>4"
@@ -231,7 +231,7 @@ def test_a_source_that_cannot_be_had_is_refused_when_the_worker_loads(
 def test_a_score_of_a_model_that_is_not_finite_is_an_error_of_its_answer(
     scores: Scores, folder: Path, tmp_path: Path
 ) -> None:
-    """A model whose embedding of `d` overflowed."""
+    """A model whose embedding of `d` has overflowed."""
     from transformers import AutoModelForSequenceClassification
 
     plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -240,18 +240,18 @@ def test_a_score_of_a_model_that_is_not_finite_is_an_error_of_its_answer(
         plain.get_input_embeddings().weight[d] = torch.inf
     plain.save_pretrained(tmp_path / "broken")
     make_tokenizer().save_pretrained(tmp_path / "broken")
-    found = scores(model("broken", tmp_path / "broken"))["broken"]
-    assert np.isnan(found.values).tolist() == [False, False, False, True]
-    assert (found.timeouts, found.errors) == (0, 1)
-    assert found.example == "gave nan for an answer; one finite number is needed"
+    result = scores(model("broken", tmp_path / "broken"))["broken"]
+    assert np.isnan(result.values).tolist() == [False, False, False, True]
+    assert (result.timeouts, result.errors) == (0, 1)
+    assert result.example == "gave nan for an answer; one finite number is needed"
 
 
 def test_scores_of_ranks_are_gathered_with_each_answer_counted_once() -> None:
-    """Ranks work on equally many answers, so that some are scored twice."""
-    one, two = RewardResult.of([1.0, 2.0]), RewardResult.nothing(2, "no answer", late=True)
-    found = RewardResult.gather([np.array([0, 2]), np.array([1, 0])], [one, two], 3)
-    np.testing.assert_array_equal(found.values, np.array([np.nan, np.nan, 2.0], np.float32))
-    assert (found.timeouts, found.errors, found.example) == (2, 0, "no answer")
+    """Ranks get equally many answers, so some answers are scored twice."""
+    one, two = RewardResult.of([1.0, 2.0]), RewardResult.nothing(2, "no answer", timed_out=True)
+    result = RewardResult.gather([np.array([0, 2]), np.array([1, 0])], [one, two], 3)
+    np.testing.assert_array_equal(result.values, np.array([np.nan, np.nan, 2.0], np.float32))
+    assert (result.timeouts, result.errors, result.example) == (2, 0, "no answer")
     again = RewardResult.gather([np.array([1, 0]), np.array([0, 2])], [two, one], 3)
     np.testing.assert_array_equal(again.values, np.array([1.0, np.nan, 2.0], np.float32))
     assert (again.timeouts, again.errors) == (1, 0)
@@ -267,7 +267,7 @@ def test_the_longest_that_scoring_may_take_follows_from_the_timeouts() -> None:
 
 
 def test_a_model_scores_the_last_token(scores: Scores, folder: Path, tmp_path: Path) -> None:
-    """As the plain model does for each sequence alone; two models do not get in each other's way."""
+    """As the plain model does for each sequence alone; two models do not affect each other."""
     from transformers import AutoModelForSequenceClassification
 
     paths, plain = [tmp_path / "one", tmp_path / "two"], []
@@ -277,16 +277,16 @@ def test_a_model_scores_the_last_token(scores: Scores, folder: Path, tmp_path: P
         plain[-1].config.score_mean, plain[-1].config.score_std = 0.5, 2.0
         plain[-1].save_pretrained(path)
         make_tokenizer().save_pretrained(path)
-    found = scores(model("one", paths[0]), function("length"), model("two", paths[1]))
+    results = scores(model("one", paths[0]), function("length"), model("two", paths[1]))
     chunk = answers_of(load_tokenizer(str(folder)))
     for name, hf in zip(("one", "two"), plain, strict=True):
         for i in range(4):
             ids = torch.from_numpy(chunk.tokens.row(i).astype(np.int64))[None]
             assert int(ids.max()) < VOCABULARY
             with torch.no_grad():
-                wanted = (float(hf.score(hf.base_model(ids)[0])[0, -1, 0]) - 0.5) / 2.0
-            assert found[name].values[i] == pytest.approx(wanted, abs=1e-5)
-    assert not np.allclose(found["one"].values, found["two"].values)
+                expected = (float(hf.score(hf.base_model(ids)[0])[0, -1, 0]) - 0.5) / 2.0
+            assert results[name].values[i] == pytest.approx(expected, abs=1e-5)
+    assert not np.allclose(results["one"].values, results["two"].values)
 
 
 def test_a_model_with_another_tokenizer_is_refused(scores: Scores, folder: Path, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ SAID = ["Four.", "  It is\n\na film <of> {films}! ", "x", "No, and so on and on"
 def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transformers_would(
     ray_here: Cluster, folder: Path, tmp_path: Path, family: str, architecture: str, end: str
 ) -> None:
-    """Answers that ended and answers that were cut off, alone and beside longer ones."""
+    """Answers that ended and answers that were cut off, alone and in batches with longer ones."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     # ---- a reward model with other tokens and another template than the policy's
@@ -340,7 +340,7 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
     )
     refs = SampleRefs.of([ray.put(chunk)], [np.arange(len(cases))], len(cases))
 
-    def found(micro_batch_tokens: int) -> np.ndarray:
+    def computed(micro_batch_tokens: int) -> np.ndarray:
         config = run_config(model("reader", path) | {"tokenizer": "own"})
         assert config.ppo
         config.ppo.micro_batch_tokens, config.chat_template = micro_batch_tokens, True
@@ -354,7 +354,7 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
     # ---- the oracle: one conversation after the other, no batch, no padding
     tokenizer = AutoTokenizer.from_pretrained(path)
     plain.config.pad_token_id = None
-    wanted = []
+    expected = []
     for (i, said, ended), answer in zip(cases, answers, strict=True):
         assert policy.decode(answer, skip_special_tokens=True) == said
         prompt = CONVERSATIONS[i]
@@ -364,10 +364,10 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
         text = text[: text.rindex(end)] + (end if ended else "")
         with torch.no_grad():
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            wanted.append((float(plain(ids).logits[0, 0]) - 0.5) / 2.0)
-    assert len({round(score, 3) for score in wanted}) > len(wanted) * 0.9, "answers and ends make a difference"
+            expected.append((float(plain(ids).logits[0, 0]) - 0.5) / 2.0)
+    assert len({round(score, 3) for score in expected}) > len(expected) * 0.9, "answers and ends make a difference"
     for micro_batch_tokens in (1, 400, 100_000):
-        np.testing.assert_allclose(found(micro_batch_tokens), wanted, atol=1e-4)
+        np.testing.assert_allclose(computed(micro_batch_tokens), expected, atol=1e-4)
 
 
 def test_the_reward_is_the_weighted_sum() -> None:
@@ -457,7 +457,7 @@ def check_all(ppo: PPOSettings, prompts: list[Row], held_out: list[Row]) -> None
 
 
 def test_rewards_are_checked_against_both_datasets_and_judges_against_their_own() -> None:
-    """By what the driver calls once the rows are read."""
+    """By the check that the driver calls after reading the rows."""
     training, held_out = [Row("p", columns={"label": 1, "note": ""})], [Row("p", columns={"label": 1})]
     ppo = run_config(function("by_label"), judges=("vowels",)).ppo
     assert ppo is not None
@@ -479,8 +479,8 @@ def test_rewards_are_checked_against_both_datasets_and_judges_against_their_own(
 
 def test_what_has_no_score_is_in_no_mean() -> None:
     scores = {"some": RewardResult.of([1.0, None, 3.0]), "none": RewardResult.of([None, None, None])}
-    found = reward_metrics(np.array([4.0, np.nan, 8.0]), scores)
-    assert found == {"reward/mean": 6.0, "reward/std": 2.0, "reward/some": 2.0, "reward/some_std": 1.0}
+    metrics = reward_metrics(np.array([4.0, np.nan, 8.0]), scores)
+    assert metrics == {"reward/mean": 6.0, "reward/std": 2.0, "reward/some": 2.0, "reward/some_std": 1.0}
     assert reward_metrics(np.full(3, np.nan), {"none": scores["none"]}) == {}
 
 
@@ -505,7 +505,7 @@ def test_a_function_that_is_not_there_is_an_error_that_names_the_setting(path: s
 
 @pytest.mark.slow
 def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster, folder: Path) -> None:
-    """Each has its part of the answers and its own processes, which end with it though it is killed."""
+    """Each rank has its share of the answers and its own processes, which end with it even if it is killed."""
     config = run_config(*map(function, ("length", "not_a_number", "by_label", "process_number")))
     env = {"env_vars": environment(config, "reward", "cpu", 1)}
     handles = [
@@ -525,11 +525,11 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
             args = [(request(rows), refs.take(rows), [np.arange(2)], [name]) for rows in shards]
             return run_concurrently(group.scatter("scores", args))[0]
 
-        assert [found["length"].values.tolist() for found in ask("length")] == [[0, 4], [1, 2]]
-        assert [found["not_a_number"].errors for found in ask("not_a_number")] == [0, 1]
-        # the column `other` is none of its arguments
-        assert all(found["by_label"].example.startswith("TypeError") for found in ask("by_label"))
-        numbers = [int(found["process_number"].values[0]) for found in ask("process_number")]
+        assert [results["length"].values.tolist() for results in ask("length")] == [[0, 4], [1, 2]]
+        assert [results["not_a_number"].errors for results in ask("not_a_number")] == [0, 1]
+        # it has no argument for the column `other`
+        assert all(results["by_label"].example.startswith("TypeError") for results in ask("by_label"))
+        numbers = [int(results["process_number"].values[0]) for results in ask("process_number")]
         theirs = [process for pid in numbers for process in psutil.Process(pid).parents()[:2]]  # guard, worker
         guards, workers = theirs[::2], theirs[1::2]
         assert len({*numbers, *(process.pid for process in theirs)}) == 6

@@ -1,4 +1,4 @@
-"""Which families engines serve, from their configs alone."""
+"""Which families engines serve, by their configs only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def config(kind: str, architecture: str = "", **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
-        (config("mpt", "MptForCausalLM"), "MptForCausalLM is not served: vLLM gave it up after 0.28.0"),
+        (config("mpt", "MptForCausalLM"), "MptForCausalLM is not served: vLLM dropped it after 0.28.0"),
         (config("jamba", "JambaForCausalLM"), "jamba is not served: its state space layers need a kernel"),
         (
             config("somebodys", "SomebodysForCausalLM", layer_types=["linear_attention", "full_attention"]),
@@ -31,8 +31,8 @@ def config(kind: str, architecture: str = "", **settings: Any) -> Any:
         ),
     ],
 )
-def test_what_engines_do_not_serve_is_named(model: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_engines_do_not_serve_is_named(model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         raise ValueError(why_not_served(model, "cpu"))
 
 

@@ -1,4 +1,4 @@
-"""Data as it comes: kinds of files, folders and patterns of shards, and the forms that well-known datasets have."""
+"""Data as published: kinds of files, folders and patterns of shards, and the forms of well-known datasets."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_shards_of_several_splits(tmp_path: Path) -> None:
         ({}, "split: missing; by their names the files are of test, train"),
         ({"split": "validation"}, "split validation: no file's name has it; there are test, train"),
     )
-    for settings, said in wrong:
-        with pytest.raises(DataError, match=said):
+    for settings, message in wrong:
+        with pytest.raises(DataError, match=message):
             read(tmp_path / "data", **settings)
     write(tmp_path / "held-out" / "test" / "0.jsonl")
     with pytest.raises(DataError, match="split: missing"):
@@ -112,7 +112,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.json.gz").write_text("[]")
     (tmp_path / "number.json").write_text("3")
     (tmp_path / "half.json").write_text("[{}")
-    for name, said in (
+    for name, message in (
         ("cells.csv", "cells.csv:2: must have 2 cells, as the header line has"),
         ("torn.jsonl.gz", "torn.jsonl.gz: cannot be read: Compressed file ended"),
         ("text.json.gz", "text.json.gz: cannot be read: Not a gzipped file"),
@@ -120,7 +120,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("half.json", "half.json: not JSON: Expecting"),
         ("*.parquet", "no file matches"),
     ):
-        with pytest.raises(DataError, match=said.replace("*", r"\*")):
+        with pytest.raises(DataError, match=message.replace("*", r"\*")):
             read(tmp_path / name, "prompt")
 
 
@@ -218,7 +218,7 @@ def test_forms(tmp_path: Path, form: str) -> None:
 
 
 def test_dialogues_as_demonstrations_and_prompts(tmp_path: Path) -> None:
-    """Anthropic's HH data has nothing but pairs: they serve for all three stages."""
+    """Anthropic's HH data has only pairs; all three stages can read them."""
     path = write(tmp_path / "a.jsonl", [{"chosen": HH + HH, "rejected": HH}])
     columns = {"messages": "chosen"}
     assert read(path, columns=columns) == [Row([USER, ANSWER, USER], completion="yes", columns={"rejected": HH})]
@@ -246,6 +246,6 @@ NOT_UNDERSTOOD: dict[str, tuple[list[Any], str]] = {
 
 @pytest.mark.parametrize("what", NOT_UNDERSTOOD)
 def test_what_is_not_understood_is_refused(tmp_path: Path, what: str) -> None:
-    messages, said = NOT_UNDERSTOOD[what]
-    with pytest.raises(DataError, match=said):
+    messages, message = NOT_UNDERSTOOD[what]
+    with pytest.raises(DataError, match=message):
         read(write(tmp_path / "a.jsonl", [{"prompt": messages}]), "prompt")

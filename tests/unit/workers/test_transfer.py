@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from benchmarks.families.zoo import make
 from configs.schema import LoraSettings
 from tests.support.models import ARCHITECTURES, make_model
-from workers.models.heads import add_lora
+from workers.models.loading import add_lora
 from workers.weight_sync.checksums import checksum
 
 WORD, ROW = 8, 8 * 4096  # bytes
