@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -12,9 +12,7 @@ import psutil
 from rich.console import Console
 
 from configs import RunConfig
-from orchestrator.algorithms.ppo import PPO
-from orchestrator.algorithms.runner import StageRun
-from orchestrator.algorithms.supervised import SFT, RewardModel
+from orchestrator.algorithms import ALGORITHMS, Algorithm, Callback, Runner
 from orchestrator.console.run_header import print_opening
 from orchestrator.console.terminal import lasting_console
 from orchestrator.preflight.auto_dtype import with_chosen_dtype
@@ -33,8 +31,6 @@ from placement import Cluster, make_plan, resolve
 from placement.types import Stage
 from workers.process.remote_error import summary
 
-CLASSES: dict[Stage, type[StageRun]] = {"sft": SFT, "rm": RewardModel, "ppo": PPO}
-
 
 def run_stages(config: RunConfig, stages: Sequence[Stage] | None = None, console: Console | None = None) -> Result:
     """Run stages (none named: all that the config describes), each from the models of those before. What is finished is not
@@ -48,26 +44,25 @@ def run_stages(config: RunConfig, stages: Sequence[Stage] | None = None, console
     return go_on(Run.begin(config, stages or described(config)), console)
 
 
-def go_on(
-    run: Run, console: Console | None = None, classes: Mapping[Stage, Callable[[Run, Console], StageRun]] = CLASSES
-) -> Result:
-    """Run what is left of a run. classes: what runs each stage. Errors: see run_stages."""
+def go_on(run: Run, console: Console | None = None, callbacks: Sequence[Callback] = (), export: bool = True) -> Result:
+    """Run what is left of a run. export: whether trained models are written. Errors: see run_stages."""
     console = console or lasting_console()
     left = [stage for stage in run.stages if not run.finished(stage)]
     if left:
-        jobs, report = checked(run, console, classes)
+        algorithms, report = checked(run)
         report.raise_if_refused()
         for line in report.lines():
             console.print(line, style="dim", soft_wrap=True)
         console.print(f"checked in {report.seconds:.1f} s; connecting to Ray", style="dim")
-        _run_jobs(run, jobs, report, console)
+        _run(run, [Runner(each, console, callbacks, export) for each in algorithms], report)
     return Result.of(run)
 
 
-def _run_jobs(run: Run, jobs: Sequence[StageRun], report: Report, console: Console) -> None:
-    stages = [job.name for job in jobs]
+def _run(run: Run, runners: Sequence[Runner], report: Report) -> None:
+    stages, console = [runner.name for runner in runners], runners[0].console
+    algorithms = [runner.algorithm for runner in runners]
     # In this order: Ray sets signal handlers too.
-    with _at_work(run, jobs), connected(run.config) as cluster, StopSignal(run, console) as stop:
+    with _at_work(run, algorithms), connected(run.config) as cluster, StopSignal(run, console) as stop:
         count_killed(run)
         config, why = with_chosen_dtype(run.config, cluster)
         taken = run.taken(stages)
@@ -77,21 +72,21 @@ def _run_jobs(run: Run, jobs: Sequence[StageRun], report: Report, console: Conso
         plans = [make_plan(run.config, stage, cluster, taken) for stage in stages]
         _note_surroundings(run, cluster)
         _note_data(run, report)
-        print_opening(run, jobs, plans, console)
+        print_opening(run, algorithms, plans, console)
         if entrance := dashboard():
             console.print(entrance, style="dim", soft_wrap=True, highlight=False)
-        for job, plan in zip(jobs, plans, strict=True):
-            stop.raise_if_requested(f"before {job.name}")
+        for runner, plan in zip(runners, plans, strict=True):
+            stop.raise_if_requested(f"before {runner.name}")
             started = time.monotonic()
             try:
-                job.execute(plan, stop)
+                runner.execute(plan, stop)
             except (Stopped, WorkerError):
                 raise  # of the second there is a record already
             except Exception as error:
                 run.failures.write_exception(error)
                 raise
             finally:
-                _show(run, job.name, time.monotonic() - started, console)
+                _show(run, runner.name, time.monotonic() - started, console)
 
 
 def _show(run: Run, stage: Stage, seconds: float, console: Console) -> None:
@@ -107,22 +102,20 @@ def _show(run: Run, stage: Stage, seconds: float, console: Console) -> None:
 
 
 @contextmanager
-def _at_work(run: Run, jobs: Sequence[StageRun]) -> Iterator[None]:
+def _at_work(run: Run, algorithms: Sequence[Algorithm]) -> Iterator[None]:
     """The run's folder locked, and what is about to be run noted in it: not before, or the notes of a process that is at work
     there would be overwritten. What is finished stays noted as it was run."""
     with run.locked():
-        run.keep({job.name: job.counts[job.learns_from].form for job in jobs})
+        run.keep({each.name: each.counts[each.learns_from].form for each in algorithms})
         yield
 
 
-def checked(
-    run: Run, console: Console, classes: Mapping[Stage, Callable[[Run, Console], StageRun]] = CLASSES
-) -> tuple[list[StageRun], Report]:
+def checked(run: Run) -> tuple[list[Algorithm], Report]:
     """What is left of a run, with its data, and what the preflight found of it. Starts nothing."""
     left = [stage for stage in run.stages if not run.finished(stage)]
     check_start(run, left)  # the models that the others look at
-    jobs = [classes[stage](run, console) for stage in left if getattr(run.config, stage) is not None]
-    return jobs, preflight(run, jobs, settings_checks(run, left))
+    algorithms = [ALGORITHMS[stage](run) for stage in left if run.config.section(stage) is not None]
+    return algorithms, preflight(run, algorithms, settings_checks(run, left))
 
 
 @contextmanager

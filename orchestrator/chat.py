@@ -16,8 +16,9 @@ from rich.console import Console
 
 from configs import ConfigError
 from configs.schema import DatasetSettings, RolloutSettings
-from orchestrator.run.run_dir import STAGES, Run, RunError
+from orchestrator.run.run_dir import Run, RunError
 from placement import Cluster
+from placement.stages import STAGES
 from placement.types import Stage
 from workers.data import Codec, Message, Prompt, Row, encode_prompts, read_rows
 from workers.process.worker import WorkerSpec, environment
@@ -26,7 +27,7 @@ from workers.weight_sync.probe import Probe
 
 def last_stage(run: Run, stage: str | None) -> Stage:
     """The stage whose model answers: the one that is named, else the last finished. Raises RunError where there is none."""
-    finished = [s for s in STAGES if s != "rm" and run.finished(s)]
+    finished = [s for s in STAGES if STAGES[s].chats and run.finished(s)]
     if not finished or (stage and stage not in finished):
         raise RunError(
             f"{run.folder}: has no finished {stage or 'sft or ppo'} stage; finished: {', '.join(finished) or 'none'}"

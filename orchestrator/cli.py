@@ -133,7 +133,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
         from orchestrator.run.run_dir import Run, described
 
         settings, console = load_config(config, overrides or []), Console()
-        _, report = checked(Run.begin(settings, described(settings)), console)
+        _, report = checked(Run.begin(settings, described(settings)))
         for line in report.lines():
             console.print(line, soft_wrap=True)
         report.raise_if_refused()

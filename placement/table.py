@@ -12,7 +12,8 @@ from placement.cluster.bin_packing import resource_text
 from placement.memory.estimate import MemoryEstimate, Place
 from placement.memory.usage import MemoryBreakdown, MemoryUse
 from placement.plan.time_sharing import describe
-from placement.types import GIB, TRAINED, GroupPlan, Plan
+from placement.stages import STAGES
+from placement.types import GIB, GroupPlan, Plan
 
 
 def render(plan: Plan, memory: MemoryEstimate | str | None = None) -> RenderableType:
@@ -35,7 +36,7 @@ def _roles(plan: Plan) -> Table:
         if planned.devices_per_rank > 1:
             workers += f" x {planned.devices_per_rank} devices"
         resources = {"CPU": planned.cpus} | ({"GPU": planned.gpus} if planned.gpus else {})
-        kind = "served" if role == "rollout" else "trained" if role in TRAINED[plan.stage] else "frozen"
+        kind = "served" if role == "rollout" else "trained" if role in STAGES[plan.stage].trained else "frozen"
         weights = f"{kind}, {planned.strategy}" if planned.strategy else kind
         table.add_row(role, planned.group, workers, resource_text(resources), str(planned.threads), weights)
     return table

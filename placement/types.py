@@ -13,17 +13,9 @@ from placement.cluster.spec import Cluster
 
 GIB = 2**30
 MIB = 2**20
-Stage = Literal["sft", "rm", "ppo"]
+Stage = str
+"""A name in placement.stages.STAGES."""
 Device = Literal["cpu", "cuda"]
-
-PHASES: dict[Stage, tuple[tuple[Role, ...], ...]] = {
-    "sft": (("actor",),),
-    "rm": (("reward",),),
-    "ppo": (("rollout",), ("reference", "critic", "reward"), ("actor", "critic")),
-}
-"""Roles that run at the same time. Phases run one after another; within a phase so do the roles of one group."""
-
-TRAINED: dict[Stage, tuple[Role, ...]] = {"sft": ("actor",), "rm": ("reward",), "ppo": ("actor", "critic")}
 
 
 class Problem(NamedTuple):

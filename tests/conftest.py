@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on the shared cluster run last, or in a process of their own (`-m shared`): a process has one Ray at a time, and
-    other tests start their own. Late ones come just before them."""
+    other tests start their own."""
     for item in items:
         if "ray_here" in getattr(item, "fixturenames", ()):
             item.add_marker("shared")
-    items.sort(key=lambda item: tuple(item.get_closest_marker(name) is not None for name in ("shared", "late")))
+    items.sort(key=lambda item: item.get_closest_marker("shared") is not None)
 
 
 @pytest.fixture(scope="session")

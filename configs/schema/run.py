@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -136,6 +136,10 @@ class RunConfig(Settings):
     def gap_bound(self, model: ModelSettings) -> float:
         """Largest mean |difference| of log-probabilities between the trainer's model and an engine or exported folder."""
         return self.verify.bfloat16 if model.dtype == "bfloat16" else self.verify.float32
+
+    def section(self, stage: str) -> Any:
+        """The settings of a stage; None where the run does not describe it."""
+        return getattr(self, stage, None)
 
     def strategy_of(self, role: Role) -> Strategy:
         return self.strategies.get(role, self.strategy)

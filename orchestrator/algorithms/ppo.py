@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from configs.schema import ModelReward, ModelSettings, Role
+from configs.schema import ModelReward, ModelSettings
+from orchestrator.algorithms.base import Algorithm
 from orchestrator.algorithms.kl_controller import make_controller
 from orchestrator.algorithms.reward_shaping import shape_scores
-from orchestrator.algorithms.runner import StageRun
 from orchestrator.evaluation.before_after import outcome
 from orchestrator.evaluation.evaluate import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.evaluation.sample_log import keep_samples
@@ -26,6 +25,7 @@ from orchestrator.preflight.settings_checks import Check, column_checks
 from orchestrator.run.run_dir import Run, local
 from orchestrator.worker_groups.calls import run_concurrently
 from orchestrator.worker_groups.rollouts import Experience, Rollouts
+from placement import stages
 from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
 from workers.rewards.result import RewardResult
 
@@ -34,27 +34,24 @@ class LogProbGapError(RuntimeError):
     """The engines do not compute what the trainer computes."""
 
 
-class PPO(StageRun):
+class PPO(Algorithm):
     """Reinforcement learning against the reward, held near the reference by a KL penalty."""
 
-    name = "ppo"
+    spec = stages.PPO
     learns_from = "prompts"
 
     @property
     def steps(self) -> int:
         return self.ppo.steps
 
-    def trained(self) -> list[Role]:
-        return ["actor", "critic"] if "critic" in self.plan.roles else ["actor"]
-
     # ------------------------------------------------------------ the algorithm
 
     def step(self, step: int) -> dict[str, float]:
         team, ppo = self.team, self.ppo
         started = time.monotonic()
-        with self.phase("generate"):
+        with self.context.phase("generate"):
             rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
-        with self.phase("score"):
+        with self.context.phase("score"):
             reference, values, scores = run_concurrently(
                 team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
             )
@@ -67,20 +64,20 @@ class PPO(StageRun):
         shaped = np.full(len(reward), np.nan, np.float32)
         shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
         experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
-        with self.phase("train"):
+        with self.context.phase("train"):
             learnt = self._train(step, experience, update=learns, sane=sane)
         learnt["refused/actor"] += not sane
         if not sane and "critic" in team.groups:
             learnt["refused/critic"] = 1.0
         if learnt["updates"]:
-            with self.phase("publish"):
+            with self.context.phase("publish"):
                 self.version += 1
                 published = team.publish(self.version)
             learnt |= {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
-            self.seconds["prove"] = published.proof_seconds
-            self.seconds["publish"] -= published.proof_seconds
+            self.context.seconds["prove"] = published.proof_seconds
+            self.context.seconds["publish"] -= published.proof_seconds
         metrics = self._measure(rollouts, kl, scores, reward) | learnt
-        keep_samples(self.recorder, team, step, rollouts, reference, scores, reward)
+        keep_samples(self.context.keep_answers, team, step, rollouts, reference, scores, reward)
         metrics["seconds/step"] = time.monotonic() - started
         metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
         if learnt["updates"]:
@@ -90,7 +87,7 @@ class PPO(StageRun):
     def _train(self, step: int, experience: Experience, update: bool, sane: bool) -> dict[str, float]:
         """What actor and critic report of their updates. Where no answer has a score there is none, and the step says so."""
         if not len(experience.scored):
-            self.warn(
+            self.context.warn(
                 f"step {step}: none of its {len(experience.rollouts)} answers has a score: nothing is learnt from it"
             )
             return {"updates": 0.0, "refused/actor": 0.0}
@@ -141,13 +138,13 @@ class PPO(StageRun):
             "policy_version": float(max(rollouts.versions)),
             "samples": float(len(rollouts)),
             "tokens": float(rollouts.answer_lengths.sum()),
-            **self.spent(),
+            **self.context.spent(),
         }
 
     # ------------------------------------------------------------ before and after
 
-    def __init__(self, run: Run, console: Console) -> None:
-        super().__init__(run, console)
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
         assert self.config.ppo is not None
         self.ppo = self.config.ppo
         self.sources = [source.name for source in self.ppo.rewards]
@@ -222,17 +219,16 @@ class PPO(StageRun):
 
     def begin(self) -> None:
         if DATA in self.data:
-            self.progress.phase("answering the held-out prompts")
+            self.context.show("answering the held-out prompts")
             self._evaluate("before")
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state)
+    def set_state(self, state: Mapping[str, Any]) -> None:
         self.version = state["version"]
         self.kl.load(state["kl"])
         self.team.publish(self.version)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"version": self.version, "kl": self.kl.state()}
+        return {"version": self.version, "kl": self.kl.state()}
 
     def _evaluation(self, step: int) -> dict[str, float]:
         every = self.ppo.evaluation.every if self.ppo.evaluation else None
@@ -245,19 +241,19 @@ class PPO(StageRun):
         metrics: dict[str, float] = {}
         if DATA not in self.data:
             return metrics
-        with self.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
-            with self.phase("evaluate"):
+        with self.context.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
+            with self.context.phase("evaluate"):
                 found = evaluate(self.team, self.counts[DATA].kept)
             self._record_faults(found.scores)
             found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
-            metrics = found.metrics() | {"seconds/evaluate": self.seconds.pop("evaluate")}
+            metrics = found.metrics() | {"seconds/evaluate": self.context.seconds.pop("evaluate")}
         if when == "before":
-            self.recorder.record(0, metrics)
+            self.context.record(0, metrics)
         return metrics
 
     def _record_faults(self, scores: dict[str, RewardResult]) -> None:
         for text in record_faults(self.run.failures, scores):
-            self.warn(f"{text} ({self.run.failures.folder})")
+            self.context.warn(f"{text} ({self.run.failures.folder})")
 
     def result(self) -> dict[str, float]:
         return {"steps": float(self.steps), **outcome(self.run.folder)}

@@ -1,11 +1,11 @@
-"""What every stage does around its loop: plan, workers, progress, metrics, checkpoints, the finished model."""
+"""The runner: what every stage does around its steps. It starts, recovers, checkpoints, records, exports and stops."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ import numpy as np
 from ray.exceptions import RayError
 from rich.console import Console
 
-from configs.schema import ModelSettings, Role, RunConfig
+from configs.schema import Role, RunConfig
+from orchestrator.algorithms.base import Algorithm
 from orchestrator.loggers.console import Progress
 from orchestrator.loggers.recorder import Recorder
-from orchestrator.preflight.model_checks import Head, ModelUse
-from orchestrator.preflight.preflight import Input
-from orchestrator.preflight.settings_checks import Check
-from orchestrator.run.run_dir import Run, RunError, local
+from orchestrator.run.run_dir import RunError
 from orchestrator.run.status import Status
 from orchestrator.run.stop_signal import Stopped, StopSignal
 from orchestrator.storage.atomic_files import DiskError, atomic_directory
@@ -31,7 +29,7 @@ from orchestrator.worker_groups.snapshot import Snapshot
 from orchestrator.worker_groups.team import Team
 from placement.types import Plan
 from placement.types import Stage as StageName
-from workers.data import Counts
+from workers.api import TrainerApi, WorkerApi
 from workers.process.inspection import proportional_memory
 from workers.process.remote_error import summary
 
@@ -43,21 +41,31 @@ class RefusedError(RuntimeError):
     """Training steps were refused again and again: the run has nothing left to learn from."""
 
 
-class StageRun:
-    """One stage of a run. Subclasses say what is read, loaded and done."""
+class Callback:
+    """What else is to happen around a stage: measurements, for example. Each method may be left out."""
 
-    name: StageName
-    learns_from: str
-    """Name of the dataset that the stage learns from."""
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Around the phases `start` and `load`, and those of a step."""
+        return nullcontext()
 
-    def __init__(self, run: Run, console: Console) -> None:
-        self.run, self.console = run, console
+    def workers_changed(self, team: Team) -> None:
+        """There are new workers."""
+
+
+class Runner:
+    """Runs an algorithm: plan, workers, progress, metrics, recovery, checkpoints, the finished model.
+
+    export: whether the trained model is written.
+    """
+
+    def __init__(
+        self, algorithm: Algorithm, console: Console, callbacks: Sequence[Callback] = (), export: bool = True
+    ) -> None:
+        self.algorithm, self.run, self.console = algorithm, algorithm.run, console
+        self.callbacks, self.exports = callbacks, export
+        algorithm.context = self
         self.plan: Plan
         self.seconds: dict[str, float] = {}
-        self.data: dict[str, Any] = {}
-        """Tokenised datasets by name."""
-        self.counts: dict[str, Counts] = {}
-        """What became of their rows."""
         self.team: Team = None  # type: ignore[assignment]  # until it is started
         self.loaded = False
         """Whether the team has all that it needs to begin."""
@@ -78,73 +86,25 @@ class StageRun:
     def config(self) -> RunConfig:
         return self.run.config
 
-    # ------------------------------------------------------------ for subclasses
+    @property
+    def name(self) -> StageName:
+        return self.algorithm.name
 
     @property
     def steps(self) -> int:
-        raise NotImplementedError
-
-    def inputs(self) -> list[Input]:
-        """The datasets that the stage needs; the preflight reads and tokenises them."""
-        raise NotImplementedError
-
-    def text_model(self) -> tuple[str, str, ModelSettings]:
-        """Setting, path and settings of the model whose tokenizer reads the data."""
-        return "model", self.run.text_model(self.name), self.config.model
-
-    def models(self) -> list[ModelUse]:
-        """The models that the stage needs and that are there before the run starts."""
-        raise NotImplementedError
-
-    def readers(self) -> list[ModelUse]:
-        """The models that are to read the policy's tokens, or will be trained from these."""
-        return []
-
-    def start_use(self, heads: Iterable[Head], **needs: Any) -> ModelUse:
-        """What is needed of the model that the stage starts from, or that one before it will have been trained from."""
-        setting, path, settings = self.text_model()
-        if path != local(settings.path):  # a finished stage's model, which has weights
-            settings = settings.model_copy(update={"init": "pretrained"})
-        return ModelUse(f"{setting}.path", path, settings, frozenset(heads), learns=True, **needs)
-
-    def data_checks(self) -> Iterable[Check]:
-        """Further checks of the datasets, once all are kept; each raises an error of what is wrong."""
-        return ()
-
-    def take(self, name: str, encoded: Any, counts: Counts) -> None:
-        """Keep a dataset's token ids until they are loaded."""
-        self.data[name], self.counts[name] = encoded, counts
-
-    def load(self) -> None:
-        """Load models and data into the workers."""
-        raise NotImplementedError
-
-    def begin(self) -> None:
-        """What comes before the first step."""
-
-    def step(self, step: int) -> dict[str, float]:
-        """Do a step; its metrics. A function of the step and of what `state`, models and optimizers hold: after a fault the
-        steps since the latest snapshot are done again, and must give the same."""
-        raise NotImplementedError
-
-    def complete(self) -> None:
-        """What the trained model still needs before it is exported."""
-
-    def result(self) -> dict[str, float]:
-        """Final numbers, for the summary; the model is exported."""
-        raise NotImplementedError
+        return self.algorithm.steps
 
     def trained(self) -> list[Role]:
-        """The roles that learn; the first one's model is the stage's result."""
-        raise NotImplementedError
+        return self.algorithm.trained()
 
     def state(self) -> dict[str, Any]:
         """What steers the run and is not a function of the step."""
-        return {"refused": self.refused}
+        return {"refused": self.refused, **self.algorithm.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
         self.refused = state["refused"]
+        self.algorithm.set_state(state)
 
     # ------------------------------------------------------------ the stage
 
@@ -196,8 +156,9 @@ class StageRun:
                 todo()
                 self._work()
                 self.run.failures.where = f"{self.name}, after step {self.steps} of {self.steps}"
-                self.complete()
-                self._export()
+                self.algorithm.complete()
+                if self.exports:
+                    self._export()
                 return
             except WorkerError as error:
                 if error.final:
@@ -207,7 +168,7 @@ class StageRun:
     def _finish(self) -> None:
         """What is done once the model is exported. None of it may end the stage, which is finished."""
         with self.sparing("its numbers in summary.json are left out"):
-            self.run.summarize(self.name, self.result())
+            self.run.summarize(self.name, self.algorithm.result())
         with self.sparing("its checkpoints, which are no longer needed, were not removed"):
             self.run.prune(self.name, 0)
 
@@ -236,13 +197,15 @@ class StageRun:
 
     def _start(self) -> None:
         """Workers, models and data; the latest checkpoint, where there is one."""
-        self.progress.phase("starting workers")
-        self.team = Team.start(
-            self.config, self.plan, self.recovery, self._changed, self.run.started, self.progress.note
-        )
-        self._check_folder()
-        self.progress.phase("loading")
-        self.load()
+        with self._called_back("start"):
+            self.progress.phase("starting workers")
+            self.team = Team.start(
+                self.config, self.plan, self.recovery, self._workers_changed, self.run.started, self.progress.note
+            )
+            self._check_folder()
+        with self._called_back("load"):
+            self.progress.phase("loading")
+            self.algorithm.load()
         self.loaded = True
         self.first_state = self.state()
         if self.done:
@@ -277,21 +240,22 @@ class StageRun:
 
     def _work(self) -> None:
         if not self.done:
-            self.begin()
+            self.algorithm.begin()
         if self.done < self.steps:
             self.stop.raise_if_requested(f"before step {self.done + 1} of {self.steps} of {self.name}")
         while self.done < self.steps:
             self.run.failures.where = f"{self.name}, step {self.done + 1} of {self.steps}"
-            self.finish_step(self.done + 1, self.step(self.done + 1))
+            self._finish_step(self.done + 1, self.algorithm.step(self.done + 1))
 
     def _end_team(self) -> None:
         if self.team:
             self.team.stop()
         self.team = None  # type: ignore[assignment]
 
-    def _changed(self, team: Team) -> None:
-        """The workers are others than before."""
+    def _workers_changed(self, team: Team) -> None:
         self.status.watch(team)
+        for callback in self.callbacks:
+            callback.workers_changed(team)
         self.recorder.ray.workers(team.workers())
 
     def warn(self, text: str) -> None:
@@ -302,8 +266,25 @@ class StageRun:
         """Time a phase of a step."""
         started = time.monotonic()
         self.status.begin_phase(name)
-        yield
+        with self._called_back(name):
+            yield
         self.seconds[name] = time.monotonic() - started
+
+    @contextmanager
+    def _called_back(self, phase: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(callback.phase(phase))
+            yield
+
+    def show(self, text: str) -> None:
+        self.progress.phase(text)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.recorder.record(step, metrics)
+
+    def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
+        self.recorder.keep_answers(step, answers, most_bytes)
 
     def spent(self) -> dict[str, float]:
         """Seconds of the phases since the step before was recorded, a snapshot or checkpoint of that one among them; memory
@@ -314,7 +295,7 @@ class StageRun:
             **{f"memory_gib/{who}": size / 2**30 for who, size in memory.items()},
         }
 
-    def finish_step(self, step: int, metrics: dict[str, float]) -> None:
+    def _finish_step(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
         self.done = step
         self.seconds = {}
@@ -360,11 +341,11 @@ class StageRun:
         numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
         text = f"train: {role}: a training step was refused and not applied: {numbers}"
         self.run.failures.write(f"{role}-refused", text, key=("refused", role))
-        for rank, batch in enumerate(self.team.groups[role].call("skipped_batch").get()):
+        for rank, batch in enumerate(self.team.groups[role].call(TrainerApi.skipped_batch).get()):
             if batch is not None and len(list(folder.glob("*.npz"))) < MOST_BATCHES:
                 path = folder / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
                 with self.sparing(f"what {role} saw in step {self.done} was not written"):
-                    np.savez(path, **batch)
+                    np.savez(path, **dict[str, Any](batch))
                     self.warn(f"step {self.done}: {role} refused a training step; what it saw: {path}")
 
     # ------------------------------------------------------------ saving
@@ -372,7 +353,10 @@ class StageRun:
     def save(self) -> None:
         with self.run.saving(self.name, self.done) as folder:
             run_concurrently(
-                *(self.team.groups[role].call("save", str((folder / role).absolute())) for role in self.trained())
+                *(
+                    self.team.groups[role].call(TrainerApi.save, str((folder / role).absolute()))
+                    for role in self.trained()
+                )
             )
             for role in self.trained():
                 self._must_see(folder / role)
@@ -405,7 +389,10 @@ class StageRun:
         folder = self.run.checkpoint(self.name, self.done)
         self.progress.phase(f"resuming after step {self.done}")
         run_concurrently(
-            *(self.team.groups[role].call("restore", str((folder / role).absolute())) for role in self.trained())
+            *(
+                self.team.groups[role].call(TrainerApi.restore, str((folder / role).absolute()))
+                for role in self.trained()
+            )
         )
         self.set_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
@@ -434,7 +421,7 @@ class StageRun:
     def _check_folder(self) -> None:
         """Whether the driver sees what workers write in the run's folder: else no checkpoint and no model can be had."""
         for role in self.trained():
-            for name in self.team.groups[role].call("mark", str(self.run.folder.absolute())).get():
+            for name in self.team.groups[role].call(WorkerApi.mark, str(self.run.folder.absolute())).get():
                 self._must_see(self.run.folder / name)
                 (self.run.folder / name).unlink()
 

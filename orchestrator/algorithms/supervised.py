@@ -8,42 +8,46 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from configs.schema import BatchSettings, ModelSettings, OptimizerSettings, Role
-from orchestrator.algorithms.runner import StageRun
+from configs.schema import BatchSettings, ModelSettings, RewardModelSettings, Role, SFTSettings
+from orchestrator.algorithms.base import Algorithm
 from orchestrator.preflight.model_checks import Head, ModelUse
 from orchestrator.preflight.preflight import Input
 from orchestrator.run.run_dir import Run, local
 from orchestrator.storage.metrics_file import read_metrics
 from orchestrator.worker_groups.calls import Call
-from orchestrator.worker_groups.deadlines import BACKWARD, Workload
+from orchestrator.worker_groups.deadlines import BACKWARD, Cost
 from orchestrator.worker_groups.team import pretrained
+from placement import stages
+from workers.api import PolicyApi, TrainerApi, ValueApi, request
 from workers.data import Counts, DataError, RowKind, batches, encode_demonstrations, encode_preferences
 from workers.data.batching import Rows
 from workers.training.schedule import StageStep
 
 
-class Supervised(StageRun):
+class Supervised(Algorithm):
     """A loop over batches of dataset rows. Subclasses name the role, the kind of rows and the workers' methods."""
 
-    role: Role
     kind: RowKind
     learns_from = "train"
-    train_method: str
-    validate_method: str
+    methods: tuple[Callable[..., dict[str, float]], Callable[..., dict[str, float]]]
+    """The worker's: (part, *extra, at, seed) for an optimizer step on a rank's part, and (part, *extra) for its metrics alone."""
     settings: BatchSettings
-    sequences_per_row = 1
-    """Sequences of a row's length that go through the model together."""
     dropout = 0.0
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.settings = self.config.section(self.name)
+
+    @property
+    def role(self) -> Role:
+        """The role that learns."""
+        return self.spec.trained[0]
 
     @property
     def model_settings(self) -> ModelSettings:
         """Not kept: what `auto` stands for is known once there is a cluster."""
         return self.config.model
-
-    def trained(self) -> list[Role]:
-        return [self.role]
 
     def encode(self) -> Callable[..., Any]:
         """What makes token ids of the stage's rows."""
@@ -66,42 +70,53 @@ class Supervised(StageRun):
         return max(1, math.ceil(self.settings.epochs * rows / self.settings.batch_size - 1e-9))
 
     def load(self) -> None:
-        optimizer: OptimizerSettings = self.settings.optimizer
+        """The model that learns and, of roles that do not, the same model frozen; all of them get the data."""
         path = self.run.starting_model(self.name)
         settings = pretrained(self.model_settings) if path == str(self.run.trained("sft")) else self.model_settings
-        group = self.team.groups[self.role]
-        self.parameters = group.prepare("load", path, settings, optimizer, self.dropout).get()[0]
-        for name in ("train", "validation"):
-            if name in self.data:
-                self.team.add_data(name, self.data[name], self.role)
+        counts = {}
+        for role in self.team.groups:
+            optimizer = self.settings.optimizer if role == self.role else None
+            call = self.team.groups[role].setup_call(TrainerApi.load, path, settings, optimizer, self.dropout)
+            counts[role] = call.get()[0]
+            for name, rows in self.data.items():
+                if name in ("train", "validation"):
+                    self.team.add_data(name, rows, role)
+        self.parameters = counts[self.role]
         lengths, _ = self.team.lengths["train"]
         self.order = batches(lengths, self.settings.batch_size, self.settings.epochs, self.config.seed)
 
     def step(self, step: int) -> dict[str, float]:
         rows, every = self.order[step - 1], self.settings.validate_every
-        with self.phase("train"):
+        with self.context.phase("train"):
             at, seed = StageStep(step, self.steps), (self.config.seed, step)
-            metrics = self.call(self.train_method, "train", rows, at, seed).get()
+            metrics = self.call(self.methods[0], "train", rows, at, seed).get()
         tokens = float(self.team.lengths["train"][0][rows].sum())
-        metrics |= {"samples": float(len(rows)), "tokens": tokens, "seconds/step": self.seconds["train"]}
+        metrics |= {"samples": float(len(rows)), "tokens": tokens, "seconds/step": self.context.seconds["train"]}
         metrics["tokens_per_second"] = tokens / metrics["seconds/step"]
         if "validation" in self.data and (step == self.steps or (every and step % every == 0)):
-            with self.phase("validate"):
+            with self.context.phase("validate"):
                 metrics |= self.validate()
-        return self.shown(metrics) | self.spent()
+        return self.shown(metrics) | self.context.spent()
 
     def validate(self) -> dict[str, float]:
         """Metrics of all validation rows."""
-        found = self.call(self.validate_method, "validation", np.arange(len(self.data["validation"]))).get()
+        found = self.call(self.methods[1], "validation", np.arange(len(self.data["validation"]))).get()
         return {f"validation/{name}": value for name, value in self.shown(found).items()}
 
-    def call(self, method: str, data: str, rows: Rows, *args: Any) -> Call[dict[str, float]]:
-        parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens // self.sequences_per_row)
-        passes = BACKWARD if method == self.train_method else 1.0
-        work = Workload(passes * float(self.team.lengths[data][0][rows].sum()), len(parts[0].micro_batches))
-        return self.team.groups[self.role].scatter(
-            method, [(part, *args) for part in parts], work=work, then=lambda results: results[0]
-        )
+    def extra(self, data: str, rows: Rows) -> tuple[Any, ...]:
+        """What both methods get beside a rank's rows: numbers that another role has computed, for example."""
+        return ()
+
+    def call(
+        self, method: Callable[..., dict[str, float]], data: str, rows: Rows, *args: Any
+    ) -> Call[dict[str, float]]:
+        """A call of one of the two methods with each rank's part of some rows."""
+        parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens // self.spec.sequences_per_row)
+        extra = self.extra(data, rows)
+        passes = BACKWARD if method == self.methods[0] else 1.0
+        cost = Cost(passes * float(self.team.lengths[data][0][rows].sum()), len(parts[0].micro_batches))
+        requests = [request(method, part, *extra, *args) for part in parts]
+        return self.team.groups[self.role].scatter(requests, cost).reduce(lambda results: results[0])
 
     def shown(self, metrics: dict[str, float]) -> dict[str, float]:
         return metrics
@@ -119,19 +134,15 @@ class Supervised(StageRun):
 class SFT(Supervised):
     """Stage 1."""
 
-    name = "sft"
-    role = "actor"
+    spec = stages.SFT
     kind = "demonstration"
-    train_method, validate_method = "train_demonstrations", "demonstration_loss"
+    methods = (PolicyApi.train_demonstrations, PolicyApi.demonstration_loss)
 
-    def __init__(self, run: Run, console: Console) -> None:
-        super().__init__(run, console)
-        assert self.config.sft is not None
-        self.settings, self.turns = self.config.sft, self.config.sft.turns
+    settings: SFTSettings
 
     def encode(self) -> Callable[..., Any]:
         most, overlong = self.settings.max_length, self.settings.overlong
-        return partial(encode_demonstrations, max_length=most, overlong=overlong, turns=self.turns)
+        return partial(encode_demonstrations, max_length=most, overlong=overlong, turns=self.settings.turns)
 
     def shown(self, metrics: dict[str, float]) -> dict[str, float]:
         return metrics | {
@@ -142,37 +153,29 @@ class SFT(Supervised):
 class RewardModel(Supervised):
     """Stage 2."""
 
-    name = "rm"
-    role = "reward"
+    spec = stages.REWARD_MODEL
     kind = "preference"
-    train_method, validate_method = "train_pairs", "pair_accuracy"
-    sequences_per_row = 2
-    """Both sides of a pair, padded to the longer one."""
+    methods = (ValueApi.train_pairs, ValueApi.pair_accuracy)
+    settings: RewardModelSettings
 
-    def __init__(self, run: Run, console: Console) -> None:
-        super().__init__(run, console)
-        settings = self.config.rm
-        assert settings is not None
-        self.settings = settings
-        self.dropout, self.margin = settings.dropout, settings.margin
-        self.normalize_on = settings.normalize_on
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.dropout = self.settings.dropout
 
     @property
     def model_settings(self) -> ModelSettings:
-        own = self.config.rm.model if self.config.rm else None
-        return own or super().model_settings
+        return self.settings.model or super().model_settings
 
     def text_model(self) -> tuple[str, str, ModelSettings]:
-        assert self.config.rm is not None
-        own = self.config.rm.model
+        own = self.settings.model
         return ("rm.model", local(own.path), own) if own else super().text_model()
 
     def take(self, name: str, encoded: Any, counts: Counts) -> None:
         super().take(name, encoded, counts)
-        if name == "train" and self.margin and not any(pair.margin for pair in encoded):
+        if name == "train" and self.settings.margin and not any(pair.margin for pair in encoded):
             raise DataError(
                 f"no row of {self.settings.train.name} has a margin (column `margin`, or the one that rm.train.columns names for "
-                f"it), but rm.margin was {self.margin:g}; 0 would fit"
+                f"it), but rm.margin was {self.settings.margin:g}; 0 would fit"
             )
 
     def encode(self) -> Callable[..., Any]:
@@ -180,7 +183,7 @@ class RewardModel(Supervised):
 
     def inputs(self) -> list[Input]:
         sft = self.config.sft
-        data = self.normalize_on or (sft.train if sft else None)
+        data = self.settings.normalize_on or (sft.train if sft else None)
         if data is None:
             return super().inputs()
         most = self.settings.max_length
@@ -195,9 +198,8 @@ class RewardModel(Supervised):
         self.team.add_data("demonstrations", self.data["demonstrations"], "reward")
         rows = np.arange(len(self.data["demonstrations"]))
         parts = self.team.parts("reward", "demonstrations", rows, self.settings.micro_batch_tokens)
-        args = [(part.data, part.micro_batches) for part in parts]
-        call: Call[list[tuple[float, float]]] = self.team.groups["reward"].scatter("normalize", args)
-        mean, std = call.get()[0]
+        requests = [request(ValueApi.normalize, part.data, part.micro_batches) for part in parts]
+        mean, std = self.team.groups["reward"].scatter(requests).get()[0]
         self.normalization = {"raw_score_mean": mean, "raw_score_std": std}
 
     def result(self) -> dict[str, float]:

@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from rich.console import Console
 
 from configs import RunConfig, load_config
 from configs.schema import ROLES, Role
-from orchestrator.algorithms.ppo import PPO
-from orchestrator.api import CLASSES, go_on
+from orchestrator.algorithms import Callback
+from orchestrator.api import go_on
 from orchestrator.bench.process_memory import Footprint
 from orchestrator.run.run_dir import Run, RunError
 from orchestrator.storage.metrics_file import read_metrics
@@ -166,45 +165,32 @@ class Benchmark:
         )
 
 
-class BenchPPO(PPO):
-    """PPO whose workers' memory is watched, and whose model nobody wants."""
+class Watch(Callback):
+    """Watches the workers' memory, phase by phase, and times start and load."""
 
-    def __init__(self, run: Run, console: Console, footprint: Footprint, workers: dict[int, list[Role]]) -> None:
-        super().__init__(run, console)
-        self.footprint = footprint
-        self.workers = workers
-
-    def _start(self) -> None:
-        self.began = time.monotonic()
-        self.footprint.gpus = self.plan.device == "cuda"
-        with self.footprint.phase("start"):
-            super()._start()
-
-    def load(self) -> None:
-        started = time.monotonic()
-        with self.footprint.phase("load"):
-            super().load()
-        seconds = {"start": started - self.began, "load": time.monotonic() - started}
-        self.run.write("begun.json", seconds)
+    def __init__(self, run: Run, footprint: Footprint, workers: dict[int, list[Role]]) -> None:
+        self.run, self.footprint, self.workers = run, footprint, workers
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        with self.footprint.phase(name), super().phase(name):
+        started = time.monotonic()
+        with self.footprint.phase(name):
             yield
+        if name in ("start", "load"):
+            self.seconds[name] = time.monotonic() - started
+            self.run.write("begun.json", self.seconds)
 
-    def _changed(self, team: Team) -> None:
-        import ray  # not above: orchestrator.cluster sets what Ray reads when it is imported
+    def workers_changed(self, team: Team) -> None:
+        import ray  # not above: orchestrator.run.ray_cluster sets what Ray reads when it is imported
 
-        super()._changed(team)
+        self.footprint.gpus = team.plan.device == "cuda"
         here = ray.util.get_node_ip_address()
         for worker in team.workers():
             if worker["node"] == here:  # of other nodes nothing is seen from here
                 roles = self.workers.setdefault(worker["pid"], [])
                 roles += [role for role in [worker["role"]] if role not in roles]
         self.footprint.also |= self.workers.keys()  # where the cluster was there before the run
-
-    def _export(self) -> None:
-        pass
 
 
 def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -222,7 +208,7 @@ def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[
         workers: dict[int, list[Role]] = {}
         with Footprint(os.getpid()) as footprint:
             run = Run.begin(config, ["ppo"])
-            go_on(run, console, {**CLASSES, "ppo": partial(BenchPPO, footprint=footprint, workers=workers)})
+            go_on(run, console, [Watch(run, footprint, workers)], export=False)
         return _measured(asked, architecture, run, footprint, workers)
 
 

@@ -58,8 +58,8 @@ def _entry(folder: Path) -> Entry:
 
 def _headline(result: Result) -> str:
     """The most telling numbers of the last finished stage."""
-    for stage in ("ppo", "rm", "sft"):
-        if parts := _parts(stage, result.numbers.get(stage, {})) if stage in result.models else []:
+    for stage in reversed(list(result.models)):
+        if parts := _parts(stage, result.numbers.get(stage, {})):
             return " ".join(parts)
     return ""
 

@@ -8,27 +8,27 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.algorithms.runner import StageRun
+from orchestrator.algorithms.base import Algorithm
 from orchestrator.run.run_dir import Run
 from placement.cluster import resource_text
 from placement.types import GroupPlan, Plan
 
 
-def print_opening(run: Run, jobs: Sequence[StageRun], plans: Sequence[Plan], console: Console) -> None:
+def print_opening(run: Run, algorithms: Sequence[Algorithm], plans: Sequence[Plan], console: Console) -> None:
     """A line for the run; for each stage that is left its steps, its roles on their bundles and the batch arithmetic."""
     cluster, device = plans[0].cluster, plans[0].device
     head = Text.assemble((run.config.name, "bold"), f" in {run.folder}, on {device}: {cluster.describe()}")
     console.print(head, soft_wrap=True)
     if done := [stage for stage in run.stages if run.finished(stage)]:
         console.print(f"  finished before: {', '.join(done)}", soft_wrap=True)
-    if taken := run.taken([job.name for job in jobs]):
+    if taken := run.taken([algorithm.name for algorithm in algorithms]):
         owners = {stage: owner.folder for stage in taken if (owner := run.owner(stage))}
         models = ", ".join(str(folder / "models" / stage) for stage, folder in owners.items())
         console.print(Text(f"  models of other runs (start_from): {models}"), soft_wrap=True)
-    for job, plan in zip(jobs, plans, strict=True):
-        saved = run.checkpoints(job.name)
+    for algorithm, plan in zip(algorithms, plans, strict=True):
+        saved = run.checkpoints(algorithm.name)
         after = f", from the checkpoint after step {saved[-1]}" if saved else ""
-        line = f"{job.steps:,} steps{after} · {_roles(plan)} · {plan.batch.description[0]}"
+        line = f"{algorithm.steps:,} steps{after} · {_roles(plan)} · {plan.batch.description[0]}"
         console.print(Text.assemble("  ", (plan.stage.ljust(5), "bold"), line), soft_wrap=True)
         if len(plan.batch.description) > 1:
             console.print(Text(f"       {plan.batch.description[-1]}"), soft_wrap=True)

@@ -10,8 +10,7 @@ from rich.text import Text
 
 from orchestrator.number_text import clock, percent
 from orchestrator.run.result import Result
-
-TITLES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
+from placement.stages import STAGES
 
 
 def print_result(result: Result, console: Console) -> None:
@@ -20,7 +19,7 @@ def print_result(result: Result, console: Console) -> None:
     folder = shown(result.folder)
     rows = [("", f"{result.folder.name} is finished"), *achieved(result), ("report", shown(result.report))]
     rows.append(("curves", f"tensorboard --logdir {folder}/tensorboard"))
-    if models := [model for stage, model in result.models.items() if stage != "rm"]:
+    if models := [model for stage, model in result.models.items() if STAGES[stage].chats]:
         rows += [("model", shown(models[-1])), ("talk to it", f"troupe chat {folder}")]
     console.print()
     print_rows(rows, console)
@@ -32,10 +31,10 @@ def achieved(result: Result) -> list[tuple[str, str]]:
     rows = []
     for stage in result.models:
         numbers = result.numbers.get(stage, {})
-        first, *more = _WORDS[stage](numbers)
+        first, *more = _WORDS.get(stage, _other)(numbers)
         took = f"{numbers['steps']:,.0f} steps" if "steps" in numbers else ""
         took += f" in {clock(result.seconds[stage])}" if took and stage in result.seconds else ""
-        rows += [(TITLES[stage], " · ".join(filter(None, [first, took]))), *(("", line) for line in more)]
+        rows += [(STAGES[stage].short_title, " · ".join(filter(None, [first, took]))), *(("", line) for line in more)]
     return rows
 
 
@@ -74,6 +73,12 @@ def _ppo(numbers: Mapping[str, float]) -> list[str]:
             f"  KL to the reference {numbers['kl']:z.3f} nats per token; {distinct} of the answers are distinct"
         )
     return lines
+
+
+def _other(numbers: Mapping[str, float]) -> list[str]:
+    """Of a stage that a plugin brings: the numbers of its validation."""
+    shown = [f"{name} {value:.4g}" for name, value in numbers.items() if name.startswith("validation/")]
+    return [", ".join(shown) or "trained"]
 
 
 _WORDS = {"sft": _sft, "rm": _rm, "ppo": _ppo}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator.loggers.recorder import Recorder
 from orchestrator.storage.metrics_file import SAMPLES, read_lines
 from orchestrator.worker_groups.rollouts import Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
@@ -17,7 +16,7 @@ from workers.rewards.result import RewardResult
 
 
 def keep_samples(
-    recorder: Recorder,
+    keep: Callable[[int, Sequence[Mapping[str, Any]], int], None],
     team: Team,
     step: int,
     rollouts: Rollouts,
@@ -27,7 +26,8 @@ def keep_samples(
 ) -> None:
     """Keep some of a step's answers, if `ppo.answer_log` wants some of this step; which ones, is drawn with seed and step.
 
-    reward: [samples] the weighted sum of the scores, nan where there is none.
+    keep: writes a step's answers to a file of at most so many bytes. reward: [samples] the weighted sum of the scores, nan where
+    there is none.
     """
     config = team.config
     assert config.ppo is not None
@@ -36,7 +36,7 @@ def keep_samples(
         return
     drawn = np.sort(np.random.default_rng((config.seed, step)).permutation(len(rollouts))[: log.answers])
     answers = _lines(drawn, team.texts(rollouts, drawn), rollouts, reference, scores, reward)
-    recorder.keep_answers(step, answers, log.most_mib * 2**20)
+    keep(step, answers, log.most_mib * 2**20)
 
 
 def _lines(

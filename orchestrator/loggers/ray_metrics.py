@@ -15,11 +15,10 @@ from typing import Any
 from configs.schema import Role
 from orchestrator.loggers.ray_table import Row, row_of
 from orchestrator.periodic import Repeating
+from placement.stages import STAGES
 
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
 """Upper bounds of the buckets of a histogram."""
-_ROLE_OF: dict[str, str] = {"sft": "actor", "rm": "reward"}
-"""Stages in which one role learns: its learning rate, norm and refusals are recorded without its name."""
 _OF_ROLE = ("lr", "grad_norm", "refused")
 
 
@@ -68,7 +67,8 @@ class RayMetrics:
             self._gauges.clear()
 
     def _named(self, values: Mapping[str, float]) -> dict[str, float]:
-        role = _ROLE_OF.get(self._labels["stage"])
+        trained = STAGES[self._labels["stage"]].trained
+        role = trained[0] if len(trained) == 1 else None  # then it is recorded without the role's name
         return {f"{name}/{role}" if role and name in _OF_ROLE else name: value for name, value in values.items()}
 
     def _show(self, values: Mapping[str, float]) -> None:

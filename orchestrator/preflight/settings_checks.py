@@ -25,7 +25,8 @@ from configs.schema import (
     Reward,
 )
 from orchestrator.run.ray_cluster import address_of
-from orchestrator.run.run_dir import STAGES, Run, RunError, in_copy, local
+from orchestrator.run.run_dir import Run, RunError, in_copy, local
+from placement.stages import STAGES
 from placement.types import Stage
 from workers.data import Row
 from workers.models.lora import real, refuse_other_base

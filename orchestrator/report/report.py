@@ -12,15 +12,16 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from configs.schema import DatasetSettings, RunConfig
+from configs.schema import BatchSettings, DatasetSettings, RunConfig
 from orchestrator.evaluation.before_after import scored_pairs
 from orchestrator.evaluation.statistics import Interval, distinct_share, mean_interval, paired_interval
 from orchestrator.number_text import MINUS, clock, percent, signed
 from orchestrator.report.charts import Chart, distributions, effects
 from orchestrator.report.history import history
 from orchestrator.report.run_files import Pair, RunFiles
-from orchestrator.report.stages import STAGES, sections, without_first
+from orchestrator.report.stages import sections, title, without_first
 from orchestrator.storage.atomic_files import write_text
+from placement.stages import STAGES
 from workers.data.tokens import Counts
 
 SHOWN_ANSWERS = 4
@@ -51,7 +52,7 @@ def write_report(run_folder: Path) -> Path:
         training=_training_answers(run),
         names=run.names(),
         started=run.started_from(),
-        numbers={STAGES.get(stage, stage): _shown(numbers) for stage, numbers in run.summary.get("stages", {}).items()},
+        numbers={title(stage): _shown(numbers) for stage, numbers in run.summary.get("stages", {}).items()},
         hardware=_shown(run.summary.get("hardware", {})),
         versions=_shown(run.summary.get("versions", {})),
         settings=run.config_text,
@@ -87,10 +88,10 @@ def _facts(run: RunFiles) -> dict[str, str]:
         "Model": " · ".join(model),
         "Data": " · ".join(_datasets(config, trained)),
         "Rows": " · ".join(_rows(run, trained)),
-        "Stages": " → ".join(f"{STAGES[stage]} ({_steps(run, stage)})" for stage in trained),
+        "Stages": " → ".join(f"{title(stage)} ({_steps(run, stage)})" for stage in trained),
     }
     if run.seconds:
-        parts = ", ".join(f"{STAGES.get(part, part)} {clock(value)}" for part, value in run.seconds.items())
+        parts = ", ".join(f"{title(part)} {clock(value)}" for part, value in run.seconds.items())
         facts["Duration"] = f"{clock(sum(run.seconds.values()))} ({parts})"
     facts["Roles"] = _placement(config) if "ppo" in trained else ""
     facts["Hardware"] = " · ".join(f"{name}: {value}" for name, value in _shown(summary.get("hardware", {})).items())
@@ -108,7 +109,7 @@ def _steps(run: RunFiles, stage: str) -> str:
 def _datasets(config: RunConfig, stages: Sequence[str]) -> list[str]:
     """What the stages trained on, each dataset once."""
     used: list[DatasetSettings] = [
-        section.train for key in ("sft", "rm") if key in stages and (section := getattr(config, key))
+        section.train for stage in stages if isinstance(section := config.section(stage), BatchSettings)
     ]
     if "ppo" in stages and config.ppo:
         used.append(config.ppo.prompts)

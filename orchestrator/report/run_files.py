@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from configs.schema import RunConfig
+from configs import RunConfig, load_config
 from orchestrator.evaluation.sample_log import last_samples
 from orchestrator.run.sessions import stage_seconds
 from orchestrator.storage.metrics_file import read_lines, read_metrics
@@ -50,7 +48,7 @@ class RunFiles:
         summary = folder / "summary.json"
         return cls(
             folder=folder,
-            config=RunConfig.model_validate(yaml.safe_load(text)),
+            config=load_config(folder / "config.yaml"),
             config_text=text,
             metrics=read_metrics(folder),
             summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,8 +12,8 @@ from configs.schema import ROLES, AdaptiveKL, PPOSettings, RunConfig
 from orchestrator.number_text import percent, signed
 from orchestrator.report.charts import AFTER, SERIES, Chart, Series, curves, moving_window, stacked, steps_per_column
 from orchestrator.report.run_files import Line, RunFiles
+from placement.stages import STAGES
 
-STAGES = {"sft": "Supervised fine-tuning", "rm": "Reward model", "ppo": "PPO"}
 PHASES = ("generate", "score", "train", "publish", "prove")
 """Parts of a PPO step; `seconds/step` is their sum and what lies between them."""
 BESIDE = ("evaluate", "snapshot", "save")
@@ -33,7 +34,13 @@ class Section:
 
 def sections(run: RunFiles) -> list[Section]:
     """The stages that recorded something."""
-    return [section for section in (_sft(run), _rm(run), _ppo(run)) if section is not None]
+    made = [_OWN.get(stage, partial(_other, stage=stage))(run) for stage in STAGES]
+    return [section for section in made if section is not None]
+
+
+def title(stage: str) -> str:
+    """What a stage is called; its name where no plugin that is imported knows it."""
+    return STAGES[stage].title if stage in STAGES else stage
 
 
 def _section(
@@ -47,7 +54,7 @@ def _section(
     last = {metric: found for metric in closing if (found := run.last(key, metric))}
     said = [f"{closing[metric](value)} (step {step:,})" for metric, (step, value) in last.items()]
     smoothed = ". Thin lines: each step; bold: moving mean." if moving_window(run.steps(key)) > 1 else ""
-    return Section(key, STAGES[key], " · ".join([f"{run.steps(key):,} steps", *said, *notes]) + smoothed, drawn)
+    return Section(key, title(key), " · ".join([f"{run.steps(key):,} steps", *said, *notes]) + smoothed, drawn)
 
 
 def _lines(run: RunFiles, stage: str, metrics: Mapping[str, str], points: frozenset[str] = frozenset()) -> list[Series]:
@@ -101,6 +108,19 @@ def _rm(run: RunFiles) -> Section | None:
         ],
         _refused(run, "rm", {"refused": "model"}),
     )
+
+
+def _other(run: RunFiles, stage: str) -> Section | None:
+    """A stage that a plugin brings: all that it recorded, validation beside what it belongs to."""
+    recorded = sorted({name for line in run.lines(stage) for name in line if not name.startswith(_TECHNICAL)})
+    validation = "validation/"
+    names = dict.fromkeys(name.removeprefix(validation) for name in recorded)
+    charts = [_chart(run, stage, name, "", {name: "training", f"{validation}{name}": "held out"}) for name in names]
+    last = {name: partial("{} {:.4g}".format, name) for name in recorded if name.startswith(validation)}
+    return _section(run, stage, last, charts, _refused(run, stage, {"refused": "model"}))
+
+
+_TECHNICAL = ("stage", "step", "time", "refused", "seconds/", "memory_gib/", "samples", "tokens")
 
 
 def _refused(run: RunFiles, stage: str, metrics: Mapping[str, str]) -> list[str]:
@@ -199,6 +219,10 @@ def _seconds(run: RunFiles) -> Chart | None:
     if (each := steps_per_column(len(lines))) > 1:
         caption += f" Each column: the mean of {each} steps."
     return stacked("Seconds of a step", caption, [line["step"] for line in lines], drawn)
+
+
+_OWN: Mapping[str, Callable[[RunFiles], Section | None]] = {"sft": _sft, "rm": _rm, "ppo": _ppo}
+"""Stages whose charts are chosen."""
 
 
 def _median_step(lines: Sequence[Line]) -> str:

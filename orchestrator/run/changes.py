@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs import RunConfig
+from placement.stages import STAGES
 from placement.types import Stage
 
-STAGES: tuple[Stage, ...] = ("sft", "rm", "ppo")
-OWN: dict[Stage, tuple[str, ...]] = {"sft": ("sft",), "rm": ("rm",), "ppo": ("ppo", "rollout", "publish")}
-"""Settings that no other stage looks at: they may change until the stage has begun."""
 FREE = (
     "name",
     "cluster",
@@ -42,7 +40,7 @@ def _relevant(config: RunConfig, stage: Stage, start: Mapping[str, Any]) -> dict
     """A stage's own settings, those of the stages of this run whose models it started from, and the common ones."""
     models = {start.get("model"), *start.get("rewards", {}).values()}
     before = {other for other in STAGES if f"models/{other}" in models}
-    others = {name for other in STAGES if other not in {stage, *before} for name in OWN[other]}
+    others = {name for other in STAGES if other not in {stage, *before} for name in (other, *STAGES[other].settings)}
     elsewhere = {"start_from"} if stage == "sft" else set()
     exclude: dict[str, Any] = {"ppo": {"answer_log"}} | dict.fromkeys([*FREE, *others, *elsewhere], True)
     found = config.model_dump(mode="json", exclude=exclude)

@@ -24,7 +24,6 @@ from typing import Any
 
 from configs import RunConfig, load_config, save_config
 from configs.schema import ModelReward
-from orchestrator.run.changes import STAGES as STAGES
 from orchestrator.run.changes import changes
 from orchestrator.storage.atomic_files import (
     DiskError,
@@ -40,6 +39,7 @@ from orchestrator.storage.atomic_files import (
 from orchestrator.storage.failure_log import FailureLog
 from placement.memory import auto_roles, keep_resolved
 from placement.plan import auto_dtype_settings
+from placement.stages import STAGES
 from placement.types import Stage
 
 
@@ -136,7 +136,7 @@ class Run:
                 f"train with these choose another name; start_from={self.folder} takes the models of stages that the new run "
                 "does not run from here"
             )
-            if further := [stage for stage in finished if stage != "rm"]:
+            if further := [stage for stage in finished if STAGES[stage].chats]:
                 text += f", model.path={self.folder / 'models' / further[-1]} trains that model further"
             raise RunError("\n  ".join([text, *lines]))
         if changed and not accept_changes:
@@ -381,7 +381,7 @@ def in_copy() -> bool:
 
 def described(config: RunConfig) -> list[Stage]:
     """The stages that a config describes."""
-    return [stage for stage in STAGES if getattr(config, stage) is not None]
+    return [stage for stage in STAGES if config.section(stage) is not None]
 
 
 def local(path: str) -> str:

@@ -1,11 +1,11 @@
-"""Calls to worker groups: every rank at once, a deadline on each, and errors that say who failed at what."""
+"""Calls to worker groups: to all ranks at once, with a deadline each, and errors that say which rank failed and why."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
 import ray
 from ray import ObjectRef
@@ -13,123 +13,223 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from configs.schema import Role
-from orchestrator.worker_groups.deadlines import Awaited, Deadlines, Workload, phase_of
+from orchestrator.worker_groups.deadlines import Awaited, Cost, Deadlines
 from orchestrator.worker_groups.failures import LOST, Failure, Kind, Rank, WorkerError, named, probe_processes
+from workers.api import RemoteMethod, Request, request
 from workers.process.inspection import ProcessLocation, ProcessState
 from workers.process.remote_error import headline_of_traceback, summary
 
+P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
 class WorkerGroup:
-    """All ranks of a role."""
+    """All ranks of a role. Methods are named by their declarations: see workers.api."""
 
     role: Role
     handles: list[ActorHandle]
     """Rank -> its process, which may be that of other roles too."""
-    place: str
-    """Name of its placement group: roles with the same place take turns."""
+    placement_group: str
+    """Its name. Roles in one placement group share devices: `run_concurrently` runs calls to them in turn."""
     deadlines: Deadlines
     collective: bool = True
-    """Whether its ranks compute together, so that none can go on without the others."""
-    location: dict[int, ProcessLocation] = field(default_factory=dict)
-    """Rank -> its process, once it is known."""
+    """Whether its ranks compute together, so that none can continue without the others."""
+    locations: dict[int, ProcessLocation] = field(default_factory=dict)
+    """Rank -> its process, as far as known."""
     all_groups: list[WorkerGroup] = field(default_factory=list)
-    """All groups of the team: what one reports may have happened to another."""
+    """All groups of the team: the cause of an error that one reports may be in another."""
     replace_failed: Callable[[WorkerError], None] | None = None
-    """Replaces the casualties of a role without state, so that a call can go on; none: the error is raised."""
-    _setup: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    """Replaces the failed ranks of a role without state, so that a call can continue; none: the error is raised."""
+    _setup: list[Request[Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.handles)
 
-    def call(self, method: str, *args: Any) -> Call[list[Any]]:
-        """The same call to every rank."""
-        return self.scatter(method, [args] * len(self))
+    def call(self, method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs) -> Call[list[T]]:
+        """The same call to every rank; the list of their results."""
+        return Call(self, dict.fromkeys(range(len(self)), request(method, *args, **kwargs)))
 
-    def first(self, method: str, *args: Any) -> Any:
+    def first(self, method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of a call to rank 0 alone."""
-        return Call(self, method, {0: args}).get()[0]
+        return Call[list[T]](self, {0: request(method, *args, **kwargs)}).get()[0]
 
-    def scatter(
-        self,
-        method: str,
-        args: Sequence[tuple[Any, ...]],
-        keep: int = 0,
-        work: Workload = Workload(),  # noqa: B008  it is frozen
-        then: Callable[[list[Any]], T] | None = None,
-        done: Callable[[list[Any]], Workload] | None = None,
-    ) -> Call[T]:
-        """args[rank] to each rank. Of the values that a rank returns, the first `keep` stay in the object store and come as
-        references; the last is fetched. `work`: the most that the whole call may have to do, for its deadline; `done`: what was
-        done, from the list of the ranks' results; none: all of it. `then` makes the call's result of the same list."""
-        each = {rank: mine for rank, (_, mine) in enumerate(zip(self.handles, args, strict=True))}
-        return Call(self, method, each, keep, work, then, done)
+    def to(
+        self, ranks: Sequence[int], method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Call[list[T]]:
+        """The same call to ranks that have just started, which are not replaced if they fail in it."""
+        return Call(self, dict.fromkeys(ranks, request(method, *args, **kwargs)), retryable=False)
 
-    def prepare(self, method: str, *args: Any) -> Call[list[Any]]:
-        """The same call to every rank, which a rank that is replaced later will be told again."""
-        call = self.call(method, *args)
+    def setup_call(
+        self, method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Call[list[T]]:
+        """The same call to every rank, which is repeated for a rank that is replaced later."""
+        call = self.call(method, *args, **kwargs)
         call.replayed_on_restart = True
         return call
 
+    @overload
+    def scatter(
+        self,
+        requests: Sequence[Request[T]],
+        cost: Cost = ...,
+        stored_returns: Literal[0] = 0,
+        actual_cost: Callable[[list[T]], Cost] | None = None,
+    ) -> Call[list[T]]: ...
+
+    @overload
+    def scatter(
+        self,
+        requests: Sequence[Request[tuple[Any, T]]],
+        cost: Cost = ...,
+        *,
+        stored_returns: Literal[1],
+        actual_cost: Callable[[list[tuple[ObjectRef, T]]], Cost] | None = None,
+    ) -> Call[list[tuple[ObjectRef, T]]]: ...
+
+    def scatter(
+        self,
+        requests: Sequence[Request[Any]],
+        cost: Cost = Cost(),  # noqa: B008  it is frozen
+        stored_returns: int = 0,
+        actual_cost: Callable[[list[Any]], Cost] | None = None,
+    ) -> Call[Any]:
+        """requests[rank] to each rank; the list of their results.
+
+        Of the values that a rank returns, the first `stored_returns` stay in the object store and come as references; the last
+        one is fetched. cost: the most that the whole call may cost, for its deadline. actual_cost: what it did cost, from the
+        list of the results; none: all of `cost`.
+        """
+        each = {rank: mine for rank, (_, mine) in enumerate(zip(self.handles, requests, strict=True))}
+        return Call(self, each, cost, stored_returns, actual_cost)
+
     def setup_calls(self, ranks: Sequence[int]) -> list[Call[list[Any]]]:
-        """The calls that tell replaced ranks all that the group was told."""
-        return [self.to(ranks, method, *args) for method, args in self._setup]
+        """The setup calls that the group has had, to ranks that were replaced."""
+        return [Call(self, dict.fromkeys(ranks, asked), retryable=False) for asked in self._setup]
 
-    def to(self, ranks: Sequence[int], method: str, *args: Any) -> Call[list[Any]]:
-        """The same call to new ranks, which are not replaced in the middle of it."""
-        return Call(self, method, dict.fromkeys(ranks, args), retryable=False)
+    def record_setup(self, asked: Request[Any]) -> None:
+        self._setup.append(asked)
 
-    def record_setup(self, method: str, args: tuple[Any, ...]) -> None:
-        self._setup.append((method, args))
-
-    def locations(self) -> dict[Rank, ProcessLocation]:
-        return {(self.role, rank): place for rank, place in self.location.items()}
+    def by_rank(self) -> dict[Rank, ProcessLocation]:
+        """`locations` with the role in each key."""
+        return {(self.role, rank): location for rank, location in self.locations.items()}
 
 
 @dataclass
 class Call(Generic[T]):
-    """A call to a worker group: started once, waited for once."""
+    """A call of one method to ranks of a worker group. `get` runs it; `run_concurrently` runs several.
+
+    To do something else meanwhile, start it, poll it, and ask for its result:
+
+        call.start()
+        while not call.poll():                       # takes replies, notices failures and passed deadlines; does not wait
+            ...
+        results = call.result()                      # waits for what is missing
+
+    The time until a reply is seen counts as the rank's: who polls rarely measures long calls, and allows longer ones later.
+    """
 
     group: WorkerGroup
-    method: str
-    args: dict[int, tuple[Any, ...]]
-    """Rank -> what it is called with."""
-    keep: int = 0
-    work: Workload = Workload()  # noqa: RUF009  it is frozen
-    """The most that it may have to do."""
-    then: Callable[[list[Any]], T] | None = None
-    done: Callable[[list[Any]], Workload] | None = None
-    """What was done, from the list of the ranks' results; none: `work`."""
+    requests: dict[int, Request[Any]]
+    """Rank -> what it is asked; all name the same method."""
+    cost: Cost = Cost()  # noqa: RUF009  it is frozen
+    """The most that it may cost."""
+    stored_returns: int = 0
+    actual_cost: Callable[[list[Any]], Cost] | None = None
+    """What it did cost, from the list of the ranks' results; none: `cost`."""
+    reduced_by: Callable[[list[Any]], Any] | None = None
+    """Makes the result of the list of the ranks' results; none: the list is the result."""
     retryable: bool = True
+    """Whether ranks without state that fail in it may be replaced, and asked again."""
     replayed_on_restart: bool = False
     allowance: float = 0.0
     """Seconds that it may take on top, by deadlines of its own."""
-    deadline: float = 0.0
-    _began: float = 0.0
-    _ended: float = 0.0
-    """When the last answer came."""
-    _again: bool = False
-    """Whether some ranks were asked again: its time is then not that of its work."""
-    _refs: dict[int, list[ObjectRef]] = field(default_factory=dict)
-    _fetched: dict[int, Any] = field(default_factory=dict)
-    _failed: dict[int, WorkerError] = field(default_factory=dict)
+    method: RemoteMethod = field(init=False)
+    deadline: float = field(default=0.0, init=False)
+    _began: float = field(default=0.0, init=False)
+    _ended: float = field(default=0.0, init=False)
+    """When the last reply came."""
+    _retried: bool = field(default=False, init=False)
+    """Whether some ranks were asked again: its time then tells nothing about its cost."""
+    _recorded: bool = field(default=False, init=False)
+    _refs: dict[int, list[ObjectRef]] = field(default_factory=dict, init=False)
+    _fetched: dict[int, Any] = field(default_factory=dict, init=False)
+    _failed: dict[int, WorkerError] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        methods = {asked.method for asked in self.requests.values()}
+        if len(methods) != 1:
+            names = sorted(method.name for method in methods)
+            raise ValueError(
+                f"a call to {self.group.role} is a call of one method, not of {', '.join(names) or 'none'}"
+            )
+        [self.method] = methods
+
+    def reduce(self, function: Callable[[T], R]) -> Call[R]:
+        """The same call, not started, with a result that the function makes of the list of the ranks' results."""
+        assert self.reduced_by is None
+        return replace(self, reduced_by=function)  # type: ignore[return-value, arg-type]
+
+    # ------------------------------------------------------------ its course
+
+    def get(self) -> T:
+        """Start it and wait for its result."""
+        return run_concurrently(self)[0]
 
     def start(self) -> None:
-        self._send(list(self.args))
+        """Send it to its ranks. Raises RuntimeError where that was done before."""
+        if self._refs:
+            raise RuntimeError(f"{self.group.role}: this call of {self.method} was started before")
+        self._send(list(self.requests))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was started and all ranks have replied."""
+        return bool(self._refs) and not self._failed and not self.pending()
+
+    def poll(self) -> bool:
+        """Take the replies that are there, and replace failed ranks where that can be done; whether all ranks have replied.
+
+        Raises WorkerError where a rank failed, or the deadline has passed, and the call cannot continue.
+        """
+        while not self.finished and _take_reply([self], timeout=0.0):
+            pass
+        return self.finished
+
+    def result(self) -> T:
+        """Its result, once all ranks have replied. Raises WorkerError as `poll` does."""
+        if not self._refs:
+            raise RuntimeError(f"{self.group.role}: this call of {self.method} was not started")
+        while not self.finished:
+            _take_reply([self])
+        results: list[Any] = []
+        for rank in sorted(self.requests):
+            stored = self._refs[rank][:-1]
+            results.append((*stored, self._fetched[rank]) if self.stored_returns else self._fetched[rank])
+        if not self._recorded:
+            self._record(results)
+        return self.reduced_by(results) if self.reduced_by else results  # type: ignore[return-value]
+
+    def _record(self, results: list[Any]) -> None:
+        self._recorded = True
+        if self.replayed_on_restart:
+            self.group.record_setup(next(iter(self.requests.values())))
+        if not self._retried:
+            cost = self.actual_cost(results) if self.actual_cost else self.cost
+            self.group.deadlines.observe(self.method, cost, self._ended - self._began)
 
     def _send(self, ranks: Sequence[int]) -> None:
         self._began = time.monotonic()
-        self.deadline = self._began + self.allowance + self.group.deadlines.seconds(self.method, self.work)
+        self.deadline = self._began + self.allowance + self.group.deadlines.seconds(self.method, self.cost)
         for rank in ranks:
             name = f"{self.group.role}-{rank}.{self.method}"
-            call = self.group.handles[rank].call.options(num_returns=self.keep + 1, name=name)
-            refs = call.remote(self.group.role, self.method, *self.args[rank])
-            self._refs[rank] = list(refs) if self.keep else [refs]
+            call = self.group.handles[rank].call.options(num_returns=self.stored_returns + 1, name=name)
+            refs = call.remote(self.group.role, self.method.name, *self.requests[rank].args)
+            self._refs[rank] = list(refs) if self.stored_returns else [refs]
 
     def pending(self) -> dict[ObjectRef, int]:
-        """What is waited for -> the rank that owes it."""
+        """The replies that are missing -> the rank of each."""
         done = self._fetched.keys() | self._failed.keys()
         return {refs[-1]: rank for rank, refs in self._refs.items() if rank not in done}
 
@@ -137,38 +237,38 @@ class Call(Generic[T]):
         """What `troupe status` says of it. now: time.monotonic()."""
         role, method, epoch = self.group.role, self.method, time.time() - now
         ranks, setting = tuple(sorted(self.pending().values())), self.group.deadlines.setting(method)
-        return Awaited(role, ranks, method, self._began + epoch, self.deadline + epoch, setting)
+        return Awaited(role, ranks, method.name, self._began + epoch, self.deadline + epoch, setting)
 
     def collect(self, rank: int) -> None:
-        """Take a rank's answer, which is there. Raises WorkerError at once where it failed and cannot be replaced: the others
-        may then hang."""
+        """Take a rank's reply, which is there. Raises WorkerError at once where the rank failed and cannot be replaced: the
+        others may then hang."""
         try:
             self._fetched[rank] = ray.get(self._refs[rank][-1])
         except RayError as error:
-            self._fail([rank], self._failure(rank, error), error)
+            self._fail([rank], self._failure_of(rank, error), error)
         else:
             self._ended = time.monotonic()
             if not self.pending():
-                self.group.deadlines.busy[self.group.role, self.method] += self._ended - self._began
+                self.group.deadlines.busy[self.group.role, self.method.name] += self._ended - self._began
 
-    def late(self) -> None:
-        """Its deadline has passed. Raises WorkerError where the ranks that owe an answer cannot be replaced."""
+    def miss_deadline(self) -> None:
+        """Its deadline has passed. Raises WorkerError where the ranks that did not reply cannot be replaced."""
         seconds = self.deadline - self._began
         states = probe_processes(self._everyone(), stacks=self._ranks(list(self.pending().values())))
         owed = self.pending()
-        answered, _ = ray.wait(list(owed), num_returns=len(owed), timeout=0)
-        ranks = [rank for ref, rank in owed.items() if ref not in answered]
+        replied, _ = ray.wait(list(owed), num_returns=len(owed), timeout=0)
+        ranks = [rank for ref, rank in owed.items() if ref not in replied]
         if not ranks:
-            return  # the last answers came while the processes were looked at
+            return  # the last replies came while the processes were probed
         self.group.deadlines.missed(self.method)
         text = f"{self._who(ranks)}: no answer to {self.method} in {seconds:.0f} s ({self.group.deadlines.setting(self.method)})"
         failed_ranks = _failed_ranks(states) or self._ranks(ranks)
-        self._fail(ranks, self._told("hung", ranks, text, "", failed_ranks, states), None)
+        self._fail(ranks, self._failure("hung", ranks, text, "", failed_ranks, states), None)
 
     def _fail(self, ranks: Sequence[int], failure: Failure, cause: Exception | None) -> None:
         error = WorkerError(failure)
-        # Without casualties nobody is to be replaced, and the same call would be answered in the same way: what is lost must
-        # be made again.
+        # Without failed ranks there is nobody to replace, and the same call would have the same result: what was lost must be
+        # made again.
         mine = bool(failure.failed_ranks) and all(role == self.group.role for role, _ in failure.failed_ranks)
         if self.group.replace_failed is None or not self.retryable or not mine:
             raise error from cause
@@ -177,35 +277,20 @@ class Call(Generic[T]):
         self._failed |= dict.fromkeys(ranks, error)
 
     def replace_failed(self) -> None:
-        """Where ranks failed and all others have answered: replace those, and ask them again."""
+        """Where ranks failed and all others have replied: replace those, and ask them again."""
         if not self._failed or self.pending():
             return
         assert self.group.replace_failed is not None
         failed, self._failed = self._failed, {}
         for error in dict.fromkeys(failed.values()):
             self.group.replace_failed(error)
-        self._again = True
+        self._retried = True
         self._send(sorted(failed))
-
-    def result(self) -> T:
-        if self.replayed_on_restart:
-            self.group.record_setup(self.method, next(iter(self.args.values())))
-        results: list[Any] = []
-        for rank in sorted(self.args):
-            kept = self._refs[rank][:-1]
-            results.append((*kept, self._fetched[rank]) if self.keep else self._fetched[rank])
-        if not self._again:
-            work = self.done(results) if self.done else self.work
-            self.group.deadlines.observe(self.method, work, self._ended - self._began)
-        return self.then(results) if self.then else results  # type: ignore[return-value]
-
-    def get(self) -> T:
-        return run_concurrently(self)[0]
 
     # ------------------------------------------------------------ what failed
 
-    def _failure(self, rank: int, error: RayError) -> Failure:
-        """What is behind an error that a rank reports: another that died, perhaps."""
+    def _failure_of(self, rank: int, error: RayError) -> Failure:
+        """The cause of an error that a rank reports: perhaps another rank died."""
         states = probe_processes(self._everyone())
         failed_ranks = _failed_ranks(states)
         who = f"{self._who([rank])} failed in {self.method}"
@@ -221,9 +306,9 @@ class Call(Generic[T]):
             kind, text = "lost", f"{who}: {summary(cause) if raised else 'its answer was lost'}"
         else:
             kind, text = "error", f"{who}: {_line(cause)}"
-        return self._told(kind, [rank], text, str(error), failed_ranks, states, cause if raised else None)
+        return self._failure(kind, [rank], text, str(error), failed_ranks, states, cause if raised else None)
 
-    def _told(
+    def _failure(
         self,
         kind: Kind,
         ranks: Sequence[int],
@@ -239,8 +324,8 @@ class Call(Generic[T]):
             kind,
             self.group.role,
             tuple(ranks),
-            self.method,
-            phase_of(self.method),
+            self.method.name,
+            self.method.phase,
             text,
             cause,
             detail,
@@ -252,7 +337,7 @@ class Call(Generic[T]):
     def _everyone(self) -> dict[Rank, ProcessLocation]:
         locations: dict[Rank, ProcessLocation] = {}
         for group in self.group.all_groups or [self.group]:
-            locations |= group.locations()
+            locations |= group.by_rank()
         return locations
 
     def _ranks(self, ranks: Sequence[int]) -> list[Rank]:
@@ -263,44 +348,48 @@ class Call(Generic[T]):
 
 
 def _line(cause: Exception) -> str:
-    """What happened, in a line. What Ray could not send or read as an object it quotes with its traceback."""
+    """What happened, in a line. Where Ray could not send or read an object, its error quotes a traceback."""
     quoted = headline_of_traceback(str(cause)) if isinstance(cause, RayError) else ""
     return quoted or summary(cause)
 
 
 def _failed_ranks(states: dict[Rank, ProcessState]) -> list[Rank]:
-    return [rank for rank, finding in states.items() if finding.state != "running"]
+    return [rank for rank, found in states.items() if found.state != "running"]
 
 
 def run_concurrently(*calls: Call[Any] | None) -> list[Any]:
-    """Run calls at the same time, but those to groups on the same devices in turn. Results in order; None stays None."""
+    """Run calls at the same time, but those to groups in one placement group in turn. Results in order; None stays None."""
     waiting = [call for call in calls if call is not None]
     running: list[Call[Any]] = []
     while waiting or running:
-        busy = {call.group.place for call in running}
+        busy = {call.group.placement_group for call in running}
         for call in list(waiting):
-            if call.group.place not in busy:
-                busy.add(call.group.place)
+            if call.group.placement_group not in busy:
+                busy.add(call.group.placement_group)
                 waiting.remove(call)
                 running.append(call)
                 call.start()
-        _collect_next(running)
-        for call in running:
-            call.replace_failed()
-        running = [call for call in running if call.pending()]
+        _take_reply(running)
+        running = [call for call in running if not call.finished]
     return [None if call is None else call.result() for call in calls]
 
 
-def _collect_next(running: list[Call[Any]]) -> None:
-    """Wait for the next answer of any rank of any call."""
+def _take_reply(running: Sequence[Call[Any]], timeout: float | None = None) -> bool:
+    """Wait for the next reply of any rank of any of these calls, until the nearest deadline or for `timeout` seconds; whether
+    one came."""
     owed = {ref: (call, rank) for call in running for ref, rank in call.pending().items()}
     nearest = min(running, key=lambda call: call.deadline)
     deadlines, now = nearest.group.deadlines, time.monotonic()
+    left = max(nearest.deadline - now, 0.0)
+    wait = left if timeout is None else min(left, timeout)
     deadlines.awaited = nearest.awaited(now)
-    ready, _ = ray.wait(list(owed), timeout=max(nearest.deadline - now, 0.0))
+    ready, _ = ray.wait(list(owed), timeout=wait)
     deadlines.awaited = None
-    if not ready:
-        nearest.late()
+    if not ready and wait == left:
+        nearest.miss_deadline()
     for ref in ready:
         call, rank = owed[ref]
         call.collect(rank)
+    for call in running:
+        call.replace_failed()
+    return bool(ready)

@@ -5,35 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from configs.schema import DeadlineSettings, Role
-
-Phase = Literal["start", "generate", "score", "train", "publish", "save"]
-
-PHASES: dict[str, Phase] = {
-    **dict.fromkeys(("location", "address", "join", "mark", "load", "connect", "add_rows"), "start"),
-    "generate": "generate",
-    **dict.fromkeys(("log_probs", "values", "scores", "texts", "memory"), "score"),
-    **dict.fromkeys(("publish", "probe", "prove"), "publish"),
-    **dict.fromkeys(("save", "restore", "snapshot", "restore_snapshot", "export"), "save"),
-}
-"""Method of a worker -> phase; every other method trains."""
+from workers.api import Phase, RemoteMethod
 
 BACKWARD = 3.0
 """What a forward and a backward pass of a token cost together, in forward passes."""
 _REMEMBERED = 20
-"""Calls of a method, the latest ones, that deadlines are learnt from: a machine may become slower, and what the first calls
-took is no measure for ever."""
-
-
-def phase_of(method: str) -> Phase:
-    return PHASES.get(method, "train")
+"""Deadlines are derived from so many of the latest calls of a method: a machine may become slower, so that old calls mislead."""
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What a call has to do, in units of two kinds. The time of a call is at most proportional to the larger of the two."""
+class Cost:
+    """What a call costs, in units of two kinds. The time of a call is at most proportional to the larger of the two."""
 
     tokens: float = 1.0
     """Tokens through a model, over all ranks; one that is trained on counts `BACKWARD` times."""
@@ -41,9 +26,9 @@ class Workload:
     """What comes one after the other however few tokens there are: tokens of an engine's longest answer, micro-batches that are
     scored, updates of a model's weights."""
 
-    def times(self, other: Workload) -> float:
-        """How many times as long as the other this may take, at least once: small calls have their fixed costs. Infinite where
-        this does something of which the other did nothing."""
+    def times(self, other: Cost) -> float:
+        """How many times as long as the other this may take, at least 1: small calls have fixed costs too. Infinite where this
+        needs units of a kind of which the other needed none."""
         return max(1.0, _ratio(self.tokens, other.tokens), _ratio(self.steps, other.steps))
 
 
@@ -53,11 +38,11 @@ def _ratio(a: float, b: float) -> float:
 
 @dataclass(frozen=True)
 class Awaited:
-    """A call that the driver waits for; of several the one whose deadline is the next."""
+    """The call that the driver waits for; of several, the one with the next deadline."""
 
     role: Role
     ranks: tuple[int, ...]
-    """Those that have not answered."""
+    """Those that have not replied."""
     method: str
     since: float
     """Seconds since the epoch, as is `until`, its deadline."""
@@ -67,48 +52,54 @@ class Awaited:
 
 
 class Deadlines:
-    """The deadlines of a team's calls. A call that has been made before gets `patience` times what the latest calls of its
-    name took, in proportion to what it has to do where that is more than they did, and `least` seconds at least; one that is
-    like none before gets `first`. A phase that the config names gets what it says."""
+    """The deadlines of a team's calls.
+
+    A method that was called before gets `patience` times what its latest calls took, in proportion to the cost where that is
+    higher than theirs was, and at least `least` seconds; a call unlike all before gets `first`. Where the config sets the time
+    of a phase, each call of that phase gets it.
+    """
 
     def __init__(self, settings: DeadlineSettings) -> None:
         self._settings = settings
-        self._seen: dict[str, deque[tuple[Workload, float]]] = {}
+        self._seen: dict[str, deque[tuple[Cost, float]]] = {}
         self._missed: Counter[str] = Counter()
         self.awaited: Awaited | None = None
-        """What the driver waits for at this moment."""
+        """The call that the driver waits for now."""
         self.busy: dict[tuple[Role, str], float] = defaultdict(float)
-        """Seconds that answered calls took, by role and method."""
+        """Seconds that finished calls took, by role and name of the method."""
 
-    def seconds(self, method: str, work: Workload) -> float:
-        """Seconds for a call that may have to do so much."""
-        phase, settings = phase_of(method), self._settings
-        if fixed := getattr(settings, phase):
+    def seconds(self, method: RemoteMethod, cost: Cost) -> float:
+        """Seconds for a call that costs at most so much."""
+        settings = self._settings
+        if fixed := getattr(settings, method.phase):
             return float(fixed)
-        expected = [seconds * work.times(done) for done, seconds in self._seen.get(method, ())]
+        expected = [seconds * cost.times(actual) for actual, seconds in self._seen.get(method.name, ())]
         if not (known := [seconds for seconds in expected if math.isfinite(seconds)]):
             return settings.first
         # Who was slow and healthy must not be ended again and again: the next attempt gets twice the time.
-        return max(settings.least, settings.patience * max(known)) * 2.0 ** self._missed[method]
+        return max(settings.least, settings.patience * max(known)) * 2.0 ** self._missed[method.name]
 
-    def observe(self, method: str, done: Workload, seconds: float) -> None:
-        """Note that a call did so much in so many seconds."""
-        self._seen.setdefault(method, deque(maxlen=_REMEMBERED)).append((done, seconds))
-        self._missed[method] = 0
+    def observe(self, method: RemoteMethod, cost: Cost, seconds: float) -> None:
+        """Record that a call of this cost took so many seconds."""
+        self._seen.setdefault(method.name, deque(maxlen=_REMEMBERED)).append((cost, seconds))
+        self._missed[method.name] = 0
 
-    def missed(self, method: str) -> None:
-        """Note that a call did not end by its deadline."""
-        self._missed[method] += 1
+    def missed(self, method: RemoteMethod) -> None:
+        """Record that a call did not end by its deadline."""
+        self._missed[method.name] += 1
 
     def taken(self) -> dict[tuple[Role, str], float]:
         """What `busy` holds since this was last called."""
         taken, self.busy = self.busy, defaultdict(float)
         return taken
 
-    def setting(self, method: str) -> str:
+    def setting(self, method: RemoteMethod) -> str:
         """Dotted path of the setting that bounds a call."""
-        phase = phase_of(method)
-        return f"deadlines.{phase}" if getattr(self._settings, phase) else "deadlines.first, .least and .patience"
+        return (
+            f"deadlines.{method.phase}"
+            if getattr(self._settings, method.phase)
+            else "deadlines.first, .least and .patience"
+        )
 
 
 assert set(get_args(Phase)) <= set(DeadlineSettings.model_fields)

@@ -1,4 +1,4 @@
-"""What went wrong in a worker, as far as can be found out: who, where, doing what, and what its process shows."""
+"""What went wrong in a worker: which rank, on which node, in which method, and the state of its process."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from workers.process import inspection
 from workers.process.inspection import ProcessLocation, ProcessState, State
 
 LOG_LINES = 30
-LOOK = 60.0
-"""Seconds for looking at the processes of a node."""
+PROBE_TIMEOUT = 60.0
+"""Seconds for probing, or ending, the processes of a node."""
 
 LOST = (
     LocalRayletDiedError,
@@ -37,7 +37,7 @@ LOST = (
     RpcError,
     WorkerCrashedError,
 )
-"""What Ray itself loses, so that the same work may succeed another time. Its other errors (a result that cannot be read, no
+"""What Ray itself loses, so that the same call may succeed another time. Its other errors (a result that cannot be read, no
 memory in the object store, an exception that could not be pickled) come again."""
 
 Kind = Literal["error", "died", "hung", "lost"]
@@ -47,11 +47,11 @@ Rank = tuple[Role, int]
 
 @dataclass(frozen=True)
 class Failure:
-    """A call to a worker that did not end well."""
+    """A call to a worker that failed."""
 
     kind: Kind
-    """error: it raised. died: its process is gone. hung: it gave no answer in time. lost: Ray lost its answer, or what it was to
-    work on, though all processes live."""
+    """error: it raised. died: its process is gone. hung: it did not reply in time. lost: Ray lost its reply or its arguments,
+    though all processes live."""
     role: Role
     ranks: tuple[int, ...]
     method: str
@@ -61,16 +61,16 @@ class Failure:
     cause: Exception | None = None
     """What the worker raised, where it did."""
     detail: str = ""
-    """What Ray says: a traceback, a cause of death."""
+    """Ray's message: a traceback, or why the process died."""
     failed_ranks: tuple[Rank, ...] = ()
-    """Workers that must be replaced, of whatever role: what one suffers another may report."""
+    """Workers that must be replaced, of whatever role: another than the one that reports the error may have caused it."""
     locations: dict[Rank, ProcessLocation] = field(default_factory=dict)
     states: dict[Rank, ProcessState] = field(default_factory=dict)
-    """Of the casualties; of those that raised where there are none."""
+    """Of the failed ranks; where there are none, of those that raised."""
 
     @property
     def survivable(self) -> bool:
-        """Whether a replaced worker and the same call again may do: an error that a worker raised by itself comes again."""
+        """Whether the same call may succeed once failed workers are replaced: an error raised by a worker itself comes again."""
         return bool(self.failed_ranks) or self.kind == "lost"
 
     def __str__(self) -> str:
@@ -90,13 +90,13 @@ class Failure:
 
 
 class WorkerError(RuntimeError):
-    """A worker failed, died or did not answer in time; the message says all that could be found out."""
+    """A worker failed, died or did not reply in time; the message says all that could be found out."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(str(failure))
         self.failure = failure
         self.final = False
-        """Whether it was decided that the run ends of it."""
+        """Whether it was decided that the run ends because of it."""
 
 
 def probe_processes(locations: dict[Rank, ProcessLocation], stacks: Collection[Rank] = ()) -> dict[Rank, ProcessState]:
@@ -111,11 +111,13 @@ def probe_processes(locations: dict[Rank, ProcessLocation], stacks: Collection[R
     found: dict[Rank, ProcessState] = {}
     for node, ranks in nodes.items():
         try:
-            found |= zip(ranks, ray.get(tasks[node], timeout=LOOK), strict=True)
+            found |= zip(ranks, ray.get(tasks[node], timeout=PROBE_TIMEOUT), strict=True)
         except GetTimeoutError:
             # A node without a free moment is not lost: its workers are healthy as far as anybody knows.
             state: State = "running" if node in alive_nodes() else "node lost"
-            found |= dict.fromkeys(ranks, ProcessState(state, f"(the node could not be looked at in {LOOK:.0f} s)"))
+            found |= dict.fromkeys(
+                ranks, ProcessState(state, f"(the node could not be looked at in {PROBE_TIMEOUT:.0f} s)")
+            )
         except RayError:  # the task cannot be run there
             found |= dict.fromkeys(ranks, ProcessState("node lost"))
     return {rank: found[rank] for rank in locations}
@@ -130,7 +132,7 @@ def end(locations: dict[Rank, ProcessLocation]) -> None:
     """Kill workers' processes, which Ray cannot do with a stopped one."""
     for node, ranks in _by_node(locations).items():
         try:
-            ray.get(on_node(node, inspection.end, [locations[rank] for rank in ranks]), timeout=LOOK)
+            ray.get(on_node(node, inspection.end, [locations[rank] for rank in ranks]), timeout=PROBE_TIMEOUT)
         except RayError:
             continue  # with the node they are gone too
 

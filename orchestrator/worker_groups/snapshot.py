@@ -1,4 +1,4 @@
-"""What the trained roles have learned, in the object store: from there lost steps are done again."""
+"""The state of the trained roles in the object store, from which lost steps are repeated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Snapshot:
 
     step: int
     state: dict[str, Any]
-    """What the driver keeps."""
+    """The driver's part."""
     files: dict[Role, list[RankFiles]]
 
     def write(self, folder: Path) -> None:
@@ -45,11 +45,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """What one rank has learned: name -> bytes."""
+    """The state of one rank: name -> bytes."""
 
     names: list[str]
     node: str
-    """Where it was taken."""
+    """The node that it was taken on."""
     copies: dict[str, ray.ObjectRef]
     """Node -> the files there, or on their way there."""
 

@@ -33,18 +33,20 @@ from configs import ZERO
 from configs.schema import ModelReward, ModelSettings, Role, RunConfig
 from orchestrator.run.run_dir import local
 from orchestrator.worker_groups.calls import Call, WorkerGroup, run_concurrently
-from orchestrator.worker_groups.deadlines import BACKWARD, Deadlines, Workload
+from orchestrator.worker_groups.deadlines import BACKWARD, Cost, Deadlines
 from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import Rank, WorkerError, alive_nodes, end, on_node
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.snapshot import RankFiles, Snapshot
 from placement.plan import floor_to, time_shared
 from placement.plan.placement_groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
+from placement.stages import STAGES
 from placement.types import Plan, transport_of
 from troupe.imports import Actor
+from workers.api import PolicyApi, RewardsApi, RolloutApi, TrainerApi, ValueApi, WorkerApi, request
 from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
 from workers.data.batching import Rows, aligned_micro_batches, balance, mini_batches
-from workers.data.samples import SampleRefs
+from workers.data.samples import RaggedArray, SampleRefs
 from workers.data.step_inputs import (
     DifferentModel,
     MiniBatch,
@@ -136,7 +138,7 @@ class Team:
             all_groups: list[WorkerGroup] = []
             for role, planned in plan.roles.items():
                 group = WorkerGroup(role, [], planned.group, team.deadlines, all_groups=all_groups)
-                if role == "rollout" or (role in ("reference", "reward") and plan.stage == "ppo"):
+                if role not in STAGES[plan.stage].trained:
                     # With a process that serves others too, what those had learned is gone.
                     group.replace_failed = team._replace_failed if planned.process_roles == (role,) else None
                     group.collective = role == "reference" or len(planned.process_roles) > 1
@@ -175,7 +177,7 @@ class Team:
         }
         hosted = [
             (
-                "value" if role == "reward" and self.plan.stage == "rm" else KINDS[role],
+                STAGES[self.plan.stage].workers.get(role, KINDS[role]),
                 WorkerSpec(
                     self.config,
                     role,
@@ -193,13 +195,13 @@ class Team:
 
     def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
         """Find out where new workers are, and tell the ranks of each role where they meet."""
-        found = run_concurrently(*(self.groups[role].to(ranks, "location") for role, ranks in new.items()))
+        found = run_concurrently(*(self.groups[role].to(ranks, WorkerApi.location) for role, ranks in new.items()))
         for (role, ranks), locations in zip(new.items(), found, strict=True):
-            self.groups[role].location |= dict(zip(ranks, locations, strict=True))
+            self.groups[role].locations |= dict(zip(ranks, locations, strict=True))
         self._changed(self)
-        addresses = run_concurrently(*(self.groups[role].to(ranks, "address") for role, ranks in new.items()))
+        addresses = run_concurrently(*(self.groups[role].to(ranks, WorkerApi.address) for role, ranks in new.items()))
         meet = {role: each[0] for role, each in zip(new, addresses, strict=True)}
-        run_concurrently(*(self.groups[role].to(ranks, "join", meet[role]) for role, ranks in new.items()))
+        run_concurrently(*(self.groups[role].to(ranks, WorkerApi.join, meet[role]) for role, ranks in new.items()))
 
     def stop(self) -> None:
         """End the workers and give their placement groups back."""
@@ -232,7 +234,7 @@ class Team:
                 lost |= {other: list(range(len(self.groups[other]))) for other in self.plan.roles[role].process_roles}
         lost = {role: lost[role] for role in self.groups if role in lost}  # they load in the order of a start
         gone = [(role, rank) for role, ranks in lost.items() for rank in ranks]
-        known = {place: where for role in lost for place, where in self.groups[role].locations().items()}
+        known = {place: where for role in lost for place, where in self.groups[role].by_rank().items()}
         end({rank: known[rank] for rank in gone if rank in known})
         for role, rank in gone:
             ray.kill(self.groups[role].handles[rank])
@@ -252,7 +254,7 @@ class Team:
         return [
             (role, rank)
             for role, rank in error.failure.failed_ranks
-            if (role, rank) not in known or known[role, rank] == self.groups[role].location.get(rank)
+            if (role, rank) not in known or known[role, rank] == self.groups[role].locations.get(rank)
         ]
 
     def _replace_failed(self, error: WorkerError) -> None:
@@ -265,12 +267,14 @@ class Team:
     def snapshot(self, step: int, state: dict[str, Any], roles: Sequence[Role]) -> Snapshot:
         """Copy what roles have learned into the object store; where there are several nodes, onto another node too."""
         groups = [self.groups[role] for role in roles]
-        found = run_concurrently(*(group.scatter("snapshot", [()] * len(group), keep=1) for group in groups))
+        found = run_concurrently(
+            *(group.scatter([request(TrainerApi.snapshot)] * len(group), stored_returns=1) for group in groups)
+        )
         nodes = sorted(alive_nodes())
         files: dict[Role, list[RankFiles]] = {role: [] for role in roles}
         for group, ranks in zip(groups, found, strict=True):
             for rank, (ref, names) in enumerate(ranks):
-                node = group.location[rank].node
+                node = group.locations[rank].node
                 others = [other for other in nodes if other != node]
                 copies = {node: ref}
                 if others:
@@ -286,7 +290,11 @@ class Team:
         for role, ranks in snapshot.files.items():
             names = sorted({name for rank in ranks for name in rank.names})
             copies = [rank.copy_on(alive) for rank in ranks]
-            calls.append(self.groups[role].scatter("restore_snapshot", [(mine, copies[0], names) for mine in copies]))
+            calls.append(
+                self.groups[role].scatter(
+                    [request(TrainerApi.restore_snapshot, mine, copies[0], names) for mine in copies]
+                )
+            )
         run_concurrently(*calls)
 
     def workers(self) -> list[dict[str, Any]]:
@@ -294,7 +302,7 @@ class Team:
         return [
             {"role": role, "rank": rank, "node": place.host, "pid": place.pid, "restarts": self._starts[role, rank] - 1}
             for role, group in self.groups.items()
-            for rank, place in sorted(group.location.items())
+            for rank, place in sorted(group.locations.items())
         ]
 
     # ------------------------------------------------------------ models and data
@@ -316,15 +324,17 @@ class Team:
         own = {s.name for s in ppo.rewards if isinstance(s, ModelReward) and s.tokenizer == "own"}
         critic = next((path for name, path in paths.items() if name not in own), model)
         run_concurrently(
-            groups["actor"].prepare("load", model, actor, ppo.actor_optimizer),
-            groups["critic"].prepare("load", critic, actor, ppo.critic_optimizer) if "critic" in groups else None,
-            groups["reference"].prepare("load", model, actor, None),
-            groups["reward"].prepare("load", model, paths),
-            groups["rollout"].prepare("load", model, self.transport, self._longest),
+            groups["actor"].setup_call(PolicyApi.load, model, actor, ppo.actor_optimizer),
+            groups["critic"].setup_call(ValueApi.load, critic, actor, ppo.critic_optimizer)
+            if "critic" in groups
+            else None,
+            groups["reference"].setup_call(PolicyApi.load, model, actor, None),
+            groups["reward"].setup_call(RewardsApi.load, model, paths),
+            groups["rollout"].setup_call(RolloutApi.load, model, self.transport, self._longest),
         )
         self._connect()
         if not self.config.model.quantize:  # then the actor has other weights than the folder
-            self._prove(0, groups["actor"].call("probe", 0).get()[0])
+            self._prove(0, groups["actor"].call(PolicyApi.probe, 0).get()[0])
         # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
         self.publish(0)
 
@@ -336,7 +346,7 @@ class Team:
 
     def export(self, role: Role, folder: str | Path) -> None:
         """Write a role's model as a plain Hugging Face folder: adapters merged, and the adapter beside it."""
-        self.groups[role].call("export", str(Path(folder).absolute())).get()
+        self.groups[role].call(TrainerApi.export, str(Path(folder).absolute())).get()
 
     def add_prompts(self, name: str, rows: Sequence[Row]) -> None:
         """Tokenise prompts and give them to the engines, and to the reward role, whose functions get the rows' other columns.
@@ -361,12 +371,12 @@ class Team:
 
     def _give(self, name: str, data: Any, role: Role) -> None:
         """Through the object store, and to those that replace its workers too."""
-        self.groups[role].prepare("add_rows", name, ray.put(data)).get()
+        self.groups[role].setup_call(WorkerApi.add_rows, name, ray.put(data)).get()
 
     def memory(self) -> dict[Role, int]:
         """Bytes of each role's workers, proportional set size; of a process that serves several roles, each has an equal part."""
         roles = list(self.groups)
-        found = run_concurrently(*(self.groups[role].call("memory") for role in roles))
+        found = run_concurrently(*(self.groups[role].call(WorkerApi.memory) for role in roles))
         return {
             role: sum(each) // len(self.plan.roles[role].process_roles) for role, each in zip(roles, found, strict=True)
         }
@@ -398,16 +408,18 @@ class Team:
                 versions=frozenset(written.version for _, written in results),
             )
 
-        args = [(data, prompts[share], numbers[share], step, self.version) for share in shares]
+        requests = [
+            request(RolloutApi.generate, data, prompts[share], numbers[share], step, self.version) for share in shares
+        ]
         longest, asked = self.config.rollout.max_new_tokens, float(self.lengths[data][0][prompts].sum())
         turns = -(-max(map(len, shares)) // self.config.rollout.max_sequences)  # an engine's answers, so many at a time
-        work = Workload(asked + len(prompts) * longest, turns * longest)
+        cost = Cost(asked + len(prompts) * longest, turns * longest)
 
-        def done(results: list[tuple[Any, RolloutInfo]]) -> Workload:
+        def done(results: list[tuple[Any, RolloutInfo]]) -> Cost:
             lengths = np.concatenate([written.answer_lengths for _, written in results])
-            return Workload(asked + float(lengths.sum()), float(turns * lengths.max(initial=0)))
+            return Cost(asked + float(lengths.sum()), float(turns * lengths.max(initial=0)))
 
-        return group.scatter("generate", args, keep=1, work=work, then=gather, done=done)
+        return group.scatter(requests, cost, stored_returns=1, actual_cost=done).reduce(gather)
 
     def _share_out(self, prompt_lengths: np.ndarray, engines: int) -> list[np.ndarray]:
         """Give each answer, the longest first, to the engine with the fewest tokens outstanding."""
@@ -423,22 +435,29 @@ class Team:
 
     def log_probs(self, rollouts: Rollouts) -> Call[TokenColumn]:
         """The reference's log-probabilities; per answer, the sum of log(actor / reference)."""
-        return self._column("reference", "log_probs", rollouts)
+        return self._column("reference", PolicyApi.log_probs, rollouts)
 
     def values(self, rollouts: Rollouts) -> Call[TokenColumn] | None:
         """The critic's values, where there is a critic."""
-        return self._column("critic", "values", rollouts) if "critic" in self.groups else None
+        return self._column("critic", ValueApi.values, rollouts) if "critic" in self.groups else None
 
-    def _column(self, role: Role, method: str, rollouts: Rollouts) -> Call[TokenColumn]:
+    def _column(
+        self,
+        role: Role,
+        method: Callable[[Any, SampleRefs, list[Rows]], tuple[RaggedArray, np.ndarray]],
+        rollouts: Rollouts,
+    ) -> Call[TokenColumn]:
         shards, micro_batches = self._shards(role, rollouts.lengths)
 
         def gather(results: list[tuple[Any, np.ndarray]]) -> TokenColumn:
             refs = SampleRefs.of([ref for ref, _ in results], shards, len(rollouts))
             return TokenColumn(refs, _in_order(shards, [numbers for _, numbers in results], len(rollouts)))
 
-        args = [(rollouts.refs.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)]
-        work = Workload(float(rollouts.lengths.sum()), len(micro_batches[0]))
-        return self.groups[role].scatter(method, args, keep=1, work=work, then=gather)
+        requests = [
+            request(method, rollouts.refs.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)
+        ]
+        cost = Cost(float(rollouts.lengths.sum()), len(micro_batches[0]))
+        return self.groups[role].scatter(requests, cost, stored_returns=1).reduce(gather)
 
     def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, RewardResult]]:
         """What each of the named sources (rewards or judges) says of the answers: of each a score, a timeout or an error."""
@@ -447,15 +466,15 @@ class Team:
         def gather(results: list[dict[str, RewardResult]]) -> dict[str, RewardResult]:
             return {name: RewardResult.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
 
-        args = [
-            (self._request(rollouts, rows), rollouts.refs.take(rows), micro, list(names))
+        requests = [
+            request(RewardsApi.scores, self._request(rollouts, rows), rollouts.refs.take(rows), micro, list(names))
             for rows, micro in zip(shards, micro_batches, strict=True)
         ]
         assert self.config.ppo is not None
         models = [source.name for source in self.config.ppo.rewards if isinstance(source, ModelReward)]
         passes = sum(name in models for name in names)
-        work = Workload(passes * float(rollouts.lengths.sum()), 1 + passes * len(micro_batches[0]))
-        call = self.groups["reward"].scatter("scores", args, work=work, then=gather)
+        cost = Cost(passes * float(rollouts.lengths.sum()), 1 + passes * len(micro_batches[0]))
+        call = self.groups["reward"].scatter(requests, cost).reduce(gather)
         call.allowance = self.config.ppo.longest_scoring(max(map(len, shards)))
         return call
 
@@ -467,8 +486,9 @@ class Team:
     def texts(self, rollouts: Rollouts, samples: np.ndarray | None = None) -> list[tuple[str, str]]:
         """(prompt, answer) as text, for people to read: of each sample, or of some."""
         samples = np.arange(len(rollouts)) if samples is None else samples
-        work = Workload(float(rollouts.lengths[samples].sum()))
-        return Call(self.groups["reward"], "texts", {0: (rollouts.refs.take(samples),)}, work=work).get()[0]
+        cost = Cost(float(rollouts.lengths[samples].sum()))
+        asked = request(RewardsApi.texts, rollouts.refs.take(samples))
+        return Call[list[list[tuple[str, str]]]](self.groups["reward"], {0: asked}, cost).get()[0]
 
     def _shards(self, role: Role, lengths: np.ndarray) -> tuple[list[Rows], list[list[Rows]]]:
         """Samples of each rank and its micro-batches of them, balanced by tokens."""
@@ -484,39 +504,44 @@ class Team:
         Each sample that has a score is trained on once per epoch. Without `update` the weights stay and only the log-prob gap
         is measured. Raises ValueError where no sample has a score.
         """
-        return self._train("actor", "train_answers", experience, StageStep(step, steps), update)
+        return self._train("actor", PolicyApi.train_answers, experience, StageStep(step, steps), update)
 
     def train_critic(self, experience: Experience, step: int, steps: int) -> Call[dict[str, float]] | None:
         """The critic's updates of a step, where there is a critic. See `train_actor`."""
         if "critic" not in self.groups:
             return None
-        return self._train("critic", "train_values", experience, StageStep(step, steps), True)
+        return self._train("critic", ValueApi.train_values, experience, StageStep(step, steps), True)
 
     def _train(
-        self, role: Role, method: str, experience: Experience, at: StageStep, update: bool
+        self,
+        role: Role,
+        method: Callable[[Any, TrainStepInput, StageStep, tuple[int, ...]], dict[str, float]],
+        experience: Experience,
+        at: StageStep,
+        update: bool,
     ) -> Call[dict[str, float]]:
         works = self._works(role, experience, at.step, update)
         seed = (self.config.seed, at.step)
-        args = [(work, at, seed) for work in works]
+        requests = [request(method, work, at, seed) for work in works]
         asked = self._training_work(role, experience, update)
 
-        def done(results: list[dict[str, float]]) -> Workload:
+        def done(results: list[dict[str, float]]) -> Cost:
             """Of the actor, which may stop before its last update (`ppo.target_kl`)."""
             updates = results[0].get("updates", 0.0) + results[0].get("refused/actor", 0.0)
-            return Workload(asked.tokens * updates / asked.steps, updates) if role == "actor" and update else asked
+            return Cost(asked.tokens * updates / asked.steps, updates) if role == "actor" and update else asked
 
-        return self.groups[role].scatter(method, args, work=asked, then=lambda results: results[0], done=done)
+        return self.groups[role].scatter(requests, asked, actual_cost=done).reduce(lambda results: results[0])
 
-    def _training_work(self, role: Role, experience: Experience, update: bool) -> Workload:
+    def _training_work(self, role: Role, experience: Experience, update: bool) -> Cost:
         """All updates of a step; without `update` the one forward pass, over the first mini-batch, that measures the gap."""
         ppo, rollouts = self.config.ppo, experience.rollouts
         assert ppo is not None
         tokens = float(rollouts.lengths[experience.scored].sum())
         if not update:
-            return Workload(tokens / ppo.mini_batches, 0.0)
+            return Cost(tokens / ppo.mini_batches, 0.0)
         if role == "actor":
             tokens += sum(float(self.lengths["sft"][0][rows].sum()) for rows in experience.ptx)
-        return Workload(BACKWARD * ppo.epochs * tokens, ppo.epochs * ppo.mini_batches)
+        return Cost(BACKWARD * ppo.epochs * tokens, ppo.epochs * ppo.mini_batches)
 
     def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[TrainStepInput]:
         """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
@@ -573,12 +598,12 @@ class Team:
     def _connect(self) -> None:
         """Let the actor's ranks meet the engines."""
         actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
-        address = actor.call("address").get()[0]
-        actor.call("connect", engines, self.transport, address).get()
+        address = actor.call(WorkerApi.address).get()[0]
+        actor.call(PolicyApi.connect, engines, self.transport, address).get()
 
     def _prove(self, version: int, probe: Probe) -> float:
         """Let every engine show that it computes what the actor does; the largest gap. Raises WorkerError."""
-        return max(self.groups["rollout"].call("prove", version, probe).get())
+        return max(self.groups["rollout"].call(RolloutApi.prove, version, probe).get())
 
     def publish(self, version: int) -> Publication:
         """Give the actor's weights to every engine under a version, and let them show that they compute with them.
@@ -589,7 +614,7 @@ class Team:
         damaged = 0
         while True:
             try:
-                size, probe = self.groups["actor"].call("publish", version).get()[0]
+                size, probe = self.groups["actor"].call(PolicyApi.publish, version).get()[0]
                 started = time.monotonic()
                 gap = self._prove(version, probe)
             except WorkerError as error:

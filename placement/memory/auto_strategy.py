@@ -12,7 +12,8 @@ from placement.memory.estimate import estimate_memory
 from placement.models.shapes import NO_MODELS, read_shapes
 from placement.plan.auto_dtype import with_dtype
 from placement.plan.planner import make_plan
-from placement.types import TRAINED, Device, PlanError, Problem, Stage
+from placement.stages import STAGES
+from placement.types import Device, PlanError, Problem, Stage
 
 FASTEST_FIRST = tuple(ZERO)
 """Strategies from the fastest to the slowest: ZeRO stages by their communication, then offload to the host, then NVMe."""
@@ -71,7 +72,7 @@ def resolve(
     missing_bytes = {strategy: missing(dict.fromkeys(roles, strategy)) for strategy in usable}
     best = min(usable, key=lambda strategy: (missing_bytes[strategy], usable.index(strategy)))
     chosen: dict[Role, Strategy] = dict.fromkeys(roles, best)
-    trained = {role for stage in stages for role in TRAINED[stage]}
+    trained = {role for stage in stages for role in STAGES[stage].trained}
     for role in roles:
         for faster in usable[: usable.index(best)]:
             trial = chosen | {role: faster}

@@ -12,9 +12,7 @@ from typing import Any
 
 from configs.schema import ROLES, LoraSettings, ModelSettings, Role, RunConfig
 from placement.memory.phases import (
-    PHASES,
     PassSize,
-    Phase,
     UseByPhase,
     adapter_memory,
     engine_memory,
@@ -32,13 +30,9 @@ from placement.models.architecture import Architecture
 from placement.models.shapes import SIZES, Shapes, longest_row, min_kv_cache, model_settings
 from placement.plan.layout import strategy_in
 from placement.plan.time_sharing import time_shared
-from placement.types import GIB, MIB, TRAINED, GroupPlan, Plan, Stage, transport_of
+from placement.stages import STAGES, Phase
+from placement.types import GIB, MIB, GroupPlan, Plan, transport_of
 
-STAGE_PHASES: dict[Stage, tuple[Phase, ...]] = {
-    "sft": ("load", "train", "save"),
-    "rm": ("load", "train", "save"),
-    "ppo": PHASES,
-}
 BUSY: dict[Phase, tuple[Role, ...]] = {
     "load": ROLES,
     "generate": ("rollout",),
@@ -141,7 +135,7 @@ def _adapters(lora: LoraSettings) -> Adapters:
 def estimate_memory(config: RunConfig, plan: Plan, shapes: Shapes, *, offload_idle: bool = True) -> MemoryEstimate:
     """Predict a stage's memory on the nodes and GPUs of its plan. offload_idle: roles that share a GPU free it for each other."""
     roles = {role: _role(role, config, plan, shapes, offload_idle and time_shared(plan, role)) for role in plan.roles}
-    phases = STAGE_PHASES[plan.stage]
+    phases = STAGES[plan.stage].phases
     places = (*_hosts(config, plan, roles, shapes), *_devices(plan, roles, offload_idle))
     return MemoryEstimate(phases, roles, places, _cache_warnings(config, plan, roles, shapes))
 
@@ -157,14 +151,14 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, offloads: b
     assert strategy is not None
     sharding = Sharding(strategy, planned.ranks, plan.device, SIZES[settings.optimizer_dtype])
     pass_size, on_shared_base = _largest_pass(role, config, plan), role != planned.process_roles[0]
-    if role not in TRAINED[plan.stage]:
+    if role not in STAGES[plan.stage].trained:
         uses = _frozen(role, settings, sharding, pass_size, shapes, len(planned.process_roles) > 1, on_shared_base)
         model = _model(shapes.policy if role == "reference" else shapes.scalars[0], settings, role == "reward", False)
         return RoleMemory(_with_offload(uses, model, sharding) if offloads else uses)
     scalar = role in ("critic", "reward")
     shape = (shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy
     model = _model(shape, settings, scalar, with_adapters=True, on_shared_base=on_shared_base)
-    published = _sent(model, sharding, config, plan) if role == "actor" and plan.stage == "ppo" else 0
+    published = _sent(model, sharding, config, plan) if role == "actor" and "rollout" in plan.roles else 0
     snapshots = config.recovery.snapshot_every is not None
     uses = trainer_memory(model, sharding, pass_size, scores=role == "critic", published=published, snapshots=snapshots)
     if offloads:
@@ -247,8 +241,7 @@ def _largest_pass(role: Role, config: RunConfig, plan: Plan) -> PassSize:
             length = max(length, config.sft.max_length)
         row, rows, limit = length, plan.batch.sequences, config.ppo.micro_batch_tokens
     else:
-        batches = config.sft if plan.stage == "sft" else config.rm
-        assert batches is not None
+        batches = config.section(plan.stage)
         length, rows, limit = batches.max_length, plan.batch.prompts, batches.micro_batch_tokens
         row = longest_row(config, plan.stage)
     tokens = max(row, min(limit, -(-rows // plan.roles[role].ranks) * row))
@@ -277,7 +270,7 @@ def _hosts(config: RunConfig, plan: Plan, roles: dict[Role, RoleMemory], shapes:
             )
             + MemoryBreakdown(buffers=_store(config, plan, names[0], phase, roles, shapes))
             + MemoryBreakdown(buffers=_mapped_files(config, plan, names[0], shapes) if phase == "load" else 0)
-            for phase in STAGE_PHASES[plan.stage]
+            for phase in STAGES[plan.stage].phases
         }
         merged.setdefault((size, tuple(parts.items())), []).extend(names)
     return [
@@ -314,7 +307,7 @@ def _worst_turn(
 ) -> MemoryBreakdown:
     """Memory of a group's roles in one place at the worst time: one role works, the others of its process are idle, those of
     other processes asleep. Publishing needs sender and receiver at the same time."""
-    working = [role for role in busy if role in BUSY.get(phase, TRAINED[plan.stage])]
+    working = [role for role in busy if role in BUSY.get(phase, STAGES[plan.stage].trained)]
 
     def held(turn: Sequence[Role]) -> MemoryBreakdown:
         awake = {role for worker in turn for role in plan.roles[worker].process_roles}
@@ -371,7 +364,7 @@ def _devices(plan: Plan, roles: dict[Role, RoleMemory], offload_idle: bool) -> l
     places = []
     for group in plan.groups:
         parts = {}
-        for phase in STAGE_PHASES[plan.stage]:
+        for phase in STAGES[plan.stage].phases:
             busy = {role: roles[role].uses[phase].device for role in group.roles}
             idle = {role: roles[role].idle.device for role in group.roles}
             asleep = idle

@@ -6,7 +6,6 @@ placement/memory/states.py counts what stays between passes; here is what each p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from placement.memory.states import (
     Model,
@@ -19,10 +18,8 @@ from placement.memory.states import (
 )
 from placement.memory.usage import MemoryBreakdown, MemoryUse, at, peak
 from placement.models.activations import FLOAT32, inference_bytes, layer_saved_bytes, logits_bytes, saved_bytes
+from placement.stages import WITH_ENGINES, Phase
 from placement.types import GIB, Device
-
-Phase = Literal["load", "generate", "score", "train", "publish", "save"]
-PHASES: tuple[Phase, ...] = ("load", "generate", "score", "train", "publish", "save")
 
 TRAINER_RUNTIME = int(0.46 * GIB)
 """Python, torch, DeepSpeed and Ray in a process that holds a model; measured on CPU: 0.25 to 0.46 GiB."""
@@ -74,7 +71,7 @@ def frozen_memory(models: list[Model], sharding: Sharding, pass_size: PassSize) 
     idle = sum((parameters(model, sharding) for model in models), MemoryUse())
     whole = max((model.nbytes if sharding.device == "cpu" else model.largest for model in models), default=0)
     loading = idle + at("device", buffers=whole if sharding.zero.stage == 3 else 0)
-    candidates: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in PHASES}
+    candidates: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in WITH_ENGINES}
     candidates["load"] = [loading]
     candidates["score"] = [idle, *(_pass(idle, model, sharding, pass_size) for model in models)]
     return _peaks(candidates, sharding, TRAINER_RUNTIME)
@@ -83,7 +80,7 @@ def frozen_memory(models: list[Model], sharding: Sharding, pass_size: PassSize) 
 def adapter_memory(model: Model, sharding: Sharding, pass_size: PassSize) -> UseByPhase:
     """A frozen role on a base that another role of its process holds: only its adapters and its head, if any."""
     idle = at("device", parameters=model.nbytes)
-    candidates: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in PHASES}
+    candidates: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in WITH_ENGINES}
     candidates["score"] = [_pass(idle, model, sharding, pass_size)]
     return _peaks(candidates, sharding, 0)
 
@@ -117,7 +114,7 @@ def engine_memory(
     if time_shared:
         idle += at("host", parameters=weights)
     awake = idle + at("device", kv_cache=kv_cache if time_shared else 0)
-    candidates: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in PHASES}
+    candidates: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in WITH_ENGINES}
     candidates["load"] = [awake]
     candidates["generate"] = [awake + at("device", logits=sampling)]
     candidates["publish"] = [idle + at("device", buffers=received)]

@@ -11,7 +11,8 @@ from configs.schema import LoraSettings, RunConfig, Strategy
 from placement.memory.auto_strategy import FASTEST_FIRST, is_usable
 from placement.memory.estimate import MemoryEstimate, estimate_memory
 from placement.models.shapes import NO_MODELS, Shapes, longest_row, model_settings, read_shapes
-from placement.types import GIB, TRAINED, Plan, Stage
+from placement.stages import STAGES
+from placement.types import GIB, Plan, Stage
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,13 @@ def _changes(config: RunConfig, plan: Plan) -> list[Change]:
     changes = []
     if not model.gradient_checkpointing:
         changes.append(Change(f"{prefix}.gradient_checkpointing", "true", _models(gradient_checkpointing=True)))
-    tokens, least = getattr(config, plan.stage).micro_batch_tokens // 2, longest_row(config, plan.stage)
+    tokens, least = config.section(plan.stage).micro_batch_tokens // 2, longest_row(config, plan.stage)
     while tokens >= least:
         changes.append(Change(f"{plan.stage}.micro_batch_tokens", str(tokens), _micro_batch(plan.stage, tokens)))
         tokens //= 2
-    fastest = min(FASTEST_FIRST.index(config.strategy_of(role)) for role in TRAINED[plan.stage] if role in plan.roles)
+    fastest = min(
+        FASTEST_FIRST.index(config.strategy_of(role)) for role in STAGES[plan.stage].trained if role in plan.roles
+    )
     slower = [strategy for strategy in FASTEST_FIRST[fastest + 1 :] if is_usable(strategy, config, plan.device)]
     changes += [Change("strategy", strategy, _strategy(strategy)) for strategy in slower]
     if model.lora is None:
@@ -112,7 +115,7 @@ def _models(**changes: LoraSettings | bool | Literal["bfloat16"]) -> Callable[[R
 def _micro_batch(stage: Stage, tokens: int) -> Callable[[RunConfig], RunConfig]:
     def change(config: RunConfig) -> RunConfig:
         return config.model_copy(
-            update={stage: getattr(config, stage).model_copy(update={"micro_batch_tokens": tokens})}
+            update={stage: config.section(stage).model_copy(update={"micro_batch_tokens": tokens})}
         )
 
     return change

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from configs.schema import ModelReward, ModelSettings, RunConfig
 from placement.models.architecture import Architecture
+from placement.stages import STAGES
 from placement.types import Device, Stage
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -37,8 +38,9 @@ def read_shapes(config: RunConfig, stage: Stage, reused: Mapping[Stage, Path] = 
     policy = str(reused.get("sft", config.model.path)) if stage != "sft" else config.model.path
     scored = config.rm.model.path if config.rm and config.rm.model else policy
     if stage != "ppo":
-        shape = read(policy if stage == "sft" else scored)
-        return Shapes(shape, (shape,) if stage == "rm" else ())
+        scalar = "reward" in STAGES[stage].trained
+        shape = read(scored if scalar else policy)
+        return Shapes(shape, (shape,) if scalar else ())
     assert config.ppo is not None
     trained = str(reused.get("rm", scored))
     paths = [source.path or trained for source in config.ppo.rewards if isinstance(source, ModelReward)]
@@ -54,8 +56,7 @@ def longest_row(config: RunConfig, stage: Stage) -> int:
     if stage == "ppo":
         assert config.ppo is not None
         return config.ppo.max_prompt_tokens + config.rollout.max_new_tokens
-    length: int = getattr(config, stage).max_length
-    return 2 * length if stage == "rm" else length
+    return int(STAGES[stage].sequences_per_row * config.section(stage).max_length)
 
 
 def min_kv_cache(config: RunConfig, policy: Architecture, device: Device) -> int:

@@ -6,19 +6,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from configs.schema import PPOSettings, Role, RunConfig
-from placement.types import TRAINED, BatchPlan, Problem, Stage
+from placement.stages import PPO, STAGES
+from placement.types import BatchPlan, Problem, Stage
 
 
 def plan_batch(config: RunConfig, stage: Stage, ranks: Mapping[Role, int]) -> tuple[BatchPlan, list[Problem]]:
     """The arithmetic of a stage's step, and the settings that leave workers idle in every step. ranks: role -> workers."""
-    if stage == "ppo":
+    if stage == PPO.name:
         assert config.ppo is not None
         return _ppo(config.ppo, ranks)
-    settings = config.sft if stage == "sft" else config.rm
-    assert settings is not None
-    (role,) = TRAINED[stage]
+    settings, spec = config.section(stage), STAGES[stage]
+    (role,) = spec.trained
     count, rows = ranks.get(role, 1), settings.batch_size
-    step = f"{_count(rows, 'pairs' if stage == 'rm' else 'rows')} in an optimizer step"
+    step = f"{_count(rows, spec.rows)} in an optimizer step"
     problems = []
     if count > rows:
         text = f"{step} leave some of {_count(count, f'{role} ranks')} idle; {count} or more would fit"
@@ -30,7 +30,7 @@ def plan_batch(config: RunConfig, stage: Stage, ranks: Mapping[Role, int]) -> tu
 def _ppo(ppo: PPOSettings, ranks: Mapping[Role, int]) -> tuple[BatchPlan, list[Problem]]:
     prompts, samples, sequences = ppo.prompts_per_step, ppo.samples_per_prompt, ppo.sequences_per_step
     step = f"{_count(prompts, 'prompts')} x {_count(samples, 'samples')} = {_count(sequences, 'sequences')}"
-    trained = {role: ranks[role] for role in TRAINED["ppo"] if role in ranks}
+    trained = {role: ranks[role] for role in PPO.trained if role in ranks}
     divided = f"{step} in {_count(ppo.mini_batches, 'mini-batches')} of {_size(sequences, ppo.mini_batches)}"
     busy = [(divided, role, count, _ceil_div(sequences, ppo.mini_batches)) for role, count in trained.items()]
     busy += [(step, role, ranks.get(role, 1), sequences) for role in ("reference", "reward")]
@@ -53,7 +53,7 @@ def _ppo(ppo: PPOSettings, ranks: Mapping[Role, int]) -> tuple[BatchPlan, list[P
 
 def _describe_ppo(ppo: PPOSettings, step: str, ranks: Mapping[Role, int]) -> tuple[str, ...]:
     sequences, minis = ppo.sequences_per_step, ppo.mini_batches
-    trained = [_each(sequences, minis, role, ranks[role]) for role in TRAINED["ppo"] if role in ranks]
+    trained = [_each(sequences, minis, role, ranks[role]) for role in PPO.trained if role in ranks]
     scored = [_count(ranks[role], f"{role} ranks") for role in ("reference", "critic", "reward") if role in ranks]
     mini = f"{_size(sequences, minis)} {_plural(_ceil_div(sequences, minis), 'sequences')}"
     return (
@@ -69,7 +69,7 @@ def _describe_ppo(ppo: PPOSettings, step: str, ranks: Mapping[Role, int]) -> tup
 def _fewest_prompts(ppo: PPOSettings, ranks: Mapping[Role, int]) -> int:
     """The fewest prompts that leave no worker idle: some mini-batch has a sequence for each trained rank, each scoring rank has
     a sequence to score, and each engine a prompt."""
-    trained = max(ranks.get(role, 1) for role in TRAINED["ppo"])
+    trained = max(ranks.get(role, 1) for role in PPO.trained)
     sequences = max(ppo.mini_batches * (trained - 1) + 1, ranks.get("reference", 1), ranks.get("reward", 1))
     return max(ranks.get("rollout", 1), _ceil_div(sequences, ppo.samples_per_prompt))
 

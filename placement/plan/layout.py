@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from configs import ZERO
 from configs.schema import PlacementSettings, Role, RunConfig, Strategy
 from placement.cluster.bin_packing import Packing, Request
-from placement.types import TRAINED, Device, Problem, Stage
+from placement.stages import STAGES
+from placement.types import Device, Problem, Stage
 
 PRESETS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "separate": (("actor",), ("critic",), ("reference",), ("reward",), ("rollout",)),
@@ -52,12 +53,8 @@ class GroupSpec:
 
 
 def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
-    """The roles that a stage needs."""
-    if stage != "ppo":
-        return ("actor",) if stage == "sft" else ("reward",)
-    assert config.ppo is not None
-    critic: tuple[Role, ...] = ("critic",) if config.ppo.critic else ()
-    return ("actor", *critic, "reference", "reward", "rollout")
+    """The roles that a stage asks for."""
+    return STAGES[stage].roles(config)
 
 
 def roles_by_process(config: RunConfig, roles: tuple[Role, ...]) -> list[tuple[Role, ...]]:
@@ -72,7 +69,7 @@ def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:
     if role == "rollout":
         return None
     strategy = config.strategy_of(role)
-    sharded = role in TRAINED[stage] or (role == "reference" and ZERO[strategy].stage == 3)
+    sharded = role in STAGES[stage].trained or (role == "reference" and ZERO[strategy].stage == 3)
     return strategy if sharded else "ddp"
 
 

@@ -17,7 +17,8 @@ from placement.models.shapes import NO_MODELS, longest_row, min_kv_cache, model_
 from placement.plan.batch import plan_batch
 from placement.plan.fit import Assignment, ClusterFit, floor_to
 from placement.plan.layout import GroupSpec, partition, roles_by_process, roles_of, strategy_in, with_engines
-from placement.types import GIB, PHASES, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
+from placement.stages import STAGES
+from placement.types import GIB, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
 
 
 def make_plan(config: RunConfig, stage: Stage, cluster: Cluster, reused: Mapping[Stage, Path] = NO_MODELS) -> Plan:
@@ -26,7 +27,7 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster, reused: Mapping
     Raises:
         PlanError: the stage cannot be placed; lists every reason with its setting and what would fit.
     """
-    if getattr(config, stage) is None:
+    if config.section(stage) is None:
         raise PlanError(stage, [Problem(stage, f"the stage has no settings; give it a section `{stage}:`")])
     roles = roles_of(config, stage)
     processes = tuple(roles_by_process(config, roles))
@@ -36,7 +37,7 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster, reused: Mapping
         raise PlanError(stage, problems)
     device: Device = config.device if config.device != "auto" else "cuda" if cluster.gpus else "cpu"
     problems += _quantize_problems(config, stage, device)
-    if stage == "ppo":
+    if "rollout" in roles:
         problems += _engine_problems(config, specs, device, cluster) + _publish_problems(config, specs, device)
         problems += _cache_problems(config, device, reused)
         if not any(problem.setting == "rollout.tensor_parallel" for problem in problems):
@@ -105,7 +106,7 @@ def _threads(role: Role, stage: Stage, specs: Sequence[GroupSpec], assignment: A
     """
     placed = list(zip(specs, assignment.nodes, strict=True))
     role_nodes = next(nodes for spec, nodes in placed if role in spec.roles)
-    phases = [set(phase) for phase in PHASES[stage] if role in phase]
+    phases = [set(phase) for phase in STAGES[stage].concurrent if role in phase]
 
     def busy(node: int, phase: set[Role]) -> int:
         return sum(nodes.count(node) * spec.devices_per_bundle for spec, nodes in placed if phase & set(spec.roles))

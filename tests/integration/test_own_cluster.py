@@ -154,7 +154,6 @@ def test_ctrl_c_and_then_a_closed_terminal_leave_a_checkpoint_and_no_process(con
     assert alive == []
 
 
-@pytest.mark.late
 def test_a_killed_driver_leaves_no_process_and_no_memory(killed: tuple[Finished, set[str]]) -> None:
     """Ray's processes watch the driver; the next start needs nothing that it held."""
     done, before = killed

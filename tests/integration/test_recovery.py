@@ -12,7 +12,6 @@ import pytest
 from orchestrator import Result, WorkerError, load_config, run_stages
 from orchestrator.algorithms.runner import RefusedError
 from orchestrator.periodic import Repeating
-from orchestrator.run.run_dir import STAGES
 from orchestrator.storage.metrics_file import repeatable as lines
 from placement.types import Stage
 from tests.support.dying import fault
@@ -25,6 +24,9 @@ SETTINGS = (
     "recovery.snapshot_every=2",
     "recovery.restarts=9",
 )
+
+
+STAGES = ("sft", "rm", "ppo")
 
 
 def run(micro: Path, whole: Result, folder: Path, stage: Stage, *overrides: str) -> Path:

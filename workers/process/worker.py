@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from configs.schema import Role, RunConfig
+from workers.api import WorkerApi
 from workers.process.inspection import ProcessLocation, location, proportional_memory
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class WorkerSpec:
     """When the run began, for chat templates that write the date; none: now."""
 
 
-class Worker:
+class Worker(WorkerApi):
     """What all workers can do: say where and how they are, meet their group, keep datasets."""
 
     def __init__(self, spec: WorkerSpec) -> None:

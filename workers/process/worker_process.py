@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from workers.api import is_remote
 from workers.process import malloc
 from workers.process.remote_error import portable
 
@@ -30,7 +31,7 @@ class WorkerProcess:
     """
 
     def __init__(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
-        """hosted: of each role its kind of worker (a key of KINDS) and which worker it is.
+        """hosted: of each role its kind of worker (a key of KINDS, or a class, module:name) and which worker it is.
 
         What fails here is raised by the first call: of an actor that cannot be created Ray tells no more than that it died.
         """
@@ -72,7 +73,7 @@ class WorkerProcess:
         try:
             if failure is None:
                 with self.turns.turn(method) if self.turns else nullcontext():
-                    return getattr(self.workers[role], method)(*args)
+                    return self._method(role, method)(*args)
         except (Exception, SystemExit) as error:
             failure = portable(error)
         finally:
@@ -83,8 +84,15 @@ class WorkerProcess:
         finally:
             del failure  # its traceback holds this frame, and the tensors of all frames below
 
+    def _method(self, role: Role, name: str) -> Callable[..., Any]:
+        worker = self.workers[role]
+        if not is_remote(type(worker), name):
+            raise AttributeError(f"{type(worker).__name__} declares no remote method {name} (workers.api.remote)")
+        method: Callable[..., Any] = getattr(worker, name)
+        return method
+
 
 def _worker(kind: str, spec: WorkerSpec) -> Worker:
-    module, _, name = KINDS[kind].partition(":")
+    module, _, name = KINDS.get(kind, kind).partition(":")
     worker: Worker = getattr(import_module(module), name)(spec)
     return worker

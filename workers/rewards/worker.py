@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import FunctionSettings, HttpReward, ModelReward, ModelSettings
+from workers.api import RewardsApi
 from workers.data import Codec, DataError, Row, Sequence, load_tokenizer
 from workers.data.batching import Rows, micro_batches
 from workers.data.samples import Sample, SampleRefs
@@ -30,7 +31,7 @@ _SHOWN_ANSWERS, _SHOWN_CHARACTERS = 3, 500
 """Of the answers without a score, for the record of the failure."""
 
 
-class RewardWorker(Worker):
+class RewardWorker(Worker, RewardsApi):
     """One rank of the reward role: its share of the answers, by every source."""
 
     def __init__(self, spec: WorkerSpec) -> None:

@@ -16,6 +16,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from configs.schema import LoraSettings
+from workers.api import RolloutApi
 from workers.data import end_tokens, load_tokenizer
 from workers.data.samples import RaggedArray, RolloutBatch
 from workers.data.step_inputs import RolloutInfo, StaleWeights
@@ -46,7 +47,7 @@ def _in_peft_words(lora: LoraSettings) -> dict[str, Any]:
     return {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.targets, "use_rslora": lora.rslora}
 
 
-class RolloutWorker(Worker):
+class RolloutWorker(Worker, RolloutApi):
     """One engine. It serves exactly one policy version; during an update, or after a failed one, it serves none."""
 
     engine: LLMEngine

@@ -9,6 +9,7 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from workers.api import PolicyApi
 from workers.data.batching import Rows
 from workers.data.samples import RaggedArray, SampleRefs
 from workers.data.step_inputs import MiniBatch, SupervisedBatch, TrainStepInput
@@ -26,7 +27,7 @@ from workers.weight_sync.probe import Probe, sequences
 from workers.weight_sync.senders import make_sender
 
 
-class PolicyWorker(Trainer):
+class PolicyWorker(Trainer, PolicyApi):
     """One rank of a language model."""
 
     # ------------------------------------------------------------ scoring

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from configs import ZERO
 from configs.schema import ModelSettings, OptimizerSettings
 from placement.memory import BUCKET_ELEMENTS
+from workers.api import TrainerApi
 from workers.data import end_tokens, load_tokenizer
 from workers.models.export import write_settings, write_weights
 from workers.models.heads import LanguageModel, ScalarModel
@@ -48,7 +49,7 @@ _TAG, _NOTE = "state", "cut.json"
 """Below a saved folder: what DeepSpeed wrote, and how it was cut into shards."""
 
 
-class Trainer(Worker):
+class Trainer(Worker, TrainerApi):
     """Builds, trains, saves and exports one model."""
 
     scalar = False

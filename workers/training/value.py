@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workers.api import ValueApi
 from workers.data.batching import Rows
 from workers.data.samples import RaggedArray, SampleRefs
 from workers.data.step_inputs import SupervisedBatch, TrainStepInput
@@ -34,7 +35,7 @@ def score(module: nn.Module, samples: Sequence[Any], micro_batches: list[Rows], 
     return scores
 
 
-class ValueWorker(Trainer):
+class ValueWorker(Trainer, ValueApi):
     """One rank of a scalar model."""
 
     scalar = True

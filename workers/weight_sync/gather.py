@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from workers.api import Request, RolloutApi, request
 from workers.weight_sync.checksums import Checksums, checksum
 
 if TYPE_CHECKING:
@@ -257,17 +258,21 @@ class EngineClient:
             info = dict(init_info)
             if "rank_offset" in info:
                 info["rank_offset"] += i * self.tensor_parallel
-            calls.append(handle.call.remote("rollout", "init_weight_transfer_engine", info))
+            calls.append(_send(handle, request(RolloutApi.init_weight_transfer_engine, info)))
         ray.get(calls)
 
     def start_weight_update(self) -> None:
-        self._all("start_weight_update")
+        self._all(request(RolloutApi.start_weight_update))
 
     def update_weights(self, update_info: Any) -> None:
-        self._all("update_weights", update_info)
+        self._all(request(RolloutApi.update_weights, update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all("finish_weight_update", self.version, self.source.checksums)
+        self._all(request(RolloutApi.finish_weight_update, self.version, self.source.checksums))
 
-    def _all(self, method: str, *args: Any) -> None:
-        ray.get([handle.call.remote("rollout", method, *args) for handle in self.handles])
+    def _all(self, asked: Request[None]) -> None:
+        ray.get([_send(handle, asked) for handle in self.handles])
+
+
+def _send(engine: ActorHandle, asked: Request[None]) -> ray.ObjectRef:
+    return engine.call.remote("rollout", asked.method.name, *asked.args)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from configs import load_config
 from orchestrator.api import checked
@@ -41,7 +40,7 @@ def test_a_prompt_of_text_is_asked_in_the_form_that_the_stage_was_trained_on(
     sft = {"train": {"path": str(data)}, "batch_size": 2, "optimizer": {"lr": 1e-3}}
     base = {"name": "r", "runs": str(tmp_path), "model": {"path": str(model)}, "sft": sft}
     run = Run.begin(load_config(base | settings, []), ["sft"])
-    jobs, _ = checked(run, Console(quiet=True))
+    jobs, _ = checked(run)
     run.keep({job.name: job.counts[job.learns_from].form for job in jobs})
     shutil.copytree(model, run.model("sft"))
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from configs import ConfigError, load_config
 from configs.reference import describe
 from configs.schema import DatasetSettings
-from orchestrator.run.run_dir import STAGES
 from placement import Cluster, PlanError, make_plan
+from placement.stages import STAGES
 from workers.data import DataError, Row, read_rows
 
 fuzz = settings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
@@ -42,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report_of(folder: Path, *overrides: str, stages: Sequence[Stage] | None = None) -> Report:
     config = load_config(folder / "config.yaml", list(overrides))
-    return checked(Run.begin(config, stages or described(config)), Console(file=io.StringIO()))[1]
+    return checked(Run.begin(config, stages or described(config)))[1]
 
 
 def told(folder: Path, *overrides: str, stages: Sequence[Stage] | None = None) -> list[str]:
@@ -234,7 +232,7 @@ def test_a_family_without_a_scalar_head(folder: Path, tmp_path: Path) -> None:
     """Neither reward models nor critics can be made of it."""
     model, function = f"model.path={make(tmp_path, 'granite')}", f"ppo.rewards=[{FUNCTION}]"
     for stage, *asked in (["rm"], ["ppo", function]):
-        (said,) = told(folder, model, *asked, stages=[stage])  # type: ignore[list-item]
+        (said,) = told(folder, model, *asked, stages=[stage])
         assert said.startswith("model.path: ") and "no granite with a scalar head" in said
     assert told(folder, model, stages=["sft"]) == []
     assert told(folder, model, function, "ppo.critic=false", "ppo.advantage=reinforce", stages=["ppo"]) == []

@@ -12,7 +12,7 @@ import pytest
 from configs import RunConfig, load_config
 from orchestrator.preflight.auto_dtype import with_chosen_dtype
 from orchestrator.report.history import history
-from orchestrator.run.run_dir import STAGES, Run, RunError
+from orchestrator.run.run_dir import Run, RunError
 from orchestrator.storage.atomic_files import atomic_directory
 from placement import Cluster, resolve
 from placement.types import Stage
@@ -138,7 +138,9 @@ def test_what_changes_results_is_refused_unless_asked_for(tmp_path: Path) -> Non
 
 WAYS = {
     "a command": lambda folder, *overrides: Run.begin(staged(folder, *overrides), ["sft"], accept_changes=True),
-    "all stages": lambda folder, *overrides: Run.begin(staged(folder, *overrides), STAGES, accept_changes=True),
+    "all stages": lambda folder, *overrides: Run.begin(
+        staged(folder, *overrides), ("sft", "rm", "ppo"), accept_changes=True
+    ),
     "resume": lambda folder, *overrides: Run.open(folder / "a", overrides, accept_changes=True),
 }
 

@@ -12,9 +12,10 @@ from configs.schema import ModelSettings
 from orchestrator.console.plan_command import planned
 from orchestrator.preflight.settings_checks import check_start
 from orchestrator.report.history import history
-from orchestrator.run.run_dir import STAGES, Run, RunError
+from orchestrator.run.run_dir import Run, RunError
 from placement import Cluster
 from placement.memory import MemoryEstimate
+from placement.stages import STAGES
 from placement.types import Stage
 from tests.support.runs import check
 

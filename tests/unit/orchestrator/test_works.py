@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from torch import Tensor
 
 from configs.schema import Role, RunConfig
@@ -186,8 +186,8 @@ def test_both_sides_of_a_pair_count_in_a_micro_batch(limit: int) -> None:
     lengths, ranks = np.array([10, 10, 10, 30, 20, 10, 5, 25]), 2
     pairs = {"train": {"path": "pairs.jsonl"}, "optimizer": {"lr": 1e-4}, "micro_batch_tokens": limit}
     config = RunConfig.model_validate({"name": "pairs", "model": {"path": "model"}, "rm": pairs})
-    job = RewardModel(Run(config, Path("nowhere")), Console())
-    job.team = team_of(ranks)
+    job = RewardModel(Run(config, Path("nowhere")))
+    job.context = SimpleNamespace(team=team_of(ranks))
     job.team.lengths["train"] = (lengths, np.ones_like(lengths))
     call = job.call("train_pairs", "train", np.arange(len(lengths)))
     cut = [rows for rank in range(ranks) for rows in call.args[rank][0].micro_batches]

@@ -19,9 +19,7 @@ from configs.schema import RunConfig, Strategy
 from placement import Cluster, PlanError, PlanReport, make_plan, render, with_memory
 from placement.memory import MemoryEstimate, Place
 from placement.memory.phases import (
-    PHASES,
     PassSize,
-    Phase,
     UseByPhase,
     engine_memory,
     frozen_memory,
@@ -32,6 +30,7 @@ from placement.memory.phases import (
 from placement.memory.states import Model, Sharding
 from placement.models import LADDER, Adapters, Architecture
 from placement.models.activations import saved_bytes
+from placement.stages import WITH_ENGINES, Phase
 from placement.types import GIB, MIB
 
 STRATEGIES: tuple[Strategy, ...] = tuple(ZERO)
@@ -196,7 +195,7 @@ def test_no_part_is_negative_and_the_total_is_their_sum(
     )
     serving = engine_memory(model, device, 1, GIB, 64, received_bytes(model, MIB, "nccl"), 2 * GIB)
     for uses in (learning, serving, frozen_memory([model, model], sharding, work), frozen_memory([], sharding, work)):
-        assert tuple(uses) == PHASES
+        assert tuple(uses) == WITH_ENGINES
         for use in uses.values():
             for place in use.places().values():
                 assert all(size >= 0 for size in place.parts().values())
@@ -210,7 +209,7 @@ def test_no_part_is_negative_and_the_total_is_their_sum(
 @pytest.mark.parametrize("adapters", [None, Adapters(16)])
 def test_ranks_never_cost_memory_under_zero(strategy: Strategy, size: int, adapters: Adapters | None) -> None:
     model = smollm2(size, adapters=adapters)
-    for phase in PHASES:
+    for phase in WITH_ENGINES:
         totals = [train(model, strategy, ranks)[phase].host.total for ranks in (1, 2, 3, 8, 64)]
         assert totals == sorted(totals, reverse=True), phase
 
@@ -243,7 +242,7 @@ def test_bfloat16_halves_parameters_and_keeps_float32_states() -> None:
 def test_more_tokens_never_take_less(one: int, other: int, scalar: bool, checkpointing: bool) -> None:
     few, many = sorted((one, other))
     model = smollm2(scalar=scalar)
-    for phase in PHASES:
+    for phase in WITH_ENGINES:
         less, more = (train(model, tokens=t, checkpointing=checkpointing)[phase].host.total for t in (few, many))
         assert less <= more
 

@@ -13,7 +13,7 @@ from orchestrator.algorithms.kl_controller import make_controller
 ROOT = Path(__file__).parents[3]
 
 SAVED = {
-    "StageRun": {"done", "refused"},
+    "Runner": {"done", "refused"},
     "PPO": {"version", "kl"},
     "AdaptiveController": {"coefficient"},
     "Trainer": {"engine", "model", "module", "peft"},  # by DeepSpeed: weights, moments, count of steps
@@ -21,21 +21,25 @@ SAVED = {
 """Fields whose state is in a checkpoint."""
 
 DERIVABLE = {
-    "StageRun": {
-        "run plan": "what was asked for",
+    "Runner": {
+        "algorithm run plan callbacks exports": "what was asked for",
         "console progress recorder status stop recovery": "the world outside; metrics.jsonl is cut to the checkpoint's step",
         "team loaded": "started anew",
         "first_state snapshots": "the state at another step",
         "seconds": "of the present step",
+    },
+    "Algorithm": {
+        "run": "what was asked for",
         "data counts": "read and tokenised anew, the date in prompts that of the run's start",
     },
     "Supervised": {
+        "settings": "config",
         "parameters": "of the model",
         "order": "a function of seed, lengths and batch size",
     },
-    "SFT": {"settings turns": "config"},
+    "SFT": {},
     "RewardModel": {
-        "settings dropout margin normalize_on": "config",
+        "dropout": "config",
         "normalization": "of the model that is exported",
     },
     "PPO": {
@@ -70,7 +74,7 @@ DERIVABLE = {
 def fields() -> dict[str, set[str]]:
     """Class -> the fields that its methods assign, of all classes named above."""
     found: dict[str, set[str]] = {}
-    for path in [*ROOT.glob("orchestrator/*.py"), *ROOT.glob("workers/*.py")]:
+    for path in [*ROOT.glob("orchestrator/**/*.py"), *ROOT.glob("workers/**/*.py")]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name in DERIVABLE:
                 found[node.name] = {
