@@ -17,7 +17,7 @@ from configs.schema import ModelReward, ModelSettings, Role
 from orchestrator.algorithms.kl_controller import make_controller
 from orchestrator.algorithms.reward_shaping import shape_scores
 from orchestrator.algorithms.runner import StageRun
-from orchestrator.evaluation.before_after import outcome
+from orchestrator.evaluation.before_after import before_after_numbers
 from orchestrator.evaluation.evaluate import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.evaluation.sample_log import keep_samples
 from orchestrator.preflight.model_checks import Head, ModelUse
@@ -260,7 +260,7 @@ class PPO(StageRun):
             self.warn(f"{text} ({self.run.failures.folder})")
 
     def result(self) -> dict[str, float]:
-        return {"steps": float(self.steps), **outcome(self.run.folder)}
+        return {"steps": float(self.steps), **before_after_numbers(self.run.folder)}
 
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:

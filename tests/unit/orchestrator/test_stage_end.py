@@ -13,7 +13,7 @@ from orchestrator import RunError, Stopped, load_config
 from orchestrator.algorithms.ppo import LogProbGapError
 from orchestrator.algorithms.runner import StageRun
 from orchestrator.algorithms.supervised import SFT
-from orchestrator.api import go_on
+from orchestrator.api import resume
 from orchestrator.run.run_dir import Run
 from orchestrator.run.stop_signal import StopSignal
 from orchestrator.storage.metrics_file import FILE
@@ -55,7 +55,7 @@ def test_an_exception_of_the_driver_leaves_its_traceback(run: Run) -> None:
         raise LogProbGapError("step 3: engine and trainer differ\nby much")
 
     with pytest.raises(LogProbGapError):
-        go_on(run, Console(file=io.StringIO()), stage_that(gap))
+        resume(run, Console(file=io.StringIO()), stage_that(gap))
     [(name, text)] = records(run).items()
     assert name == "0001-LogProbGapError.txt"
     assert text.splitlines()[0].endswith("  sft, step 3 of 9")
@@ -69,7 +69,7 @@ def test_to_be_stopped_is_no_failure(run: Run) -> None:
         raise Stopped("stopped after step 3 of 9 of sft", 15)
 
     with pytest.raises(Stopped):
-        go_on(run, Console(file=io.StringIO()), stage_that(stopped))
+        resume(run, Console(file=io.StringIO()), stage_that(stopped))
     assert records(run) == {}
 
 
@@ -79,7 +79,7 @@ def test_a_report_that_cannot_be_made_ends_nothing(run: Run) -> None:
         (run.folder / FILE).write_text("no metrics\n")
 
     said = io.StringIO()
-    result = go_on(run, Console(file=said), stage_that(finish))
+    result = resume(run, Console(file=said), stage_that(finish))
     assert list(result.models) == ["sft"]
     assert "warning: report.html was not written: MetricsError:" in said.getvalue()
     [name] = records(run)
@@ -92,10 +92,10 @@ def test_nor_does_it_hide_the_error_that_ended_a_stage(run: Run) -> None:
         raise RunError("runs: was elsewhere")
 
     with pytest.raises(RunError, match="runs: was elsewhere"):
-        go_on(run, Console(file=io.StringIO()), stage_that(fail))
+        resume(run, Console(file=io.StringIO()), stage_that(fail))
     assert sorted(name[5:] for name in records(run)) == ["MetricsError.txt", "RunError.txt"]
 
 
 def test_a_folder_without_failures_has_no_folder_of_them(run: Run) -> None:
-    go_on(run, Console(file=io.StringIO()), stage_that(lambda run: run.model("sft").mkdir(parents=True)))
+    resume(run, Console(file=io.StringIO()), stage_that(lambda run: run.model("sft").mkdir(parents=True)))
     assert not (run.folder / "failures").exists()
