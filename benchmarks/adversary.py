@@ -1,4 +1,4 @@
-"""A plugin for benchmarks/chaos.py: an actor whose transfer of weights can be damaged on the way, once, when told to."""
+"""A plugin for benchmarks/chaos.py: an actor that damages one weight transfer on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from workers.process.worker_process import KINDS
 
 
 def damage_mark(config: RunConfig) -> Path:
-    """While this file is there, the next bucket of weights gets a flipped bit; then it is removed."""
+    """If this file exists, the next bucket of weights gets a flipped bit, and the file is removed."""
     return Path(config.runs) / f"{config.name}.damage"
 
 

@@ -1,12 +1,12 @@
-"""PPO while an adversary kills, stops and corrupts at random, against the same run left alone.
+"""PPO under random faults (kills, stops, corruption), compared with the same run without faults.
 
     python -m examples.movies prepare && python -m benchmarks.chaos --steps 100 --faults 30 --seed 1
 
-The tiny recipe: its SFT and reward model first, then PPO twice, quiet and under faults. What the adversary does, and in which
-step, is drawn with the seed; when in the step is drawn too, from the clock. Prints how many faults of each kind came, how many
-were survived, and the seconds that they cost; how each process's memory grew in the quiet run after its 20th step, for which
-there must be 30 steps, and what its snapshots cost. The last line says whether metrics and final weights are equal, bit for bit;
-if not, or where memory grew by more than 5%, the exit status is 1.
+The tiny recipe: SFT and reward model, then PPO twice, without and with faults. The seed determines the kind and the step of each
+fault; its time within the step is random. Prints the number of faults of each kind, how many the run survived, and the seconds
+lost; for the run without faults the memory growth of each process after step 20 (so at least 30 steps are needed), and the
+cost of snapshots. The last line says whether metrics and final weights are equal, bit for bit. The exit status is 1 if they
+are not, or if memory grew by more than 5%.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from safetensors.numpy import load_file
 from benchmarks.adversary import damage_mark
 from benchmarks.recipes import whole_recipe
 from configs import RunConfig
-from orchestrator.storage.metrics_file import read_metrics, repeatable
+from orchestrator.storage import read_metrics, repeatable
 
 SETTLED, COMPARED = 20, 5
-"""Memory in the last so many steps is compared with that in as many steps after the 20th, before which it still grows."""
-LEAST_STEPS = SETTLED + 2 * COMPARED
+"""Memory growth: the last COMPARED steps against the COMPARED steps after step SETTLED, before which memory still grows."""
+MIN_STEPS = SETTLED + 2 * COMPARED
 ROLES = ("actor", "critic", "reference", "reward", "rollout")
 SETTINGS = (
     "plugins=[benchmarks.adversary]",
@@ -51,19 +51,19 @@ SETTINGS = (
 
 @dataclass
 class Fault:
-    """Something that the adversary does."""
+    """A fault to inject."""
 
     kind: str
     step: int
-    """The first step after this one is when it comes."""
+    """The fault is injected after this step."""
     at: float = 0.0
     lost: float = 0.0
-    """Seconds until a step more was done than before, less what a step takes."""
+    """Seconds until the next step was done, minus the duration of a step."""
 
 
 @dataclass
-class Attacked:
-    """A run in a process of its own, which the adversary can see and reach."""
+class AttackedRun:
+    """A run in its own process."""
 
     config: RunConfig
     log: Path
@@ -79,7 +79,7 @@ class Attacked:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def step(self) -> int:
-        """Steps of PPO that are done."""
+        """The last finished PPO step."""
         return max((line["step"] for line in _steps(self.folder)), default=0)
 
     def pids(self, role: str) -> list[int]:
@@ -88,12 +88,12 @@ class Attacked:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=LEAST_STEPS)] = 100,
+    steps: Annotated[int, typer.Option(min=MIN_STEPS)] = 100,
     faults: Annotated[int, typer.Option(min=1)] = 30,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 1,
     recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = Path("configs/movies/tiny.yaml"),
 ) -> None:
-    """Run, attack, compare."""
+    """Run without and with faults, and compare."""
     console, draw = Console(), random.Random(seed)
     base = [*SETTINGS, f"ppo.steps={steps}", f"seed={seed}"]
     quiet, attacked = (whole_recipe(recipe, [*base, f"name=chaos-{seed}{kind}"]) for kind in ("-quiet", ""))
@@ -102,28 +102,30 @@ def main(
     log = Path(quiet.runs) / f"chaos-{seed}.log"
     log.parent.mkdir(exist_ok=True)
 
-    console.print(f"the quiet run (its output: {log})")
-    calm = Attacked(quiet, log)
+    console.print(f"the run without faults (output: {log})")
+    calm = AttackedRun(quiet, log)
     calm.begin("pipeline", str(recipe), *base, f"name={quiet.name}")
     if calm.process.wait():
-        raise SystemExit(f"the quiet run failed: see {log}")
+        raise SystemExit(f"the run without faults failed: see {log}")
     grew = _growth(calm.folder)
-    console.print(f"memory after step {SETTLED}: " + ", ".join(f"{who} {share:+.1%}" for who, share in grew.items()))
+    console.print(f"memory after step {SETTLED}: " + ", ".join(f"{role} {share:+.1%}" for role, share in grew.items()))
     console.print(f"snapshots: {_snapshots(calm.folder):.2%} of the steps' time")
     _copy_models(quiet, attacked)
 
-    console.print(f"the same under {faults} faults")
-    run = Attacked(attacked, log)
+    console.print(f"the same with {faults} faults")
+    run = AttackedRun(attacked, log)
     plan = sorted((Fault(_draw_kind(draw), draw.randrange(1, steps)) for _ in range(faults)), key=lambda f: f.step)
     run.begin("pipeline", str(recipe), *base, f"name={attacked.name}")
     for fault in plan:
         _attack(run, fault, draw, str(recipe), [*base, f"name={attacked.name}"])
     survived = run.process.wait() == 0
     _print_table(console, run, plan, _median_step(calm.folder))
-    differences = _differences(calm.folder, run.folder) if survived else ["the run did not come to its end"]
+    differences = _differences(calm.folder, run.folder) if survived else ["the run did not finish"]
     for difference in differences:
         console.print(difference, markup=False)
-    console.print("equal to the quiet run, bit for bit" if not differences else "NOT equal to the quiet run")
+    console.print(
+        "equal to the run without faults, bit for bit" if not differences else "NOT equal to the run without faults"
+    )
     raise SystemExit(1 if differences or max(grew.values()) > 0.05 else 0)
 
 
@@ -132,8 +134,8 @@ def _draw_kind(draw: random.Random) -> str:
     return draw.choice([*kinds, "driver killed", "checkpoint damaged and driver killed", "weights damaged"])
 
 
-def _attack(run: Attacked, fault: Fault, draw: random.Random, recipe: str, settings: list[str]) -> None:
-    """Wait for the fault's step, strike, and wait until the run has done a step more."""
+def _attack(run: AttackedRun, fault: Fault, draw: random.Random, recipe: str, settings: list[str]) -> None:
+    """Wait for the fault's step, inject the fault, and wait until the run has done another step."""
     _until(run, lambda: run.step() >= fault.step)
     time.sleep(draw.uniform(0.0, 2.0))
     before, fault.at = run.step(), time.monotonic()
@@ -141,7 +143,7 @@ def _attack(run: Attacked, fault: Fault, draw: random.Random, recipe: str, setti
     if fault.kind == "weights damaged":
         damage_mark(run.config).touch()
     elif subject in ROLES:
-        _strike(run.pids(subject), signal.SIGKILL if verb == "killed" else signal.SIGSTOP, draw)
+        _signal_one(run.pids(subject), signal.SIGKILL if verb == "killed" else signal.SIGSTOP, draw)
     else:
         run.process.kill()
         run.process.wait()
@@ -152,14 +154,14 @@ def _attack(run: Attacked, fault: Fault, draw: random.Random, recipe: str, setti
     fault.lost = time.monotonic() - fault.at
 
 
-def _strike(pids: list[int], number: signal.Signals, draw: random.Random) -> None:
+def _signal_one(pids: list[int], number: signal.Signals, draw: random.Random) -> None:
     pid = draw.choice(pids)
     if psutil.pid_exists(pid):
         os.kill(pid, number)
 
 
 def _damage_newest_checkpoint(folder: Path, draw: random.Random) -> None:
-    """Flip a bit in one of its files."""
+    """Flip a bit in a random file of the newest checkpoint."""
     steps = [path for path in (folder / "checkpoints" / "ppo").glob("*") if path.name.isdecimal()]
     if not steps:
         return
@@ -170,16 +172,16 @@ def _damage_newest_checkpoint(folder: Path, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-def _until(run: Attacked, condition: Callable[[], bool]) -> None:
+def _until(run: AttackedRun, condition: Callable[[], bool]) -> None:
     while not condition() and run.process.poll() is None:
         time.sleep(0.1)
 
 
 def _copy_models(source: RunConfig, target: RunConfig) -> None:
-    """The attacked run begins where PPO does."""
-    begun, folder = Path(source.runs) / source.name, Path(target.runs) / target.name
+    """Let the run with faults start at PPO."""
+    done, folder = Path(source.runs) / source.name, Path(target.runs) / target.name
     for stage in ("sft", "rm"):
-        shutil.copytree(begun / "models" / stage, folder / "models" / stage)
+        shutil.copytree(done / "models" / stage, folder / "models" / stage)
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
@@ -192,7 +194,7 @@ def _median_step(folder: Path) -> float:
 
 
 def _growth(folder: Path) -> dict[str, float]:
-    """Share by which each role's memory and the driver's is larger in the last steps than in those after the 20th."""
+    """Relative memory growth of each role and the driver: the last steps against the steps after step SETTLED."""
 
     def level(lines: list[dict[str, Any]], name: str) -> float:
         return statistics.median(line[name] for line in lines)
@@ -210,7 +212,7 @@ def _snapshots(folder: Path) -> float:
     return sum(line.get("seconds/snapshot", 0.0) for line in lines) / sum(line["seconds/step"] for line in lines)
 
 
-def _print_table(console: Console, run: Attacked, plan: list[Fault], step: float) -> None:
+def _print_table(console: Console, run: AttackedRun, plan: list[Fault], step: float) -> None:
     table = Table("fault", "injected", "survived", "seconds lost, median")
     done = run.step()
     for kind in sorted({fault.kind for fault in plan}):
@@ -226,7 +228,7 @@ def _differences(quiet: Path, attacked: Path) -> list[str]:
     ours, theirs = (repeatable(folder, "ppo") for folder in (attacked, quiet))
     found = [f"step {a['step']}: {_different(a, b)}" for a, b in zip(ours, theirs, strict=False) if a != b][:5]
     if len(ours) != len(theirs):
-        found.append(f"{len(ours)} lines of metrics, {len(theirs)} in the quiet run")
+        found.append(f"{len(ours)} lines of metrics, but {len(theirs)} in the run without faults")
     a, b = (load_file(folder / "models" / "ppo" / "model.safetensors") for folder in (attacked, quiet))
     return found + [f"weights differ: {name}" for name in a if a[name].tobytes() != b[name].tobytes()][:5]
 

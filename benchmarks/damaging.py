@@ -1,4 +1,4 @@
-"""The worker of benchmarks.adversary."""
+"""The worker class of benchmarks.adversary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.training.policy import PolicyWorker
 
 
 class DamagingPolicy(PolicyWorker):
-    """Flips a bit of the first tensor of a bucket, after its checksum was taken."""
+    """Flips a bit of a bucket's first tensor, after its checksum was computed."""
 
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
         super().connect(engines, transport, address)

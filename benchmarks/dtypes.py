@@ -1,11 +1,11 @@
-"""How long a recipe takes in bfloat16 against float32.
+"""Duration of a recipe in bfloat16 compared with float32.
 
     python -m examples.movies prepare --model smollm2 && python -m benchmarks.dtypes
 
-Runs the recipe's three stages in float32, then in bfloat16, with a tenth of the steps of SFT and reward model and five of
-PPO's, two of which train the critic alone; validation and evaluation are whole. What a stage takes in whole is what it took,
-and its median step for each step that was left out (PPO's are those that train the actor). The last line is the ratio of the
-whole recipes' times; the exit status is 1 where it is above 0.7, the bar where `model.dtype: auto` takes bfloat16.
+Runs the recipe's three stages in float32, then in bfloat16, with a tenth of the steps of SFT and reward model and five PPO
+steps, two of which train only the critic; validation and evaluation are complete. The estimated time of a full stage is its
+measured time plus its median step for each omitted step (in PPO: the median of steps that train the actor). The last line is the
+ratio of the full recipes' times; the exit status is 1 if it exceeds 0.7.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from rich.table import Table
 from benchmarks.recipes import whole_recipe
 from configs import RunConfig
 from orchestrator import Result, run_stages
-from orchestrator.storage.metrics_file import read_metrics
+from orchestrator.storage import read_metrics
 from placement.plan import bfloat16_instructions
 from placement.types import Stage
 
 DTYPES = ("float32", "bfloat16")
 SHARE = 0.1
-"""Of the epochs of SFT and reward model."""
+"""Share of the epochs of SFT and reward model that are run."""
 ACTOR_STEPS = 3
-MOST = 0.7
+MAX_RATIO = 0.7
 
 
 def main(
     recipe: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = Path("configs/movies/smollm2.yaml"),
 ) -> None:
-    """Run both, and compare."""
+    """Run the recipe in both dtypes and compare."""
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         whole = whole_recipe(recipe, [f"runs={folder}"])
@@ -57,16 +57,16 @@ def _short(config: RunConfig, dtype: str) -> RunConfig:
 
 
 def _whole(config: RunConfig, result: Result) -> dict[Stage, float]:
-    """Seconds of each stage at its full length."""
+    """Estimated seconds of each full stage."""
     assert config.ppo
     steps: dict[str, list[float]] = {}
     for line in read_metrics(result.folder):
         if "seconds/step" in line:
             steps.setdefault(line["stage"], []).append(line["seconds/step"])
-    left_out = {stage: len(steps[stage]) * (1 / SHARE - 1) for stage in ("sft", "rm")}
-    left_out["ppo"] = config.ppo.steps - len(steps["ppo"])
+    omitted = {stage: len(steps[stage]) * (1 / SHARE - 1) for stage in ("sft", "rm")}
+    omitted["ppo"] = config.ppo.steps - len(steps["ppo"])
     steps["ppo"] = steps["ppo"][config.ppo.critic_warmup :]
-    return {stage: took + left_out[stage] * statistics.median(steps[stage]) for stage, took in result.seconds.items()}
+    return {stage: took + omitted[stage] * statistics.median(steps[stage]) for stage, took in result.seconds.items()}
 
 
 def _report(console: Console, seconds: dict[str, dict[Stage, float]]) -> int:
@@ -80,8 +80,8 @@ def _report(console: Console, seconds: dict[str, dict[Stage, float]]) -> int:
     console.print(table)
     console.print(f"instructions for bfloat16: {bfloat16_instructions() or 'none'}")
     a, b = rows["all"]
-    console.print(f"the recipe in bfloat16 takes {b / a:.2f} of its time in float32 (at most {MOST:g})")
-    return int(b / a > MOST)
+    console.print(f"the recipe in bfloat16 takes {b / a:.2f} of its time in float32 (at most {MAX_RATIO:g})")
+    return int(b / a > MAX_RATIO)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What it takes to compute log-probabilities in chunks of tokens: peak memory and time of a training step, against full logits.
+"""Peak memory and time of a training step that computes log-probabilities in chunks of tokens, compared with full logits.
 
     python -m benchmarks.logits
 
 The actor's training step of PPO (clipped loss and the mean entropy that is reported, backward pass, AdamW) on one row of 2,048
 tokens: a Llama of random weights with the width, heads and vocabulary (49,152, tied) of SmolLM2-135M and 4 of its 30 layers, all
 weights trained, float32, gradient checkpointing, on CPU. One side is workers.models.heads.LanguageModel. The other is the same
-transformer with the logits of all positions and a log_softmax over them, by which it gets the same numbers. Each side runs in
-fresh processes that keep their memory as workers do (workers.process.malloc), the two by turns; the kernel counts the peak of
-resident memory (VmHWM, reset before the steps that count).
+transformer with a log_softmax over the logits of all positions; its numbers are the same. Each side runs in fresh processes
+with the workers' malloc settings (workers.process.malloc), in alternating order; the kernel counts the peak of resident memory
+(VmHWM, reset before the timed steps).
 
-"Held" is what a process has between steps: weights, AdamW's states and the runtime. "The step" is what it takes beyond that:
-gradients, activations, logits. Prints medians and their ratios; exits with 1 where the step's memory is not at least 4 times
-lower than with full logits, or its time more than 10% longer. --side chunks or full runs one side in this process.
+"Held" is the memory between steps: weights, AdamW's states and the runtime. "The step" is the memory beyond that: gradients,
+activations, logits. Prints medians and their ratios; exits with 1 if the step's memory is not at least 4 times lower than with
+full logits, or its time more than 10% longer. --side chunks or full runs one side in this process.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from benchmarks import peaks
 
 LENGTH, VOCABULARY, LAYERS = 2048, 49_152, 4
 WARM_UP, TIMED = 2, 3
-LEAST_MEMORY, MOST_TIME = 4.0, 1.1
+MIN_MEMORY_RATIO, MAX_TIME_RATIO = 4.0, 1.1
 
 Side = Literal["chunks", "full"]
 SIDES: tuple[Side, ...] = ("chunks", "full")
 
 
 def measure(side: Side) -> dict[str, float]:
-    """Run one side here: bytes held between steps, bytes that a step takes beyond them, seconds of a step, what it computed."""
+    """Run one side in this process: bytes held between steps, further bytes of a step, seconds of a step, loss and entropy."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,9 +83,9 @@ def measure(side: Side) -> dict[str, float]:
 
     for _ in range(WARM_UP):
         step()
-    malloc.give_back()  # what was freed is not held
+    malloc.give_back()  # freed memory does not count as held
     held = peaks.resident()
-    peaks.begin_anew()
+    peaks.reset()
     seconds, cpu = [], []
     for _ in range(TIMED):
         start, before = time.perf_counter(), time.process_time()
@@ -101,35 +101,34 @@ def measure(side: Side) -> dict[str, float]:
     }
 
 
-def apart(side: Side) -> dict[str, float]:
-    """The same in a fresh process."""
+def measure_in_subprocess(side: Side) -> dict[str, float]:
+    """`measure` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.logits", "--side", side]
-    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return found
+    measured: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return measured
 
 
 def main(repetitions: Annotated[int, typer.Option(min=1)] = 5, side: Side | None = None) -> None:
-    """Compare both sides. --side: run this one alone, here, and print what was found as JSON."""
+    """Compare both sides. --side: run only this side, in this process, and print its measurements as JSON."""
     if side:
         print(json.dumps(measure(side)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     for repetition in range(repetitions):
         for name in SIDES if repetition % 2 == 0 else reversed(SIDES):
-            found[name].append(apart(name))
-    sys.exit(_report(found))
+            runs[name].append(measure_in_subprocess(name))
+    sys.exit(_report(runs))
 
 
-def _report(found: dict[str, list[dict[str, float]]]) -> int:
+def _report(runs: dict[str, list[dict[str, float]]]) -> int:
     console = Console()
     middle: dict[str, dict[str, Any]] = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+        name: {key: statistics.median(run[key] for run in side_runs) for key in side_runs[0]}
+        for name, side_runs in runs.items()
     }
-    console.print(
-        f"{psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}; medians of {len(found['full'])} runs"
-    )
+    console.print(f"{psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}; medians of {len(runs['full'])} runs")
     for name, values in middle.items():
-        spread = [run["seconds"] for run in found[name]]
+        spread = [run["seconds"] for run in runs[name]]
         console.print(
             f"{name:>6}: held {values['held'] / 2**20:,.0f} MiB, the step {values['step'] / 2**20:,.0f} MiB more, "
             f"{values['seconds']:.2f} s ({min(spread):.2f} to {max(spread):.2f}; {values['cpu']:.2f} s of CPU), "
@@ -139,9 +138,9 @@ def _report(found: dict[str, list[dict[str, float]]]) -> int:
     whole = (full["held"] + full["step"]) / (chunks["held"] + chunks["step"])
     memory, seconds = full["step"] / chunks["step"], chunks["seconds"] / full["seconds"]
     console.print(f"peak of the whole process: {whole:.2f} times lower")
-    console.print(f"peak of the step: {memory:.2f} times lower (at least {LEAST_MEMORY:g})")
-    console.print(f"time of the step: {seconds:.2f} times as long (at most {MOST_TIME:g})")
-    return int(memory < LEAST_MEMORY or seconds > MOST_TIME)
+    console.print(f"peak of the step: {memory:.2f} times lower (at least {MIN_MEMORY_RATIO:g})")
+    console.print(f"time of the step: {seconds:.2f} times as long (at most {MAX_TIME_RATIO:g})")
+    return int(memory < MIN_MEMORY_RATIO or seconds > MAX_TIME_RATIO)
 
 
 if __name__ == "__main__":

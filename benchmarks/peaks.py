@@ -1,4 +1,4 @@
-"""What the kernel tells of this process's memory, its peak among it."""
+"""This process's resident memory and its peak, from the kernel."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from pathlib import Path
 
 
 def resident() -> int:
-    """Bytes that are resident now."""
+    """Resident bytes."""
     return _status("VmRSS")
 
 
 def highest() -> int:
-    """The most bytes that were resident since `begin_anew`."""
+    """Peak of the resident bytes since `reset`."""
     return _status("VmHWM")
 
 
-def begin_anew() -> None:
+def reset() -> None:
+    """Reset the peak."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

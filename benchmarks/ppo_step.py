@@ -1,8 +1,8 @@
-"""How long a PPO step takes against what its arithmetic needs: work W1.
+"""Duration of a PPO step compared with the minimum for its arithmetic (workload W1).
 
     python -m examples.movies prepare --model smollm2 && python -m benchmarks.ppo_step
 
-SmolLM2-135M in float32; actor, critic, reference and reward model apart, actor and critic trained in full; 16 prompts of 41
+SmolLM2-135M in float32; separate actor, critic, reference and reward model, full training of actor and critic; 16 prompts of 41
 tokens, 48 new tokens each (eos ignored), one epoch, one optimizer step. Prints seconds per phase and step, the peak of the
 proportional set size of all processes together, and the floor: the step's matrix products at the rate that this machine
 reaches on large ones, measured in the same run. The last line is the ratio of step to floor.
@@ -30,13 +30,13 @@ from rich.console import Console
 from configs import RunConfig
 from configs.schema import ROLES
 from orchestrator.api import run_stages
-from orchestrator.storage.metrics_file import read_metrics
+from orchestrator.storage import read_metrics
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 41, 48
 WARM_UP, TIMED = 1, 3
 PHASES = ("generate", "score", "train", "publish")
 
-# In a process of its own, so that this one never holds torch's threads.
+# Runs in a subprocess, so that this process never has torch's threads.
 _RATE = """
 import time, torch
 a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
@@ -49,14 +49,14 @@ print(max(once() for _ in range(20)))
 
 
 def matrix_product_rate() -> float:
-    """FLOP/s of a float32 product of 2048 x 2048 matrices on all cores, the best of 20."""
+    """FLOP/s of float32 products of 2048 x 2048 matrices on all cores, best of 20."""
     return float(subprocess.run([sys.executable, "-c", _RATE], capture_output=True, text=True, check=True).stdout)
 
 
 def step_flops(model: str) -> float:
-    """Multiplications and additions of the matrix products of one step; attention scores left out (about 1%).
+    """Multiplications and additions of a step's matrix products, without attention scores (about 1%).
 
-    Forward: 2 per weight and token; backward: twice that. The head counts for the answers' tokens alone.
+    Forward: 2 per weight and token; backward: twice that. The head counts only for the answers' tokens.
     """
     c = SimpleNamespace(**json.loads((Path(model) / "config.json").read_text()))
     kv = c.hidden_size * c.num_key_value_heads // c.num_attention_heads
@@ -69,7 +69,7 @@ def step_flops(model: str) -> float:
 
 
 def prompt_of(model: str, tokens: int) -> str:
-    """A user's message whose prompt, in the chat template, has so many tokens."""
+    """A user message whose prompt has `tokens` tokens in the chat template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -83,17 +83,17 @@ def prompt_of(model: str, tokens: int) -> str:
 
 
 class PeakMemory(threading.Thread):
-    """Peak of the summed proportional set size of this process and all below it.
+    """Peak of the summed proportional set size of this process and its descendants.
 
-    Finding it out takes the kernel half a second for 10 GiB, so it is left alone during the steps that are timed.
+    A reading takes the kernel half a second per 10 GiB, so it pauses during the timed steps.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
-        self.folder, self.peak, self.over = folder, 0, threading.Event()
+        self.folder, self.peak, self.stopped = folder, 0, threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(0.5):
+        while not self.stopped.wait(0.5):
             if len(steps_of(self.folder)) not in range(WARM_UP, WARM_UP + TIMED):
                 self.peak = max(self.peak, _total())
 
@@ -111,8 +111,8 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:  # this process stays small
-        prompt = apart.submit(prompt_of, model, PROMPT_TOKENS).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process stays small
+        prompt = pool.submit(prompt_of, model, PROMPT_TOKENS).result()
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for _ in range(PROMPTS)))
     return RunConfig.model_validate(
@@ -138,19 +138,19 @@ def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
 
 
 def _flops_of(model: str) -> float:
-    """Of a step; refuses a model that is not there, or of another shape than the count is for."""
+    """FLOPs of a step; refuses a model that does not exist, or whose shape the formula does not cover."""
     try:
         return step_flops(model)
     except (OSError, ValueError, AttributeError) as error:
         raise typer.BadParameter(
             f"was {model!r}; must be a folder with a Llama model ({error}); "
-            "python -m examples.movies prepare --model smollm2 makes data/movies/smollm2",
+            "python -m examples.movies prepare --model smollm2 creates data/movies/smollm2",
             param_hint="--model",
         ) from error
 
 
 def main(model: str = "data/movies/smollm2", layout: Literal["separate", "paired", "colocated"] = "separate") -> None:
-    """Measure: a step to warm up, three that are timed, and one more for the memory."""
+    """Measure: one step of warm-up, three timed steps, and one more for the memory."""
     console, flops = Console(), _flops_of(model)
     before = matrix_product_rate()
     with tempfile.TemporaryDirectory() as name:
@@ -158,7 +158,7 @@ def main(model: str = "data/movies/smollm2", layout: Literal["separate", "paired
         memory.start()
         run_stages(settings(model, Path(name), WARM_UP + TIMED + 1, layout), ["ppo"], console)
         lines = steps_of(Path(name) / "w1")
-    memory.over.set()
+    memory.stopped.set()
     rate = max(before, matrix_product_rate())
     timed = lines[WARM_UP : WARM_UP + TIMED]
     seconds = {phase: statistics.median(line[f"seconds/{phase}"] for line in timed) for phase in PHASES}
@@ -166,7 +166,7 @@ def main(model: str = "data/movies/smollm2", layout: Literal["separate", "paired
     floor = flops / rate
     roles = ", ".join(f"{role} {lines[-1][f'memory_gib/{role}']:.2f}" for role in ROLES)
     console.print(
-        f"{psutil.cpu_count()} cores; matrix products {rate / 1e9:.0f} GFLOP/s; {flops / 1e12:.2f} TFLOP in a step"
+        f"{psutil.cpu_count()} cores; matrix products {rate / 1e9:.0f} GFLOP/s; {flops / 1e12:.2f} TFLOP per step"
     )
     console.print("  ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items()))
     console.print(f"peak memory {memory.peak / 1e9:.2f} GB; after the last step, in GiB: {roles}")

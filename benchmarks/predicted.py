@@ -1,14 +1,12 @@
-"""Predicted memory beside measured memory, process by process, on this machine's CPU.
+"""Predicted and measured memory of single processes on this machine's CPU.
 
     python -m benchmarks.predicted [--only PART_OF_A_NAME] [--json FILE]
 
-Each case is a trainer (an optimizer step over two micro-batches of 4 rows of 256 tokens, twice, after one that was not
-measured) or an engine (16 answers of 64 tokens) with a random model, in processes of their own without Ray, which keep their
-memory as workers do (workers.process.malloc). Peak: the highest resident set of that time less what other processes share of
-it, so the
-proportional set size at its peak. Fixed: the same of a model of 0.2 million parameters, less what is predicted for that; it is
-the runtime's share, and left out on both sides.
-The last line is the largest error; it exits with an error where that is above 12%.
+Each case is a trainer (two optimizer steps over two micro-batches of 4 rows of 256 tokens, after one unmeasured step) or an
+engine (16 answers of 64 tokens) with a random model, in subprocesses without Ray that have the workers' malloc settings
+(workers.process.malloc). Peak: the highest resident set minus memory shared with other processes, so the proportional set size at
+its peak. Fixed: the memory of the runtime, which is subtracted on both sides: the peak of a model of 0.2 million parameters minus
+its prediction. The last line is the largest error; the exit status is 1 if it exceeds 12%.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One combination. `kind`: policy (demonstrations), value (pairs) or engine."""
+    """One case. `kind`: policy (demonstrations), value (pairs) or engine."""
 
     shape: str
     kind: str = "policy"
@@ -124,7 +122,7 @@ class Case:
         )
 
     def predicted(self) -> tuple[int, int]:
-        """Bytes beyond the runtime: at the peak, and held after it."""
+        """Bytes beyond the runtime: at the peak, and held after the step."""
         shape = Architecture.read(_CONFIGS[self.shape])
         adapters = Adapters(self.lora) if self.lora else None
         model = Model(shape, self.size, self.kind == "value", adapters)
@@ -171,7 +169,7 @@ CASES = (
 
 
 def measure(case: Case) -> tuple[int, int]:
-    """Bytes of the first rank's process: at the peak, and held after it."""
+    """Bytes of the first rank's process: at the peak, and held after the step."""
     with tempfile.TemporaryDirectory() as folder:
         _write_model(Path(folder), case.shape)
         config = case.config(Path(folder))
@@ -191,15 +189,15 @@ def measure(case: Case) -> tuple[int, int]:
             process.start()
             theirs.close()
             ends.append((process, ours))
-        found = [end.recv() for _, end in ends]
+        measured = [end.recv() for _, end in ends]
         for process, _ in ends:
             process.join()
-        peak, held = found[0]
+        peak, held = measured[0]
         return peak, held
 
 
 def run(kind: str, spec: WorkerSpec, port: int, end: Any) -> None:
-    """One rank, in a process of its own."""
+    """Run one rank in this process."""
     malloc.suit(spec.role)
     import torch
 
@@ -226,7 +224,7 @@ def _rows(vocabulary: int) -> list[Any]:
 
 
 def policy(spec: WorkerSpec) -> Step:
-    """Learns from demonstrations."""
+    """A training step on demonstrations."""
     import numpy as np
 
     from workers.data.step_inputs import SupervisedBatch
@@ -242,7 +240,7 @@ def policy(spec: WorkerSpec) -> Step:
 
 
 def value(spec: WorkerSpec) -> Step:
-    """Learns from pairs."""
+    """A training step on pairs."""
     import numpy as np
 
     from workers.data import Preference
@@ -259,7 +257,7 @@ def value(spec: WorkerSpec) -> Step:
 
 
 def serving(spec: WorkerSpec) -> Step:
-    """Answers prompts."""
+    """A generation step."""
     import numpy as np
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -277,10 +275,10 @@ def serving(spec: WorkerSpec) -> Step:
 
 
 def _watch(step: Step) -> tuple[int, int]:
-    """One step to settle, then those that are measured: bytes at the peak, and held."""
+    """One unmeasured step, then the measured ones. Returns the bytes at the peak, and held."""
     step(1)
     malloc.give_back()
-    peaks.begin_anew()
+    peaks.reset()
     for k in range(2, STEPS + 1):
         step(k)
     peak = peaks.highest()
@@ -302,31 +300,31 @@ def main(
     file: Annotated[Path | None, typer.Option("--json", help="Add the results to this file.")] = None,
 ) -> None:
     """Measure, and print a row for each case in MiB beyond the runtime."""
-    chosen = [case for case in CASES if only in case.name]
-    if not chosen:
+    cases = [case for case in CASES if only in case.name]
+    if not cases:
         raise typer.BadParameter(f"no case's name contains {only!r}; one is {CASES[0].name!r}", param_hint="--only")
     if file and not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{file}: there is no folder {file.parent}", param_hint="--json")
+        raise typer.BadParameter(f"{file}: the folder {file.parent} does not exist", param_hint="--json")
     results: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
-    print(f"{'case':64} {'fixed':>6} {'peak':>6} {'said':>6} {'error':>6} {'held':>6} {'said':>6} {'error':>6}")
-    for case in chosen:
+    print(f"{'case':64} {'fixed':>6} {'peak':>6} {'pred.':>6} {'error':>6} {'held':>6} {'pred.':>6} {'error':>6}")
+    for case in cases:
         small = Case("tiny", case.kind, ranks=case.ranks, lora=case.lora)
         if small.name not in results:
             results[small.name] = [a - b for a, b in zip(measure(small), small.predicted(), strict=True)]
         fixed: list[int] = results[small.name]
         peak, held = (a - b for a, b in zip(measure(case), fixed, strict=True))
-        said = case.predicted()
+        predicted = case.predicted()
         print(
-            f"{case.name:64} {fixed[0] // MIB:6} {peak // MIB:6} {said[0] // MIB:6} {said[0] / peak - 1:6.1%} "
-            f"{held // MIB:6} {said[1] // MIB:6} {said[1] / held - 1:6.1%}",
+            f"{case.name:64} {fixed[0] // MIB:6} {peak // MIB:6} {predicted[0] // MIB:6} {predicted[0] / peak - 1:6.1%} "
+            f"{held // MIB:6} {predicted[1] // MIB:6} {predicted[1] / held - 1:6.1%}",
             flush=True,
         )
         results[case.name] = [peak, held]
         if file:
             file.write_text(json.dumps(results, indent=1))
-    known = [(case, results[case.name]) for case in CASES if case.name in results]
-    worst = max(abs(case.predicted()[0] / peak - 1) for case, (peak, _) in known)
-    print(f"{len(known)} cases, largest error of a peak: {worst:.1%}")
+    measured = [(case, results[case.name]) for case in CASES if case.name in results]
+    worst = max(abs(case.predicted()[0] / peak - 1) for case, (peak, _) in measured)
+    print(f"{len(measured)} cases, largest error of a peak: {worst:.1%}")
     if worst > BOUND:
         raise SystemExit(1)
 

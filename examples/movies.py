@@ -1,11 +1,11 @@
-"""The movies task: real sentences on films, each rated by about 20 people (Hutto & Gilbert 2014).
+"""The movies task: sentences from film reviews, each rated by about 20 people (Hutto & Gilbert 2014).
 
-`python -m examples.movies prepare` fetches the sentences from PyPI and writes
+`python -m examples.movies prepare` downloads the sentences from PyPI and writes
 
     sft/{train,validation,test}.jsonl          demonstrations: a sentence's first words, and the rest of it
-    preferences/{train,validation,test}.jsonl  pairs of sentences; the better rated one is chosen
-    prompts/{train,validation,test}.jsonl      first words alone
-    chat/...                                   the same three for a chat model
+    preferences/{train,validation,test}.jsonl  pairs of sentences; the one with the higher rating is chosen
+    prompts/{train,validation,test}.jsonl      only the first words
+    chat/...                                   the same three data sets for a chat model
     tiny/                                      tokenizer and shape of a small model to train from scratch
 
 and with `--model smollm2` also `smollm2/`, the real SmolLM2-135M-Instruct.
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-if TYPE_CHECKING:  # the judge's process can do without; it takes seconds to import
+if TYPE_CHECKING:  # takes seconds to import, and the judge's process does not need it
     from transformers import PreTrainedTokenizerFast
 
 Split = Literal["train", "validation", "test"]
@@ -39,13 +39,13 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Row = dict[str, Any]
 
 PROMPT_WORDS = 3
-"""Words of a sentence that make the prompt; shorter sentences only serve in pairs."""
+"""Words of a sentence that form the prompt; shorter sentences are used only in pairs."""
 PAIRS_PER_SENTENCE = 2
 MIN_MARGIN = 1.0
-"""Smallest difference of two mean ratings (on -4..4) that makes a pair."""
+"""Least difference of the mean ratings (on -4..4) of a pair."""
 VOCABULARY = 4000
 SYSTEM = {"role": "system", "content": "Continue the film review."}
-"""Says the task to a chat model, in place of the template's longer text: half as many tokens in every prompt."""
+"""Tells a chat model the task, instead of the template's longer text: half as many tokens in every prompt."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Sentence:
 
     @property
     def halves(self) -> tuple[str, str]:
-        """First words, and the rest. The rest starts with its space: byte-level tokenizers join it to the word."""
+        """The first words, and the rest. The rest starts with a space: byte-level tokenizers attach it to the next word."""
         words = self.text.split(" ")
         return " ".join(words[:PROMPT_WORDS]), "".join(f" {word}" for word in words[PROMPT_WORDS:])
 
@@ -71,7 +71,7 @@ class Sentence:
 def vader(prompts: list[str], answers: list[str], **columns: object) -> list[float]:
     """VADER's compound score of each answer, -1 (bad) to 1 (good).
 
-    Of the answer alone: the first words are given, so what they say is nobody's merit.
+    Only the answer counts: the model did not write the first words.
     """
     analyzer = SentimentIntensityAnalyzer()
     return [analyzer.polarity_scores(answer)["compound"] for answer in answers]
@@ -81,7 +81,7 @@ def vader(prompts: list[str], answers: list[str], **columns: object) -> list[flo
 
 
 def fetch(package: str, folder: Path, *options: str) -> Path:
-    """Download one package from the configured index into the folder; returns the file."""
+    """Download a package from the configured index into the folder; returns the file."""
     command = [
         sys.executable,
         "-m",
@@ -102,7 +102,7 @@ def fetch(package: str, folder: Path, *options: str) -> Path:
 def read_sentences() -> list[Sentence]:
     """All rated sentences, each text once."""
     with tempfile.TemporaryDirectory() as folder:
-        # Only the source package carries the ratings. pip reads its metadata with the setuptools that torch brings.
+        # Only the source package contains the ratings. pip reads its metadata with the setuptools that torch brings.
         source = fetch("vaderSentiment==3.3.2", Path(folder), "--no-binary", ":all:", "--no-build-isolation")
         with tarfile.open(source) as outer:
             ratings = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
@@ -113,7 +113,7 @@ def read_sentences() -> list[Sentence]:
 
 
 def parse(table: str) -> list[Sentence]:
-    """Lines of `id<TAB>mean rating<TAB>sentence`. Of equal sentences the first stays: no text is in two splits."""
+    """Lines of `id<TAB>mean rating<TAB>sentence`. Of equal sentences only the first is kept, so no text is in two splits."""
     sentences: dict[str, Sentence] = {}
     for line in table.splitlines():
         name, rating, raw = line.split("\t")
@@ -123,7 +123,7 @@ def parse(table: str) -> list[Sentence]:
 
 
 def pairs(sentences: list[Sentence], rng: random.Random) -> list[tuple[Sentence, Sentence]]:
-    """(better, worse) pairs in random order; each sentence meets PAIRS_PER_SENTENCE drawn partners."""
+    """(better, worse) pairs in random order; each sentence is paired with PAIRS_PER_SENTENCE random partners."""
     drawn = []
     for sentence in sentences * PAIRS_PER_SENTENCE:
         partner = rng.choice(sentences)
@@ -158,7 +158,7 @@ def write_split(folder: Path, split: Split, sentences: list[Sentence]) -> None:
     save("prompts", ({"id": row["id"], "prompt": row["prompt"]} for row in halves))
     save("chat/sft", ({"id": s.id, "rating": s.rating, "messages": conversation(s)} for s in long))
     save("chat/prompts", ({"id": s.id, "messages": question(s)} for s in long))
-    # Whole sentences: cut at a space, first words and rest have together the same tokens.
+    # Whole sentences as completions of an empty prompt: split at a space, the two parts have the same tokens as the whole.
     save(
         "preferences",
         (
@@ -179,7 +179,7 @@ def write_split(folder: Path, split: Split, sentences: list[Sentence]) -> None:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE. Lower case only: a small model then sees each word more often."""
+    """A byte-level BPE tokenizer, lower case only: a small model then sees each word more often."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -209,7 +209,7 @@ def write_tiny(folder: Path, texts: Iterable[str]) -> None:
         hidden_size=160,
         intermediate_size=480,
         num_hidden_layers=3,
-        num_attention_heads=5,  # heads of 32: the smallest that vLLM's CPU attention takes
+        num_attention_heads=5,  # head size 32: the smallest that vLLM's CPU attention supports
         num_key_value_heads=5,
         max_position_embeddings=256,
         tie_word_embeddings=True,
@@ -222,7 +222,7 @@ def write_tiny(folder: Path, texts: Iterable[str]) -> None:
 
 
 def write_smollm2(folder: Path) -> None:
-    """SmolLM2-135M-Instruct in float32, from the 4-bit weights that the package ships."""
+    """SmolLM2-135M-Instruct in float32, from the 4-bit weights in the package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -231,7 +231,7 @@ def write_smollm2(folder: Path) -> None:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             file = Path(archive.extract(name, temporary))
         quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
-        # A model that was loaded from GGUF refuses to be saved; a fresh one with its weights does not.
+        # A model loaded from GGUF cannot be saved; a new one with its weights can.
         del quantized.config.quantization_config
         model = AutoModelForCausalLM.from_config(quantized.config, dtype="float32")
         model.load_state_dict(quantized.state_dict())
@@ -243,9 +243,9 @@ def write_smollm2(folder: Path) -> None:
 
 
 def make(folder: Path, whole: Path, build: Callable[[Path], None]) -> None:
-    """Build a folder beside its place and rename it there; nothing to do where `whole`, a part of it, exists."""
+    """Build a folder under a temporary name and rename it; nothing to do if `whole`, a part of it, exists."""
     if whole.exists():
-        print(f"{folder} is there already")
+        print(f"{folder} exists already")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -253,18 +253,18 @@ def make(folder: Path, whole: Path, build: Callable[[Path], None]) -> None:
         built.mkdir()
         build(built)
         built.rename(folder)
-    print(f"made {folder}")
+    print(f"created {folder}")
 
 
 def write_task(folder: Path, sentences: list[Sentence]) -> None:
-    """All data, and the tiny model's folder."""
+    """Write all data and the tiny model's folder."""
     for split in SPLITS:
         write_split(folder, split, [sentence for sentence in sentences if sentence.split == split])
     write_tiny(folder / "tiny", [sentence.text for sentence in sentences if sentence.split == "train"])
 
 
 def prepare(folder: Path, model: Literal["tiny", "smollm2"] = "tiny") -> None:
-    """Make what is missing of the task's data and of the model's folder."""
+    """Create the task's data and the model's folder if they are missing."""
     make(folder, folder / "tiny", lambda built: write_task(built, read_sentences()))
     if model == "smollm2":
         make(folder / "smollm2", folder / "smollm2", write_smollm2)
@@ -273,7 +273,7 @@ def prepare(folder: Path, model: Literal["tiny", "smollm2"] = "tiny") -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m examples.movies", description="Prepare the movies task.")
     parser.add_argument("command", choices=["prepare"])
-    parser.add_argument("--folder", type=Path, default=Path("data/movies"), help="where to (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("data/movies"), help="output folder (default: %(default)s)")
     parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny", help="default: %(default)s")
     arguments = parser.parse_args()
     prepare(arguments.folder, arguments.model)

@@ -1,9 +1,9 @@
-"""REINFORCE in a loop of one's own: Troupe's worker groups, no critic.
+"""REINFORCE in a custom training loop: Troupe's worker groups, no critic.
 
     python -m examples.movies prepare
     python -m examples.reinforce [CONFIG] [a.b=c ...]
 
-The driver holds references and a few numbers per answer; tokens stay where the workers put them.
+The driver holds object references and a few numbers per answer; tokens stay in the object store.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from orchestrator.run.run_dir import Run
+    from orchestrator.run import Run
     from placement.types import Stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def path(text: str) -> Path:
-    """Shells leave `~` as it is in `--output=~/answers.jsonl` and within quotes."""
+    """A path with `~` expanded: shells do not expand it in `--output=~/answers.jsonl` or within quotes."""
     return Path(text).expanduser()
 
 
@@ -30,22 +30,24 @@ Accept = Annotated[
     bool,
     typer.Option(
         "--accept-changes",
-        help="Go on with a stage that began with other settings, on which its results depend; finished stages keep theirs.",
+        help="Resume an unfinished stage although settings changed that affect its results; finished stages stay as they are.",
     ),
 ]
-StageOption = Annotated[str | None, typer.Option("--stage", help="Which stage's model; none: the last finished.")]
-Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; none: rollout.temperature.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer in tokens; none: rollout.max_new_tokens.")]
+StageOption = Annotated[
+    str | None, typer.Option("--stage", help="Stage whose model is used; default: the last finished stage.")
+]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; default: rollout.temperature.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum tokens of an answer; default: rollout.max_new_tokens.")]
 RunFolder = Annotated[Path, typer.Argument(parser=path, help="The run's folder, runs/<name>.")]
 
 
 def _dashed(name: str, text: str, least: int = 1) -> Any:
-    """An option of the original benchmark, which wrote names with underscores; dashes do as well."""
+    """An option of the original benchmark, whose names have underscores; dashes work too."""
     return typer.Option(f"--{name.replace('-', '_')}", f"--{name}", min=least, help=text)
 
 
-def _print_versions(asked: bool) -> None:
-    if asked:
+def _print_versions(requested: bool) -> None:
+    if requested:
         from orchestrator.run.versions import versions
 
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
@@ -57,14 +59,14 @@ def main(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_versions, is_eager=True, help="Print Troupe's version and those it runs on."
+            "--version", callback=_print_versions, is_eager=True, help="Print the versions of Troupe and its libraries."
         ),
     ] = False,
 ) -> None:
     """Train chat models from human feedback: supervised fine-tuning, reward model, PPO."""
-    from orchestrator.console.terminal import make_output_last
+    from orchestrator.console import make_output_hangup_safe
 
-    make_output_last()
+    make_output_hangup_safe()
 
 
 @app.command()
@@ -87,28 +89,28 @@ def ppo(config: Config, overrides: Overrides = None, accept_changes: Accept = Fa
 
 @app.command()
 def pipeline(config: Config, overrides: Overrides = None, accept_changes: Accept = False) -> None:
-    """All stages that the config describes; finished ones are not run again."""
+    """Run all stages of the config; finished stages are skipped."""
     _run(config, overrides, None, accept_changes)
 
 
 @app.command()
 def resume(run: RunFolder, overrides: Overrides = None, accept_changes: Accept = False) -> None:
-    """Go on with a run that was stopped or cut short; on other devices, if need be."""
+    """Resume a run that was stopped or interrupted, also on other devices."""
     with _errors():
-        from orchestrator.run.run_dir import Run
+        from orchestrator.run import Run
 
         opened = Run.open(run, overrides or [], accept_changes)
         if opened.go_to_working_folder():
-            print(f"in {Path.cwd()}, where this run began")
-        _go_on(opened)
+            print(f"working folder: {Path.cwd()}, where this run began")
+        _resume(opened)
 
 
 @app.command()
 def status(run: RunFolder) -> None:
-    """Show what a run is doing, or how it ended and how to go on with it."""
+    """Show what a run is doing, or how it ended and how to resume it."""
     with _errors():
-        from orchestrator.console.status_text import print_status
-        from orchestrator.run.run_dir import Run
+        from orchestrator.console import print_status
+        from orchestrator.run import Run
 
         print_status(Run.open(run), Console())
 
@@ -119,25 +121,25 @@ def list_(
 ) -> None:
     """List the runs in a folder: stage, step, state, result, age."""
     with _errors():
-        from orchestrator.console.listing import print_runs
+        from orchestrator.console import print_runs
 
         print_runs(folder.expanduser(), Console())
 
 
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
-    """Check a run without starting it: settings, data, tokenizers, models, rewards. Prints what is wrong, all at once."""
+    """Check a run without starting it: settings, data, tokenizers, models, rewards. Prints all problems at once."""
     with _errors():
         from configs import load_config
         from orchestrator.api import checked
-        from orchestrator.run.run_dir import Run, described
+        from orchestrator.run import Run, described
 
         settings, console = load_config(config, overrides or []), Console()
         _, report = checked(Run.begin(settings, described(settings)))
         for line in report.lines():
             console.print(line, soft_wrap=True)
         report.raise_if_refused()
-        console.print(f"nothing is wrong; checked in {report.seconds:.1f} s")
+        console.print(f"no problems; checked in {report.seconds:.1f} s")
 
 
 @app.command()
@@ -148,69 +150,71 @@ def plan(
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[
-        str | None, typer.Option(help="Plan for a described cluster, such as 4x8xA100-80GB, in place of this machine.")
+        str | None, typer.Option(help="Plan for this cluster, for example 4x8xA100-80GB, instead of this machine.")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Without a file: PPO with four models like this one (8b, a folder, a hub name), on all GPUs."
+            help="Instead of a config: PPO with four models of this size (8b, a folder, a hub name) on all GPUs."
         ),
     ] = None,
-    strategy: Annotated[str | None, typer.Option(help="As the setting `strategy`.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="The setting `strategy`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     picture: Annotated[
         Path | None,
-        typer.Option(parser=path, help="Draw memory by phase to this .svg, .png or .html."),
+        typer.Option(parser=path, help="Write a chart of the memory by phase to this .svg, .png or .html."),
     ] = None,
 ) -> None:
-    """Print where each stage's roles go, the batch arithmetic and predicted memory; refuse what cannot be placed."""
+    """Print the placement of each stage's roles, the batch arithmetic and predicted memory; refuse a plan that does not fit."""
     with _errors():
         import json
 
-        from orchestrator.console.plan_command import asked_for, cluster_of, planned
+        from orchestrator.console import load_settings, parse_cluster, plan_stages
 
         if picture:
-            _check_place(picture, "--picture")
+            _check_output(picture, "--picture")
         if picture and picture.suffix not in (".svg", ".png", ".html"):
             raise typer.BadParameter(f"was {picture}; must end in .svg, .png, .html", param_hint="--picture")
-        where = cluster_of(cluster)
-        asked = asked_for(config, model, [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])], where)
-        reports, chosen = planned(asked, where)
+        spec = parse_cluster(cluster)
+        overrides = [*(overrides or []), *([f"strategy={strategy}"] if strategy else [])]
+        reports, resolved = plan_stages(load_settings(config, model, overrides, spec), spec)
         if as_json:
             print(json.dumps({report.plan.stage: report.as_dict() for report in reports}, indent=1))
         else:
             from placement import render
 
-            Console().print(*chosen, *(render(report.plan, report.memory) for report in reports), sep="\n")
+            Console().print(*resolved, *(render(report.plan, report.memory) for report in reports), sep="\n")
         if picture:
-            from orchestrator.report.memory_chart import draw
+            from orchestrator.report import draw_memory
 
-            draw(reports, picture)
+            draw_memory(reports, picture)
 
 
 @app.command()
-def config(search: Annotated[str, typer.Argument(help="Show settings whose path contains this.")] = "") -> None:
+def config(
+    search: Annotated[str, typer.Argument(help="Show only settings whose path contains this text.")] = "",
+) -> None:
     """List every setting with its meaning, type and default."""
     from rich.padding import Padding
     from rich.text import Text
 
     from configs.reference import describe
 
-    found = [setting for setting in describe() if search in setting.path]
-    if not found:
+    settings = [setting for setting in describe() if search in setting.path]
+    if not settings:
         raise typer.BadParameter(f"no setting's path contains {search!r}", param_hint="SEARCH")
     console = Console()
-    for setting in found:
+    for setting in settings:
         console.print(Text.assemble((setting.path, "bold"), f"  {setting.type}  [{setting.default}]"), soft_wrap=True)
         console.print(Padding(Text(setting.meaning), (0, 0, 0, 4)))
 
 
 @app.command()
 def report(run: RunFolder) -> None:
-    """Write report.html anew."""
+    """Write report.html again."""
     with _errors():
-        from orchestrator.report.report import write_report
-        from orchestrator.run.run_dir import Run
+        from orchestrator.report import write_report
+        from orchestrator.run import Run
 
         print(write_report(Run.open(run).folder))
 
@@ -242,7 +246,7 @@ def chat(
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
 ) -> None:
-    """Talk to the trained model. An empty line or Ctrl-D ends."""
+    """Chat with the trained model. An empty line or Ctrl-D ends."""
     with _errors():
         from orchestrator.chat import Sampling, converse
 
@@ -253,46 +257,44 @@ def chat(
 def bench(
     overrides: Overrides = None,
     model: Annotated[str, typer.Option(help="s, m, l, xl, 2b, ... 175b (GPT-2 shapes), or a config.json.")] = "s",
-    strategy: Annotated[
-        str, typer.Option(help="As the setting `strategy`; the original's names are understood.")
-    ] = "ddp",
+    strategy: Annotated[str, typer.Option(help="The setting `strategy`; the original's names work too.")] = "ddp",
     experience_batch_size: Annotated[
-        int, _dashed("experience-batch-size", "Prompts answered at a time, per rank.")
+        int, _dashed("experience-batch-size", "Prompts per generated batch, per rank.")
     ] = 8,
-    train_batch_size: Annotated[int, _dashed("train-batch-size", "Samples of an optimizer step, per rank.")] = 8,
+    train_batch_size: Annotated[int, _dashed("train-batch-size", "Samples per optimizer step, per rank.")] = 8,
     num_episodes: Annotated[int, _dashed("num-episodes", "Episodes.")] = 3,
-    max_timesteps: Annotated[int, _dashed("max-timesteps", "Batches of experience in an episode.")] = 8,
-    update_timesteps: Annotated[int, _dashed("update-timesteps", "Batches of experience between updates.")] = 8,
-    max_epochs: Annotated[int, _dashed("max-epochs", "Passes over the experience of an update.")] = 3,
+    max_timesteps: Annotated[int, _dashed("max-timesteps", "Experience batches per episode.")] = 8,
+    update_timesteps: Annotated[int, _dashed("update-timesteps", "Experience batches between updates.")] = 8,
+    max_epochs: Annotated[int, _dashed("max-epochs", "Epochs over the experience of an update.")] = 3,
     lora_rank: Annotated[int, _dashed("lora-rank", "Train adapters of this rank; 0: all weights.", 0)] = 0,
-    share: Annotated[str, typer.Option(help="Roles on one base: actor,critic,reference,reward.")] = "",
+    share: Annotated[str, typer.Option(help="Roles that share one base: actor,critic,reference,reward.")] = "",
     layout: Annotated[str, typer.Option(help="separate, paired or colocated.")] = "separate",
     devices: Annotated[int, typer.Option(min=1, help="Ranks of each role.")] = 1,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    lengths: Annotated[str, typer.Option(metavar="PROMPT,TOTAL", help="Tokens of a prompt, and in all.")] = "400,512",
+    lengths: Annotated[str, typer.Option(metavar="PROMPT,TOTAL", help="Tokens of a prompt, and in total.")] = "400,512",
     capacity: Annotated[
         bool,
         typer.Option(
             "--capacity",
-            help="Search the largest model that runs, per strategy (commas between), beside ddp in float32.",
+            help="Find the largest model that runs: for ddp in float32 and for each strategy (comma-separated).",
         ),
     ] = False,
     memory: Annotated[
-        str | None, typer.Option(help="With --capacity: a limit such as 16GiB; none: what is available now.")
+        str | None,
+        typer.Option(help="With --capacity: memory limit, for example 16GiB; default: the available memory."),
     ] = None,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write JSON; -: to standard output.")
     ] = None,
 ) -> None:
-    """PPO on random prompts and random models: throughput, TFLOPS, memory. The original benchmark's flags and defaults."""
+    """Benchmark PPO on random prompts and models: throughput, TFLOPS, memory. Flags and defaults of the original benchmark."""
     with _errors():
-        from orchestrator.bench.bench import Benchmark, bench
-        from orchestrator.bench.tables import print_bench
+        from orchestrator.bench import Benchmark, memory_of, print_bench, run_benchmark, search_capacity, variants
 
         prompt, total = _lengths(lengths)
         if json_file and json_file != "-":
-            _check_place(Path(json_file), "--json")
-        asked = Benchmark(
+            _check_output(Path(json_file), "--json")
+        benchmark = Benchmark(
             model=model,
             strategy=strategy,
             experience_batch_size=experience_batch_size,
@@ -311,14 +313,12 @@ def bench(
         )
         console = Console(stderr=json_file == "-")
         if capacity:
-            from orchestrator.bench import capacity as search
-
-            limit = search.memory_of(memory) if memory else None
-            found = search.capacity(search.ways(asked, overrides or []), limit, console)
+            limit = memory_of(memory) if memory else None
+            result = search_capacity(variants(benchmark, overrides or []), limit, console)
         else:
-            found = bench(asked, overrides or [], console)
-            print_bench(found, console)
-        _write_json(found, json_file)
+            result = run_benchmark(benchmark, overrides or [], console)
+            print_bench(result, console)
+        _write_json(result, json_file)
 
 
 def _lengths(text: str) -> tuple[int, int]:
@@ -327,14 +327,14 @@ def _lengths(text: str) -> tuple[int, int]:
     except ValueError:
         prompt, total = 0, 0
     if not 0 < prompt < total:
-        raise typer.BadParameter(f"was {text!r}; must be PROMPT,TOTAL such as 400,512", param_hint="--lengths")
+        raise typer.BadParameter(f"was {text!r}; must be PROMPT,TOTAL, for example 400,512", param_hint="--lengths")
     return prompt, total
 
 
-def _check_place(file: Path, option: str) -> None:
-    """Refuse a file that could not be written at the end."""
+def _check_output(file: Path, option: str) -> None:
+    """Refuse a file before the work starts if it could not be written at the end."""
     if not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"was {file}; there is no folder {file.parent}", param_hint=option)
+        raise typer.BadParameter(f"was {file}; the folder {file.parent} does not exist", param_hint=option)
     if file.is_dir():
         raise typer.BadParameter(f"was {file}, which is a folder", param_hint=option)
 
@@ -351,27 +351,27 @@ def _write_json(value: Any, file: str | None) -> None:
 def _run(path: Path, overrides: list[str] | None, stages: list[Stage] | None, accept_changes: bool) -> None:
     with _errors():
         from configs import load_config
-        from orchestrator.run.run_dir import Run, described
+        from orchestrator.run import Run, described
 
         settings = load_config(path, overrides or [])
-        _go_on(Run.begin(settings, stages or described(settings), accept_changes))
+        _resume(Run.begin(settings, stages or described(settings), accept_changes))
 
 
-def _go_on(run: Run) -> None:
-    from orchestrator.api import go_on
-    from orchestrator.console.run_summary import print_result
+def _resume(run: Run) -> None:
+    from orchestrator.api import resume
+    from orchestrator.console import print_result
 
     console = Console()
-    print_result(go_on(run, console), console)
+    print_result(resume(run, console), console)
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What the user can mend is said in a line or a few, without a traceback."""
+    """Print errors that the user can fix in a few lines, without a traceback."""
     try:
         yield
     except KeyboardInterrupt as error:
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # StoppedAtOnce has said what there is to say
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # StoppedAtOnce was explained already
     except Exception as error:
         name = type(error).__name__
         if name == "Stopped":
@@ -395,7 +395,7 @@ REFUSED = (
 )
 FAILED = ("DifferentModel", "DiskError", "LogProbGapError", "PlacementError", "RefusedError", "WorkerError")
 EXIT_CODES = dict.fromkeys(REFUSED, 2) | dict.fromkeys(FAILED, 1)
-"""By name: the modules of these errors are imported only by the commands that need them."""
+"""Keyed by name, so that only the commands that need an error's module import it."""
 
 
 if __name__ == "__main__":

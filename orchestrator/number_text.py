@@ -1,13 +1,13 @@
-"""Numbers as text for people. Rounding must not turn a number into another fact: 0.9996 is not 100%, and 0.0004 is not 0%."""
+"""Numbers as text for people. Rounding must not change the meaning: 0.9996 is not 100%, and 0.0004 is not 0%."""
 
 from __future__ import annotations
 
-MOST_DIGITS = 12
+MAX_DIGITS = 12
 MINUS = "\N{MINUS SIGN}"
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, a typographic minus; what rounds to 0 is +0.
+    """A number with its sign; the minus is typographic, and a number that rounds to 0 is +0.
 
     >>> signed(-0.0004, 3), signed(-1.5, 1)
     ('+0.000', '\N{MINUS SIGN}1.5')
@@ -16,20 +16,20 @@ def signed(value: float, digits: int) -> str:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage, with as many more digits as it takes to keep it apart from 0% and 100%.
+    """A share as a percentage, with enough digits to differ from 0% and 100%.
 
     >>> percent(0.7), percent(1.0), percent(0.9996), percent(0.0), percent(0.0004)
     ('70.0%', '100%', '99.96%', '0%', '0.04%')
     """
     if share in (0.0, 1.0):
         return f"{share:.0%}"
-    while digits < MOST_DIGITS and round(share, digits + 2) in (0.0, 1.0):
+    while digits < MAX_DIGITS and round(share, digits + 2) in (0.0, 1.0):
         digits += 1
     return f"{share:.{digits}%}"
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour.
+    """A duration as h:mm:ss, or m:ss below an hour.
 
     >>> clock(59.6), clock(3723)
     ('1:00', '1:02:03')
@@ -40,7 +40,7 @@ def clock(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago something was, in its largest whole unit.
+    """A duration in its largest whole unit.
 
     >>> age(4.2), age(119), age(7200), age(200_000)
     ('4 s', '1 min', '2 h', '2 d')

@@ -1,4 +1,4 @@
-"""Something small that is done again and again while a program does something else."""
+"""A function that a background thread calls at regular intervals."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 
 class Repeating:
-    """Calls a function every so many seconds, from a thread of its own, until it is stopped.
+    """Calls a function every `seconds` seconds in its own thread until `stop`.
 
-    The function must not raise, and what it shares with other threads it must guard itself.
+    The function must not raise, and must lock the state that it shares with other threads.
     """
 
     def __init__(self, function: Callable[[], None], seconds: float) -> None:
         self._function, self._seconds = function, seconds
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"repeating {function.__qualname__}", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when the function is not running and will not be called again."""
-        self._over.set()
+        """Stop the calls; waits for a call that is running."""
+        self._stopped.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(self._seconds):
+        while not self._stopped.wait(self._seconds):
             self._function()

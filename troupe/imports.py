@@ -1,14 +1,14 @@
-"""The first module of Troupe in every process: from here on Troupe's packages come before other modules of the same names.
+"""The first module of Troupe in every process: after it, Troupe's packages are found before other modules of the same names.
 
-Python searches the folders of a user's script, config and job before the place where Troupe is installed, and a file
-`workers.py` or a folder `configs` there is nothing unusual. So every process begins with this module, whose name nobody
-else uses: the command `troupe`, Ray's actors and tasks, the processes of reward functions, and each of the packages.
+Python searches the folders of a user's script, config and job before the folder where Troupe is installed, and users often
+have a file `workers.py` or a folder `configs` there. So every process imports this module first, whose name nobody else
+uses: the command `troupe`, Ray's actors and tasks, the processes of reward functions, and each of the packages.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -16,16 +16,32 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The folder that Troupe's packages lie in: site-packages, or a checkout."""
+"""The folder that contains Troupe's packages: site-packages, or a checkout."""
 PACKAGES = ("configs", "placement", "workers", "orchestrator")
 
 
 class OwnPackages:
-    """A finder (sys.meta_path) that knows where Troupe's packages are."""
+    """A finder (sys.meta_path) for Troupe's packages."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         return PathFinder.find_spec(name, [str(ROOT)]) if name in PACKAGES else None
+
+
+def lazy(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package: it imports a module when one of its names is first used, so the package costs nothing.
+
+    modules: module -> the names that it defines. A name must not be that of a module of the package: Python sets the module
+    as an attribute when it is imported.
+    """
+    homes = {name: module for module, names in modules.items() for name in names}
+
+    def getattr_(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(homes[name]), name)
+
+    return getattr_
 
 
 def main() -> None:
@@ -34,28 +50,28 @@ def main() -> None:
 
 
 def call(path: str, *args: Any) -> Any:
-    """Call the function, or make an object of the class, module:name. Run as a Ray task in place of that function: Ray
-    imports this module before it unpickles the arguments."""
+    """Call the function or class named module:name. Run as a Ray task in place of that function: Ray imports this module
+    before it unpickles the arguments."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)(*args)
 
 
 class Actor:
-    """A Ray actor around an object of the class module:name, for the same reason."""
+    """A Ray actor that wraps an object of the class module:name, for the same reason as `call`."""
 
     def __init__(self, path: str, *args: Any) -> None:
-        self._inside = call(path, *args)
+        self._wrapped = call(path, *args)
 
     def __repr__(self) -> str:
-        """What Ray's dashboard shows."""
-        return repr(self._inside)
+        """The name in Ray's dashboard."""
+        return repr(self._wrapped)
 
     def call(self, *args: Any) -> Any:
-        return self._inside.call(*args)
+        return self._wrapped.call(*args)
 
 
 def _refuse_foreign() -> None:
-    """Raises ImportError where a module of another origin has the name of a package of Troupe already."""
+    """Raises ImportError if a foreign module with the name of one of Troupe's packages was imported before."""
     for name in PACKAGES:
         file = getattr(sys.modules.get(name), "__file__", None)
         if name in sys.modules and (file is None or ROOT / name not in Path(file).resolve().parents):

@@ -1,1 +1,1 @@
-"""Which families of language models Troupe trains and serves right: `python -m benchmarks.families`."""
+"""Checks which model families Troupe trains and serves correctly: `python -m benchmarks.families`."""

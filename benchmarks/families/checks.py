@@ -1,7 +1,7 @@
-"""What is checked of a family, in one process: our trainer and a vLLM engine against plain transformers and PEFT.
+"""The checks of a family, in one process: our trainer and a vLLM engine against plain transformers and PEFT.
 
-The classes are those that run in Ray actors; only the calls between them go without Ray. Each check gives the largest difference
-that it found; what a check refuses is refused by the product itself (`workers.models.model_facts`).
+The classes are those that run in Ray actors; only the calls between them do not use Ray. Each check returns its largest
+difference; a refusal comes from Troupe's own check (`workers.models.model_facts`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from workers.weight_sync.senders import ObjectStoreSender
 LORA = LoraSettings(rank=4, alpha=16.0)
 LENGTH, NEW_TOKENS = 96, 8
 BUCKET = 20_000
-"""Bytes: an update has many buckets, and they end in the middle of layers."""
+"""Bytes; so small that an update has many buckets, which end within layers."""
 Kind = TypeVar("Kind", bound=Trainer)
 Found = dict[str, float]
 """Check -> largest difference."""
@@ -61,8 +61,8 @@ DEMONSTRATIONS = [
 
 
 def merged(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Everything but adapters alone. Returns `problems` of the family, or for `full` and `lora` what was found; beside it
-    those of the scalar head.
+    """All checks except adapters alone. Returns the family's `problems`, or the differences of `full` and `lora`, and
+    the problems of the scalar head.
 
     folder: the random model. scratch: an empty folder to export to.
     """
@@ -80,7 +80,7 @@ def merged(folder: Path, scratch: Path) -> dict[str, Any]:
 
 
 def alone(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Adapters alone, beside the weights that the engine started with."""
+    """Adapters alone, with the weights that the engine started with."""
     refused = problems(folder, ["language"], adapter_served=True)
     if refused:
         return {"problems": refused}
@@ -89,7 +89,7 @@ def alone(folder: Path, scratch: Path) -> dict[str, Any]:
 
 
 def problems(folder: Path, heads: Any, adapter_served: bool = False) -> list[str]:
-    """What the product's own check has against the family."""
+    """Problems that Troupe's own check reports for the family."""
     settings = ModelSettings(path=str(folder), dtype="float32", lora=LORA)
     found = model_facts(
         str(folder), settings, heads, learns=True, served_on="cpu", adapter_served=adapter_served
@@ -114,12 +114,12 @@ def config(lora: LoraSettings | None = None, **settings: Any) -> RunConfig:
 
 
 class Engine:
-    """A rollout worker in a process of its own, as in a run, for vLLM changes classes of transformers; and the client of it."""
+    """A rollout worker in a subprocess, as in a run, because vLLM changes classes of transformers; and its client."""
 
     tensor_parallel = 1
 
     def __init__(self, folder: Path, settings: RunConfig) -> None:
-        """Forks: call it before torch has computed anything."""
+        """Forks: call it before torch computes anything."""
         context = get_context("fork")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, folder, settings), daemon=True)
@@ -128,7 +128,7 @@ class Engine:
         self.version = 0
 
     def publish(self, source: GatheredWeights) -> None:
-        """An update as the actor makes it."""
+        """Send an update as the actor does."""
         self.source = source
         self.version += 1
         _Sender(self, source, True, BUCKET).send_weights()  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def _serve(connection: Connection, folder: Path, settings: RunConfig) -> None:
 
 
 def _log_probs(worker: RolloutWorker) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Answers to the prompts, with them: token ids, and log-probabilities of all but the first."""
+    """Prompts with their answers: token ids, and log-probabilities of all tokens but the first."""
     sampling = SamplingParams(prompt_logprobs=0, logprobs=0, max_tokens=NEW_TOKENS, seed=1, detokenize=False)
     engine = worker.engine
     for i, prompt in enumerate(PROMPTS):
@@ -198,7 +198,7 @@ def _log_probs(worker: RolloutWorker) -> tuple[list[np.ndarray], list[np.ndarray
 
 
 class _Sender(ObjectStoreSender):
-    """Gives buckets to the engine itself."""
+    """Sends buckets to the engine directly."""
 
     def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
         self.client.update_weights({
@@ -253,7 +253,7 @@ def policy(
         found[f"{update} update"] = engine.differs(exported)
         after = log_prob_rows(exported, PROMPTS[0])
         if np.abs(after - before).max() < MOVED:
-            raise RuntimeError(f"the {update} update moved no log-probability by {MOVED}: it could hide a fault")
+            raise RuntimeError(f"the {update} update changed no log-probability by {MOVED}: this could hide an error")
         before = after
     if lora:
         found["adapter"] = adapter_differs(folder, out / "second" / "adapter", exported)
@@ -261,12 +261,12 @@ def policy(
 
 
 def plain_model(folder: Path) -> PreTrainedModel:
-    """As the product loads it, since sdpa leaves out the cap that some models put on their attention."""
+    """A plain model, loaded as Troupe loads it: sdpa would ignore the attention cap of some models."""
     return _with_caps(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def plain_scorer(folder: Path) -> PreTrainedModel:
-    """The same with a scalar head, which is drawn where the folder has none."""
+    """The same with a scalar head, which is random if the folder has none."""
     return _with_caps(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1))
 
 
@@ -355,7 +355,7 @@ def gradients_differ(trainer: Trainer, model: nn.Module) -> float:
 
 
 def adapter_differs(base: Path, adapter: Path, exported: nn.Module) -> float:
-    """Of the adapter's folder, loaded by PEFT from another working folder onto the base, from the merged model."""
+    """Difference between the adapter, loaded by PEFT onto the base from another working folder, and the merged model."""
     with chdir("/"):
         model = PeftModel.from_pretrained(plain_model(base), str(adapter))
     return max(float(np.abs(log_prob_rows(model, row) - log_prob_rows(exported, row)).max()) for row in PROMPTS)

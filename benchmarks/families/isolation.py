@@ -1,4 +1,4 @@
-"""A family's checks in processes of their own, forked once everything is imported."""
+"""Runs a family's checks in subprocesses, forked after all imports."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Check = Callable[[Path, Path], dict[str, Any]]
 
 
 def check(name: str, scratch: Path, limit: float) -> Family:
-    """Check a family. limit: seconds for each of its processes, whose output is below `scratch`."""
-    made = _apart(_make, name, scratch / "model", scratch / "make.log", limit)
+    """Check a family. limit: seconds for each of its processes; their logs are in `scratch`."""
+    made = _run_isolated(_make, name, scratch / "model", scratch / "make.log", limit)
     if "error" in made:
         return Family(name, merged=made, alone=made)
     reports = {}
     for part, work in (("merged", checks.merged), ("alone", checks.alone)):
         (scratch / part).mkdir()
-        reports[part] = _apart(work, scratch / "model", scratch / part, scratch / f"{part}.log", limit)
+        reports[part] = _run_isolated(work, scratch / "model", scratch / part, scratch / f"{part}.log", limit)
     return Family(name, **reports)
 
 
@@ -36,8 +36,10 @@ def _make(name: Any, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _apart(work: Callable[..., dict[str, Any]], what: Any, folder: Path, log: Path, limit: float) -> dict[str, Any]:
-    """Result of work(what, folder) in a process group of its own; `error` where it fails, crashes or takes too long."""
+def _run_isolated(
+    work: Callable[..., dict[str, Any]], what: Any, folder: Path, log: Path, limit: float
+) -> dict[str, Any]:
+    """Result of work(what, folder) in its own process group; `error` if it fails, crashes or takes too long."""
     context = get_context("fork")
     mine, theirs = context.Pipe()
     process = context.Process(target=_run, args=(theirs, work, what, folder, log))

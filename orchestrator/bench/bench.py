@@ -1,6 +1,6 @@
-"""`troupe bench`: PPO on random prompts, with all four models of one size drawn at random. The loop is the one that trains.
+"""`troupe bench`: PPO on random prompts, with four random models of one size, in the normal training loop.
 
-The successor of Colossal-AI's benchmark_gpt_dummy.py, with its flags and its defaults; docs/bench.md says what differs.
+The successor of Colossal-AI's benchmark_gpt_dummy.py, with its flags and defaults; docs/bench.md lists the differences.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from rich.console import Console
 from configs import RunConfig, load_config
 from configs.schema import ROLES, Role
 from orchestrator.algorithms import Callback
-from orchestrator.api import go_on
-from orchestrator.bench.process_memory import Footprint
-from orchestrator.run.run_dir import Run, RunError
-from orchestrator.storage.metrics_file import read_metrics
+from orchestrator.api import resume
+from orchestrator.bench.process_memory import MemoryMonitor
+from orchestrator.run import Run, RunError
+from orchestrator.storage import read_metrics
 from orchestrator.worker_groups.team import Team
 from placement.models import KV_BLOCK, LADDER, Architecture, SampleFlops, preset_config
 
 PROMPTS = 1000
-_RUN_DRAWING = (
+_MAKE_RANDOM_MODEL = (
     "import troupe.imports, runpy; "
     "runpy.run_module('workers.models.random_models', run_name='__main__', alter_sys=True)"
 )
-"""In place of `python -m workers.models.random_models`, which in a user's folder might be another module."""
+"""Instead of `python -m workers.models.random_models`: a user's folder may have another module of that name."""
 PHASES = ("generate", "score", "train", "publish")
 MODELS: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is asked for: the original's flags, and ours."""
+    """The settings of a benchmark: the original's flags, and ours."""
 
     model: str
-    """A name of the ladder, or a config.json."""
+    """A preset size, or a config.json."""
     strategy: str
     experience_batch_size: int
     train_batch_size: int
@@ -69,49 +69,49 @@ class Benchmark:
 
     @property
     def steps(self) -> int:
-        """The original learns once every `update_timesteps` timesteps, counted over the episodes."""
+        """PPO steps: the original trains once every `update_timesteps` timesteps, counted over the episodes."""
         steps, rest = divmod(self.num_episodes * self.max_timesteps, self.update_timesteps)
         if rest or not steps:
             raise RunError(
                 f"--update_timesteps: was {self.update_timesteps}, which does not divide the {self.num_episodes} x "
-                f"{self.max_timesteps} timesteps (--num_episodes, --max_timesteps): what is left over would not be learnt from"
+                f"{self.max_timesteps} timesteps (--num_episodes, --max_timesteps): the rest would not be trained on"
             )
         return steps
 
     @property
-    def left_out(self) -> int:
-        """Steps of the first episode, which the original does not count either where there are others."""
+    def warm_up_steps(self) -> int:
+        """Steps of the first episode. Like the original, do not count them if there are others."""
         return min(-(-self.max_timesteps // self.update_timesteps), self.steps - 1)
 
     @property
     def shares_reward(self) -> bool:
-        """Whether reward model and critic are adapters on the base. Else the reward model, from which the critic starts, is one
-        of its own, as a real one is another model than the policy."""
+        """Whether reward model and critic are adapters on the base. Otherwise the reward model, from which the critic starts, is
+        a second model, as in real runs."""
         shared = {"critic", "reward"} & set(self.share)
         if len(shared) == 1:
             raise RunError(
-                f"--share: has {shared.pop()} alone of critic and reward, and the critic starts from the reward model"
+                f"--share: has only {shared.pop()} of critic and reward; needs both, as the critic starts from the reward model"
             )
         return bool(shared)
 
     def shape(self) -> dict[str, Any]:
-        """The model's config.json. Raises RunError where there is none, or it has too few positions."""
+        """The model's config.json. Raises RunError if it does not exist, or has too few positions."""
         if self.model in LADDER:
-            found = preset_config(self.model)
+            config = preset_config(self.model)
         else:
-            named = Path(self.model).expanduser()
-            path = named / "config.json" if named.is_dir() else named
+            path = Path(self.model).expanduser()
+            path = path / "config.json" if path.is_dir() else path
             if not path.is_file():
                 raise RunError(f"--model: was {self.model!r}; must be one of {', '.join(LADDER)}, or a config.json")
-            found = json.loads(path.read_text(encoding="utf-8"))
-        most = found.get("n_positions") or found.get("max_position_embeddings")
-        if most and self.total > most:
-            raise RunError(f"--lengths: {self.total} tokens in all, and the model has {most} positions")
-        ids = {"bos_token_id": None, "eos_token_id": found["vocab_size"] - 1, "pad_token_id": None}
-        return {"initializer_range": 0.02} | found | ids
+            config = json.loads(path.read_text(encoding="utf-8"))
+        positions = config.get("n_positions") or config.get("max_position_embeddings")
+        if positions and self.total > positions:
+            raise RunError(f"--lengths: {self.total} tokens in total, but the model has {positions} positions")
+        ids = {"bos_token_id": None, "eos_token_id": config["vocab_size"] - 1, "pad_token_id": None}
+        return {"initializer_range": 0.02} | config | ids
 
     def settings(self, folder: Path) -> dict[str, Any]:
-        """The run's settings, as in a YAML file. One step is what the original did between two updates."""
+        """The run's settings, as in a YAML file. One step is the work of the original between two updates."""
         model = str(folder / "model")
         sequences = self.experience_batch_size * self.devices * self.update_timesteps
         return {
@@ -147,7 +147,7 @@ class Benchmark:
         }
 
     def _kv_cache(self, shape: Architecture) -> int:
-        """Bytes for all sequences of an engine, and a block beside them."""
+        """Bytes for all sequences of an engine, plus one block."""
         blocks = self.experience_batch_size * math.ceil(self.total / KV_BLOCK) + 1
         return blocks * KV_BLOCK * shape.kv_bytes(4 if self.precision == "float32" else 2)
 
@@ -165,133 +165,143 @@ class Benchmark:
         )
 
 
-class Watch(Callback):
-    """Watches the workers' memory, phase by phase, and times start and load."""
+class Measurement(Callback):
+    """Measures the workers' memory in each phase, and times start and load."""
 
-    def __init__(self, run: Run, footprint: Footprint, workers: dict[int, list[Role]]) -> None:
-        self.run, self.footprint, self.workers = run, footprint, workers
+    def __init__(self, run: Run, monitor: MemoryMonitor, workers: dict[int, list[Role]]) -> None:
+        self.run, self.monitor, self.workers = run, monitor, workers
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        with self.footprint.phase(name):
+        with self.monitor.phase(name):
             yield
         if name in ("start", "load"):
             self.seconds[name] = time.monotonic() - started
             self.run.write("begun.json", self.seconds)
 
     def workers_changed(self, team: Team) -> None:
-        import ray  # not above: orchestrator.run.ray_cluster sets what Ray reads when it is imported
+        import ray  # not above: orchestrator.run.ray_cluster sets variables that Ray reads on import
 
-        self.footprint.gpus = team.plan.device == "cuda"
-        here = ray.util.get_node_ip_address()
+        self.monitor.gpus = team.plan.device == "cuda"
+        this_node = ray.util.get_node_ip_address()
         for worker in team.workers():
-            if worker["node"] == here:  # of other nodes nothing is seen from here
+            if worker["node"] == this_node:  # memory of other nodes cannot be measured
                 roles = self.workers.setdefault(worker["pid"], [])
                 roles += [role for role in [worker["role"]] if role not in roles]
-        self.footprint.also |= self.workers.keys()  # where the cluster was there before the run
+        self.monitor.also |= self.workers.keys()  # needed on a cluster that this process did not start
 
 
-def bench(asked: Benchmark, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Run the benchmark in a temporary folder (TMPDIR); what was measured, as it goes into JSON."""
+def run_benchmark(benchmark: Benchmark, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Run the benchmark in a temporary folder (TMPDIR). Returns the measurements as they go into JSON."""
     with tempfile.TemporaryDirectory(prefix="troupe-bench-") as name:
         folder = Path(name)
-        shape = asked.shape()
-        config = configured(asked, overrides, folder)
+        shape = benchmark.shape()
+        config = make_config(benchmark, overrides, folder)
         architecture = Architecture.read(shape)
-        _write_prompts(folder / "prompts.jsonl", asked, architecture.vocabulary, config.seed)
-        console.print(f"drawing models of {architecture.parameters:,} parameters", style="dim")
+        _write_prompts(folder / "prompts.jsonl", benchmark, architecture.vocabulary, config.seed)
+        console.print(f"making random models of {architecture.parameters:,} parameters", style="dim")
         size = architecture.parameters * (4 if config.model.dtype == "float32" else 2)
-        _check_disk(folder, size * (1 if asked.shares_reward else 2))
-        _draw_models(asked, folder, shape, config)
+        _check_disk(folder, size * (1 if benchmark.shares_reward else 2))
+        _make_models(benchmark, folder, shape, config)
         workers: dict[int, list[Role]] = {}
-        with Footprint(os.getpid()) as footprint:
+        with MemoryMonitor(os.getpid()) as monitor:
             run = Run.begin(config, ["ppo"])
-            go_on(run, console, [Watch(run, footprint, workers)], export=False)
-        return _measured(asked, architecture, run, footprint, workers)
+            resume(run, console, [Measurement(run, monitor, workers)], export=False)
+        return _measured(benchmark, architecture, run, monitor, workers)
 
 
-def configured(asked: Benchmark, overrides: Sequence[str], folder: Path) -> RunConfig:
-    """The run's settings, for which a file is written into the folder. Raises ConfigError or RunError."""
-    (folder / "settings.yaml").write_text(yaml.safe_dump(asked.settings(folder)), encoding="utf-8")
+def make_config(benchmark: Benchmark, overrides: Sequence[str], folder: Path) -> RunConfig:
+    """The run's settings, by way of a file in the folder. Raises ConfigError or RunError."""
+    (folder / "settings.yaml").write_text(yaml.safe_dump(benchmark.settings(folder)), encoding="utf-8")
     return load_config(folder / "settings.yaml", overrides)
 
 
 def _check_disk(folder: Path, size: int) -> None:
     if (free := shutil.disk_usage(folder).free) < size:
         raise RunError(
-            f"TMPDIR: {folder.parent} has {free / 2**30:.1f} GiB free; the models take {size / 2**30:.1f} GiB there"
+            f"TMPDIR: {folder.parent} has {free / 2**30:.1f} GiB free; the models need {size / 2**30:.1f} GiB"
         )
 
 
-def _draw_models(asked: Benchmark, folder: Path, shape: dict[str, Any], config: RunConfig) -> None:
-    """A folder for the policy and one for the reward model."""
+def _make_models(benchmark: Benchmark, folder: Path, shape: dict[str, Any], config: RunConfig) -> None:
+    """Write the policy's folder and the reward model's."""
     model, reward, dtype = folder / "model", folder / "reward", config.model.dtype
     for path in (model, reward):
         path.mkdir()
         (path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    _draw("model", model, dtype, config.seed)
-    if asked.shares_reward:
-        _draw("reward", reward, model, asked.lora_rank, config.seed)
+    _make_random_model("model", model, dtype, config.seed)
+    if benchmark.shares_reward:
+        _make_random_model("reward", reward, model, benchmark.lora_rank, config.seed)
     else:
-        _draw("scorer", reward, dtype, config.seed + 1)
+        _make_random_model("scorer", reward, dtype, config.seed + 1)
 
 
-def _draw(*args: Any) -> None:
-    """In a process of its own, since it takes torch."""
+def _make_random_model(*args: Any) -> None:
+    """Runs in its own process, because it imports torch."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", _RUN_DRAWING, *map(str, args)]
+    command = [sys.executable, "-c", _MAKE_RANDOM_MODEL, *map(str, args)]
     subprocess.run(command, check=True, env=os.environ | quiet)
 
 
-def _write_prompts(path: Path, asked: Benchmark, vocabulary: int, seed: int) -> None:
-    """Words that the tokenizer of workers.models.random_models takes for one token each, drawn evenly; its last two are none."""
-    ids = np.random.default_rng(seed).integers(0, vocabulary - 2, (PROMPTS, asked.prompt))
+def _write_prompts(path: Path, benchmark: Benchmark, vocabulary: int, seed: int) -> None:
+    """Prompts of uniformly random words, each one token of the tokenizer of workers.models.random_models; its last two tokens are
+    not words."""
+    ids = np.random.default_rng(seed).integers(0, vocabulary - 2, (PROMPTS, benchmark.prompt))
     path.write_text("".join(json.dumps({"prompt": " ".join(map(str, row))}) + "\n" for row in ids), encoding="utf-8")
 
 
-# ---------------------------------------------------------------- what was measured
+# ---------------------------------------------------------------- measurements
 
 
 def _measured(
-    asked: Benchmark,
+    benchmark: Benchmark,
     shape: Architecture,
     run: Run,
-    footprint: Footprint,
+    monitor: MemoryMonitor,
     workers: dict[int, list[Role]],
 ) -> dict[str, Any]:
-    config = run.config  # in which `auto` has become a strategy
+    config = run.config  # with `auto` resolved
     assert config.ppo is not None
     lines = read_metrics(run.folder)
-    counted = lines[asked.left_out :]
+    counted = lines[benchmark.warm_up_steps :]
     seconds = {phase: sum(line[f"seconds/{phase}"] for line in counted) for phase in PHASES}
-    samples, flops = len(counted) * config.ppo.sequences_per_step, asked.flops(config, shape)
+    samples, flops = len(counted) * config.ppo.sequences_per_step, benchmark.flops(config, shape)
     spent = {
         "experience": seconds["generate"] + seconds["score"],
         "learning": seconds["train"],
         "overall": sum(seconds.values()),
     }
-    learnt = {kind: config.ppo.epochs * getattr(flops, f"learning_{kind}") for kind in ("original", "cached")}
+    learning = {kind: config.ppo.epochs * getattr(flops, f"learning_{kind}") for kind in ("original", "cached")}
     operations = {
         kind: {
             "experience": getattr(flops, f"experience_{kind}"),
-            "learning": learnt[kind],
-            "overall": getattr(flops, f"experience_{kind}") + learnt[kind],
+            "learning": learning[kind],
+            "overall": getattr(flops, f"experience_{kind}") + learning[kind],
         }
-        for kind in learnt
+        for kind in learning
     }
     summary = run.read("summary.json")
     names = {pid: "+".join(roles) for pid, roles in workers.items()}
     return {
-        "asked": {"model": asked.model, "strategy": config.strategy_of("actor"), "precision": config.model.dtype}
-        | {"lora_rank": asked.lora_rank, "share": list(asked.share), "layout": asked.layout, "devices": asked.devices}
-        | {"prompt": asked.prompt, "total": asked.total, "experience_batch_size": asked.experience_batch_size}
-        | {"train_batch_size": asked.train_batch_size, "epochs": config.ppo.epochs, "steps": config.ppo.steps},
+        "asked": {"model": benchmark.model, "strategy": config.strategy_of("actor"), "precision": config.model.dtype}
+        | {
+            "lora_rank": benchmark.lora_rank,
+            "share": list(benchmark.share),
+            "layout": benchmark.layout,
+            "devices": benchmark.devices,
+        }
+        | {
+            "prompt": benchmark.prompt,
+            "total": benchmark.total,
+            "experience_batch_size": benchmark.experience_batch_size,
+        }
+        | {"train_batch_size": benchmark.train_batch_size, "epochs": config.ppo.epochs, "steps": config.ppo.steps},
         "hardware": summary["hardware"],
         "versions": summary["versions"],
         "parameters": {role: getattr(flops, role) for role in MODELS},
-        "counted": {"steps": len(counted), "left_out": asked.left_out, "samples": samples},
+        "counted": {"steps": len(counted), "left_out": benchmark.warm_up_steps, "samples": samples},
         "seconds": run.read("begun.json") | seconds,
         "samples_per_second": {part: samples / spent[part] for part in spent},
         "tflops": {
@@ -300,20 +310,20 @@ def _measured(
         "generation_counted_over": flops.generation_original / flops.generation_cached,
         "experience_counted_over": flops.experience_original / flops.experience_cached,
         "peak_bytes": {
-            "total": footprint.total,
+            "total": monitor.total,
             "phases": {
-                phase: {"total": peak.total} | _by_role(names, peak.each) for phase, peak in footprint.peaks.items()
+                phase: {"total": peak.total} | _by_role(names, peak.each) for phase, peak in monitor.peaks.items()
             },
-            "roles": _by_role(names, footprint.each()),
-            "devices": _by_role(names, footprint.devices()),
+            "roles": _by_role(names, monitor.each()),
+            "devices": _by_role(names, monitor.devices()),
         },
     }
 
 
 def _by_role(names: dict[int, str], sizes: dict[int, int]) -> dict[str, int]:
-    """Bytes of the workers of each role, each at its own highest moment."""
-    found: dict[str, int] = defaultdict(int)
+    """Role -> bytes of its workers, each at its own peak."""
+    by_role: dict[str, int] = defaultdict(int)
     for pid, name in names.items():
         if pid in sizes:
-            found[name] += sizes[pid]
-    return dict(found)
+            by_role[name] += sizes[pid]
+    return dict(by_role)

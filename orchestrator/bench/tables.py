@@ -1,4 +1,4 @@
-"""What `troupe bench` measured, as tables."""
+"""The measurements of `troupe bench` as tables."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from rich.console import Console
 from rich.table import Table
 
 GIB = 2**30
-PARTS = {"experience": "making experience", "learning": "learning", "overall": "overall"}
+PARTS = {"experience": "experience", "learning": "training", "overall": "overall"}
 
 
 def print_bench(measured: dict[str, Any], console: Console) -> None:
-    """Parameters, time by phase, throughput, TFLOPS by both formulas, peak memory."""
-    asked, counted = measured["asked"], measured["counted"]
+    """Print parameters, time by phase, throughput, TFLOPS by both formulas, and peak memory."""
+    benchmark, counted = measured["asked"], measured["counted"]
     console.print(
-        f"{asked['model']} · {asked['strategy']} · {asked['precision']} · {asked['prompt']} + "
-        f"{asked['total'] - asked['prompt']} tokens · {measured['hardware']['cluster']}",
+        f"{benchmark['model']} · {benchmark['strategy']} · {benchmark['precision']} · {benchmark['prompt']} + "
+        f"{benchmark['total'] - benchmark['prompt']} tokens · {measured['hardware']['cluster']}",
         style="bold",
     )
     table = _table("", *measured["parameters"])
     table.add_row("parameters", *(f"{n:,}" for n in measured["parameters"].values()))
     console.print(table)
-    left_out = f"; {counted['left_out']} before them left out" if counted["left_out"] else ""
-    console.print(f"{counted['samples']} samples in {counted['steps']} steps{left_out}")
+    warm_up = f" after {counted['left_out']} steps of warm-up" if counted["left_out"] else ""
+    console.print(f"{counted['samples']} samples in {counted['steps']} steps{warm_up}")
     table = _table("", *measured["seconds"])
     table.add_row("seconds", *(f"{s:.1f}" for s in measured["seconds"].values()))
     console.print(table)
@@ -35,13 +35,13 @@ def print_bench(measured: dict[str, Any], console: Console) -> None:
 def _print_rates(measured: dict[str, Any], console: Console) -> None:
     table = _table("", *PARTS.values())
     table.add_row("samples/s", *(f"{measured['samples_per_second'][part]:.3f}" for part in PARTS))
-    for kind, label in {"original": "TFLOPS, as the original counted", "cached": "TFLOPS, cached generation"}.items():
+    for kind, label in {"original": "TFLOPS, original formula", "cached": "TFLOPS, cached generation"}.items():
         table.add_row(label, *(f"{measured['tflops'][kind][part]:.4f}" for part in PARTS))
     console.print(table)
     console.print(
-        "The original's formula takes generation to have no key-value cache. At these lengths it counts "
+        "The original formula assumes generation without a key-value cache. At these lengths it counts "
         f"{measured['generation_counted_over']:.0f} times the operations of generation, and "
-        f"{measured['experience_counted_over']:.1f} times those of making experience.",
+        f"{measured['experience_counted_over']:.1f} times those of experience.",
         style="dim",
     )
 
@@ -56,7 +56,7 @@ def _print_memory(peak: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     phases = ", ".join(f"{phase} {_gib(sizes['total'])}" for phase, sizes in peak["phases"].items())
-    console.print(f"all processes at the highest moment of each phase, GiB: {phases}", style="dim")
+    console.print(f"peak of all processes in each phase, GiB: {phases}", style="dim")
 
 
 def _table(*headers: str) -> Table:

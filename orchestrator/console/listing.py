@@ -13,17 +13,15 @@ from rich.text import Text
 
 from configs import ConfigError
 from orchestrator.number_text import age, percent
-from orchestrator.run.condition import Condition
-from orchestrator.run.result import Result
-from orchestrator.run.run_dir import Run, RunError
+from orchestrator.run import Condition, Result, Run, RunError
 
 WIDTHS = {"run": 20, "stage": 5, "step": 11, "state": 9, "result": 25, "age": 6}
-"""Columns of the table, and how wide they are at most: 80 characters together."""
+"""Column -> maximum width; the sum is 80 characters, with the gaps."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table."""
+    """A row of the table."""
 
     name: str
     stage: str
@@ -35,10 +33,9 @@ class Entry:
 
 
 def list_runs(folder: Path) -> list[Entry]:
-    """The runs in a folder, the last changed first; a folder in it that is no run is left out. Raises RunError where there
-    is no such folder."""
+    """The runs in a folder, the last changed first; other folders are skipped. Raises RunError if the folder does not exist."""
     if not folder.is_dir():
-        raise RunError(f"{folder}: no such folder")
+        raise RunError(f"{folder}: the folder does not exist")
     runs = [path for path in folder.iterdir() if (path / "config.yaml").is_file()]
     return sorted((_entry(path) for path in runs), key=lambda entry: -entry.changed)
 
@@ -48,16 +45,16 @@ def _entry(folder: Path) -> Entry:
     changed = max(path.stat().st_mtime for path in files)
     try:
         run = Run.open(folder)
-        found, result = Condition.of(run), Result.of(run)
-    except (ConfigError, RunError, ValueError) as error:  # one damaged or older run must not hide the others
+        condition, result = Condition.of(run), Result.of(run)
+    except (ConfigError, RunError, ValueError) as error:  # one damaged or old run must not hide the others
         return Entry(folder.name, "", "", "invalid", str(error).partition("\n")[0], changed)
-    now = found.now
+    now = condition.now
     step = f"{now['step']:,}/{now['steps']:,}" if now else ""
-    return Entry(folder.name, now.get("stage", ""), step, found.state, _headline(result), changed)
+    return Entry(folder.name, now.get("stage", ""), step, condition.state, _headline(result), changed)
 
 
 def _headline(result: Result) -> str:
-    """The most telling numbers of the last finished stage."""
+    """The main numbers of the last finished stage."""
     for stage in reversed(list(result.models)):
         if parts := _parts(stage, result.numbers.get(stage, {})):
             return " ".join(parts)
@@ -68,14 +65,14 @@ def _parts(stage: str, numbers: Mapping[str, float]) -> Sequence[str]:
     if stage == "ppo" and "reward_change" in numbers:
         return [f"reward {numbers['reward_change']:+z.3f}", f"KL {numbers['kl']:z.3f}"]
     if stage == "rm" and "validation/accuracy" in numbers:
-        return [f"pairs {percent(numbers['validation/accuracy'])}"]
+        return [f"accuracy {percent(numbers['validation/accuracy'])}"]
     if stage == "sft" and "validation/perplexity" in numbers:
         return [f"perplexity {numbers['validation/perplexity']:,.1f}"]
     return []
 
 
 def print_runs(folder: Path, console: Console) -> None:
-    """A table of the runs in a folder. Errors: see list_runs."""
+    """Print a table of the runs in a folder. Errors: see list_runs."""
     entries = list_runs(folder)
     if not entries:
         console.print(Text(f"no runs in {folder}"), soft_wrap=True)

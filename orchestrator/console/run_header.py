@@ -1,4 +1,4 @@
-"""What a run says before it starts: its plan in a few lines. `troupe plan` shows all of it."""
+"""The lines that a run prints before it starts: a summary of its plan. `troupe plan` prints the whole plan."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.algorithms.base import Algorithm
-from orchestrator.run.run_dir import Run
+from orchestrator.algorithms import Algorithm
+from orchestrator.run import Run
 from placement.cluster import resource_text
 from placement.types import GroupPlan, Plan
 
 
-def print_opening(run: Run, algorithms: Sequence[Algorithm], plans: Sequence[Plan], console: Console) -> None:
-    """A line for the run; for each stage that is left its steps, its roles on their bundles and the batch arithmetic."""
+def print_run_header(run: Run, algorithms: Sequence[Algorithm], plans: Sequence[Plan], console: Console) -> None:
+    """Print a line for the run, and for each unfinished stage its steps, roles with bundles, and batch arithmetic."""
     cluster, device = plans[0].cluster, plans[0].device
     head = Text.assemble((run.config.name, "bold"), f" in {run.folder}, on {device}: {cluster.describe()}")
     console.print(head, soft_wrap=True)
-    if done := [stage for stage in run.stages if run.finished(stage)]:
-        console.print(f"  finished before: {', '.join(done)}", soft_wrap=True)
-    if taken := run.taken([algorithm.name for algorithm in algorithms]):
-        owners = {stage: owner.folder for stage in taken if (owner := run.owner(stage))}
+    if finished := [stage for stage in run.stages if run.finished(stage)]:
+        console.print(f"  finished before: {', '.join(finished)}", soft_wrap=True)
+    if external_models := run.external_models([algorithm.name for algorithm in algorithms]):
+        owners = {stage: owner.folder for stage in external_models if (owner := run.owner(stage))}
         models = ", ".join(str(folder / "models" / stage) for stage, folder in owners.items())
         console.print(Text(f"  models of other runs (start_from): {models}"), soft_wrap=True)
     for algorithm, plan in zip(algorithms, plans, strict=True):
-        saved = run.checkpoints(algorithm.name)
-        after = f", from the checkpoint after step {saved[-1]}" if saved else ""
-        line = f"{algorithm.steps:,} steps{after} · {_roles(plan)} · {plan.batch.description[0]}"
+        checkpoints = run.checkpoints(algorithm.name)
+        start = f", from the checkpoint after step {checkpoints[-1]}" if checkpoints else ""
+        line = f"{algorithm.steps:,} steps{start} · {_roles(plan)} · {plan.batch.description[0]}"
         console.print(Text.assemble("  ", (plan.stage.ljust(5), "bold"), line), soft_wrap=True)
         if len(plan.batch.description) > 1:
             console.print(Text(f"       {plan.batch.description[-1]}"), soft_wrap=True)
 
 
 def _roles(plan: Plan) -> str:
-    """`actor + reference 2 x (8 CPU, 1 GPU)`: the groups, alike ones told once, and their nodes where there are several."""
-    alike: dict[str, list[str]] = {}
+    """`actor + reference: 2 x (8 CPU, 1 GPU)`: the groups, equal ones together, and their nodes if there are several."""
+    by_bundles: dict[str, list[str]] = {}
     for group in plan.groups:
-        alike.setdefault(_bundles(group, plan), []).append(" + ".join(group.roles))
+        by_bundles.setdefault(_bundles(group, plan), []).append(" + ".join(group.roles))
     return "; ".join(
-        f"{', '.join(groups)}: {'each ' if len(groups) > 1 else ''}{what}" for what, groups in alike.items()
+        f"{', '.join(groups)}: {'each ' if len(groups) > 1 else ''}{bundles}" for bundles, groups in by_bundles.items()
     )
 
 

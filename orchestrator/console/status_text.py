@@ -1,4 +1,4 @@
-"""What `troupe status` prints."""
+"""The output of `troupe status`."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.console.run_summary import achieved, print_result, print_rows, shown
+from orchestrator.console.run_summary import display_path, print_result, print_rows, stage_results
 from orchestrator.number_text import age, clock
-from orchestrator.run.condition import Condition
-from orchestrator.run.result import Result
-from orchestrator.run.run_dir import Run
+from orchestrator.run import Condition, Result, Run
 
 
 def print_status(run: Run, console: Console) -> None:
-    """What a run is doing, or how it ended and how to go on with it."""
-    found, result = Condition.of(run), Result.of(run)
-    if found.state == "finished":
+    """Print what a run is doing, or how it ended and how to resume it."""
+    condition, result = Condition.of(run), Result.of(run)
+    if condition.state == "finished":
         print_result(result, console)
-        _line(console, f"took {clock(sum(found.seconds.values()))} in all")
+        _line(console, f"total time {clock(sum(condition.seconds.values()))}")
     else:
-        _line(console, f"{run.config.name}: {_headline(found)}", bold=len(run.config.name))
-        if rows := achieved(result):
+        _line(console, f"{run.config.name}: {_headline(condition)}", bold=len(run.config.name))
+        if rows := stage_results(result):
             print_rows(rows, console)
-        if found.state in ("running", "silent"):
-            _print_session(found, console)
+        if condition.state in ("running", "silent"):
+            _print_session(condition, console)
         else:
-            _line(console, f"to go on: troupe resume {shown(run.folder)} ({_begins(run, found)})")
+            _line(console, f"to resume: troupe resume {display_path(run.folder)} ({_starts_at(run, condition)})")
     _print_failures(run, console)
 
 
-def _headline(found: Condition) -> str:
-    took = f"{clock(sum(found.seconds.values()))} in all"
-    if found.state == "running":
-        return f"running, {took}" if found.seconds else "running; it has just begun"
-    if found.state == "silent":
-        return f"NO SIGN OF LIFE for {age(time.time() - found.now['time'])}; {took} until then"
-    if found.state == "new":
-        return "not running; nothing was done"
-    where = f"{_step(found.now)}, phase {found.now['phase']}, {age(time.time() - found.now['time'])} ago; {took}"
-    return f"not running; {found.state}{': ' if found.why else ''}{found.why} ({where})"
+def _headline(condition: Condition) -> str:
+    total = f"{clock(sum(condition.seconds.values()))} in total"
+    if condition.state == "running":
+        return f"running, {total}" if condition.seconds else "running; just started"
+    if condition.state == "silent":
+        return f"NO HEARTBEAT for {age(time.time() - condition.now['time'])}; {total} until then"
+    if condition.state == "new":
+        return "not running; no step was done"
+    position = f"{_step(condition.now)}, phase {condition.now['phase']}, {age(time.time() - condition.now['time'])} ago; {total}"
+    return f"not running; {condition.state}{': ' if condition.why else ''}{condition.why} ({position})"
 
 
-def _print_session(found: Condition, console: Console) -> None:
-    """Where the session is, what it waits for and until when, and its workers."""
-    now = found.now
-    if not now or "ended" in now:  # of the session before; this one has not begun its stage
+def _print_session(condition: Condition, console: Console) -> None:
+    """Print the session's position, the call that it waits for with its deadline, and its workers."""
+    now = condition.now
+    if not now or "ended" in now:  # of the previous session; this one has not begun a stage yet
         return
-    ago, driver = time.time() - now["time"], now["driver"]
-    phase = clock(now["time"] - now["phase_began"])
-    _line(console, f"{_step(now)}; phase {now['phase']} for {phase}; policy version {now['version']}")
+    since, driver = time.time() - now["time"], now["driver"]
+    phase_time = clock(now["time"] - now["phase_began"])
+    _line(console, f"{_step(now)}; phase {now['phase']} for {phase_time}; policy version {now['version']}")
     if awaited := now["awaited"]:
         _line(console, _waiting(awaited))
-    _line(console, f"driver {driver['host']} pid {driver['pid']}{_process(driver)}, last sign of life {age(ago)} ago")
+    _line(
+        console, f"driver {driver['host']} pid {driver['pid']}{_process_state(driver)}, last heartbeat {age(since)} ago"
+    )
     if now["workers"]:
         console.print(_workers(now["workers"]))
 
@@ -70,31 +70,33 @@ def _step(now: dict[str, Any]) -> str:
 def _waiting(awaited: dict[str, Any]) -> str:
     ranks = ", ".join(map(str, awaited["ranks"]))
     now = time.time()
-    left = awaited["until"] - now
-    deadline = f"ends in {clock(left)}" if left > 0 else f"ended {clock(-left)} ago"
+    remaining = awaited["until"] - now
+    deadline = f"ends in {clock(remaining)}" if remaining > 0 else f"ended {clock(-remaining)} ago"
     return (
-        f"waiting for {awaited['role']} rank {ranks} to answer {awaited['method']}, for {clock(now - awaited['since'])}; "
+        f"waiting for {awaited['role']} rank {ranks}: {awaited['method']}, for {clock(now - awaited['since'])}; "
         f"the deadline of {clock(awaited['until'] - awaited['since'])} {deadline} ({awaited['setting']})"
     )
 
 
-def _process(driver: dict[str, Any]) -> str:
-    """What this machine knows of the driver's process, where that is not usual."""
+def _process_state(driver: dict[str, Any]) -> str:
+    """The state of the driver's process if it is unusual; empty on another machine."""
     if driver["host"] != socket.gethostname():
         return ""
     try:
         state = psutil.Process(driver["pid"]).status()
     except psutil.NoSuchProcess:
         return " (gone)"
-    return " (stopped by a signal; `kill -CONT` lets it go on)" if state == psutil.STATUS_STOPPED else ""
+    return " (stopped by a signal; `kill -CONT` continues it)" if state == psutil.STATUS_STOPPED else ""
 
 
-def _begins(run: Run, found: Condition) -> str:
-    if not found.left:
-        return "nothing is left to do"
-    stage = found.left[0]
-    saved = run.checkpoints(stage)
-    return f"from the checkpoint of {stage} after step {saved[-1]}" if saved else f"{stage} begins at step 1"
+def _starts_at(run: Run, condition: Condition) -> str:
+    if not condition.left:
+        return "all stages are finished"
+    stage = condition.left[0]
+    checkpoints = run.checkpoints(stage)
+    return (
+        f"from the checkpoint of {stage} after step {checkpoints[-1]}" if checkpoints else f"{stage} begins at step 1"
+    )
 
 
 def _workers(rows: Sequence[dict[str, Any]]) -> Table:
@@ -109,13 +111,13 @@ def _workers(rows: Sequence[dict[str, Any]]) -> Table:
 def _print_failures(run: Run, console: Console) -> None:
     failures = sorted((run.folder / "failures").glob("*.txt"))
     if failures:
-        _line(console, f"{len(failures)} failures in {shown(run.folder / 'failures')}; the last:")
+        _line(console, f"{len(failures)} failures in {display_path(run.folder / 'failures')}; the last:")
         for line in failures[-1].read_text(encoding="utf-8").splitlines()[1:2]:  # after the date
             _line(console, line)
 
 
 def _line(console: Console, text: str, bold: int = 0) -> None:
-    """bold: so many characters at the beginning."""
+    """bold: number of bold characters at the beginning."""
     line = Text(text)
     line.stylize("bold", 0, bold)
     console.print(line, soft_wrap=True)

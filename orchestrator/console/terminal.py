@@ -1,4 +1,4 @@
-"""A terminal, or the reader of a pipe, that may go away while a run goes on."""
+"""Output that survives a closed terminal or pipe: a run continues without its reader."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 
-_GONE = (errno.EIO, errno.EPIPE)
-"""What a write fails with where the terminal was closed, or the program that read the pipe has ended."""
+_CLOSED = (errno.EIO, errno.EPIPE)
+"""Errors of a write after the terminal was closed, or the program that read the pipe has ended."""
 
 
-class Lasting:
-    """A text stream that can be written to after its reader is gone: what nobody can read is left out."""
+class HangupSafeStream:
+    """A text stream that discards output once its reader is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -23,32 +23,32 @@ class Lasting:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._leave(error)
+            self._discard_output(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._leave(error)
+            self._discard_output(error)
 
-    def _leave(self, error: OSError) -> None:
-        """From here on the stream leads nowhere; what it still holds is flushed when the process ends, which must not fail."""
-        if error.errno not in _GONE:
+    def _discard_output(self, error: OSError) -> None:
+        """Redirect the stream to /dev/null: its buffer is flushed when the process ends, which must not fail."""
+        if error.errno not in _CLOSED:
             raise error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def make_output_last() -> None:
-    """Let all that this process prints outlast the terminal."""
-    sys.stdout, sys.stderr = (cast(TextIO, Lasting(stream)) for stream in (sys.stdout, sys.stderr))
+def make_output_hangup_safe() -> None:
+    """Let the output of this process survive a closed terminal."""
+    sys.stdout, sys.stderr = (cast(TextIO, HangupSafeStream(stream)) for stream in (sys.stdout, sys.stderr))
 
 
-def lasting_console() -> Console:
-    """A console on standard output that outlasts the terminal."""
-    return Console(file=cast(TextIO, Lasting(sys.stdout)))
+def hangup_safe_console() -> Console:
+    """A console on standard output that survives a closed terminal."""
+    return Console(file=cast(TextIO, HangupSafeStream(sys.stdout)))

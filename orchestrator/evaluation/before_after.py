@@ -1,4 +1,4 @@
-"""What PPO changed on held-out prompts, as numbers."""
+"""Numbers before and after PPO on held-out prompts."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from statistics import fmean, stdev
 from typing import Any
 
 from orchestrator.evaluation.statistics import distinct_share, paired_interval
-from orchestrator.storage.metrics_file import read_lines
+from orchestrator.storage import read_lines
 
 Line = Mapping[str, Any]
 
 
-def outcome(folder: Path) -> dict[str, float]:
-    """Numbers of a run's two evaluations, before.jsonl and after.jsonl; empty where they are not both there.
+def before_after_numbers(folder: Path) -> dict[str, float]:
+    """Numbers of a run's two evaluations, before.jsonl and after.jsonl; empty if one is missing.
 
-    For the reward and each judge (`judge/<name>`), over the prompts whose two answers it scored: the mean `_before` and
+    For the reward and each judge (`judge/<name>`), over the prompts with scores for both answers: the means `_before` and
     `_after`, the `_change` and its 95% interval over prompts, `_change_low` and `_change_high`, and the number of such prompts,
-    `_pairs`; none of it where there is no such prompt. `reward_gain` is the change in deviations of the rewards before.
-    `kl`: nats per token of the answers after; `distinct`: share of distinct answers among them; `prompts`: how many.
+    `_pairs`; omitted if there are none. `reward_gain`: the change in standard deviations of the rewards before.
+    `kl`: nats per token of the answers after; `distinct`: share of distinct answers after; `prompts`: their number.
     """
     paths = folder / "evaluation" / "before.jsonl", folder / "evaluation" / "after.jsonl"
     if not all(path.exists() for path in paths):
         return {}
     before, after = (read_lines(path) for path in paths)
     rewards = scored_pairs(before, after)
-    found = _change("reward", *rewards)
+    numbers = _change("reward", *rewards)
     if len(rewards[0]) > 1 and stdev(rewards[0]) > 0:
-        found["reward_gain"] = found["reward_change"] / stdev(rewards[0])
+        numbers["reward_gain"] = numbers["reward_change"] / stdev(rewards[0])
     for judge in after[0]["judges"] if after else ():
-        found |= _change(f"judge/{judge}", *scored_pairs(before, after, judge))
+        numbers |= _change(f"judge/{judge}", *scored_pairs(before, after, judge))
     if after:
-        found |= {"kl": _kl(after), "distinct": distinct_share([line["answer"] for line in after])}
-    return found | {"prompts": len(after)}
+        numbers |= {"kl": _kl(after), "distinct": distinct_share([line["answer"] for line in after])}
+    return numbers | {"prompts": len(after)}
 
 
 def scored_pairs(
     before: Sequence[Line], after: Sequence[Line], judge: str | None = None
 ) -> tuple[list[float], list[float]]:
-    """A judge's scores of two evaluations, or the rewards, of those prompts of which it scored both answers."""
+    """A judge's scores (None: the rewards) before and after, of the prompts with a score for both answers."""
 
     def score(line: Line) -> float | None:
         return line["reward"] if judge is None else line["judges"].get(judge)
@@ -64,5 +64,5 @@ def _change(name: str, before: list[float], after: list[float]) -> dict[str, flo
 
 
 def _kl(lines: Sequence[Line]) -> float:
-    """Summed over all answers / their tokens."""
+    """KL per token over all answers, nats."""
     return sum(line["kl"] * line["tokens"] for line in lines) / sum(line["tokens"] for line in lines)

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts: their rewards, an independent judge's scores, their distance from the reference."""
+"""Evaluation: answers to held-out prompts with their rewards, judges' scores, and KL to the reference."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 
 from configs.schema import PPOSettings
 from orchestrator.evaluation.statistics import distinct_share, mean_interval
-from orchestrator.storage.atomic_files import write_text, writing
-from orchestrator.storage.failure_log import FailureLog
+from orchestrator.storage import FailureLog, write_text, writing
 from orchestrator.worker_groups.calls import run_concurrently
 from orchestrator.worker_groups.team import Team
 from workers.rewards.function import RewardError
@@ -28,18 +27,18 @@ class Evaluation:
     prompts: list[str]
     answers: list[str]
     reward: np.ndarray
-    """nan: a source gave no score."""
+    """nan: without a score from each source."""
     scores: dict[str, RewardResult]
-    """By source of the reward and by judge."""
+    """Reward source or judge -> its scores."""
     judges: list[str]
-    """Names of the judges among the scores."""
+    """The names in `scores` that are judges."""
     kl: np.ndarray
     """Nats per token of each answer."""
     tokens: np.ndarray
 
     def metrics(self) -> dict[str, float]:
-        """Those of which there are numbers: what no answer has a score for is left out."""
-        found = {
+        """Metrics; those of scores are omitted if no answer has a score."""
+        metrics = {
             "evaluation/kl": float((self.kl * self.tokens).sum() / self.tokens.sum()),
             "evaluation/length": float(self.tokens.mean()),
             "evaluation/distinct": distinct_share(self.answers),
@@ -48,7 +47,7 @@ class Evaluation:
         scored = self.reward[~np.isnan(self.reward)]
         if len(scored):
             interval = mean_interval(scored.tolist())
-            found |= {
+            metrics |= {
                 "evaluation/reward": interval.mean,
                 "evaluation/reward_ci_low": interval.low,
                 "evaluation/reward_ci_high": interval.high,
@@ -57,12 +56,12 @@ class Evaluation:
         for name, scores in self.scores.items():
             means = scores.means(f"evaluation/{name}")
             if name not in self.judges:
-                means.pop(f"evaluation/{name}", None)  # a source's own scores are in the reward
-            found |= means
-        return found
+                means.pop(f"evaluation/{name}", None)  # a reward source's scores are part of the reward
+            metrics |= means
+        return metrics
 
     def write(self, path: Path) -> None:
-        """A JSON line for each prompt. Raises DiskError."""
+        """Write a JSON line for each prompt. Raises DiskError."""
         rows = [
             {
                 "prompt": prompt,
@@ -80,35 +79,35 @@ class Evaluation:
 
 
 def combined(scores: Mapping[str, RewardResult], ppo: PPOSettings) -> np.ndarray:
-    """[samples] float64 the reward: each source times its weight; nan where a source that weighs gave no score, and where the
-    sum is no finite float32."""
-    weighing = [(source.weight, scores[source.name].values) for source in ppo.rewards if source.weight]
+    """[samples] float64 rewards: the weighted sum over the sources; nan if a source with a weight gave no score, or if the sum is
+    not a finite float32."""
+    weighted = [(source.weight, scores[source.name].values) for source in ppo.rewards if source.weight]
     samples = len(scores[ppo.rewards[0].name].values)
-    # In float64: 1e38 times a weight may lie beyond float32, and come back into it by another source.
-    reward = np.zeros(samples) + sum(weight * values.astype(np.float64) for weight, values in weighing)
+    # In float64: 1e38 times a weight may exceed float32, and another source may bring the sum back into range.
+    reward = np.zeros(samples) + sum(weight * values.astype(np.float64) for weight, values in weighted)
     reward[~(np.abs(reward) <= np.finfo(np.float32).max)] = np.nan
     return reward
 
 
 def weighted_sum(scores: Mapping[str, RewardResult], ppo: PPOSettings) -> np.ndarray:
-    """`combined`, for training: raises RewardError where more than `ppo.max_unscored` of the samples lack a score."""
+    """`combined`, for training. Raises RewardError if more than `ppo.max_unscored` of the samples have no score."""
     reward = combined(scores, ppo)
-    lacking = int(np.isnan(reward).sum())
-    if lacking > ppo.max_unscored * len(reward):
-        weighing = [source.name for source in ppo.rewards if source.weight]
+    unscored = int(np.isnan(reward).sum())
+    if unscored > ppo.max_unscored * len(reward):
+        weighted = [source.name for source in ppo.rewards if source.weight]
         causes = [
             f"{name}: {s.timeouts} timeouts, {s.errors} errors, for example: {s.example}"
             for name, s in scores.items()
-            if name in weighing and (s.timeouts or s.errors)
-        ] or ["the weighted sum is beyond float32 (ppo.rewards, weight)"]
+            if name in weighted and (s.timeouts or s.errors)
+        ] or ["the weighted sum exceeds float32 (ppo.rewards, weight)"]
         raise RewardError(
-            f"{lacking} of {len(reward)} answers have no score (ppo.max_unscored: {ppo.max_unscored:g}). {'; '.join(causes)}"
+            f"{unscored} of {len(reward)} answers have no score (ppo.max_unscored: {ppo.max_unscored:g}). {'; '.join(causes)}"
         )
     return reward
 
 
 def record_faults(log: FailureLog, scores: Mapping[str, RewardResult]) -> list[str]:
-    """Write down why answers have no score. Returns a line for each reason that was not there before."""
+    """Record why answers have no score. Returns a line for each new reason."""
     new = []
     for name, scored in scores.items():
         for fault in scored.faults:
@@ -119,9 +118,9 @@ def record_faults(log: FailureLog, scores: Mapping[str, RewardResult]) -> list[s
 
 
 def evaluate(team: Team, prompts: int) -> Evaluation:
-    """Answer every held-out prompt once with the engines' present weights; the same seeds every time, so answers pair up.
+    """Answer every held-out prompt once with the engines' current weights, with the same seeds in each evaluation.
 
-    Answers without a score are no error here: nothing is trained on them.
+    Answers without a score are not an error: nothing is trained on them.
     """
     ppo = team.config.ppo
     assert ppo is not None and ppo.evaluation is not None

@@ -1,4 +1,4 @@
-"""Answers of training that are kept to be read: a few of some steps, in samples/ppo.jsonl of a run's folder."""
+"""The log of training answers for readers: a few answers of some steps, in samples/ppo.jsonl of a run's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.storage.metrics_file import SAMPLES, read_lines
+from orchestrator.storage import SAMPLES, read_lines
 from orchestrator.worker_groups.rollouts import Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from workers.rewards.result import RewardResult
@@ -24,10 +24,10 @@ def keep_samples(
     scores: Mapping[str, RewardResult],
     reward: np.ndarray,
 ) -> None:
-    """Keep some of a step's answers, if `ppo.answer_log` wants some of this step; which ones, is drawn with seed and step.
+    """Log some of a step's answers if `ppo.answer_log` includes the step; the seed and the step determine the choice.
 
-    keep: writes a step's answers to a file of at most so many bytes. reward: [samples] the weighted sum of the scores, nan where
-    there is none.
+    keep: writes a step's answers to a file of at most so many bytes. reward: [samples] the weighted sum of the scores; nan: no
+    score.
     """
     config = team.config
     assert config.ppo is not None
@@ -49,8 +49,8 @@ def _lines(
 ) -> list[dict[str, Any]]:
     """A dict for each of the drawn samples.
 
-    `row`: of the dataset of prompts, from 0. `reward`: the weighted sum of `rewards`, the sources' scores; none is no score.
-    `kl`: to the reference, nats per token. `tokens`: of the answer. `ended`: by itself, not at the limit.
+    `row`: index in the prompts' dataset, from 0. `reward`: the weighted sum of `rewards`, the sources' scores; None: no score.
+    `kl`: to the reference, nats per token. `tokens`: length of the answer. `ended`: whether it ended before the token limit.
     """
     return [
         {
@@ -68,9 +68,9 @@ def _lines(
 
 
 def last_samples(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """Of a run's folder the kept answers of the last step that has some; none where there are none.
+    """The logged answers of the last step that has some; empty if there are none.
 
-    Raises MetricsError where a line cannot be read.
+    Raises MetricsError if a line cannot be read.
     """
     path = folder / SAMPLES / f"{stage}.jsonl"
     steps = (

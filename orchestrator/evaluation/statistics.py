@@ -1,4 +1,4 @@
-"""Intervals for what is measured on held-out prompts."""
+"""Confidence intervals and other statistics of evaluations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of independent values and its 95% interval by Student's t; a single value has an infinite one.
+    """Mean of independent values and its 95% interval by Student's t; infinite for a single value.
 
     Raises:
         ValueError: no values.
@@ -41,14 +41,14 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval
 
 
 def distinct_share(answers: Sequence[str]) -> float:
-    """Distinct answers (surrounding space apart) / answers: 1 where no two are equal, near 0 for a collapsed policy."""
+    """Distinct answers / answers, ignoring surrounding space: 1 if no two are equal, near 0 for a collapsed policy."""
     if not answers:
         raise ValueError("distinct_share: no answers")
     return len({answer.strip() for answer in answers}) / len(answers)
 
 
 def _t_975(degrees: int) -> float:
-    """0.975 quantile of Student's t (Abramowitz & Stegun 26.7.5, within 0.2% from 3 degrees of freedom on)."""
+    """0.975 quantile of Student's t (Abramowitz & Stegun 26.7.5, within 0.2% for 3 or more degrees of freedom)."""
     if degrees <= 2:
         return (12.7062, 4.3027)[degrees - 1]
     z = NormalDist().inv_cdf(0.975)

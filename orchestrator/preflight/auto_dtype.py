@@ -1,4 +1,4 @@
-"""What `model.dtype: auto` becomes for a run: on a GPU bfloat16, on a CPU what multiplies faster, by a short measurement."""
+"""Resolves `model.dtype: auto`: bfloat16 on GPUs; on CPUs the dtype whose products are faster, by a short measurement."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from configs import RunConfig
 from placement import Cluster
 from placement.plan import Dtype, auto_dtype_settings, bfloat16_instructions, uses_gpu, with_dtype
 
-FASTER = 1.2
-"""bfloat16 is taken where it multiplies at least so many times as fast: its rounding is to be worth it."""
+MIN_SPEEDUP = 1.2
+"""Least speedup over float32 for which bfloat16 is chosen, since it rounds more."""
 ROWS, INPUTS, OUTPUTS = 512, 576, 1536
-"""Shape of the products that are measured: a layer of a small model."""
+"""Shape of the measured products: a layer of a small model."""
 ROUNDS = 10
 
 
@@ -24,32 +24,32 @@ class Choice(NamedTuple):
 
 
 def with_chosen_dtype(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, str | None]:
-    """The settings with the type that suits the cluster, to which this process is connected, in place of each `auto`, and why it
-    does; None where no type is to be chosen."""
+    """The settings with a dtype instead of each `auto`, for the cluster that this process is connected to; and the reason, None
+    if there was no `auto`."""
     if not auto_dtype_settings(config):
         return config, None
     if uses_gpu(config, cluster):
-        found = Choice("bfloat16", "on GPUs")
-    elif config.cluster.address:  # its CPUs may be others than this machine's
-        found = ray.get(ray.remote(measured).remote())
+        choice = Choice("bfloat16", "on GPUs")
+    elif config.cluster.address:  # its CPUs may differ from this machine's
+        choice = ray.get(ray.remote(measured).remote())
     else:
-        found = measured()
-    return with_dtype(config, found.dtype), found.why
+        choice = measured()
+    return with_dtype(config, choice.dtype), choice.why
 
 
 def measured() -> Choice:
-    """What this machine's CPU multiplies faster."""
-    found = bfloat16_instructions()
-    if found is None:
-        return Choice("float32", "the CPU has no instructions for products in bfloat16")
-    ratio = _ratio()
-    dtype: Dtype = "bfloat16" if ratio >= FASTER else "float32"
-    return Choice(dtype, f"by {found} products in bfloat16 take 1/{ratio:.1f} of their time in float32")
+    """The dtype whose products are faster on this machine's CPU."""
+    instruction_set = bfloat16_instructions()
+    if instruction_set is None:
+        return Choice("float32", "the CPU has no bfloat16 instructions")
+    speedup = _speedup()
+    dtype: Dtype = "bfloat16" if speedup >= MIN_SPEEDUP else "float32"
+    return Choice(dtype, f"with {instruction_set}, products in bfloat16 are {speedup:.1f} times as fast as in float32")
 
 
-def _ratio() -> float:
-    """Times as fast as in float32."""
-    import torch  # half a second, which a GPU run's driver can do without
+def _speedup() -> float:
+    """Time of a product in float32 / in bfloat16."""
+    import torch  # takes half a second, which a GPU run's driver saves
 
     pairs = [
         (torch.ones(ROWS, INPUTS, dtype=dtype), torch.ones(INPUTS, OUTPUTS, dtype=dtype))
@@ -57,8 +57,8 @@ def _ratio() -> float:
     ]
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):
-        for taken, (a, b) in zip(seconds, pairs, strict=True):
+        for times, (a, b) in zip(seconds, pairs, strict=True):
             started = time.perf_counter()
             torch.mm(a, b)
-            taken.append(time.perf_counter() - started)
+            times.append(time.perf_counter() - started)
     return min(seconds[0]) / min(seconds[1])

@@ -1,4 +1,4 @@
-"""Of the preflight: every model of a run, built without weights, with the heads, lengths and tokens that it is needed for."""
+"""Preflight checks of a run's models: builds each without weights, and checks its heads, length and vocabulary."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from workers.data.probes import Form, difference
 
 Head = Literal["language", "scalar"]
 Refuse = Callable[[str, str], None]
-"""Takes note of a problem: the setting's dotted path, and what is wrong."""
+"""Records a problem: the setting's dotted path, and what is wrong."""
 
 
 @dataclass(frozen=True)
 class ModelUse:
-    """What a stage needs of a model."""
+    """How a stage uses a model."""
 
     setting: str
-    """Dotted path of the setting that names it."""
+    """Dotted path of the setting that names the model."""
     path: str
     settings: ModelSettings
     heads: frozenset[Head]
     learns: bool = False
     served: bool = False
-    """Whether engines answer with it."""
+    """Whether engines serve it."""
     reads_text: bool = False
-    """Whether it reads the policy's answers with a tokenizer of its own."""
+    """Whether it reads the policy's answers as text, with its own tokenizer."""
     longest: int = 0
-    """Tokens of the longest sequence that it is given; 0: that is not known before."""
+    """Tokens of the longest input sequence; 0: not known before the run."""
     longest_settings: str = ""
-    """The settings that say so."""
+    """The settings that determine `longest`."""
 
 
 def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec | None], refuse: Refuse) -> None:
-    """Build every model on the meta device with each of its heads, and compare its length and its vocabulary with what it is
-    given. codec_of: the codec of a model; None where it has none, which is noted elsewhere."""
+    """Build every model on the meta device with each of its heads, and compare its maximum length and its vocabulary with its
+    inputs. codec_of: the codec of a model; None if it cannot be loaded, which another check reports."""
     from workers.models.model_facts import model_facts  # imports torch and transformers
 
     for use in _joined(uses):
@@ -52,10 +52,10 @@ def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec 
             continue
         for problem in facts.problems:
             refuse(use.setting, problem)
-        for given in uses:
-            if given.path == use.path and facts.longest is not None and given.longest > facts.longest:
-                text = f"{given.longest} tokens, but {use.path} ({facts.model_type}) takes {facts.longest} at most"
-                refuse(given.longest_settings, text)
+        for other in uses:
+            if other.path == use.path and facts.longest is not None and other.longest > facts.longest:
+                text = f"{other.longest} tokens, but {use.path} ({facts.model_type}) takes {facts.longest} at most"
+                refuse(other.longest_settings, text)
         codec = codec_of(use)
         if codec is not None and (tokens := len(codec.tokenizer)) > facts.vocabulary:
             text = f"{use.path}: its tokenizer has {tokens} tokens, but its embeddings have {facts.vocabulary} rows"
@@ -63,13 +63,13 @@ def check_models(uses: Sequence[ModelUse], codec_of: Callable[[ModelUse], Codec 
 
 
 def unreadable(path: str, error: Exception) -> str:
-    """Why there is no such model: what the library says first."""
+    """Why a model cannot be read: the first line of the library's error."""
     return f"was {path!r}: {str(error).strip().splitlines()[0]}"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and reports: what is wrong becomes a problem."""
+    """Hide transformers' progress bars and warnings: problems are reported by the preflight."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -85,24 +85,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _joined(uses: Sequence[ModelUse]) -> list[ModelUse]:
-    """Each model once, with all that is needed of it; twice where it is also used as it is, with a head that it must have."""
+    """Merge the uses of the same model. Trained and frozen uses stay separate: a frozen model must have its head already."""
     joined: dict[tuple[str, str, bool], ModelUse] = {}
     for use in uses:
         key = use.path, use.settings.model_dump_json(), use.learns
-        known = joined.get(key, use)
+        previous = joined.get(key, use)
         joined[key] = ModelUse(
-            known.setting,
+            previous.setting,
             use.path,
             use.settings,
-            known.heads | use.heads,
+            previous.heads | use.heads,
             learns=use.learns,
-            served=known.served or use.served,
+            served=previous.served or use.served,
         )
     return list(joined.values())
 
 
 def check_serving(uses: Sequence[ModelUse], config: RunConfig, cluster: Cluster | None, refuse: Refuse) -> None:
-    """Whether engines can serve the models that they are to serve. cluster: none: it is not known yet."""
+    """Check that engines can serve their models. cluster: None: not known yet."""
     from transformers import AutoConfig
 
     from workers.models.served import why_no_adapter, why_not_served
@@ -110,27 +110,27 @@ def check_serving(uses: Sequence[ModelUse], config: RunConfig, cluster: Cluster 
     device = _device(config, cluster)
     for use in (use for use in uses if use.served):
         try:
-            found = AutoConfig.from_pretrained(use.path, trust_remote_code=use.settings.trust_remote_code)
+            hf_config = AutoConfig.from_pretrained(use.path, trust_remote_code=use.settings.trust_remote_code)
         except (OSError, ValueError):
-            continue  # which `check_models` says
-        if device and (reason := why_not_served(found, device)):
+            continue  # `check_models` reports it
+        if device and (reason := why_not_served(hf_config, device)):
             refuse(use.setting, reason)
-        if config.publish.lora == "adapter" and (reason := why_no_adapter(found)):
-            refuse("publish.lora", f"was 'adapter', but {reason}; merged would fit")
+        if config.publish.lora == "adapter" and (reason := why_no_adapter(hf_config)):
+            refuse("publish.lora", f"was 'adapter', but {reason}; use merged")
 
 
 def check_reader(policy: Codec, use: ModelUse, codec: Codec, form: Form, refuse: Refuse) -> None:
-    """Whether a model that scores the policy's tokens reads them as the policy means them."""
-    if not use.reads_text and (what := difference(policy, codec, form)):
+    """Check that a model that scores the policy's tokens has the same tokenization."""
+    if not use.reads_text and (mismatch := difference(policy, codec, form)):
         setting = use.setting.rpartition(".")[0] + ".tokenizer"
         refuse(
             setting,
-            f"was policy, but {use.path} has {what}. own would fit: it then reads text, not the policy's tokens",
+            f"was policy, but {use.path} has {mismatch}; use own: the model then reads text, not the policy's tokens",
         )
 
 
 def _device(config: RunConfig, cluster: Cluster | None) -> Literal["cpu", "cuda"] | None:
-    """Where engines will run; none where only the cluster knows."""
+    """The device of the engines; None if it depends on a cluster that is not known yet."""
     if config.device != "auto":
         return config.device
     return ("cuda" if cluster.gpus else "cpu") if cluster else None

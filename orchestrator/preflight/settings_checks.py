@@ -1,4 +1,4 @@
-"""What can be known to fail before anything starts."""
+"""Checks of the settings before a run starts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from configs.schema import (
     PPOSettings,
     Reward,
 )
-from orchestrator.run.ray_cluster import address_of
-from orchestrator.run.run_dir import Run, RunError, in_copy, local
+from orchestrator.run import Run, RunError, address_of, in_copy, local
 from placement.stages import STAGES
 from placement.types import Stage
 from workers.data import Row
@@ -34,17 +33,17 @@ from workers.rewards.function import RewardError, find_function
 from workers.rewards.function import check_columns as check_arguments
 
 Check = Callable[[], object]
-"""Raises an error that names the setting where something is wrong."""
+"""Raises an error that names the setting if there is a problem."""
 
 
 def settings_checks(run: Run, stages: Sequence[Stage]) -> Iterator[Check]:
-    """Checks of what the settings name: sections, models, plugins, functions, estimators, losses; where the results would land.
+    """Checks of the sections, models, plugins, functions, estimators and losses that the settings name, and of the run's folder.
 
-    A check raises RunError, RewardError or UnknownNameError, which name the setting. They are to be run in this order.
+    A check raises RunError, RewardError or UnknownNameError, which name the setting. Run them in this order.
     """
     config = run.config
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are looked for from here on
+        sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are imported from the working folder
     yield from (partial(_check_section, config, stage) for stage in stages)
     yield partial(_check_folder, run)
     yield partial(address_of, config)
@@ -71,50 +70,49 @@ def _check_start_model(run: Run, stages: Sequence[Stage]) -> None:
         _check_model(config.model.path, "model.path")
     if "sft" in stages and config.model.init == "random" and config.model.lora:
         raise RunError(
-            "model.lora: adapters are trained beside weights that stay as they are, and with model.init=random those are drawn; "
-            "set model.lora=none"
+            "model.lora: adapters need trained base weights, but with model.init=random the base is random; set model.lora=none"
         )
     if "ppo" in stages and run.trained("sft") is None and config.model.init == "random":
         raise RunError(
-            "model.init: was 'random', but PPO starts from weights; run `troupe sft` with the same settings first, or take the "
+            "model.init: was 'random', but PPO needs trained weights; run `troupe sft` with the same settings first, or use the "
             "SFT model of another run (start_from)"
         )
 
 
 SAME = ("chat_template", "chat_template_args", "system_prompt", "model.end_tokens")
-"""Settings that a stage shares with the stages whose models it takes from other runs: how prompts become tokens."""
+"""Settings that must equal those of the runs whose models a stage starts from: how prompts become tokens."""
 
 
 def check_start(run: Run, stages: Sequence[Stage]) -> None:
-    """Whether the run that `start_from` names has what these stages take from it, and trained it on the same model and form.
+    """Check that the run of `start_from` has the models that these stages need, trained on the same model and form.
 
     Raises RunError.
     """
-    config, named = run.config, run.config.start_from
-    if named is None or not stages:
+    config, start = run.config, run.config.start_from
+    if start is None or not stages:
         return
-    taken = run.taken(stages)
-    if not taken:
-        there = Run.open(Path(named))
-        finished = ", ".join(stage for stage in STAGES if there.finished(stage)) or "nothing"
+    external_models = run.external_models(stages)
+    if not external_models:
+        other = Run.open(Path(start))
+        finished = ", ".join(stage for stage in STAGES if other.finished(stage)) or "nothing"
         raise RunError(
-            f"start_from: was {named!r}, but nothing would be taken from there: this run runs {', '.join(run.stages)} itself, "
-            f"and there {finished} is finished. To train a model of that run further, name it: model.path={named}/models/sft"
+            f"start_from: was {start!r}, but this run would use none of its models: it runs {', '.join(run.stages)} itself, "
+            f"and that run has finished {finished}. To train a model of that run further: model.path={start}/models/sft"
         )
-    for stage in taken:
+    for stage in external_models:
         owner = run.owner(stage)
         assert owner is not None
         for name in SAME:
-            asked, trained = attrgetter(name)(config), attrgetter(name)(owner.config)
-            if asked != trained:
+            value, trained = attrgetter(name)(config), attrgetter(name)(owner.config)
+            if value != trained:
                 raise RunError(
-                    f"{name}: was {asked!r}, but {owner.folder}, from where start_from takes the {stage} model, was trained with "
+                    f"{name}: was {value!r}, but {owner.folder}, whose {stage} model start_from uses, was trained with "
                     f"{trained!r}; must be the same"
                 )
         if stage == "sft" and not _same_model(config.model.path, (owner.config.model.path, str(owner.model("sft")))):
             raise RunError(
-                f"model.path: was {config.model.path!r}, but {owner.folder}, from where start_from takes the sft model, "
-                f"began with {owner.config.model.path!r}; name that, or leave start_from out"
+                f"model.path: was {config.model.path!r}, but {owner.folder}, whose sft model start_from uses, "
+                f"began with {owner.config.model.path!r}; use that path, or leave start_from out"
             )
 
 
@@ -123,47 +121,47 @@ def _same_model(path: str, others: Sequence[str]) -> bool:
 
 
 def _check_folder(run: Run) -> None:
-    """Whether the run's folder can be made and written to, and stays."""
+    """Check that the run's folder can be made and written to, and is not deleted after the run."""
     if in_copy() and not Path(run.config.runs).is_absolute():
         raise RunError(
-            f"runs: was {run.config.runs!r}, in the copy of the working folder that this job runs in and the cluster deletes; "
-            "must be the absolute path of a folder that every node sees"
+            f"runs: was {run.config.runs!r}, in the job's copy of the working folder, which the cluster deletes; "
+            "must be the absolute path of a folder that every node can access"
         )
-    there = next(path for path in (run.folder, *run.folder.parents) if os.path.lexists(path))
+    existing = next(path for path in (run.folder, *run.folder.parents) if os.path.lexists(path))
     try:
-        tempfile.TemporaryDirectory(prefix=".troupe-", dir=there).cleanup()
+        tempfile.TemporaryDirectory(prefix=".troupe-", dir=existing).cleanup()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # of which whoever writes first says more
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # the first write reports a full disk better
             raise RunError(
-                f"runs: no folder {run.folder} can be made or written to: {there}: {error.strerror}"
+                f"runs: cannot make or write to the folder {run.folder}: {existing}: {error.strerror}"
             ) from error
 
 
 def check_offload(config: RunConfig) -> None:
-    """What states on disk need, on this machine."""
+    """Check that this machine can keep states on disk, if a strategy needs it."""
     if "zero3_nvme" not in {config.strategy_of(role) for role in ROLES}:
         return
     folder = config.offload.nvme_path
     assert folder is not None
     if not Path(folder).is_dir() or not os.access(folder, os.W_OK):
-        raise RunError(f"offload.nvme_path: was {folder!r}, which is no folder that can be written to")
-    from workers.training.deepspeed.nvme import can_swap  # imports DeepSpeed, which the driver can mostly do without
+        raise RunError(f"offload.nvme_path: was {folder!r}, which is not a writable folder")
+    from workers.training.deepspeed.nvme import can_swap  # imports DeepSpeed, which the driver seldom needs
 
     if not can_swap():
         raise RunError(
-            "strategy: zero3_nvme needs libaio with its headers (Debian's libaio-dev) and a C++ compiler, which are not "
-            "here; zero3_offload, which keeps states in host memory, needs neither"
+            "strategy: zero3_nvme needs libaio with its headers (Debian's libaio-dev) and a C++ compiler, which are "
+            "missing; zero3_offload, which keeps states in host memory, needs neither"
         )
 
 
 def _check_model(path: str, setting: str) -> None:
     if is_missing(path):
-        where = Path(path).absolute() / "config.json"
-        raise RunError(f"{setting}: was {path!r}, which is no folder with a model; there is no {where}")
+        file = Path(path).absolute() / "config.json"
+        raise RunError(f"{setting}: was {path!r}, which is not a model's folder; {file} does not exist")
 
 
 def is_missing(path: str) -> bool:
-    """Whether a model's folder is not there; one word, or two with a slash between, may be a hub name."""
+    """Whether a model's folder is missing. `name` and `owner/name` may be hub names, and count as present."""
     looks_local = path[:1] in "./~" or path.count("/") > 1
     return looks_local and not (Path(path) / "config.json").is_file()
 
@@ -179,20 +177,20 @@ def _check_quantize(config: RunConfig) -> None:
 
 
 def _refuse_hidden(name: str, setting: str) -> None:
-    """A module of the working folder that is not what Python finds by its name. name: a module, or module:function."""
+    """Refuse a module of the working folder if Python imports another module of that name. name: a module, or module:function."""
     module = name.partition(":")[0]
     top = module.partition(".")[0]
-    here = Path.cwd()
-    file = here.joinpath(*module.split("."))
+    cwd = Path.cwd()
+    file = cwd.joinpath(*module.split("."))
     if not (file.is_dir() or file.with_name(f"{file.name}.py").is_file()):
         return
     spec = find_spec(top)
-    places = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
-    found = [Path(place).resolve() for place in places if place]
-    if found and not {here / top, here / f"{top}.py"} & set(found):
-        mine = f"{top}/" if (here / top).is_dir() else f"{top}.py"
+    origins = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
+    imported = [Path(origin).resolve() for origin in origins if origin]
+    if imported and not {cwd / top, cwd / f"{top}.py"} & set(imported):
+        hidden = f"{top}/" if (cwd / top).is_dir() else f"{top}.py"
         raise RunError(
-            f"{setting}: was {name!r}, but {mine} in {here} is hidden by {found[0]}, which has the same name; rename yours"
+            f"{setting}: was {name!r}, but {hidden} in {cwd} is hidden by {imported[0]}, which has the same name; rename yours"
         )
 
 
@@ -222,8 +220,8 @@ def _reward_checks(ppo: PPOSettings, run: Run) -> Iterator[Check]:
 def _check_trained_reward(run: Run, setting: str) -> None:
     if run.trained("rm") is None:
         raise RunError(
-            f"{setting}: none is named, and this run has no rm stage to take a reward model from; name a model, run `troupe rm` "
-            "with the same settings first, or take it from another run (start_from)"
+            f"{setting}: not set, and this run has no rm stage that trains a reward model; set a model, run `troupe rm` "
+            "with the same settings first, or use another run's model (start_from)"
         )
 
 
@@ -233,9 +231,9 @@ def _find(function: str, setting: str) -> None:
 
 
 def column_checks(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Check]:
-    """Checks that rewards and judges can be given the columns of the prompts that they score, one for each of them.
+    """A check for each reward and judge: whether it accepts the columns of the prompts that it scores.
 
-    prompts, held_out: rows of `ppo.prompts` and of `ppo.evaluation.prompts`; the second may be none. A check raises RewardError,
+    prompts, held_out: rows of `ppo.prompts` and of `ppo.evaluation.prompts`; the latter may be empty. A check raises RewardError,
     which names the setting, the dataset and the column.
     """
     rewards: list[tuple[str, Reward | Judge]] = [(f"ppo.rewards.{i}", reward) for i, reward in enumerate(ppo.rewards)]
@@ -248,29 +246,29 @@ def column_checks(ppo: PPOSettings, prompts: Sequence[Row], held_out: Sequence[R
 
 def _column_checks(sources: Sequence[tuple[str, Reward | Judge]], dataset: str, rows: Sequence[Row]) -> Iterator[Check]:
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
-    for place, source in sources:
+    for setting, source in sources:
         if isinstance(source, FunctionSettings):
-            yield partial(_check_function, source.function, f"{place}.function", names, dataset)
+            yield partial(_check_function, source.function, f"{setting}.function", names, dataset)
         elif isinstance(source, HttpReward):
-            yield partial(_check_json, rows, place, dataset)
+            yield partial(_check_json, rows, setting, dataset)
 
 
 def _check_function(path: str, setting: str, columns: Sequence[str], dataset: str) -> None:
     try:
         function = find_function(path, setting)
     except RewardError:
-        return  # which `check` says
+        return  # another check reports it
     check_arguments(function, setting, columns, dataset)
 
 
 def _check_json(rows: Sequence[Row], setting: str, dataset: str) -> None:
-    from workers.rewards.http import check_json  # imports an HTTP client, which the driver can mostly do without
+    from workers.rewards.http import check_json  # imports an HTTP client, which the driver seldom needs
 
     check_json([row.columns for row in rows], setting, dataset)
 
 
 def _check_sharing(config: RunConfig, ppo: PPOSettings, run: Run) -> None:
-    """Reward models that are to share a base are adapters on the model that PPO starts from."""
+    """Check that reward models that share a base are adapters on the model that PPO starts from."""
     base = run.starting_model("ppo")
     models = [(i, source) for i, source in enumerate(ppo.rewards) if isinstance(source, ModelReward)]
     if "reward" not in config.share:
@@ -283,14 +281,14 @@ def _check_sharing(config: RunConfig, ppo: PPOSettings, run: Run) -> None:
             except ValueError as error:
                 raise RunError(f"ppo.rewards.{i}.path: {error}") from error
         elif config.rm and config.rm.model:
-            _check_own_model(config.rm.model, base)
+            _check_future_adapter(config.rm.model, base)
 
 
-def _check_own_model(settings: ModelSettings, base: str) -> None:
-    """Whether a reward model that starts from a model of its own will be an adapter on the base."""
+def _check_future_adapter(settings: ModelSettings, base: str) -> None:
+    """Check that a reward model with its own settings will be trained as an adapter on the base."""
     if settings.lora is None:
         raise RunError(
-            "rm.model.lora: none, but a reward model that shares its base (`share`) is an adapter; set lora.rank"
+            "rm.model.lora: not set, but a reward model that shares its base (`share`) is an adapter; set lora.rank"
         )
     if real(local(settings.path)) != real(base):
         raise RunError(
@@ -301,15 +299,15 @@ def _check_own_model(settings: ModelSettings, base: str) -> None:
 
 def _check_token(reward: HttpReward, setting: str) -> None:
     if reward.token_env:
-        from workers.rewards.http import read_token  # imports an HTTP client, which the driver can mostly do without
+        from workers.rewards.http import read_token  # imports an HTTP client, which the driver seldom needs
 
         read_token(reward.token_env, setting)
 
 
 def _name_checks(ppo: PPOSettings) -> Iterator[Check]:
-    chosen = {"advantage": ppo.advantage, "policy_loss": ppo.policy_loss, "value_loss": ppo.value_loss}
-    if any(PPOSettings.model_fields[field].default != name for field, name in chosen.items()):
-        from workers.rl.advantages import advantage_estimators  # imports torch, which the driver can mostly do without
+    names = {"advantage": ppo.advantage, "policy_loss": ppo.policy_loss, "value_loss": ppo.value_loss}
+    if any(PPOSettings.model_fields[field].default != name for field, name in names.items()):
+        from workers.rl.advantages import advantage_estimators  # imports torch, which the driver seldom needs
         from workers.rl.losses import policy_losses, value_losses
 
         yield partial(advantage_estimators.get, ppo.advantage)

@@ -1,4 +1,4 @@
-"""The report's charts: metrics in, one inline SVG each out."""
+"""The report's charts: each turns metrics into an inline SVG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from orchestrator.evaluation.statistics import Interval
+from orchestrator.evaluation import Interval
 
 BEFORE, AFTER = "#94a3b8", "#2563eb"
 INK, MUTED, GRID, WARN = "#0f172a", "#64748b", "#e2e8f0", "#dc2626"
@@ -25,8 +25,8 @@ SERIES = ("#2563eb", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#64
 STACK = (*SERIES, "#84cc16")
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # Text stays text: small, and in the page's own font.
-    "text.parse_math": False,  # A reward may be named "$x$".
+    "svg.fonttype": "none",  # Text, not glyph outlines: smaller, and in the page's font.
+    "text.parse_math": False,  # A reward source may be named "$x$".
     "font.size": 10,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
@@ -50,13 +50,13 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of the report."""
+    """A chart of the report."""
 
     title: str
     caption: str
     svg: str
     narrow: str = ""
-    """A wide chart drawn anew at half the width, for narrow screens; empty: it is not wide."""
+    """The same chart at half the width, for narrow screens; empty if the chart is not wide."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,18 @@ def curves(
     percent: bool = False,
     wide: bool = False,
 ) -> Chart:
-    """Metrics over steps; where there are many steps, thin as measured and bold as a moving mean.
+    """Metrics over steps. With many steps: the values as a thin line, their moving mean as a bold line.
 
     Args:
-        line: A level to compare with, and what it is.
+        line: A level to compare with, and its label.
         log: Logarithmic axis.
         percent: Values are shares.
-        wide: Twice the width.
+        wide: Double width.
     """
 
     def draw(axes: Axes, columns: int) -> None:
-        for one in series:
-            _draw(axes, one)
+        for curve in series:
+            _draw(axes, curve)
         if line is not None:
             axes.axhline(line[0], color=WARN, linewidth=1.1, linestyle=(0, (4, 3)), label=line[1])
         if log:
@@ -109,26 +109,26 @@ def curves(
     return _chart(title, caption, draw, wide)
 
 
-COLUMNS = 80
-"""Columns of a stacked chart, at most."""
+MAX_COLUMNS = 80
+"""Most columns of a stacked chart."""
 
 
 def steps_per_column(steps: int) -> int:
-    """Of how many steps a column of a stacked chart is the mean."""
-    return -(-steps // COLUMNS)
+    """Number of steps that one column of a stacked chart averages."""
+    return -(-steps // MAX_COLUMNS)
 
 
 def stacked(title: str, caption: str, steps: Sequence[int], parts: Mapping[str, Sequence[float]]) -> Chart:
-    """Parts of a whole over steps, one on top of the other; where there are many steps, means of several."""
-    run = steps_per_column(len(steps))
-    starts = range(0, len(steps), run)
-    centers = [fmean(steps[start : start + run]) for start in starts]
-    width = 0.86 * run
+    """Stacked parts of a total over steps. With many steps, each column is the mean of several."""
+    per_column = steps_per_column(len(steps))
+    starts = range(0, len(steps), per_column)
+    centers = [fmean(steps[start : start + per_column]) for start in starts]
+    width = 0.86 * per_column
 
     def draw(axes: Axes, columns: int) -> None:
         bottom = np.zeros(len(centers))
         for color, (label, values) in zip(STACK * len(parts), parts.items(), strict=False):
-            heights = np.asarray([fmean(values[start : start + run]) for start in starts])
+            heights = np.asarray([fmean(values[start : start + per_column]) for start in starts])
             axes.bar(centers, heights, width, bottom=bottom, color=color, label=_label(label), linewidth=0)
             bottom += heights
         axes.set_ylabel("seconds", fontsize=9)
@@ -141,16 +141,16 @@ def stacked(title: str, caption: str, steps: Sequence[int], parts: Mapping[str, 
 def distributions(
     title: str, caption: str, before: Sequence[float], after: Sequence[float], names: tuple[str, str]
 ) -> Chart:
-    """Histograms of one score before and after; a dashed line marks each mean."""
+    """Histograms of a score before and after; a dashed line marks each mean."""
     low, high = np.percentile([*before, *after], [0.5, 99.5])
     edges = np.linspace(low, high, 33) if high > low else np.linspace(low - 0.5, low + 0.5, 33)
 
     def draw(axes: Axes, columns: int) -> None:
         for values, color, name in ((before, BEFORE, names[0]), (after, AFTER, names[1])):
-            inside = np.clip(values, edges[0], edges[-1])
-            axes.hist(inside, bins=list(edges), color=color, alpha=0.55, label=name, linewidth=0)
+            clipped = np.clip(values, edges[0], edges[-1])
+            axes.hist(clipped, bins=list(edges), color=color, alpha=0.55, label=name, linewidth=0)
             axes.axvline(float(np.mean(values)), color=color, linewidth=1.8, linestyle=(0, (3, 2)))
-        axes.set_ylabel("answers", fontsize=9)
+        axes.set_ylabel("responses", fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_xlabel("reward", loc="right", fontsize=9)
         axes.grid(axis="x", visible=False)
@@ -160,7 +160,7 @@ def distributions(
 
 
 def effects(title: str, caption: str, changes: Mapping[str, Interval]) -> Chart:
-    """Standardised changes with their intervals, one row each, against a line at 0."""
+    """Standardized changes with their intervals, one row each, and a line at 0."""
     rows = list(changes.items())[::-1]
 
     def draw(axes: Axes, columns: int) -> None:
@@ -195,12 +195,12 @@ def _draw(axes: Axes, series: Series) -> None:
 
 
 def moving_window(count: int) -> int:
-    """Steps in the moving mean, odd: about a 25th of the curve, none (1) for short ones."""
+    """Number of steps in the moving mean, odd: about 1/25 of the curve; 1 (no smoothing) below 40 steps."""
     return 1 if count < 40 else count // 25 // 2 * 2 + 1
 
 
 def _moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Mean of the window around each value; at the ends of the part of it that there is."""
+    """Mean of the window around each value; at the ends, of the part of the window that has values."""
     ones = np.ones(window)
     total = np.convolve(np.asarray(values, float), ones, mode="same")
     return total / np.convolve(np.ones(len(values)), ones, mode="same")
@@ -213,7 +213,7 @@ def _step_axis(axes: Axes) -> None:
 
 
 def _label(text: str) -> str:
-    """A legend's text; matplotlib leaves out labels that begin with an underscore."""
+    """The text for a legend: matplotlib omits labels that begin with an underscore."""
     return text.replace("_", " ").strip() or text
 
 
@@ -229,25 +229,25 @@ def _legend(axes: Axes, columns: int) -> None:
 
 
 def _chart(title: str, caption: str, draw: Callable[[Axes, int], None], wide: bool = False) -> Chart:
-    """draw: given axes, and how many columns a legend may have."""
+    """draw: takes the axes and the most columns of a legend."""
     sizes = ((8.2, 8), (4.0, 3)) if wide else ((4.0, 3),)
     return Chart(title, caption, *(_svg(width, columns, draw) for width, columns in sizes))
 
 
 def _svg(width: float, columns: int, draw: Callable[[Axes, int], None]) -> str:
-    """The SVG element of a figure so many inches wide."""
-    drawn = StringIO()
+    """The SVG element of a figure. width: inches. columns: most columns of the legend."""
+    buffer = StringIO()
     with rc_context({**STYLE, "svg.hashsalt": "troupe"}):
         figure = Figure(figsize=(width, 2.4), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot(), columns)
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(drawn, format="svg", transparent=True, metadata=metadata)
-    return _inline(drawn.getvalue())
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    return _inline(buffer.getvalue())
 
 
 def _inline(svg: str) -> str:
-    """The <svg> element alone: sized by the page, its style left to the page, its ids apart from other charts' ids."""
+    """Only the <svg> element: without size and style, which the page sets, and with ids that no other chart has."""
     prefix = f"c{zlib.crc32(svg.encode()):08x}-"
     head, rest = svg[svg.index("<svg") :].split(">", 1)
     head = re.sub(r' (width|height)="[\d.]+pt"', "", head)

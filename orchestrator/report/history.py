@@ -1,4 +1,4 @@
-"""What a run's report says of its history: models that came from other runs, and settings that were changed on the way."""
+"""The history of a run, for its report: models of other runs, and settings that changed during the run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 
 def history(folder: Path) -> dict[str, str]:
-    """Facts from a run's run.json, by their titles; empty where there is nothing to tell."""
+    """Title -> text, from the run's run.json; empty if no setting changed and no model came from another run."""
     path = folder / "run.json"
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     facts = {
-        "Starts from": " · ".join(_starts(noted.get("from", {}))),
-        "Settings changed": " · ".join(map(_change, noted.get("changes", []))),
+        "Starts from": " · ".join(_starts(record.get("from", {}))),
+        "Settings changed": " · ".join(map(_change, record.get("changes", []))),
     }
     return {title: text for title, text in facts.items() if text}
 
 
 def _starts(starts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """`ppo: a/models/sft, a/models/rm` of what a stage took from run a."""
+    """`ppo: a/models/sft, a/models/rm` if a stage starts from models of the run a."""
     for stage, start in starts.items():
         models = map(Path, [start["model"], *start.get("rewards", {}).values()])
-        theirs = ["/".join(path.parts[-3:]) for path in models if path.is_absolute() and path.parent.name == "models"]
-        if theirs:
-            yield f"{stage}: {', '.join(dict.fromkeys(theirs))}"
+        external = ["/".join(path.parts[-3:]) for path in models if path.is_absolute() and path.parent.name == "models"]
+        if external:
+            yield f"{stage}: {', '.join(dict.fromkeys(external))}"
 
 
 def _change(change: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Predicted memory as a picture: for each place a bar per phase, stacked by what it is, against the place's size."""
+"""A chart of predicted memory: for each place (host, GPU, disk) a bar per phase, stacked by kind, and the place's size."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from placement.types import GIB
 COLORS = (*SERIES, "#84cc16", "#94a3b8")
 
 
-def draw(reports: Sequence[PlanReport], file: Path) -> None:
-    """Draw the places to a .svg, .png or .html. Raises BadParameter where no memory is predicted."""
+def draw_memory(reports: Sequence[PlanReport], file: Path) -> None:
+    """Write the chart to a .svg, .png or .html. Raises BadParameter if the plans have no predicted memory."""
     panels = [
         (f"{report.plan.stage}: {place.name.replace('+', ' + ')}", place)
         for report in reports
@@ -29,7 +29,7 @@ def draw(reports: Sequence[PlanReport], file: Path) -> None:
         for place in report.memory.places
     ]
     if not panels:
-        raise typer.BadParameter(f"nothing to draw: {reports[0].memory}", param_hint="--picture")
+        raise typer.BadParameter(f"no predicted memory: {reports[0].memory}", param_hint="--picture")
     with rc_context(STYLE):
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)
@@ -38,13 +38,13 @@ def draw(reports: Sequence[PlanReport], file: Path) -> None:
             _bars(axes, title, place)
         for axes in figure.axes[len(panels) :]:
             axes.set_axis_off()
-        drawn = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=5)
+        legend = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5)
         _save(figure, file)
 
 
 def _bars(axes: Axes, title: str, place: Place) -> None:
-    """A place's phases; a line at its size where that is known."""
+    """A bar for each phase of a place, and a line at its size if the size is known."""
     phases = list(place.parts)
     bottom = [0.0] * len(phases)
     for color, part in zip(COLORS, next(iter(place.parts.values())).parts(), strict=True):
@@ -66,8 +66,8 @@ def _save(figure: Figure, file: Path) -> None:
     if file.suffix != ".html":
         figure.savefig(file, dpi=150, facecolor="white", metadata={"Date": None} if file.suffix == ".svg" else None)
         return
-    drawn = StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
     page = f"<!doctype html><meta charset=utf-8><title>Predicted memory</title>{svg[svg.index('<svg') :]}"
     file.write_text(page, encoding="utf-8")

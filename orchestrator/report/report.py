@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that shows what a run did and what came of it."""
+"""report.html: one self-contained page with a run's settings, curves and results."""
 
 from __future__ import annotations
 
@@ -13,39 +13,38 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.schema import BatchSettings, DatasetSettings, RunConfig
-from orchestrator.evaluation.before_after import scored_pairs
-from orchestrator.evaluation.statistics import Interval, distinct_share, mean_interval, paired_interval
+from orchestrator.evaluation import Interval, distinct_share, mean_interval, paired_interval, scored_pairs
 from orchestrator.number_text import MINUS, clock, percent, signed
 from orchestrator.report.charts import Chart, distributions, effects
 from orchestrator.report.history import history
 from orchestrator.report.run_files import Pair, RunFiles
 from orchestrator.report.stages import sections, title, without_first
-from orchestrator.storage.atomic_files import write_text
+from orchestrator.storage import write_text
 from placement.stages import STAGES
 from workers.data.tokens import Counts
 
 SHOWN_ANSWERS = 4
-"""Answers of training on the page."""
+"""Training answers on the page."""
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write report.html into the run folder from what lies there, and return its path.
+    """Write report.html from the files of a run's folder, into that folder. Returns its path.
 
-    Reads config.yaml, and of the following what there is (a run may be unfinished): metrics.jsonl; samples/ppo.jsonl;
+    Reads config.yaml and these files, which may be missing in an unfinished run: metrics.jsonl; samples/ppo.jsonl;
     status.json; summary.json,
     `{"stages": {stage: {name: number}}, "data": {setting of a dataset: its Counts}, "hardware": {..}, "versions": {..},
-    "seconds": {part of the run: seconds}}`;
+    "seconds": {stage: seconds}}`;
     evaluation/before.jsonl and after.jsonl, one line per held-out prompt, in the same order:
     `{"prompt", "answer", "reward", "judges": {name: score}, "kl": nats per token, "tokens"}`.
 
     Raises:
-        ValueError: the two evaluations are not of the same prompts, or a line is not JSON; names file and line.
+        ValueError: the two evaluations have different prompts, or a line is not JSON; names file and line.
     """
     run = RunFiles.read(run_folder)
     page = _environment().get_template("report.html.j2").render(
         name=run.config.name,
         facts=_facts(run) | history(run_folder),
-        tiles=[*_outcome_tiles(run), *_training_tiles(run)],
+        tiles=[*_before_after_tiles(run), *_training_tiles(run)],
         comparison=_comparison(run) if run.pairs else None,
         stages=sections(run),
         samples=_samples(run),
@@ -76,7 +75,7 @@ def _environment() -> Environment:
 
 
 def _facts(run: RunFiles) -> dict[str, str]:
-    """What was run, on what, and for how long."""
+    """Model, data, stages, duration, hardware and versions."""
     config, summary = run.config, run.summary
     model = [config.model.path, config.model.dtype]
     if config.model.init == "random":
@@ -107,21 +106,21 @@ def _steps(run: RunFiles, stage: str) -> str:
 
 
 def _datasets(config: RunConfig, stages: Sequence[str]) -> list[str]:
-    """What the stages trained on, each dataset once."""
-    used: list[DatasetSettings] = [
+    """Names of the stages' training datasets, without duplicates."""
+    datasets: list[DatasetSettings] = [
         section.train for stage in stages if isinstance(section := config.section(stage), BatchSettings)
     ]
     if "ppo" in stages and config.ppo:
-        used.append(config.ppo.prompts)
-    return list(dict.fromkeys(data.name + (f" [{data.split}]" if data.split else "") for data in used))
+        datasets.append(config.ppo.prompts)
+    return list(dict.fromkeys(data.name + (f" [{data.split}]" if data.split else "") for data in datasets))
 
 
 def _rows(run: RunFiles, stages: Sequence[str]) -> list[str]:
-    """What became of the rows of the datasets of stages, as it was printed when the run began."""
-    noted: dict[str, dict[str, Any]] = run.summary.get("data", {})
+    """The row counts of the stages' datasets, as printed when the run began."""
+    all_counts: dict[str, dict[str, Any]] = run.summary.get("data", {})
     return [
         f"{setting}: {Counts(**counts).describe()}"
-        for setting, counts in noted.items()
+        for setting, counts in all_counts.items()
         if setting.partition(".")[0] in stages
     ]
 
@@ -142,24 +141,24 @@ class _Tile:
     detail: str
 
 
-def _outcome_tiles(run: RunFiles) -> list[_Tile]:
+def _before_after_tiles(run: RunFiles) -> list[_Tile]:
     if not run.pairs:
         return []
     tiles = []
     before, after = _scores(run.pairs)
     if len(before) > 1 and stdev(before) > 0:
         gain = (fmean(after) - fmean(before)) / stdev(before)
-        tiles.append(_Tile("Reward gain, held out", f"{signed(gain, 2)} SD", _from_to(before, after)))
+        tiles.append(_Tile("Reward gain (std), held out", signed(gain, 2), _from_to(before, after)))
     for judge in _judges(run.pairs):
         before, after = _scores(run.pairs, judge)
         if before:
             gain = fmean(after) - fmean(before)
             tiles.append(_Tile(f"Judge {judge}, held out", signed(gain, 3), _from_to(before, after)))
-    answers = _answers(run.pairs, "after")
+    responses = _responses(run.pairs, "after")
     kl = f"{_kl_per_token(run.pairs, 'after'):z.3f}"
     tiles.append(_Tile("KL to the reference", kl, "nats per token, held out, after PPO"))
-    shown = f"of the {len(answers):,} held-out answers after PPO"
-    tiles.append(_Tile("Distinct answers", percent(distinct_share(answers)), shown))
+    detail = f"of the {len(responses):,} held-out responses after PPO"
+    tiles.append(_Tile("Distinct responses", percent(distinct_share(responses)), detail))
     return tiles
 
 
@@ -167,7 +166,7 @@ def _training_tiles(run: RunFiles) -> list[_Tile]:
     tiles = []
     if accuracy := run.last("rm", "validation/accuracy"):
         step, value = accuracy
-        tiles.append(_Tile("Held-out pairs ranked right", percent(value), f"reward model, after step {step:,}"))
+        tiles.append(_Tile("Preference accuracy, held out", percent(value), f"reward model, after step {step:,}"))
     steps, perplexity = run.curve("sft", "validation/perplexity")
     if perplexity:
         earlier = f"; {perplexity[0]:,.1f} after step {steps[0]:,}" if len(perplexity) > 1 else ""
@@ -175,12 +174,12 @@ def _training_tiles(run: RunFiles) -> list[_Tile]:
             _Tile("Validation perplexity", f"{perplexity[-1]:,.1f}", f"SFT, after step {steps[-1]:,}{earlier}")
         )
     if gap := run.curve("ppo", "log_prob_gap")[1]:
-        largest = f"engine against trainer, mean |Δ|, largest of {len(gap):,} steps"
-        tiles.append(_Tile("Largest log-prob gap", f"{max(gap):.1e}", largest))
+        detail = f"engine vs trainer, mean |Δ|, largest of {len(gap):,} steps"
+        tiles.append(_Tile("Largest log-prob gap", f"{max(gap):.1e}", detail))
     if lines := [line for line in run.lines("ppo") if line.get("tokens_per_second") is not None]:
-        counted, which = without_first(lines)
-        speed = median(line["tokens_per_second"] for line in counted)
-        tiles.append(_Tile("PPO speed", f"{speed:,.0f} tokens/s", f"of answers, {which}"))
+        timed, steps_text = without_first(lines)
+        speed = median(line["tokens_per_second"] for line in timed)
+        tiles.append(_Tile("PPO speed", f"{speed:,.0f} tokens/s", f"of responses, {steps_text}"))
     return tiles
 
 
@@ -208,22 +207,24 @@ def _comparison(run: RunFiles) -> _Comparison:
     measures = {name: values for name, values in measures.items() if values[0]}
     rows = [_row(_of(name, len(values[0]), len(pairs)), *values, digits=3) for name, values in measures.items()]
     tokens = [float(pair.before["tokens"]) for pair in pairs], [float(pair.after["tokens"]) for pair in pairs]
-    rows.append(_row("Tokens per answer", *tokens, digits=1))
+    rows.append(_row("Tokens per response", *tokens, digits=1))
     before, after = (f"{_kl_per_token(pairs, side):z.3f}" for side in ("before", "after"))
     rows.append(_Row("KL to the reference, nats per token", before, after, "—"))
-    before, after = (percent(distinct_share(_answers(pairs, side))) for side in ("before", "after"))
-    rows.append(_Row("Distinct answers", before, after, "—"))
+    before, after = (percent(distinct_share(_responses(pairs, side))) for side in ("before", "after"))
+    rows.append(_Row("Distinct responses", before, after, "—"))
 
     charts = []
     if "Reward" in measures:
-        caption = "Each held-out prompt answered once by either model; dashed: the means. Outermost 1% in the end bars."
-        charts.append(distributions("Rewards of the answers", caption, *measures["Reward"], names=names))
-    scaled = {name: _standardised(*values) for name, values in measures.items()}
-    if known := {name: change for name, change in scaled.items() if change is not None}:
+        caption = (
+            "One response of each model to every held-out prompt; dashed: means. The end bars hold the outermost 1%."
+        )
+        charts.append(distributions("Rewards of the responses", caption, *measures["Reward"], names=names))
+    all_changes = {name: _standardized(*values) for name, values in measures.items()}
+    if changes := {name: change for name, change in all_changes.items() if change is not None}:
         caption = (
             f"Mean paired change with its 95% interval, in standard deviations of the scores of {run.started_from()}."
         )
-        charts.append(effects("Change on held-out prompts", caption, known))
+        charts.append(effects("Change on held-out prompts", caption, changes))
     return _Comparison(len(pairs), rows, charts)
 
 
@@ -240,8 +241,8 @@ def _row(measure: str, before: Sequence[float], after: Sequence[float], digits: 
     )
 
 
-def _standardised(before: Sequence[float], after: Sequence[float]) -> Interval | None:
-    """The paired change in deviations of `before`; None where they are all alike, or there is one only."""
+def _standardized(before: Sequence[float], after: Sequence[float]) -> Interval | None:
+    """The paired change in standard deviations of `before`; None if these are all equal, or only one."""
     if len(before) < 2 or stdev(before) == 0:
         return None
     change, scale = paired_interval(before, after), stdev(before)
@@ -253,21 +254,21 @@ def _judges(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _scores(pairs: Sequence[Pair], judge: str | None = None) -> tuple[list[float], list[float]]:
-    """The rewards, or a judge's scores, of the prompts whose two answers have one."""
+    """Rewards, or a judge's scores, before and after, of the prompts with a score for both responses."""
     return scored_pairs([pair.before for pair in pairs], [pair.after for pair in pairs], judge)
 
 
-def _answers(pairs: Sequence[Pair], side: str) -> list[str]:
+def _responses(pairs: Sequence[Pair], side: str) -> list[str]:
     return [getattr(pair, side)["answer"] for pair in pairs]
 
 
 def _kl_per_token(pairs: Sequence[Pair], side: str) -> float:
-    """KL summed over all answers / their tokens, nats."""
+    """KL per token over all responses, nats."""
     lines = [getattr(pair, side) for pair in pairs]
     return sum(line["kl"] * line["tokens"] for line in lines) / max(1, sum(line["tokens"] for line in lines))
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- responses
 
 
 @dataclass(frozen=True)
@@ -278,13 +279,13 @@ class _Sample:
     after: str
     after_reward: str
     tone: str
-    """better, worse or empty: how the reward after compares with the one before."""
+    """better, worse or empty: the reward after PPO compared with the reward before."""
 
 
 def _samples(run: RunFiles) -> list[_Sample]:
-    """The first held-out prompts, as many as the settings ask for."""
+    """The first `ppo.evaluation.samples` held-out prompts."""
     evaluation = run.config.ppo.evaluation if run.config.ppo else None
-    shown = run.pairs[: evaluation.samples if evaluation else 0]
+    pairs = run.pairs[: evaluation.samples if evaluation else 0]
     return [
         _Sample(
             prompt=pair.before["prompt"],
@@ -294,7 +295,7 @@ def _samples(run: RunFiles) -> list[_Sample]:
             after_reward=_score(pair.after["reward"]),
             tone=_tone(pair.before["reward"], pair.after["reward"]),
         )
-        for pair in shown
+        for pair in pairs
     ]
 
 
@@ -319,13 +320,13 @@ class _TrainingAnswers:
 
 
 def _training_answers(run: RunFiles) -> _TrainingAnswers | None:
-    """Some of what was kept of the last step's answers."""
+    """Some of the logged answers of the last logged step."""
     if not run.samples:
         return None
     answers = []
     for line in run.samples[:SHOWN_ANSWERS]:
         details = [f"KL {line['kl']:z.3f} nats per token", f"{line['tokens']:,} tokens"]
-        details += [] if line["ended"] else ["cut off at the token limit"]
+        details += [] if line["ended"] else ["truncated at the token limit"]
         if len(line["rewards"]) > 1:
             details += [f"{name} {_score(value)}" for name, value in line["rewards"].items()]
         answers.append(_Answer(line["prompt"], line["answer"], _score(line["reward"]), " · ".join(details)))
@@ -340,7 +341,7 @@ def _score(value: float | None) -> str:
 
 
 def _interval(interval: Interval, digits: int, plus: bool = False) -> str:
-    """Mean [low, high]; the mean alone where the interval is infinite."""
+    """`mean [low, high]`; only the mean if the interval is infinite."""
     sign = "+" if plus else ""
     mean, low, high = (f"{value:{sign}z,.{digits}f}".replace("-", MINUS) for value in interval)
     return mean if "inf" in low else f"{mean} [{low}, {high}]"
@@ -351,7 +352,7 @@ def _from_to(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as text: numbers rounded to four digits."""
+    """Values as text; numbers are rounded to four digits."""
 
     def show(value: Any) -> str:
         if isinstance(value, float):

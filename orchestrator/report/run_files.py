@@ -1,4 +1,4 @@
-"""What the report is made of: the files of a run's folder, read once."""
+"""The data of a report: the files of a run's folder, read once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import RunConfig, load_config
-from orchestrator.evaluation.sample_log import last_samples
-from orchestrator.run.sessions import stage_seconds
-from orchestrator.storage.metrics_file import read_lines, read_metrics
+from orchestrator.evaluation import last_samples
+from orchestrator.run import stage_seconds
+from orchestrator.storage import read_lines, read_metrics
 from placement.types import Stage
 
 Line = Mapping[str, Any]
@@ -27,7 +27,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's folder, as far as the report shows it."""
+    """The files of a run's folder that the report shows."""
 
     folder: Path
     config: RunConfig
@@ -35,15 +35,15 @@ class RunFiles:
     metrics: Sequence[Line]
     summary: Mapping[str, Any]
     seconds: Mapping[Stage, float]
-    """Stage -> seconds of all its sessions, up to now."""
+    """Stage -> seconds of all its sessions until now."""
     pairs: Sequence[Pair]
-    """Of all held-out prompts, whether their answers have scores or not."""
+    """Of all held-out prompts, also those without scores."""
     samples: Sequence[Line]
-    """Answers of the last PPO step of which some were kept."""
+    """Logged answers of the last PPO step that has some."""
 
     @classmethod
     def read(cls, folder: Path) -> RunFiles:
-        """Raises ValueError where the evaluations are of different prompts, or a line is not JSON; names file and line."""
+        """Raises ValueError if the evaluations have different prompts, or a line is not JSON; names file and line."""
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         summary = folder / "summary.json"
         return cls(
@@ -58,16 +58,16 @@ class RunFiles:
         )
 
     def lines(self, stage: str) -> list[Line]:
-        """Metrics of the stage's steps, without what was recorded before its first."""
+        """Metrics of the stage's steps, without the line of step 0."""
         return [line for line in self.metrics if line["stage"] == stage and line["step"] > 0]
 
     def curve(self, stage: str, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, step 0 included; steps without a finite value are left out."""
+        """Steps and values of a metric, including step 0, without steps that have no finite value."""
         lines = [line for line in self.metrics if line["stage"] == stage and line.get(metric) is not None]
         return [line["step"] for line in lines], [line[metric] for line in lines]
 
     def last(self, stage: str, metric: str) -> tuple[int, float] | None:
-        """The last finite value of a metric and the step it is of; none where there is none."""
+        """Step and value of the last finite value of a metric; None if it has none."""
         steps, values = self.curve(stage, metric)
         return (steps[-1], values[-1]) if values else None
 
@@ -76,18 +76,18 @@ class RunFiles:
         return sum(self.curve(stage, metric)[1])
 
     def steps(self, stage: str) -> int:
-        """Steps that the stage has done."""
+        """The stage's last finished step."""
         return max((line["step"] for line in self.lines(stage)), default=0)
 
     def finished(self, stage: str) -> bool:
         return (self.folder / "models" / stage).exists()
 
     def names(self) -> tuple[str, str]:
-        """What the models before and after PPO are called."""
+        """Names of the models before and after PPO."""
         return ("SFT" if self._had_sft() else "Before PPO", "PPO")
 
     def started_from(self) -> str:
-        """The model before PPO, in a sentence."""
+        """Name of the model before PPO within a sentence."""
         return "the SFT model" if self._had_sft() else "the model before PPO"
 
     def _had_sft(self) -> bool:
@@ -101,7 +101,7 @@ def _read_pairs(folder: Path) -> list[Pair]:
     before, after = (read_lines(path) for path in paths)
     if len(before) != len(after):
         raise ValueError(f"{paths[1]}: {len(after)} prompts, but {paths[0]} has {len(before)}")
-    for number, (one, other) in enumerate(zip(before, after, strict=True), start=1):
-        if one["prompt"] != other["prompt"]:
-            raise ValueError(f"{paths[1]}:{number}: another prompt than in {paths[0]}: {other['prompt'][:80]!r}")
-    return [Pair(one, other) for one, other in zip(before, after, strict=True)]
+    for number, (old, new) in enumerate(zip(before, after, strict=True), start=1):
+        if old["prompt"] != new["prompt"]:
+            raise ValueError(f"{paths[1]}:{number}: not the prompt of {paths[0]}: {new['prompt'][:80]!r}")
+    return [Pair(old, new) for old, new in zip(before, after, strict=True)]

@@ -1,4 +1,4 @@
-"""The report's sections about training: of each stage what it came to, and its curves."""
+"""The report's sections on training: the final numbers and the curves of each stage."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from orchestrator.report.run_files import Line, RunFiles
 from placement.stages import STAGES
 
 PHASES = ("generate", "score", "train", "publish", "prove")
-"""Parts of a PPO step; `seconds/step` is their sum and what lies between them."""
-BESIDE = ("evaluate", "snapshot", "save")
-"""What comes on top of a step."""
+"""Phases of a PPO step. `seconds/step` also includes the time between them."""
+OVERHEAD = ("evaluate", "snapshot", "save")
+"""Phases that `seconds/step` does not include."""
 
-Shown = Callable[[float], str]
+Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A stage."""
+    """The section of a stage."""
 
     key: str
     title: str
@@ -33,32 +33,32 @@ class Section:
 
 
 def sections(run: RunFiles) -> list[Section]:
-    """The stages that recorded something."""
+    """Sections of the stages that recorded metrics."""
     made = [_OWN.get(stage, partial(_other, stage=stage))(run) for stage in STAGES]
     return [section for section in made if section is not None]
 
 
 def title(stage: str) -> str:
-    """What a stage is called; its name where no plugin that is imported knows it."""
+    """A stage's title; its name if its plugin is not imported."""
     return STAGES[stage].title if stage in STAGES else stage
 
 
 def _section(
-    run: RunFiles, key: str, closing: Mapping[str, Shown], charts: Sequence[Chart | None], notes: Sequence[str] = ()
+    run: RunFiles, key: str, final: Mapping[str, Format], charts: Sequence[Chart | None], notes: Sequence[str] = ()
 ) -> Section | None:
-    """None where the stage recorded nothing. closing: metrics whose last values stand below the title, each with its step.
-    notes: what else stands there."""
-    drawn = [chart for chart in charts if chart is not None]
-    if not drawn:
+    """None if the stage recorded no metrics. final: metric -> format; their last values are printed below the title, with their
+    steps. notes: further text there."""
+    existing = [chart for chart in charts if chart is not None]
+    if not existing:
         return None
-    last = {metric: found for metric in closing if (found := run.last(key, metric))}
-    said = [f"{closing[metric](value)} (step {step:,})" for metric, (step, value) in last.items()]
-    smoothed = ". Thin lines: each step; bold: moving mean." if moving_window(run.steps(key)) > 1 else ""
-    return Section(key, title(key), " · ".join([f"{run.steps(key):,} steps", *said, *notes]) + smoothed, drawn)
+    last = {metric: point for metric in final if (point := run.last(key, metric))}
+    numbers = [f"{final[metric](value)} (step {step:,})" for metric, (step, value) in last.items()]
+    smoothed = ". Thin lines: single steps; bold lines: moving mean." if moving_window(run.steps(key)) > 1 else ""
+    return Section(key, title(key), " · ".join([f"{run.steps(key):,} steps", *numbers, *notes]) + smoothed, existing)
 
 
 def _lines(run: RunFiles, stage: str, metrics: Mapping[str, str], points: frozenset[str] = frozenset()) -> list[Series]:
-    """One series for each of the metrics (name -> label) that the stage recorded."""
+    """A series for each of the metrics (name -> label) that the stage recorded."""
     series = []
     for color, (metric, label) in zip(SERIES * len(metrics), metrics.items(), strict=False):
         steps, values = run.curve(stage, metric)
@@ -70,7 +70,7 @@ def _lines(run: RunFiles, stage: str, metrics: Mapping[str, str], points: frozen
 def _chart(
     run: RunFiles, stage: str, title: str, caption: str, metrics: Mapping[str, str], **options: Any
 ) -> Chart | None:
-    """Curves of the metrics (name -> label) that there are; those below validation/ and evaluation/ as points."""
+    """Curves of the recorded metrics (name -> label); validation/ and evaluation/ metrics as points."""
     points = frozenset(metric for metric in metrics if metric.startswith(("validation/", "evaluation/")))
     series = _lines(run, stage, metrics, points)
     return curves(title, caption, series, **options) if series else None
@@ -89,9 +89,9 @@ def _sft(run: RunFiles) -> Section | None:
         [
             _chart(run, "sft", "Loss", "Nats per completion token.", loss),
             _chart(run, "sft", "Gradient norm", "Before clipping.", {"grad_norm": "model"}),
-            _chart(run, "sft", "Tokens per second", "Prompts and completions of a step, all ranks.", speed),
+            _chart(run, "sft", "Tokens per second", "Prompt and completion tokens, all ranks.", speed),
         ],
-        _refused(run, "sft", {"refused": "model"}),
+        _skipped(run, "sft", {"refused": "model"}),
     )
 
 
@@ -101,32 +101,32 @@ def _rm(run: RunFiles) -> Section | None:
     return _section(
         run,
         "rm",
-        {"validation/accuracy": lambda value: f"{percent(value)} of held-out pairs right"},
+        {"validation/accuracy": lambda value: f"held-out preference accuracy {percent(value)}"},
         [
-            _chart(run, "rm", "Pairs ranked right", "Share; a coin gets 50%.", accuracy, percent=True, wide=True),
-            _chart(run, "rm", "Pairwise loss", "Bradley-Terry, nats; a coin gets 0.693.", loss),
+            _chart(run, "rm", "Preference accuracy", "Share of pairs; chance: 50%.", accuracy, percent=True, wide=True),
+            _chart(run, "rm", "Pairwise loss", "Bradley-Terry, nats; chance: 0.693.", loss),
         ],
-        _refused(run, "rm", {"refused": "model"}),
+        _skipped(run, "rm", {"refused": "model"}),
     )
 
 
 def _other(run: RunFiles, stage: str) -> Section | None:
-    """A stage that a plugin brings: all that it recorded, validation beside what it belongs to."""
+    """A stage from a plugin: a chart of each metric, training beside validation."""
     recorded = sorted({name for line in run.lines(stage) for name in line if not name.startswith(_TECHNICAL)})
     validation = "validation/"
     names = dict.fromkeys(name.removeprefix(validation) for name in recorded)
     charts = [_chart(run, stage, name, "", {name: "training", f"{validation}{name}": "held out"}) for name in names]
     last = {name: partial("{} {:.4g}".format, name) for name in recorded if name.startswith(validation)}
-    return _section(run, stage, last, charts, _refused(run, stage, {"refused": "model"}))
+    return _section(run, stage, last, charts, _skipped(run, stage, {"refused": "model"}))
 
 
 _TECHNICAL = ("stage", "step", "time", "refused", "seconds/", "memory_gib/", "samples", "tokens")
 
 
-def _refused(run: RunFiles, stage: str, metrics: Mapping[str, str]) -> list[str]:
-    """Optimizer steps that were not applied, by metric -> what learns."""
-    counts = {who: run.total(stage, metric) for metric, who in metrics.items()}
-    return [f"{count:,.0f} optimizer steps of the {who} refused" for who, count in counts.items() if count]
+def _skipped(run: RunFiles, stage: str, metrics: Mapping[str, str]) -> list[str]:
+    """Counts of skipped optimizer steps. metrics: metric -> trained role."""
+    counts = {role: run.total(stage, metric) for metric, role in metrics.items()}
+    return [f"{count:,.0f} skipped optimizer steps of the {role}" for role, count in counts.items() if count]
 
 
 # ---------------------------------------------------------------- PPO
@@ -139,10 +139,10 @@ def _ppo(run: RunFiles) -> Section | None:
     def show(title: str, caption: str, metrics: Mapping[str, str], **options: Any) -> Chart | None:
         return _chart(run, "ppo", title, caption, metrics, **options)
 
-    notes = _refused(run, "ppo", {"refused/actor": "actor", "refused/critic": "critic"})
-    if left_out := run.total("ppo", "left_out"):
-        notes.append(f"{left_out:,.0f} answers not trained on")
-    memory = {f"memory_gib/{who}": who for who in (*ROLES, "driver")}
+    notes = _skipped(run, "ppo", {"refused/actor": "actor", "refused/critic": "critic"})
+    if excluded := run.total("ppo", "left_out"):
+        notes.append(f"{excluded:,.0f} responses excluded from training")
+    memory = {f"memory_gib/{owner}": owner for owner in (*ROLES, "driver")}
     return _section(
         run,
         "ppo",
@@ -154,10 +154,8 @@ def _ppo(run: RunFiles) -> Section | None:
             _reward(run),
             *_policy_charts(run.config, run.config.ppo, show),
             _seconds(run),
-            show(
-                "Tokens per second", "Tokens of a step's answers over its seconds.", {"tokens_per_second": "tokens/s"}
-            ),
-            show("Memory by role", "GiB of all workers of a role together, and of the driver.", memory, wide=True),
+            show("Tokens per second", "Response tokens of a step / its seconds.", {"tokens_per_second": "tokens/s"}),
+            show("Memory by role", "GiB of all workers of a role, and of the driver.", memory, wide=True),
         ],
         notes,
     )
@@ -170,55 +168,53 @@ def _policy_charts(config: RunConfig, settings: PPOSettings, show: Callable[...,
     bound = (settings.max_log_prob_gap or config.gap_bound(config.model), "bound")
     kl = {"kl": "training", "evaluation/kl": "held out"}
     norms = {"grad_norm/actor": "actor", "grad_norm/critic": "critic"}
-    explained = "Share of the returns' variance that the critic predicts; 1 is all."
+    explained = "Share of the returns' variance that the critic predicts; 1: perfect."
     first = "in a step's first mini-batch"
     return [
         show("KL to the reference", "Nats per token.", kl, line=target),
         show("KL coefficient", "Weight of the penalty.", {"kl_coefficient": "coefficient"}) if target else None,
-        show("Reward by source", "Mean of a step, before weights.", by_source) if len(by_source) > 1 else None,
+        show("Reward by source", "Mean per step, before weights.", by_source) if len(by_source) > 1 else None,
         show("Entropy", f"Of the policy, nats per token, {first}.", {"entropy": "entropy"}),
-        show("Length", "Tokens, mean of a step.", {"length/answer": "answer", "length/prompt": "prompt"}),
-        show("Answers without an end", "Share cut off at the token limit.", {"missing_eos": "cut off"}, percent=True),
+        show("Length", "Tokens, mean per step.", {"length/answer": "response", "length/prompt": "prompt"}),
+        show("Truncated responses", "Share that hit the token limit.", {"missing_eos": "truncated"}, percent=True),
         show("Explained variance", explained, {"explained_variance": "critic"}),
         show("Value loss", "Of the critic.", {"loss/value": "critic"}),
-        show("Clip fraction", "Share of tokens that the clip takes out.", {"clip_fraction": "tokens"}, percent=True),
+        show("Clip fraction", "Share of tokens whose ratio is clipped.", {"clip_fraction": "tokens"}, percent=True),
         show("Gradient norms", "Of a step's last mini-batch, before clipping.", norms),
-        show(
-            "Log-prob gap", f"Engine against trainer, mean |Δ| {first}.", {"log_prob_gap": "gap"}, line=bound, log=True
-        ),
+        show("Log-prob gap", f"Engine vs trainer, mean |Δ| {first}.", {"log_prob_gap": "gap"}, line=bound, log=True),
     ]
 
 
 def _reward(run: RunFiles) -> Chart | None:
     lines = [line for line in run.metrics if line["stage"] == "ppo"]
-    known = [line for line in lines if None not in (line.get("reward/mean"), line.get("reward/std"))]
-    if not known:
+    scored = [line for line in lines if None not in (line.get("reward/mean"), line.get("reward/std"))]
+    if not scored:
         return None
-    steps, means = [line["step"] for line in known], [line["reward/mean"] for line in known]
-    low = [line["reward/mean"] - line["reward/std"] for line in known]
-    high = [line["reward/mean"] + line["reward/std"] for line in known]
+    steps, means = [line["step"] for line in scored], [line["reward/mean"] for line in scored]
+    low = [line["reward/mean"] - line["reward/std"] for line in scored]
+    high = [line["reward/mean"] + line["reward/std"] for line in scored]
     series = [Series("training", steps, means, AFTER, low, high)]
     ends = "evaluation/reward", "evaluation/reward_ci_low", "evaluation/reward_ci_high"
     if held_out := [line for line in lines if all(line.get(name) is not None for name in ends)]:
         values, low, high = ([line[name] for line in held_out] for name in ends)
         steps = [line["step"] for line in held_out]
         series.append(Series("held out, 95% interval", steps, values, SERIES[1], low, high, points=True))
-    return curves("Reward", "Band: one standard deviation of the answers of a step.", series, wide=True)
+    return curves("Reward", "Band: one standard deviation over the responses of a step.", series, wide=True)
 
 
 def _seconds(run: RunFiles) -> Chart | None:
-    """Seconds of PPO's steps. `seconds/step` is no part: what its phases leave of it is drawn as `other`."""
+    """Seconds of PPO's steps by phase. `other`: the part of `seconds/step` that belongs to no phase."""
     lines = [line for line in run.lines("ppo") if line.get("seconds/step") is not None]
     if not lines:
         return None
-    parts = {phase: [line.get(f"seconds/{phase}") or 0.0 for line in lines] for phase in (*PHASES, *BESIDE)}
-    inside = [sum(parts[phase][k] for phase in PHASES) for k in range(len(lines))]
-    parts["other"] = [max(line["seconds/step"] - known, 0.0) for line, known in zip(lines, inside, strict=True)]
-    drawn = {phase: parts[phase] for phase in (*PHASES, "other", *BESIDE) if any(parts[phase])}
-    caption = f"{_median_step(lines)} Evaluations, snapshots and checkpoints (save) come on top, the last two in the step after."
-    if (each := steps_per_column(len(lines))) > 1:
-        caption += f" Each column: the mean of {each} steps."
-    return stacked("Seconds of a step", caption, [line["step"] for line in lines], drawn)
+    parts = {phase: [line.get(f"seconds/{phase}") or 0.0 for line in lines] for phase in (*PHASES, *OVERHEAD)}
+    phase_sums = [sum(parts[phase][k] for phase in PHASES) for k in range(len(lines))]
+    parts["other"] = [max(line["seconds/step"] - phases, 0.0) for line, phases in zip(lines, phase_sums, strict=True)]
+    shown = {phase: parts[phase] for phase in (*PHASES, "other", *OVERHEAD) if any(parts[phase])}
+    caption = f"{_median_step(lines)} Evaluations, snapshots and checkpoints (save) are extra (the last two in the next step)."
+    if (count := steps_per_column(len(lines))) > 1:
+        caption += f" Each column: the mean of {count} steps."
+    return stacked("Seconds of a step", caption, [line["step"] for line in lines], shown)
 
 
 _OWN: Mapping[str, Callable[[RunFiles], Section | None]] = {"sft": _sft, "rm": _rm, "ppo": _ppo}
@@ -226,13 +222,13 @@ _OWN: Mapping[str, Callable[[RunFiles], Section | None]] = {"sft": _sft, "rm": _
 
 
 def _median_step(lines: Sequence[Line]) -> str:
-    """A sentence: how long a step takes. lines: of steps with their seconds."""
-    counted, which = without_first(lines)
-    return f"A step takes {median(line['seconds/step'] for line in counted):,.1f} s ({which})."
+    """A sentence on the duration of a step. lines: metrics with `seconds/step`."""
+    lines, steps_text = without_first(lines)
+    return f"A step takes {median(line['seconds/step'] for line in lines):,.1f} s ({steps_text})."
 
 
 def without_first(lines: Sequence[Line]) -> tuple[Sequence[Line], str]:
-    """The lines but the first, in which everything warms up, where there are others; and what their median is called."""
-    counted = lines[1:] or lines
-    first, last = counted[0]["step"], counted[-1]["step"]
-    return counted, f"median of steps {first:,} to {last:,}" if len(counted) > 1 else f"step {first:,}"
+    """The lines without the first step (warm-up), unless it is the only one; and a text for their median."""
+    rest = lines[1:] or lines
+    first, last = rest[0]["step"], rest[-1]["step"]
+    return rest, f"median of steps {first:,} to {last:,}" if len(rest) > 1 else f"step {first:,}"

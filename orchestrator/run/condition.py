@@ -1,4 +1,4 @@
-"""The condition of a run, from the files in its folder: whether it goes on, how it ended, how far it came."""
+"""The condition of a run, from the files in its folder: whether it runs, how it ended, and its progress."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from placement.types import Stage
 
 State = Literal["new", "running", "silent", "finished", "stopped", "failed", "killed"]
 
-SILENT = 30.0
-"""Seconds without a sign of life after which a driver that holds the run is taken for stopped or hung."""
+SILENT_AFTER_S = 30.0
+"""Seconds without a heartbeat after which a driver counts as stopped or hung."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is known of a run."""
+    """State and progress of a run."""
 
     state: State
-    """new: nothing was done. silent: a driver holds the run, and gives no sign of life. killed: its driver is gone, and noted no
-    end. The others say how the last session ended."""
+    """new: no stage has begun. silent: a driver has locked the run, but gives no heartbeat. killed: its driver is gone without an
+    entry in status.json. stopped, failed, finished: how the last session ended."""
     why: str
-    """Of a session that ended before its time: the first line of the reason."""
+    """Why a session ended early: the first line of the reason."""
     now: dict[str, Any]
-    """The latest status.json; empty where there is none."""
+    """The latest status.json; empty if there is none."""
     left: list[Stage]
-    """Stages that are not finished."""
+    """Unfinished stages."""
     seconds: dict[Stage, float]
-    """Of each stage, all its sessions together, one that goes on among them."""
+    """Stage -> seconds of all its sessions, including a running one."""
 
     @classmethod
     def of(cls, run: Run) -> Condition:
-        """Reads only; another process may be at work in the run."""
+        """Reads only: another process may be running the run."""
         now, left = run.read(FILE), [stage for stage in run.stages if not run.finished(stage)]
         seconds = stage_seconds(run.folder)
-        goes_on = bool(now) and "ended" not in now
-        silent = goes_on and time.time() - now["time"] > SILENT
-        # Not every file system shows locks to other machines.
-        elsewhere = goes_on and not silent and now["driver"]["host"] != socket.gethostname()
-        if run.at_work() or elsewhere:
+        running = bool(now) and "ended" not in now
+        silent = running and time.time() - now["time"] > SILENT_AFTER_S
+        # Some file systems do not show locks to other machines.
+        elsewhere = running and not silent and now["driver"]["host"] != socket.gethostname()
+        if run.is_locked() or elsewhere:
             return cls("silent" if silent else "running", "", now, left, seconds)
         if run.stages and not left:
             return cls("finished", "", now, left, seconds)

@@ -1,4 +1,4 @@
-"""What a run gave: its models, its numbers, its report."""
+"""The result of a run: its models, numbers and report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from placement.types import Stage
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave."""
+    """Models, numbers, times and report of a run."""
 
     folder: Path
     """The run's folder."""
@@ -20,12 +20,12 @@ class Result:
     numbers: dict[Stage, dict[str, float]]
     """The stages' final numbers."""
     seconds: dict[Stage, float]
-    """How long each stage took, all its sessions together."""
+    """Stage -> seconds of all its sessions."""
     report: Path
 
     @classmethod
     def of(cls, run: Run) -> Result:
-        """What lies in a run's folder."""
+        """The result in a run's folder."""
         summary = run.read("summary.json")
         return cls(
             run.folder,

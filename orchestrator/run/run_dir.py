@@ -1,11 +1,11 @@
-"""A run's folder: what is in it, and what is whole.
+"""A run's folder: its files, models and checkpoints.
 
     runs/<name>/  config.yaml  run.json  status.json  metrics.jsonl  tensorboard/  samples/  evaluation/  summary.json
                   report.html  checkpoints/<stage>/<step>/   models/<stage>/   failures/
-                  logs -> the workers' of the latest Ray session
+                  logs -> the logs of the latest Ray session
 
-Folders and small files appear whole or not at all. A checkpoint carries checksums; one that does not agree with them is
-renamed to <step>.damaged, and the one before serves.
+Folders and small files appear whole or not at all. A checkpoint has checksums; a checkpoint that does not match them is
+renamed to <step>.damaged, and the previous one is used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Any
 from configs import RunConfig, load_config, save_config
 from configs.schema import ModelReward
 from orchestrator.run.changes import changes
-from orchestrator.storage.atomic_files import (
+from orchestrator.storage import (
     DiskError,
+    FailureLog,
     atomic_directory,
     clear_leftovers,
     discard,
@@ -36,7 +37,6 @@ from orchestrator.storage.atomic_files import (
     write_json,
     writing,
 )
-from orchestrator.storage.failure_log import FailureLog
 from placement.memory import auto_roles, keep_resolved
 from placement.plan import auto_dtype_settings
 from placement.stages import STAGES
@@ -51,31 +51,30 @@ class Run:
     """A run's folder and settings."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        """Raises RunError where something in the folder leads out of it, or it cannot be read."""
+        """Raises RunError if a link in the folder leads out of it, or the folder cannot be read."""
         self.config = config
         self.folder = folder.absolute()
         self.failures = FailureLog(self.folder / "failures")
         try:
             _refuse_links(self.folder)
-            known = self.read("run.json")
+            record = self.read("run.json")
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be read: {error.strerror}") from error
-        self.stages: list[Stage] = list(known.get("stages", []))
-        """What the run was asked for, in order."""
-        self.changes: list[dict[str, Any]] = list(known.get("changes", []))
-        """Settings with which stages went on that had begun with others: stage, step after which, path -> [old, new]."""
-        started = known.get("started")
+        self.stages: list[Stage] = list(record.get("stages", []))
+        """The stages of the run, in order."""
+        self.changes: list[dict[str, Any]] = list(record.get("changes", []))
+        """Settings that changed within a stage: `stage`, `after` (step), `settings` (path -> [old, new])."""
+        started = record.get("started")
         self.started = datetime.fromisoformat(started) if started else datetime.now().replace(microsecond=0)
-        """When it first began: the date that chat templates write, also after midnight."""
-        self.working_folder: str | None = known.get("working_folder", None if in_copy() else os.getcwd())
-        """Where the run began: relative paths and modules in its settings are meant from there. None: a folder that is gone."""
+        """The run's first start: the date that chat templates write, also after midnight."""
+        self.working_folder: str | None = record.get("working_folder", None if in_copy() else os.getcwd())
+        """The working folder of the first start: relative paths and modules of the settings refer to it. None: a copy."""
 
     @classmethod
     def begin(cls, config: RunConfig, stages: Sequence[Stage], accept_changes: bool = False) -> Run:
-        """A new run, or more of one that is there: finished stages stay finished. Nothing is written before `keep`.
+        """A new run, or the continuation of an existing one: finished stages stay finished. Nothing is written before `save`.
 
-        Raises RunError where a stage that has finished there has other settings, and where one that has begun has, unless changes
-        are accepted.
+        Raises RunError if the settings of a finished stage differ, or of a stage that has begun unless changes are accepted.
         """
         run = cls(config, Path(config.runs) / config.name)
         if (run.folder / "config.yaml").exists():
@@ -86,86 +85,90 @@ class Run:
         run.stages = [stage for stage in STAGES if stage in {*run.stages, *stages}]
         return run
 
-    def keep(self, forms: Mapping[Stage, str] | None = None) -> None:
-        """Make the folder, and note in it the settings, the stages, what each starts from, and the changes on the way; of stages
-        about to run also the form of their rows."""
+    def save(self, forms: Mapping[Stage, str] | None = None) -> None:
+        """Make the folder, and write config.yaml and run.json: stages, the models that each starts from, and changed settings.
+
+        forms: of stages that are about to run, the form of their rows.
+        """
         with writing(self.folder):
             save_config(self.config, self.folder / "config.yaml")
-        known = self.read("run.json")
+        record = self.read("run.json")
         starts = {stage: self._start(stage) for stage in self.stages if not self.finished(stage)}
-        noted = {
+        update = {
             "stages": self.stages,
             "started": self.started.isoformat(),
             "working_folder": self.working_folder,
-            "forms": known.get("forms", {}) | dict(forms or {}),
-            "from": known.get("from", {}) | starts,
+            "forms": record.get("forms", {}) | dict(forms or {}),
+            "from": record.get("from", {}) | starts,
         }
-        self.write("run.json", known | noted | ({"changes": self.changes} if self.changes else {}))
+        self.write("run.json", record | update | ({"changes": self.changes} if self.changes else {}))
 
-    def choose(self, config: RunConfig, why: str | None) -> list[str]:
-        """Go on with settings in which each strategy and type is named, and note them in the folder. What each `auto` became, in
-        words. why: the type was chosen, for run.json."""
-        roles, types = auto_roles(self.config), auto_dtype_settings(self.config)
-        if not roles and not types:
+    def record_resolved(self, config: RunConfig, why: str | None) -> list[str]:
+        """Continue with settings in which each `auto` is resolved, and save them. Returns a line for each `auto`.
+
+        why: reason for the dtype, for run.json.
+        """
+        roles, dtypes = auto_roles(self.config), auto_dtype_settings(self.config)
+        if not roles and not dtypes:
             return []
         self.config = config
-        self.keep()
-        words = []
-        if types:
-            dtype = attrgetter(types[0])(config)
-            words.append(f"{types[0]}: auto is {dtype}: {why}")
+        self.save()
+        lines = []
+        if dtypes:
+            dtype = attrgetter(dtypes[0])(config)
+            lines.append(f"{dtypes[0]}: auto is {dtype}: {why}")
             self.write("run.json", self.read("run.json") | {"dtype": {"is": dtype, "why": why}})
         if roles:
-            words.append(
+            lines.append(
                 f"strategy: auto is {', '.join(f'{config.strategy_of(role)} for the {role}' for role in roles)}"
             )
-        return words
+        return lines
 
     def _refuse_other_settings(self, old: RunConfig, accept_changes: bool) -> None:
-        """What finished stages were run with stays as it is noted; changes in the middle of a stage are noted."""
+        """Refuse other settings for a finished stage; refuse or record them for a stage that has begun."""
         begun = self.begun()
         starts = self.read("run.json").get("from", {})
-        found = {stage: changes(old, self.config, stage, starts.get(stage, {})) for stage in begun}
-        changed = {stage: paths for stage, paths in found.items() if paths}
+        differing = {stage: changes(old, self.config, stage, starts.get(stage, {})) for stage in begun}
+        changed = {stage: paths for stage, paths in differing.items() if paths}
         finished = [stage for stage in changed if self.finished(stage)]
-        paths = {path: values for each in changed.values() for path, values in each.items()}
-        lines = [f"{path}: {was!r} there, {asked!r} asked for" for path, (was, asked) in sorted(paths.items())]
+        paths = {path: values for settings in changed.values() for path, values in settings.items()}
+        lines = [f"{path}: {saved!r} in the run, {new!r} now" for path, (saved, new) in sorted(paths.items())]
         if finished:
             text = (
-                f"{self.folder}: has finished ({', '.join(finished)}) with other settings, which config.yaml goes on to say. To "
-                f"train with these choose another name; start_from={self.folder} takes the models of stages that the new run "
-                "does not run from here"
+                f"{self.folder}: has finished ({', '.join(finished)}) with other settings, which config.yaml keeps. To train "
+                f"with the new settings choose another name; with start_from={self.folder} the new run takes the models of the "
+                "stages that it does not run itself from here"
             )
-            if further := [stage for stage in finished if STAGES[stage].chats]:
-                text += f", model.path={self.folder / 'models' / further[-1]} trains that model further"
+            if policies := [stage for stage in finished if STAGES[stage].chats]:
+                text += f", with model.path={self.folder / 'models' / policies[-1]} it trains that model further"
             raise RunError("\n  ".join([text, *lines]))
         if changed and not accept_changes:
             text = (
                 f"{self.folder}: has begun ({', '.join(begun)}) with other settings; choose another name, remove the folder, "
-                f"go on as it began with: troupe resume {self.folder}, or with these by --accept-changes"
+                f"resume with the old settings: troupe resume {self.folder}, or with the new ones: --accept-changes"
             )
             raise RunError("\n  ".join([text, *lines]))
-        for stage, mine in changed.items():
-            if saved := self.checkpoints(stage):  # else nothing is left of what the other settings did
-                self.changes.append({"stage": stage, "after": saved[-1], "settings": mine})
+        for stage, settings in changed.items():
+            if saved := self.checkpoints(stage):  # else no work with the old settings is left
+                self.changes.append({"stage": stage, "after": saved[-1], "settings": settings})
 
     @classmethod
     def open(cls, folder: Path, overrides: Sequence[str] = (), accept_changes: bool = False) -> Run:
-        """An existing run, with some settings changed. Raises RunError where there is none, or where results depend on a
-        change, unless changes of a stage that is not finished are accepted."""
+        """An existing run, with overrides. Raises RunError if there is no run, or if an override affects the results of a stage
+        that is finished, or that has begun unless changes are accepted."""
         folder = folder.expanduser()
         if not (folder / "config.yaml").exists():
-            raise RunError(f"{folder.absolute()}: no run is here (no config.yaml)")
+            raise RunError(f"{folder.absolute()}: not a run's folder (no config.yaml)")
         old = load_config(folder / "config.yaml")
         run = cls(load_config(folder / "config.yaml", list(overrides)), folder)
         for name in ("name", "runs"):
-            if (asked := getattr(run.config, name)) != getattr(old, name):
-                raise RunError(f"{name}: was {asked!r}, but the run goes on in its folder, {folder}; leave it out")
+            if (new := getattr(run.config, name)) != getattr(old, name):
+                raise RunError(f"{name}: was {new!r}, but the run stays in its folder, {folder}; leave it out")
         run._refuse_other_settings(old, accept_changes)
         return run
 
     def go_to_working_folder(self) -> bool:
-        """Change to the folder where the run began, if it is another one and still there. Whether it was changed."""
+        """Change to the run's working folder if it differs from the current one and exists. Returns whether it changed."""
         folder = self.working_folder
         if folder is None or in_copy() or not Path(folder).is_dir() or Path(folder).samefile("."):
             return False
@@ -175,7 +178,7 @@ class Run:
     # ------------------------------------------------------------ models
 
     def model(self, stage: Stage) -> Path:
-        """Where a stage's model lies once it is finished; absolute, for workers with other working folders."""
+        """Folder of a stage's model; exists once the stage is finished. Absolute, for workers with other working folders."""
         return self.folder / "models" / stage
 
     def finished(self, stage: Stage) -> bool:
@@ -183,22 +186,22 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder, and tidy up after one that was killed. Raises RunError where one is at work."""
+        """Lock the folder, and remove what a killed process left. Raises RunError if another process has locked it."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RunError(f"{self.folder}: another process is at work in this run") from error
+                raise RunError(f"{self.folder}: another process is running this run") from error
             for folder in (self.folder, *(self.folder / name for name in ("models", "samples"))):
                 clear_leftovers(folder)
             for folder in (self.folder / "checkpoints").glob("*/"):
                 clear_leftovers(folder)
             yield
 
-    def at_work(self) -> bool:
-        """Whether a process is at work in the folder. Changes nothing there."""
+    def is_locked(self) -> bool:
+        """Whether a process has locked the folder. Changes nothing there."""
         try:
             with open(self.folder / ".lock", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -209,40 +212,41 @@ class Run:
         return False
 
     def begun(self) -> list[Stage]:
-        """The stages of which anything has been computed."""
-        from orchestrator.storage.metrics_file import read_metrics
+        """The stages that have recorded metrics or finished."""
+        from orchestrator.storage import read_metrics
 
         recorded = {line["stage"] for line in read_metrics(self.folder)}
         return [stage for stage in STAGES if stage in recorded or self.finished(stage)]
 
-    # ------------------------------------------------------------ what stages start from
+    # ------------------------------------------------------------ models that stages start from
 
     @cached_property
     def lineage(self) -> list[Run]:
-        """This run, the run that it starts from (`start_from`), the one that that one started from, and so on.
+        """This run, the run of its `start_from`, the run of that run's `start_from`, and so on.
 
-        Raises RunError where one is not there.
+        Raises RunError if one does not exist.
         """
         runs, folders = [self], {os.path.realpath(self.folder)}
-        while (named := runs[-1].config.start_from) is not None:
-            folder, of = Path(named), f"{runs[-1].folder}: " if len(runs) > 1 else ""
+        while (start := runs[-1].config.start_from) is not None:
+            folder, prefix = Path(start), f"{runs[-1].folder}: " if len(runs) > 1 else ""
             if os.path.realpath(folder) in folders:
-                raise RunError(f"{of}start_from: was {named!r}, which leads back to the run itself; name another run")
+                raise RunError(
+                    f"{prefix}start_from: was {start!r}, which leads back to the run itself; name another run"
+                )
             if not (folder / "config.yaml").exists():
-                raise RunError(f"{of}start_from: was {named!r}, where no run is (no config.yaml)")
+                raise RunError(f"{prefix}start_from: was {start!r}, which is not a run's folder (no config.yaml)")
             folders.add(os.path.realpath(folder))
             runs.append(Run(load_config(folder / "config.yaml"), folder))
         return runs
 
     def owner(self, stage: Stage) -> Run | None:
-        """The run whose model of a stage is this run's too: itself where it runs the stage, else the nearest of those that it
-        starts from. Raises RunError as `lineage`."""
+        """The run that has the stage: this run, or else the nearest run of its `lineage`. Errors: see lineage."""
         return next((run for run in self.lineage if stage in run.stages or run.finished(stage)), None)
 
     def trained(self, stage: Stage) -> Path | None:
-        """Where the model of a stage lies, or will lie once this run has finished the stage; None where no run has the stage.
+        """Folder of a stage's model, which exists once this run has finished the stage; None if no run has the stage.
 
-        Raises RunError where another run has it and has not finished it.
+        Raises RunError if the stage belongs to another run, which has not finished it.
         """
         owner = self.owner(stage)
         if owner is None or owner is self or owner.finished(stage):
@@ -253,46 +257,46 @@ class Run:
         )
 
     def starting_model(self, stage: Stage) -> str:
-        """What a stage starts from: SFT from the configured model; later stages from the SFT stage's, where there is one."""
+        """The model that a stage starts from: the configured one for SFT; for later stages the SFT stage's, if there is one."""
         if stage == "rm" and self.config.rm and self.config.rm.model:
             return local(self.config.rm.model.path)
         trained = self.trained("sft") if stage != "sft" else None
         return str(trained) if trained else local(self.config.model.path)
 
     def reward_models(self) -> dict[str, str]:
-        """Folders of the reward models of PPO, by the names of their sources; those that no run has are left out."""
+        """Source of a reward -> folder of its model; without models that no run has."""
         sources = (
             [source for source in self.config.ppo.rewards if isinstance(source, ModelReward)] if self.config.ppo else []
         )
         trained = self.trained("rm") if any(source.path is None for source in sources) else None
-        found = {source.name: local(source.path) if source.path else trained for source in sources}
-        return {name: str(path) for name, path in found.items() if path}
+        folders = {source.name: local(source.path) if source.path else trained for source in sources}
+        return {name: str(path) for name, path in folders.items() if path}
 
-    def taken(self, stages: Sequence[Stage]) -> dict[Stage, Path]:
-        """The models that stages take from other runs, by the stage that trained them there. Errors: as `trained`."""
+    def external_models(self, stages: Sequence[Stage]) -> dict[Stage, Path]:
+        """The models of other runs that stages start from: the stage that trained a model -> its folder. Errors: see trained."""
         used = {self.starting_model(stage) for stage in stages if stage != "sft"}
         used |= set(self.reward_models().values()) if "ppo" in stages else set()
         owners = {stage: self.owner(stage) for stage in STAGES}
-        theirs = {stage: owner.model(stage) for stage, owner in owners.items() if owner and owner is not self}
-        return {stage: path for stage, path in theirs.items() if str(path) in used}
+        external = {stage: owner.model(stage) for stage, owner in owners.items() if owner and owner is not self}
+        return {stage: path for stage, path in external.items() if str(path) in used}
 
     def _start(self, stage: Stage) -> dict[str, Any]:
-        """What a stage starts from, for run.json: this run's own models as `models/<stage>`."""
+        """The models that a stage starts from, for run.json; this run's own models as `models/<stage>`."""
         own = {str(self.model(other)): f"models/{other}" for other in STAGES}
         model = self.starting_model(stage)
         rewards = self.reward_models() if stage == "ppo" else {}
-        found: dict[str, Any] = {"model": own.get(model, model)}
-        return found | ({"rewards": {name: own.get(path, path) for name, path in rewards.items()}} if rewards else {})
+        start: dict[str, Any] = {"model": own.get(model, model)}
+        return start | ({"rewards": {name: own.get(path, path) for name, path in rewards.items()}} if rewards else {})
 
     def text_model(self, stage: Stage) -> str:
-        """The model whose tokenizer reads a stage's data: what it starts from, or will, once the SFT stage is finished."""
+        """The model whose tokenizer encodes a stage's data: its starting model; before SFT is finished, the configured model."""
         sft = self.owner("sft")
         return self.starting_model(stage) if sft and sft.finished("sft") else local(self.config.model.path)
 
     def form(self, stage: Stage) -> str:
-        """text, chat or mixed: what a stage's rows were, plain text or conversations in the chat template."""
-        known: str | None = self.read("run.json").get("forms", {}).get(stage)
-        return known or ("chat" if self.config.chat_template else "text")
+        """The form of a stage's training rows: text (plain), chat (in the chat template) or mixed."""
+        recorded: str | None = self.read("run.json").get("forms", {}).get(stage)
+        return recorded or ("chat" if self.config.chat_template else "text")
 
     # ------------------------------------------------------------ small files
 
@@ -304,7 +308,7 @@ class Run:
         write_json(self.folder / name, value)
 
     def summarize(self, stage: Stage, numbers: dict[str, float]) -> None:
-        """Note a stage's results in summary.json."""
+        """Record a stage's results in summary.json."""
         summary = self.read("summary.json")
         summary.setdefault("stages", {})[stage] = numbers
         self.write("summary.json", summary)
@@ -312,7 +316,7 @@ class Run:
     # ------------------------------------------------------------ checkpoints
 
     def checkpoints(self, stage: Stage) -> list[int]:
-        """Steps of the stage's whole checkpoints, ascending."""
+        """Steps of the stage's checkpoints, ascending."""
         folder = self.folder / "checkpoints" / stage
         return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
 
@@ -321,9 +325,8 @@ class Run:
 
     @contextmanager
     def saving(self, stage: Stage, step: int) -> Iterator[Path]:
-        """A folder to write a checkpoint in. It counts once the block has ended well, and then is on disk with its checksums,
-        as are the metrics and the kept answers up to it. Raises DiskError where the disk is full or fails; earlier checkpoints
-        are unharmed."""
+        """A folder for a new checkpoint. After the block the checkpoint, its checksums, and the metrics and logged answers are on
+        disk. Raises DiskError if the disk is full or fails; earlier checkpoints stay intact."""
         with atomic_directory(self.checkpoint(stage, step)) as folder:
             yield folder
             write_checksums(folder)
@@ -331,17 +334,17 @@ class Run:
                 sync(file)
 
     def sound_checkpoint(self, stage: Stage, warn: Callable[[str], None]) -> int | None:
-        """Step of the stage's newest checkpoint that is as it was saved; None where there is none.
+        """Step of the stage's newest intact checkpoint; None if there is none.
 
-        A damaged one is set aside as <step>.damaged and `warn` is told.
+        Renames damaged ones to <step>.damaged and calls `warn`.
         """
         for step in reversed(self.checkpoints(stage)):
             folder = self.checkpoint(stage, step)
             if not (faults := verify(folder)):
                 return step
-            aside = next(name for n in count() if not (name := folder.with_name(f"{step}.damaged{n or ''}")).exists())
-            os.rename(folder, aside)
-            warn(f"{folder}: damaged, so the one before serves; set aside as {aside.name}\n  " + "\n  ".join(faults))
+            renamed = next(name for n in count() if not (name := folder.with_name(f"{step}.damaged{n or ''}")).exists())
+            os.rename(folder, renamed)
+            warn(f"{folder}: damaged, so the previous one is used; renamed to {renamed.name}\n  " + "\n  ".join(faults))
         return None
 
     def prune(self, stage: Stage, keep: int) -> None:
@@ -350,41 +353,41 @@ class Run:
 
     @contextmanager
     def tolerating(self, warn: Callable[[str], None]) -> Iterator[None]:
-        """What is saved or recorded in the block may fail for want of disk space, if `checkpoint.on_error` is continue."""
+        """Turn disk errors in the block into warnings if `checkpoint.on_error` is continue."""
         try:
             yield
         except DiskError as error:
             if self.config.checkpoint.on_error == "stop":
                 raise
             self.failures.write("DiskError", f"DiskError: {error}", key=DiskError)
-            warn(f"{error}; going on, as checkpoint.on_error is continue")
+            warn(f"{error}; the run continues (checkpoint.on_error: continue)")
 
 
 def _refuse_links(folder: Path) -> None:
-    """What is written through a link lands elsewhere, and a run's folder may come from somebody else."""
-    inside = os.path.realpath(folder)
+    """Refuse links that lead out of the folder: a run's folder may come from somebody else, and a link would redirect writes."""
+    root = os.path.realpath(folder)
     for path in folder.rglob("*"):
         if path.is_symlink() and path != folder / "logs":
             target = os.path.realpath(path)
-            if os.path.commonpath([inside, target]) != inside:
+            if os.path.commonpath([root, target]) != root:
                 raise RunError(
-                    f"{path}: a link to {target}, outside of the run's folder, which is not written through; remove it "
-                    "(`runs` may lie on another disk as a whole)"
+                    f"{path}: a link to {target}, outside of the run's folder; remove it (to use another disk, "
+                    "set `runs` to a folder there)"
                 )
 
 
 def in_copy() -> bool:
-    """Whether this process is a job in a copy of the working folder that it was sent from, which the cluster deletes."""
+    """Whether this process is a Ray job in a copy of the working folder, which the cluster deletes afterwards."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return bool(job.get("runtime_env", {}).get("working_dir"))
 
 
 def described(config: RunConfig) -> list[Stage]:
-    """The stages that a config describes."""
+    """The stages with a section in the config."""
     return [stage for stage in STAGES if config.section(stage) is not None]
 
 
 def local(path: str) -> str:
-    """A model's folder by its absolute path, for workers with other working folders; a hub name as it is."""
+    """The absolute path of a model's folder, for workers with other working folders; a hub name unchanged."""
     folder = Path(path).expanduser()
     return str(folder.absolute()) if folder.is_dir() else path

@@ -1,5 +1,5 @@
-"""How long stages take over all their sessions. What a session took is added to summary.json when it ends; of one whose driver
-was killed, when the next begins."""
+"""The duration of stages over all their sessions. A session's seconds are added to summary.json when it ends; if its driver was
+killed, when the next session begins."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ def add_seconds(run: Run, stage: Stage, seconds: float) -> None:
 
 
 def count_killed(run: Run) -> None:
-    """Add what a killed driver's session took, up to its last sign of life. Call it before a new session begins."""
-    if lost := _under_way(run.folder):
+    """Add the seconds of a killed driver's session, up to its last heartbeat. Call it before a new session begins."""
+    if killed := _unended_session(run.folder):
         run.write(FILE, run.read(FILE) | {"ended": KILLED})
-        add_seconds(run, *lost)
+        add_seconds(run, *killed)
 
 
 def stage_seconds(folder: Path) -> dict[Stage, float]:
-    """Of a run's folder the seconds of each stage, all its sessions together. One that goes on, or whose driver was killed,
-    counts up to its last sign of life."""
+    """Stage -> seconds of all its sessions. A session that runs, or whose driver was killed, counts up to its last heartbeat."""
     seconds: dict[Stage, float] = dict(_read(folder / "summary.json").get("seconds", {}))
-    if session := _under_way(folder):
+    if session := _unended_session(folder):
         seconds[session[0]] = seconds.get(session[0], 0.0) + session[1]
     return seconds
 
 
-def _under_way(folder: Path) -> tuple[Stage, float] | None:
-    """The stage and the seconds of a session that noted no end."""
+def _unended_session(folder: Path) -> tuple[Stage, float] | None:
+    """Stage and seconds of a session without an `ended` entry; None if there is none."""
     now = _read(folder / FILE)
     if "began" not in now or "ended" in now:
         return None

@@ -1,6 +1,6 @@
-"""What a run is doing, and how its last session ended: status.json, written by the driver, and what is read of it.
+"""status.json, written by the driver: what a run is doing, and how its last session ended.
 
-A session is what one driver's process does of one stage. The file says nothing of an end where the driver was killed.
+A session is the work of one driver process on one stage. After a killed driver the file has no `ended` entry.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from orchestrator.worker_groups.team import Team
 
 FILE = "status.json"
-SIGN_OF_LIFE = 5.0
-"""Seconds between two times that a driver writes the file, whatever it does."""
+HEARTBEAT_S = 5.0
+"""Seconds between two writes of the file."""
 
 
 class Status:
     """status.json of a session, until the `with` block ends.
 
-    `step` is the last that is done. `began`, `phase_began` and `time`, the last sign of life, are seconds since the epoch.
+    `step` is the last finished step. `began`, `phase_began` and `time` (the last heartbeat) are seconds since the epoch.
     """
 
     def __init__(self, folder: Path, stage: str, steps: int, step: int) -> None:
@@ -50,20 +50,20 @@ class Status:
             "began": now,
         }
         self._write()
-        self._alive = Repeating(self._write, SIGN_OF_LIFE)
+        self._heartbeat = Repeating(self._write, HEARTBEAT_S)
 
     def update(self, **changes: Any) -> None:
-        """Any of step and version."""
+        """changes: step, version or both."""
         with self._lock:
             self._now |= changes
             self._write()
 
     def begin_phase(self, name: str) -> None:
-        """Say what is going on from now on."""
+        """Record the phase that begins now."""
         self.update(phase=name, phase_began=time.time())
 
     def watch(self, team: Team) -> None:
-        """From now on show these workers, and which of them is waited for."""
+        """Show these workers from now on, and the call that the driver waits for."""
         self._team = team
         self.update(workers=team.workers())
 
@@ -73,7 +73,7 @@ class Status:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._alive.stop()
+        self._heartbeat.stop()
         self._team = None
         self.update(ended=ending(error))
 
@@ -82,13 +82,13 @@ class Status:
             awaited = self._team.deadlines.awaited if self._team else None
             now = self._now | {"awaited": asdict(awaited) if awaited else None, "time": time.time()}
             partial = self._path.with_name(FILE + ".partial")
-            with suppress(OSError):  # to show it is not worth a run
+            with suppress(OSError):  # a missing status must not end a run
                 partial.write_text(json.dumps(now), encoding="utf-8")
                 os.replace(partial, self._path)
 
 
 def ending(error: BaseException | None) -> dict[str, str]:
-    """How a session ended: `how` is finished, stopped or failed, and `text` is the first line of why."""
+    """How a session ended. `how`: finished, stopped or failed. `text`: the first line of the reason."""
     if error is None:
         return {"how": "finished", "text": ""}
     first = str(error).strip().partition("\n")[0]

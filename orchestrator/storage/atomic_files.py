@@ -1,4 +1,4 @@
-"""Files and folders that lie on disk whole or not at all, and checksums that show it."""
+"""Files and folders that are on disk whole or not at all, and checksums that prove it."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS = "checksums.json"
-"""In a sealed folder: relative name of a file -> [bytes, SHA-256]."""
+"""In a folder with checksums: relative name of a file -> [bytes, SHA-256]."""
 
-_DISK_FAULTS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM")}
-_FULL = 2**20
-"""With fewer bytes free a disk counts as full: libraries that fail to write do not always say why."""
+_DISK_ERRORS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM")}
+_FULL_BELOW = 2**20
+"""With fewer free bytes a disk counts as full: some libraries do not report why a write failed."""
 
 
 class DiskError(RuntimeError):
-    """Something could not be written: says what, why, and how much space is left. What was there before is unharmed."""
+    """A write failed: names the path, the reason and the free space. Existing files stay intact."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say of a failed write in the block that it was `path` that could not be written. Raises DiskError."""
+    """Turn a failed write in the block into a DiskError that names `path`."""
     try:
         yield
     except DiskError:
         raise
     except Exception as error:
         free = _free(path)
-        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             reason = str(error.strerror)
-        elif free < _FULL:
+        elif free < _FULL_BELOW:
             reason = "the disk is full"
         else:
             raise
-        raise DiskError(f"{path}: cannot be written: {reason} ({free / 2**20:,.1f} MiB are free there)") from error
+        raise DiskError(f"{path}: cannot be written: {reason} ({free / 2**20:,.1f} MiB free)") from error
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name only when the block ends well and all of it is on disk.
+    """A folder to write in, which gets its name only after the block has succeeded and all files are on disk.
 
-    What has the name already, a link too, gives way to it. Where the block fails, what it wrote is removed.
-    Raises DiskError where the disk is full or fails.
+    Replaces an existing folder, file or link of that name. If the block fails, its files are removed.
+    Raises DiskError if the disk is full or fails.
     """
     partial, old = _beside(path, ".partial"), _beside(path, ".old")
-    made = [folder for folder in path.parents if not folder.exists()]
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         with writing(path):
             _remove(partial)
@@ -62,16 +62,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 _remove(old)
                 os.rename(path, old)
             os.rename(partial, path)
-            for folder in {path.parent, *(new.parent for new in made)}:
+            for folder in {path.parent, *(new.parent for new in missing)}:
                 sync(folder)
             _remove(old)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # the space may be what is missing
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises DiskError where the disk is full or fails."""
+    """Write a file whole or not at all. Raises DiskError if the disk is full or fails."""
     partial = _beside(path, ".partial")
     try:
         with writing(path):
@@ -84,12 +84,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As write_text."""
+    """Write a JSON file whole or not at all. Errors: see write_text."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def discard(path: Path) -> None:
-    """Remove a folder such that a process killed meanwhile leaves no half of it under its name."""
+    """Remove a folder; a process that is killed meanwhile leaves no partial folder under its name."""
     partial = _beside(path, ".partial")
     _remove(partial)
     os.rename(path, partial)
@@ -97,10 +97,10 @@ def discard(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Tidy up after a process that was killed while it wrote files or folders in this folder."""
+    """Remove partial files and folders that a killed process left in this folder."""
     for old in folder.glob("*.old"):
         if not os.path.lexists(old.with_suffix("")):
-            os.rename(old, old.with_suffix(""))  # killed between the two renames of whole_folder
+            os.rename(old, old.with_suffix(""))  # killed between the two renames of atomic_directory
         _remove(old)
     for partial in folder.glob("*.partial"):
         _remove(partial)
@@ -110,14 +110,14 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Note sizes and checksums of all files of a folder in it."""
+    """Write sizes and checksums of all files of a folder to its checksums.json."""
     names = sorted(str(path.relative_to(folder)) for path in _files(folder))
-    sums = _on_all(lambda name: _fingerprint(folder / name), names)
+    sums = _map_parallel(lambda name: _checksum(folder / name), names)
     write_json(folder / CHECKSUMS, dict(zip(names, sums, strict=True)))
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder, a line for each file; empty where it is as it was sealed."""
+    """Problems of a folder with checksums, a line for each file; empty if it is intact."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         listed = [(name, int(size), str(digest)) for name, (size, digest) in sums.items()]
@@ -125,24 +125,24 @@ def verify(folder: Path) -> list[str]:
         return [f"{CHECKSUMS} is missing"]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return [f"{CHECKSUMS} cannot be read: {error}"]
-    faults = _on_all(lambda entry: _fault(folder / entry[0], *entry[1:]), listed)
-    return [f"{name} {fault}" for (name, _, _), fault in zip(listed, faults, strict=True) if fault]
+    problems = _map_parallel(lambda entry: _problem(folder / entry[0], *entry[1:]), listed)
+    return [f"{name} {problem}" for (name, _, _), problem in zip(listed, problems, strict=True) if problem]
 
 
-def _fault(path: Path, size: int, digest: str) -> str | None:
+def _problem(path: Path, size: int, digest: str) -> str | None:
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"has {found:,} bytes, had {size:,} when it was saved"
-        return None if _fingerprint(path)[1] == digest else "has another content than when it was saved"
+        actual = path.stat().st_size
+        if actual != size:
+            return f"has {actual:,} bytes, had {size:,} when it was saved"
+        return None if _checksum(path)[1] == digest else "has changed since it was saved"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
 
-def _fingerprint(path: Path) -> tuple[int, str]:
-    """(bytes, SHA-256): with the instructions that CPUs have for it, the fastest of hashlib's sound ones."""
+def _checksum(path: Path) -> tuple[int, str]:
+    """(bytes, SHA-256). CPUs have instructions for SHA-256: it is the fastest secure hash of hashlib."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -151,7 +151,7 @@ def _fingerprint(path: Path) -> tuple[int, str]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -160,11 +160,11 @@ def sync(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    _on_all(sync, [*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder])
+    _map_parallel(sync, [*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder])
 
 
-def _on_all(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-    """A function of each item, several at a time: reading and hashing leave Python's lock to others."""
+def _map_parallel(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    """Apply a function to each item in threads: reading and hashing release Python's lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
 
@@ -174,7 +174,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """A file, a folder, a link (not what it leads to), or nothing."""
+    """Remove a file, a folder or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -186,6 +186,6 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _free(path: Path) -> int:
-    """Bytes free on the disk of a path that need not be there yet."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk of a path that may not exist yet."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free

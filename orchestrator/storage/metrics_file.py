@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow record by record: metrics.jsonl of a run, and the sampled answers."""
+"""JSON-lines files that grow record by record: a run's metrics.jsonl and its sampled answers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from orchestrator.storage.atomic_files import sync, writing
 
 FILE = "metrics.jsonl"
 SAMPLES = "samples"
-"""Folder of the sampled answers, `<stage>.jsonl`."""
+"""Folder of the sampled answers: `<stage>.jsonl`."""
 VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
 
 
 class MetricsError(ValueError):
-    """A file of lines that cannot be read: says which line, and why."""
+    """A JSON-lines file cannot be read: names the line and the reason."""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in the order written; a non-finite value is None. Errors: see read_lines."""
+    """The lines of a run's metrics.jsonl, in file order; a non-finite value is None. Errors: see read_lines."""
     path = folder / FILE
     return read_lines(path) if path.exists() else []
 
@@ -30,7 +30,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file.
 
-    A last line without its newline is still being written, or was cut off by a crash: it is left out.
+    A last line without a newline is skipped: it is still being written, or was truncated by a crash.
 
     Raises:
         MetricsError: another line is not a JSON object; names file and line.
@@ -39,7 +39,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def repeatable(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """A stage's lines without what no two runs have in common: the clock, and memory."""
+    """A stage's lines without fields that differ from run to run: times and memory."""
     return [
         {name: value for name, value in line.items() if not name.startswith(VOLATILE)}
         for line in read_metrics(folder)
@@ -48,7 +48,7 @@ def repeatable(folder: Path, stage: str) -> list[dict[str, Any]]:
 
 
 class AppendedFile:
-    """A file that grows by whole records: what cannot be written waits, and the file ends with its last whole record."""
+    """A file that grows by whole records. Records that cannot be written wait; the file always ends with a whole record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,11 +59,11 @@ class AppendedFile:
         self._waiting.append((step, record))
 
     def forget_after(self, step: int) -> None:
-        """Drop what waits of later steps."""
+        """Drop waiting records of later steps."""
         self._waiting = [(at, record) for at, record in self._waiting if at <= step]
 
     def flush(self) -> None:
-        """Raises DiskError; what could not be written still waits."""
+        """Write the waiting records. Raises DiskError; unwritten records still wait."""
         if not self._waiting:
             return
         with writing(self.path):
@@ -82,14 +82,14 @@ class AppendedFile:
                 del self._waiting[0]
 
     def cut(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Of a file of JSON lines leave those to keep; it is whole at every moment. Raises DiskError."""
+        """Keep only the lines for which `keep` is true; the file is valid at every moment. Raises DiskError."""
         if self.path.exists():
             with writing(self.path):
                 self._rewrite([raw for raw, line in _lines_of(self.path) if keep(line)])
 
-    def drop_oldest(self, most_bytes: int) -> None:
-        """Where the file of JSON lines is larger than that, drop its oldest steps down to half of it. Raises DiskError."""
-        if not self.path.exists() or self.path.stat().st_size <= most_bytes:
+    def drop_oldest(self, max_bytes: int) -> None:
+        """If the file is larger than max_bytes, drop its oldest steps until it is half as large. Raises DiskError."""
+        if not self.path.exists() or self.path.stat().st_size <= max_bytes:
             return
         by_step: dict[int, list[bytes]] = {}
         for raw, line in _lines_of(self.path):
@@ -98,7 +98,7 @@ class AppendedFile:
         size = 0
         for lines in reversed(by_step.values()):
             size += sum(len(raw) + 1 for raw in lines)
-            if kept and size > most_bytes // 2:
+            if kept and size > max_bytes // 2:
                 break
             kept.append(lines)
         with writing(self.path):
@@ -113,7 +113,7 @@ class AppendedFile:
             sync(self.path.parent)
         finally:
             partial.unlink(missing_ok=True)
-        self.close()  # the next record goes into the file that now has the name
+        self.close()  # the open file was replaced
 
     def close(self) -> None:
         if self._file is not None:
@@ -122,7 +122,7 @@ class AppendedFile:
 
 
 def _lines_of(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of a JSON-lines file, as they stand there and parsed. Errors: see read_lines."""
+    """The complete lines of a JSON-lines file, raw and parsed. Errors: see read_lines."""
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     return [(line, _parsed(path, number, line)) for number, line in enumerate(whole.split(b"\n"), start=1) if line]
 
@@ -130,8 +130,8 @@ def _lines_of(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number or nesting beyond all measure
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number or nesting that is too large
         raise MetricsError(f"{path}:{number}: not JSON ({error}): {line[:80]!r}") from error
     if not isinstance(parsed, dict):
-        raise MetricsError(f"{path}:{number}: expected a JSON object, found {line[:80]!r}")
+        raise MetricsError(f"{path}:{number}: must be a JSON object, was {line[:80]!r}")
     return parsed

@@ -1,4 +1,4 @@
-"""The benchmarks refuse at once what they could not bring to an end."""
+"""The benchmarks refuse arguments that would fail later."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ REFUSED = [
     ("logits", "--repetitions=0", "greater than or equal to 1"),
     ("logits", "--side=half", "is not one of 'chunks'"),
     ("predicted", "--only=nothing", "no case's name contains 'nothing'"),
-    ("predicted", "--json=nowhere/x.json", "there is no folder nowhere"),
+    ("predicted", "--json=nowhere/x.json", "the folder nowhere does not exist"),
     ("ppo_step", "--model=nowhere", "must be a folder with a Llama model"),
     ("ppo_step", "--layout=odd", "is not one of 'separate'"),
 ]
 
 
 def benchmark(name: str, argument: str) -> Result:
-    """What `python -m benchmarks.<name>` does with the argument."""
+    """Run `python -m benchmarks.<name>` with the argument."""
     command = typer.Typer()
     command.command()(import_module(f"benchmarks.{name}").main)
     return CliRunner().invoke(command, [argument])
@@ -53,7 +53,9 @@ def test_data_that_a_benchmark_lacks_are_missed_at_once(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((ROOT / "configs/movies/tiny.yaml").read_text().replace("data/movies", f"{tmp_path}/movies"))
     refused(
-        benchmark("chaos", f"--recipe={recipe}"), "--recipe", "is not there; python -m examples.movies prepare makes"
+        benchmark("chaos", f"--recipe={recipe}"),
+        "--recipe",
+        "does not exist; python -m examples.movies prepare creates",
     )
 
 
@@ -61,5 +63,5 @@ def test_data_that_a_benchmark_lacks_are_missed_at_once(tmp_path: Path) -> None:
 def test_a_file_that_could_not_be_written_at_the_end_is_refused_at_once(
     arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
-    for place, message in ((tmp_path / "none" / "x.html", "there is no folder"), (tmp_path, "which is a folder")):
+    for place, message in ((tmp_path / "none" / "x.html", "does not exist"), (tmp_path, "which is a folder")):
         refused(CliRunner().invoke(app, [*arguments, str(place)]), arguments[-1], message)

@@ -22,13 +22,13 @@ from orchestrator.cli import _errors
 from orchestrator.loggers.console import Progress
 from orchestrator.run.run_dir import Run
 from orchestrator.run.stop_signal import StopSignal
-from orchestrator.console.terminal import lasting_console, make_output_last
+from orchestrator.console.terminal import hangup_safe_console, make_output_hangup_safe
 
 folder, steps, every = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-make_output_last()
+make_output_hangup_safe()
 run = Run(RunConfig(name="a", model={"path": "m"}), folder)
 run.stages = ["sft", "rm", "ppo"]
-console = lasting_console()
+console = hangup_safe_console()
 with _errors(), StopSignal(run, console) as stop, Progress("rm", steps, console) as progress:
     for step in range(1, steps + 1):
         time.sleep(0.02)

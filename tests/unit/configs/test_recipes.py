@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import load_config
-from orchestrator.console.plan_command import planned
+from orchestrator.console.plan_command import plan_stages
 from placement import Cluster
 from placement.memory import MemoryEstimate
 
@@ -33,7 +33,7 @@ def test_it_fits_on_the_cluster_that_it_names(recipe: Path) -> None:
     assert recipe.read_text().count(named[1]) == 2, "the command in the header plans for the same cluster"
     config = load_config(recipe)
     assert config.name == recipe.stem
-    reports, _ = planned(config, Cluster.parse(named[1]))
+    reports, _ = plan_stages(config, Cluster.parse(named[1]))
     for report in reports:
         assert isinstance(report.memory, MemoryEstimate)
         assert not report.memory.missing, report.plan.stage

@@ -111,7 +111,7 @@ def test_a_place_for_rays_files_that_is_none_is_named(monkeypatch: pytest.Monkey
 
 
 def test_what_listens_there_but_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.run.access.ANSWER", 1.0)
+    monkeypatch.setattr("orchestrator.run.access.RESPONSE_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         at = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(RunError, match=f"was '{at}', where no Ray cluster answers: "), connected(settings(at)):

@@ -41,7 +41,7 @@ def test_a_prompt_of_text_is_asked_in_the_form_that_the_stage_was_trained_on(
     base = {"name": "r", "runs": str(tmp_path), "model": {"path": str(model)}, "sft": sft}
     run = Run.begin(load_config(base | settings, []), ["sft"])
     jobs, _ = checked(run)
-    run.keep({job.name: job.counts[job.learns_from].form for job in jobs})
+    run.save({job.name: job.counts[job.learns_from].form for job in jobs})
     shutil.copytree(model, run.model("sft"))
 
     codec = codec_of(Run.open(run.folder), "sft")

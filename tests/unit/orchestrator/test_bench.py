@@ -16,8 +16,8 @@ import pytest
 
 from configs import ConfigError
 from orchestrator.bench.bench import PROMPTS, Benchmark
-from orchestrator.bench.capacity import failure_of, memory_of, ways
-from orchestrator.bench.process_memory import Footprint
+from orchestrator.bench.capacity import failure_of, memory_of, variants
+from orchestrator.bench.process_memory import MemoryMonitor
 from orchestrator.run.run_dir import RunError
 from placement.models import Architecture, SampleFlops
 from tests.support.runs import command
@@ -100,7 +100,7 @@ def test_parameters_are_exact(name: str, count: int) -> None:
 def test_a_step_is_what_the_original_did_between_two_updates(tmp_path: Path) -> None:
     ppo = Benchmark(**DEFAULTS).settings(tmp_path)["ppo"]
     assert (ppo["steps"], ppo["prompts_per_step"], ppo["epochs"], ppo["mini_batches"]) == (3, 64, 3, 8)
-    assert Benchmark(**DEFAULTS).left_out == 1
+    assert Benchmark(**DEFAULTS).warm_up_steps == 1
 
 
 def test_batches_are_per_rank(tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_sizes_of_memory() -> None:
 
 def test_capacity_refuses_a_strategy_that_there_is_not_before_it_tries_one() -> None:
     with pytest.raises(ConfigError, match=r"^strategy: was \"zero9\""):
-        ways(Benchmark(**DEFAULTS | {"strategy": "zero2,zero9"}), [])
+        variants(Benchmark(**DEFAULTS | {"strategy": "zero2,zero9"}), [])
 
 
 def test_capacity_compares_with_plain_ddp() -> None:
     asked = Benchmark(**DEFAULTS | {"strategy": "ddp,zero2", "lora_rank": 8, "precision": "bfloat16"})
-    found = ways(asked, ["publish.bucket_mib=8"])
+    found = variants(asked, ["publish.bucket_mib=8"])
     assert list(found) == ["ddp float32", "ddp bfloat16 LoRA 8", "zero2 bfloat16 LoRA 8"]
     assert not any("lora" in flag for flag in found["ddp float32"])
     assert all("publish.bucket_mib=8" in flags for flags in found.values())
@@ -153,18 +153,18 @@ def test_capacity_compares_with_plain_ddp() -> None:
 def test_a_short_peak_of_a_process_below_is_seen() -> None:
     code = "import time; time.sleep(1.5); x = bytearray(300 * 2**20); time.sleep(0.3); del x; time.sleep(0.7)"
     process = subprocess.Popen([sys.executable, "-c", code])
-    with Footprint(os.getpid()) as footprint, footprint.phase("work"):
+    with MemoryMonitor(os.getpid()) as monitor, monitor.phase("work"):
         process.wait()
-    assert 300 < footprint.each()[process.pid] / 2**20 < 340
-    assert footprint.total > footprint.each()[process.pid]
-    assert footprint.peaks["work"].total == footprint.total
+    assert 300 < monitor.each()[process.pid] / 2**20 < 340
+    assert monitor.total > monitor.each()[process.pid]
+    assert monitor.peaks["work"].total == monitor.total
 
 
 def test_passing_a_limit_is_noticed() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; x = bytearray(200 * 2**20); time.sleep(60)"])
     try:
-        with Footprint(process.pid, limit=100 * 2**20) as footprint:
-            assert footprint.passed.wait(30)
+        with MemoryMonitor(process.pid, limit=100 * 2**20) as monitor:
+            assert monitor.over_limit.wait(30)
     finally:
         process.kill()
         process.wait()

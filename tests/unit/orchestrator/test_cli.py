@@ -187,7 +187,7 @@ def test_a_run_goes_on_where_it_began(micro: Path, tmp_path: Path, monkeypatch: 
     micro.write_text(micro.read_text().replace(f"{began}/", ""))
     monkeypatch.chdir(began)
     run = Run.begin(load_config(micro, ["cluster.address=127.0.0.1:1"]), ["sft"])
-    run.keep()
+    run.save()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     result = troupe("resume", f"../{run.folder.relative_to(tmp_path)}")
@@ -267,7 +267,7 @@ def test_generate_says_what_is_wrong_before_it_loads_a_model(micro: Path, tmp_pa
     from orchestrator.run.run_dir import Run
 
     run = Run.begin(load_config(micro), ["sft"])
-    run.keep()
+    run.save()
     prompts = micro.parent / "prompts.jsonl"
     assert "no such file" in refused("generate", run.folder, "--prompts", tmp_path / "none.jsonl")
     assert "there is no folder" in refused(
@@ -290,7 +290,7 @@ def test_a_run_that_another_process_works_on_keeps_its_record(micro: Path) -> No
 
     run = Run.begin(load_config(micro), ["sft"])
     with run.locked():
-        run.keep()
+        run.save()
         noted = (run.folder / "config.yaml").read_text()
         result = troupe("sft", micro, "sft.epochs=9")
     assert result.stderr == f"troupe: {run.folder}: another process is at work in this run\n"

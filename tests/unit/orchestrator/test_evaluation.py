@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from orchestrator.console.run_summary import print_result
-from orchestrator.evaluation.before_after import outcome
+from orchestrator.evaluation.before_after import before_after_numbers
 from orchestrator.evaluation.evaluate import Evaluation, record_faults
 from orchestrator.report.report import write_report
 from orchestrator.run.result import Result
-from orchestrator.storage.failure_log import MOST_FILES, MOST_KINDS, FailureLog
+from orchestrator.storage.failure_log import MAX_FILES, MAX_REASONS, FailureLog
 from tests.unit.orchestrator.test_report import CONFIG, write_config
 from workers.rewards.result import Fault, RewardResult
 
@@ -82,7 +82,7 @@ MISSING = (
 
 
 def test_each_source_has_its_own_pairs(tmp_path: Path) -> None:
-    found = outcome(write_pair(tmp_path, *MISSING))
+    found = before_after_numbers(write_pair(tmp_path, *MISSING))
     assert (found["reward_before"], found["reward_after"], found["reward_pairs"]) == (0.5, 2.25, 2)
     assert found["reward_change"] == fmean([2.0, 1.5])
     assert (found["judge/a_before"], found["judge/a_after"], found["judge/a_pairs"]) == (3.0, 5.0, 1)
@@ -100,7 +100,9 @@ def test_a_report_and_the_last_words_do_without_what_is_missing(tmp_path: Path) 
     assert "KL to the reference" in write_report(tmp_path / "none").read_text()
     for folder in (tmp_path, tmp_path / "none"):
         said = io.StringIO()
-        result = Result(folder, {"ppo": folder}, {"ppo": outcome(folder)}, {"ppo": 1.0}, folder / "report.html")
+        result = Result(
+            folder, {"ppo": folder}, {"ppo": before_after_numbers(folder)}, {"ppo": 1.0}, folder / "report.html"
+        )
         print_result(result, Console(file=said, width=200))
         assert "KL to the reference 0.500 nats per token" in said.getvalue()
         assert ("reward +0.500 -> +2.250" in said.getvalue()) == (folder == tmp_path)
@@ -140,21 +142,21 @@ def test_a_source_that_fails_in_ever_new_words_leaves_ten_files(tmp_path: Path) 
             log, {"f": RewardResult.nothing(4, f"KeyError: {i}"), "g": RewardResult.nothing(4, "late", timed_out=True)}
         )
     found = texts(tmp_path)
-    assert len(found) == MOST_KINDS + 1
+    assert len(found) == MAX_REASONS + 1
     assert "KeyError: 9\n" in found["0011-reward-f.txt"] and "41 times so far" in found["0011-reward-f.txt"]
     assert "50 times so far" in found["0002-reward-g.txt"]
 
 
 def test_a_run_that_fails_for_ever_leaves_so_many_files(tmp_path: Path) -> None:
     log = FailureLog(tmp_path)
-    for i in range(MOST_FILES + 3):
+    for i in range(MAX_FILES + 3):
         log.write("actor-died", f"train: failure {i}")
     found = texts(tmp_path)
-    assert len(found) == MOST_FILES + 1
+    assert len(found) == MAX_FILES + 1
     assert "train: failure 202" in found["more.txt"] and "3 failures more" in found["more.txt"]
     again = FailureLog(tmp_path)
     again.write("actor-died", "train: in another session")
-    assert len(texts(tmp_path)) == MOST_FILES + 1
+    assert len(texts(tmp_path)) == MAX_FILES + 1
 
 
 def test_an_exception_of_the_driver_leaves_its_traceback(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = Run(RunConfig.model_validate({"name": "a", "model": {"path": "m"}}), tmp_path / "a")
-    run.keep()
+    run.save()
     return run
 
 
@@ -178,7 +178,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_checkpoint_that_finds_no_room_harms_no_other(small_disk: Path) -> None:
     run = Run(RunConfig.model_validate({"name": "a", "model": {"path": "m"}}), small_disk / "a")
-    run.keep()
+    run.save()
     first = save(run, 1)
     with pytest.raises(DiskError, match=r"checkpoints/ppo/2: cannot be written: .* MiB are free there\)"):
         save(run, 2, size=2_000_000)

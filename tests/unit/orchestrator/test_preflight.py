@@ -322,7 +322,7 @@ def test_prompts_of_another_form_than_the_demonstrations_are_noted(folder: Path,
 def test_the_form_of_a_finished_sft_stage_counts(folder: Path, tmp_path: Path) -> None:
     asked = f"runs={tmp_path}", f"ppo.rewards=[{FUNCTION}]"
     run = Run.begin(load_config(folder / "config.yaml", list(asked)), ["sft"])
-    run.keep({"sft": "chat"})
+    run.save({"sft": "chat"})
     shutil.copytree(folder / "model", run.model("sft"))
     (note,) = report_of(folder, *asked, stages=["ppo"]).notes
     assert note.startswith("ppo.prompts: plain text, but the demonstrations ")

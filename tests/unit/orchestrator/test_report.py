@@ -371,7 +371,7 @@ def test_stages_that_did_not_run_are_left_out(
     _, page = page_of(folder)
     assert present in page.ids
     assert not set(absent) & set(page.ids)
-    assert "outcome" not in page.ids
+    assert "before-after" not in page.ids
     assert "samples" not in page.ids
 
 
@@ -396,7 +396,7 @@ def test_a_step_without_finite_numbers_leaves_a_gap(folder: Path) -> None:
 def test_one_held_out_prompt_has_no_interval(folder: Path) -> None:
     write_evaluation(folder, count=1)
     _, page = page_of(folder)
-    assert "outcome" in page.ids
+    assert "before-after" in page.ids
     assert "inf" not in page.text
 
 

@@ -61,7 +61,7 @@ LINKS = ["checkpoints", "checkpoints/ppo", "models/sft", "metrics.jsonl", "repor
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, place: str) -> None:
     """A run's folder may come from somebody else: what is written in it stays in it."""
     config = RunConfig.model_validate({"name": "a", "model": {"path": "m"}, "runs": str(tmp_path)})
-    Run.begin(config, ["sft"]).keep()
+    Run.begin(config, ["sft"]).save()
     outside = tmp_path / "outside"
     outside.mkdir()
     link = tmp_path / "a" / place
@@ -79,7 +79,7 @@ def test_the_link_to_the_logs_and_a_run_behind_a_link_are_fine(tmp_path: Path) -
     (tmp_path / "disk" / "a").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     run = Run(RunConfig.model_validate({"name": "a", "model": {"path": "m"}}), tmp_path / "runs" / "a")
-    run.keep()
+    run.save()
     (run.folder / "logs").symlink_to("/")
     (run.folder / "models").mkdir()
     Run.open(run.folder)
@@ -127,7 +127,7 @@ def record(run: Run, stage: Stage, steps: int = 1, finished: bool = False) -> No
 
 def test_what_changes_results_is_refused_unless_asked_for(tmp_path: Path) -> None:
     run = Run.begin(staged(tmp_path), ["sft"])
-    run.keep()
+    run.save()
     record(run, "sft")
     moved = Run.open(run.folder, ["placement.devices.actor=2", "strategy=zero2"])
     assert moved.config.strategy == "zero2"
@@ -150,7 +150,7 @@ WAYS = {
 def test_what_a_finished_stage_was_run_with_stays(tmp_path: Path, way: str, change: str) -> None:
     """Also with --accept-changes: config.yaml says what the models in the folder were made with."""
     run = Run.begin(staged(tmp_path), ["sft", "rm"])
-    run.keep()
+    run.save()
     record(run, "sft", 4, finished=True)
     record(run, "rm", 2)
     before = (run.folder / "config.yaml").read_text()
@@ -170,7 +170,7 @@ def test_what_a_finished_stage_was_run_with_stays(tmp_path: Path, way: str, chan
 def test_settings_of_the_stages_that_a_finished_one_started_from_stay_too(tmp_path: Path) -> None:
     """Where somebody has removed a model to train it anew: another stage was trained on it."""
     run = Run.begin(staged(tmp_path), ["sft", "rm"])
-    run.keep()
+    run.save()
     for stage in run.stages:
         record(run, stage, finished=True)
     run.model("sft").rmdir()
@@ -182,7 +182,7 @@ def test_settings_of_the_stages_that_a_finished_one_started_from_stay_too(tmp_pa
 
 def test_demonstrations_that_other_stages_borrow_are_theirs_too(tmp_path: Path) -> None:
     run = Run.begin(staged(tmp_path), ["rm"])
-    run.keep()
+    run.save()
     record(run, "rm", finished=True)
     assert Run.begin(staged(tmp_path, "sft.epochs=8"), ["sft"]).config.sft.epochs == 8  # type: ignore[union-attr]
     with pytest.raises(RunError, match=r"\n  sft.train.path: 'a.jsonl' there, 'z.jsonl' asked for$"):
@@ -191,22 +191,22 @@ def test_demonstrations_that_other_stages_borrow_are_theirs_too(tmp_path: Path) 
 
 def test_a_change_in_the_middle_of_a_stage_is_noted(tmp_path: Path) -> None:
     run = Run.begin(staged(tmp_path), ["ppo"])
-    run.keep()
+    run.save()
     record(run, "ppo", 4)
     changed = Run.open(run.folder, ["ppo.clip_range=0.1", "seed=2"], accept_changes=True)
-    changed.keep()
+    changed.save()
     assert Run.open(run.folder).changes == [
         {"stage": "ppo", "after": 4, "settings": {"ppo.clip_range": [0.2, 0.1], "seed": [1, 2]}}
     ]
     assert history(run.folder) == {"Settings changed": "ppo after step 4: ppo.clip_range 0.2 -> 0.1, seed 1 -> 2"}
-    Run.open(run.folder).keep()
+    Run.open(run.folder).save()
     assert len(Run.open(run.folder).changes) == 1, "it is kept, and once"
 
 
 def test_a_stage_that_begins_anew_was_not_changed_on_the_way(tmp_path: Path) -> None:
     """Without a checkpoint nothing is left of what the other settings did."""
     run = Run.begin(staged(tmp_path), ["sft"])
-    run.keep()
+    run.save()
     record(run, "sft", 3)
     run.checkpoint("sft", 3).rmdir()
     assert Run.begin(staged(tmp_path, "seed=2"), ["sft"], accept_changes=True).changes == []
@@ -215,7 +215,7 @@ def test_a_stage_that_begins_anew_was_not_changed_on_the_way(tmp_path: Path) -> 
 @pytest.mark.parametrize("override", ["name=b", "runs=elsewhere"])
 def test_resume_goes_on_in_the_folder_that_is_named(tmp_path: Path, override: str) -> None:
     run = Run.begin(staged(tmp_path), ["sft"])
-    run.keep()
+    run.save()
     with pytest.raises(RunError, match=rf"^{override.partition('=')[0]}: was '\w+', but the run goes on in its folder"):
         Run.open(run.folder, [override], accept_changes=True)
     run.folder.rename(tmp_path / "b")
@@ -226,9 +226,9 @@ def test_resume_goes_on_in_the_folder_that_is_named(tmp_path: Path, override: st
 
 def test_notes_of_others_in_run_json_are_kept(tmp_path: Path) -> None:
     run = Run.begin(staged(tmp_path), ["sft"])
-    run.keep()
+    run.save()
     run.write("run.json", run.read("run.json") | {"elsewhere": "noted"})
-    run.keep()
+    run.save()
     assert run.read("run.json")["elsewhere"] == "noted"
 
 
@@ -247,9 +247,9 @@ def automatic(folder: Path, strategy: str = "auto") -> RunConfig:
 
 def test_what_auto_became_is_noted_and_kept(tmp_path: Path) -> None:
     run = Run.begin(automatic(tmp_path), ["sft"])
-    run.keep()
+    run.save()
     config, why = with_chosen_dtype(run.config, GPU)
-    assert run.choose(resolve(config, ["sft"], GPU), why) == [
+    assert run.record_resolved(resolve(config, ["sft"], GPU), why) == [
         "model.dtype: auto is bfloat16: on GPUs",
         "strategy: auto is ddp for the actor, ddp for the critic, ddp for the reference, ddp for the reward",
     ]
@@ -257,7 +257,7 @@ def test_what_auto_became_is_noted_and_kept(tmp_path: Path) -> None:
     assert run.config.strategy == Run.open(run.folder).config.strategy == "ddp"
     assert run.config.model.dtype == Run.open(run.folder).config.model.dtype == "bfloat16"
     assert with_chosen_dtype(run.config, GPU) == (run.config, None)
-    assert run.choose(run.config, None) == [], "all are named"
+    assert run.record_resolved(run.config, None) == [], "all are named"
     assert Run.begin(automatic(tmp_path), ["sft"]).config.strategy == "auto", "nothing has begun: it may change"
     line = {"stage": "sft", "step": 1, "metrics": {}, "time": 0.0}
     (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")

@@ -12,7 +12,7 @@ from rich.console import Console
 from orchestrator import Result, RunError, Stopped, load_config
 from orchestrator.algorithms.ppo import LogProbGapError
 from orchestrator.algorithms.runner import Runner
-from orchestrator.api import go_on
+from orchestrator.api import resume
 from orchestrator.run.run_dir import Run
 from orchestrator.run.stop_signal import StopSignal
 from orchestrator.storage.metrics_file import FILE
@@ -34,7 +34,7 @@ def go(monkeypatch: pytest.MonkeyPatch) -> Go:
 
         monkeypatch.setattr(Runner, "execute", execute)
         printed = io.StringIO()
-        return go_on(run, Console(file=printed)), printed.getvalue()
+        return resume(run, Console(file=printed)), printed.getvalue()
 
     return go
 

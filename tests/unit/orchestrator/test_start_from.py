@@ -9,7 +9,7 @@ import pytest
 
 from configs import RunConfig, load_config
 from configs.schema import ModelSettings
-from orchestrator.console.plan_command import planned
+from orchestrator.console.plan_command import plan_stages
 from orchestrator.preflight.settings_checks import check_start
 from orchestrator.report.history import history
 from orchestrator.run.run_dir import Run, RunError
@@ -52,7 +52,7 @@ def begin(name: str, stages: list[Stage], *overrides: str) -> Run:
 def finished(name: str, stages: list[Stage], *overrides: str) -> Run:
     """A run whose stages are done: as far as the folder tells."""
     run = Run.begin(settings(name, *overrides), stages)
-    run.keep()
+    run.save()
     for stage in stages:
         run.model(stage).mkdir(parents=True, exist_ok=True)
         (run.model(stage) / "config.json").write_text("{}")
@@ -69,7 +69,7 @@ def test_ppo_takes_both_models(runs: Path) -> None:
     run = begin("b", ["ppo"], "start_from=runs/a")
     assert run.starting_model("ppo") == str(runs / "a" / "models" / "sft")
     assert run.reward_models() == {"model": str(runs / "a" / "models" / "rm")}
-    run.keep()
+    run.save()
     models = runs / "a" / "models"
     noted = json.loads((runs / "b" / "run.json").read_text())
     assert noted["from"] == {"ppo": {"model": str(models / "sft"), "rewards": {"model": str(models / "rm")}}}
@@ -81,7 +81,7 @@ def test_what_a_run_does_itself_it_takes_from_nowhere(runs: Path) -> None:
     run = begin("b", ["rm", "ppo"], "start_from=runs/a")
     assert run.starting_model("rm") == run.starting_model("ppo") == str(runs / "a" / "models" / "sft")
     assert run.reward_models() == {"model": str(run.model("rm"))}
-    run.keep()
+    run.save()
     noted = json.loads((runs / "b" / "run.json").read_text())["from"]
     assert noted["ppo"]["rewards"] == {"model": "models/rm"}
     assert history(run.folder) == {"Starts from": "rm: a/models/sft · ppo: a/models/sft"}
@@ -127,14 +127,14 @@ def test_only_what_is_needed_must_be_there(runs: Path) -> None:
     ],
 )
 def test_refused_before_anything_starts(runs: Path, stages: list[Stage], named: str, says: str) -> None:
-    Run.begin(settings("half"), ["sft", "rm"]).keep()
+    Run.begin(settings("half"), ["sft", "rm"]).save()
     assert refusal("b", stages, f"start_from={named}") == says
     assert not (runs / "b").exists()
 
 
 def test_a_circle_of_runs_is_refused(runs: Path) -> None:
     finished("b", ["ppo"], "start_from=runs/a")
-    Run.begin(settings("c", "start_from=runs/b"), ["ppo"]).keep()
+    Run.begin(settings("c", "start_from=runs/b"), ["ppo"]).save()
     text = (runs / "a" / "config.yaml").read_text().replace("start_from: null", "start_from: runs/b")
     (runs / "a" / "config.yaml").write_text(text)
     (runs / "a" / "run.json").write_text('{"stages": []}')
@@ -163,7 +163,7 @@ def test_the_plan_reads_the_shapes_of_the_models_that_are_taken(runs: Path) -> N
     cluster = Cluster.parse("1x8cpu,host=64GB")
 
     def parameters(*overrides: str) -> dict[str, int]:
-        (report,), _ = planned(settings("b", "sft=none", "rm=none", *overrides), cluster)
+        (report,), _ = plan_stages(settings("b", "sft=none", "rm=none", *overrides), cluster)
         assert isinstance(report.memory, MemoryEstimate)
         return {role: known.uses["score"].host.parameters for role, known in report.memory.roles.items()}
 
@@ -183,7 +183,7 @@ def test_taken_weights_are_weights_though_the_config_draws_some(runs: Path) -> N
 
 def test_start_from_may_change_until_it_has_been_used(runs: Path) -> None:
     finished("b", ["sft"])
-    begin("b", ["ppo"], "start_from=runs/a").keep()
+    begin("b", ["ppo"], "start_from=runs/a").save()
     line = {"stage": "ppo", "step": 1, "time": 0.0}
     (runs / "b" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(RunError, match=r"has begun \(sft, ppo\).*\n  start_from: 'runs/a' there, None asked for$"):

@@ -55,7 +55,7 @@ def run_of(folder: Path, name: str = "demo", stages: tuple[Stage, ...] = ("sft",
     """A run that has not begun."""
     config = {"name": name, "runs": str(folder), "model": {"path": "m"}, "sft": SECTION, "rm": SECTION}
     run = Run.begin(RunConfig.model_validate(config), stages)
-    run.keep()
+    run.save()
     return run
 
 
@@ -107,7 +107,7 @@ def driver(run: Run) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_driver_gives_signs_of_life_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.run.status.SIGN_OF_LIFE", 0.01)
+    monkeypatch.setattr("orchestrator.run.status.HEARTBEAT_S", 0.01)
 
     def written() -> float:
         return json.loads((tmp_path / FILE).read_text())["time"]
@@ -163,7 +163,7 @@ def test_a_run_at_work_and_one_that_gives_no_sign_of_life(tmp_path: Path, monkey
         assert "sft: 4 of 12 steps done; phase train for 0:0" in text
         assert f"pid {process.pid}, last sign of life" in text
         os.kill(process.pid, signal.SIGSTOP)
-        monkeypatch.setattr(condition, "SILENT", 0.5)
+        monkeypatch.setattr(condition, "SILENT_AFTER_S", 0.5)
         wait_for(lambda: Condition.of(run).state == "silent", 60)
         text = said(run)
         assert text.startswith("demo: NO SIGN OF LIFE for ")
@@ -308,7 +308,7 @@ def test_the_answer_log_may_change_at_any_time(tmp_path: Path) -> None:
     ppo = {"prompts": {"path": "p.jsonl"}, "steps": 9, "actor_optimizer": {"lr": 1}, "critic_optimizer": {"lr": 1}}
     config = {"name": "demo", "runs": str(tmp_path), "model": {"path": "m"}, "ppo": ppo}
     run = Run.begin(RunConfig.model_validate(config), ["ppo"])
-    run.keep()
+    run.save()
     (run.folder / "metrics.jsonl").write_text('{"stage": "ppo", "step": 1, "time": 0, "kl": 1.0}\n')
     assert Run.open(run.folder, ["ppo.answer_log=null"]).config.ppo.answer_log is None  # type: ignore[union-attr]
     with pytest.raises(RunError, match=r"ppo\.steps: 9 there, 8 asked for$"):
