@@ -29,7 +29,7 @@ def render(plan: Plan, memory: MemoryEstimate | str | None = None) -> Renderable
 
 def _roles(plan: Plan) -> Table:
     table = Table(
-        "role", "group", "workers", "each requests", "threads", "weights", title="roles", title_justify="left"
+        "role", "group", "workers", "requests (each)", "threads", "weights", title="roles", title_justify="left"
     )
     for role, planned in plan.roles.items():
         workers = f"{planned.ranks} {'rank' if role != 'rollout' else 'engine'}{'s' if planned.ranks > 1 else ''}"
@@ -72,7 +72,7 @@ def _memory(plan: Plan, memory: MemoryEstimate | str | None) -> list[RenderableT
 
 
 def _uses(plan: Plan, memory: MemoryEstimate) -> Table:
-    table = Table("", *memory.phases, title="predicted memory in GiB, of each rank and in total", title_justify="left")
+    table = Table("", *memory.phases, title="predicted memory, GiB per rank and in total", title_justify="left")
     for role, estimate in memory.roles.items():
         for where in ("host", "device") if plan.device == "cuda" else ("host",):
             name = f"{role}, {'GPU' if where == 'device' else 'host'}" if plan.device == "cuda" else role
@@ -95,7 +95,7 @@ def _tightest(role: str, uses: list[MemoryUse], memory: MemoryEstimate) -> str:
 def _verdict(place: Place) -> str:
     peak = f"{place.name}: peak {_gib(place.used[place.tightest])} GiB in {place.tightest}"
     if place.size is None or place.headroom is None:
-        return f"{peak}; its size is not memory"
+        return f"{peak}; its size is not known"
     if place.headroom < 0:
         return f"{peak}, of {_gib(place.size)}: {_gib(-place.headroom)} GiB are missing"
     return f"{peak}, of {_gib(place.size)}: {_gib(place.headroom)} GiB are left"

@@ -270,10 +270,10 @@ def test_a_service_that_would_be_sent_a_column_that_is_no_json(folder: Path, tmp
 def test_stages_that_cannot_be_placed_on_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not where the run joins a cluster, of which nothing is known before."""
     asked = "placement.cpus_per_device=1000"
-    assert [line[:46] for line in told(folder, asked)] == [
-        "placement.cpus_per_device: 1000 CPU are asked ",
-        "placement.cpus_per_device: 1000 CPU are asked ",
-        "placement.cpus_per_device: 5000 CPU are asked ",
+    assert [line[:50] for line in told(folder, asked)] == [
+        "placement.cpus_per_device: 1000 CPU are requested ",
+        "placement.cpus_per_device: 1000 CPU are requested ",
+        "placement.cpus_per_device: 5000 CPU are requested ",
     ]
     assert told(folder, asked, "cluster.address=127.0.0.1:1") == []
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -289,7 +289,7 @@ def test_a_cluster_that_this_process_is_connected_to(folder: Path, ray_here: Clu
 
 def test_auto_for_a_model_whose_memory_is_not_known(folder: Path, tmp_path: Path) -> None:
     (said,) = told(folder, f"model.path={make(tmp_path, 'olmo')}", "strategy=auto", stages=["sft"])
-    assert said.startswith("strategy: auto needs memory to be predicted, and ")
+    assert said.startswith("strategy: auto needs predicted memory, but ")
 
 
 def test_a_cache_smaller_than_one_sequence(folder: Path) -> None:
