@@ -116,7 +116,10 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
             ["ppo.rewards=[{kind: http, name: h, url: 'http://localhost', token_env: NOT_SET_ANYWHERE}]"],
             "troupe: ppo.rewards.0.token_env: the environment variable NOT_SET_ANYWHERE is not set\n",
         ),
-        (["ppo.rewards=[{kind: model, path: ./nowhere}]"], "troupe: ppo.rewards.0.path: was './nowhere', which is not a model's folder"),
+        (
+            ["ppo.rewards=[{kind: model, path: ./nowhere}]"],
+            "troupe: ppo.rewards.0.path: was './nowhere', which is not a model's folder",
+        ),
         (
             ["ppo.evaluation.judges=[{name: j, function: 'none:none'}]"],
             "troupe: ppo.evaluation.judges.0.function: cannot import 'none:none': No module named 'none'\n",

@@ -157,9 +157,8 @@ def test_what_a_finished_stage_was_run_with_stays(tmp_path: Path, way: str, chan
     first, *changes = str(caught.value).splitlines()
     assert first == (
         f"{run.folder}: has finished (sft) with other settings, which config.yaml keeps. To train with the new settings choose "
-        f"another name; with start_from={run.folder} the new run takes the models of the stages that it does not run itself "
-        "from here, "
-        f"model.path={run.folder}/models/sft trains that model further"
+        f"another name; with start_from={run.folder} the new run uses this run's models of the stages that it does not run "
+        f"itself, with model.path={run.folder}/models/sft it trains that model further"
     )
     assert [line.split(":")[0].strip() for line in changes] in ([change.partition("=")[0]], ["model.lora"])
     assert (run.folder / "config.yaml").read_text() == before
