@@ -136,8 +136,8 @@ class Run:
         if finished:
             text = (
                 f"{self.folder}: has finished ({', '.join(finished)}) with other settings, which config.yaml keeps. To train "
-                f"with the new settings choose another name; with start_from={self.folder} the new run takes the models of the "
-                "stages that it does not run itself from here"
+                f"with the new settings choose another name; with start_from={self.folder} the new run uses this run's "
+                "models of the stages that it does not run itself"
             )
             if policies := [stage for stage in finished if STAGES[stage].chats]:
                 text += f", with model.path={self.folder / 'models' / policies[-1]} it trains that model further"

@@ -124,7 +124,7 @@ def test_a_stage_runs_as_a_job(client: JobSubmissionClient, address: str, sent: 
 def test_results_in_the_copy_are_refused(client: JobSubmissionClient, address: str, sent: Path) -> None:
     done = submit(address, sent, "sft", "config.yaml")
     assert done.returncode != 0
-    assert "troupe: runs: was 'runs', in the copy of the working folder" in done.stdout
+    assert "troupe: runs: was 'runs', in the job's copy of the working folder" in done.stdout
 
 
 def test_a_stopped_job_leaves_a_checkpoint(client: JobSubmissionClient, other: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
         r"sft\.(train|validation) +\d+ rows, [\d,]+ tokens, longest \d+",
         r"checked in \d+\.\d s; connecting to Ray",
         rf"micro in .*/runs/micro, on cpu: 1 node with {Cluster.of_new_ray().cpus:g} CPU cores, .*",
-        r"Ray's dashboard: http://127\.0\.0\.1:\d+; it asks for the token in /.*/token",
+        r"Ray's dashboard: http://127\.0\.0\.1:\d+; it requires the token in /.*/token",
         r"  sft  120 steps · actor: 1 x \(.* CPU\) · 20 rows in an optimizer step: 20 on the actor rank",
         r"sft: starting workers",
         r"sft: loading",
@@ -119,14 +119,14 @@ def test_the_terminal_shows_the_run_and_nothing_else(config: Path) -> None:
         r"report +/.*/runs/micro/report\.html",
         r"curves +tensorboard --logdir /.*/runs/micro/tensorboard",
         r"model +/.*/runs/micro/models/sft",
-        r"talk to it +troupe chat /.*/runs/micro",
+        r"chat +troupe chat /.*/runs/micro",
     ]
     strange = [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in shape)]
     assert strange == []
     assert all(any(re.fullmatch(pattern, line) for line in lines) for pattern in shape)
     assert list(done.listening) == ["127.0.0.1"]
     file, token = done.token
-    assert f"asks for the token in {file}" in done.output
+    assert f"requires the token in {file}" in done.output
     assert not file.exists()
     run_folder = config.parent / "runs" / "micro"
     written = [path for at in (run_folder, run_folder / "logs") for path in at.resolve().rglob("*") if path.is_file()]
@@ -141,7 +141,7 @@ def test_ctrl_c_and_then_a_closed_terminal_leave_a_checkpoint_and_no_process(con
     terminal = Terminal(command, ROOT, env)
     seen = look(terminal.process, config)
     terminal.press_ctrl_c()
-    terminal.wait_for("stopping after this step, or in 25 s before its end (recovery.grace); once more stops at once")
+    terminal.wait_for("stopping after this step, or in 25 s within it (recovery.grace); a second signal stops at once")
     terminal.close()
     os.killpg(terminal.process.pid, signal.SIGHUP)  # as a shell does
     assert terminal.process.wait(120) == 128 + signal.SIGINT

@@ -133,7 +133,7 @@ def test_status_and_list_of_a_finished_run(whole: Result) -> None:
     shown = subprocess.run(command("status", str(whole.folder)), cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"{whole.folder.name} is finished" in shown.stdout
     assert "6 held-out prompts, before -> after" in shown.stdout
-    assert f"took {clock(sum(whole.seconds.values()))} in all" in shown.stdout
+    assert f"total time {clock(sum(whole.seconds.values()))}" in shown.stdout
     assert "restarts" not in shown.stdout
     shown = subprocess.run(
         command("list", str(whole.folder.parent)), cwd=ROOT, capture_output=True, text=True, check=True
@@ -155,7 +155,7 @@ def test_other_settings_are_refused_with_the_difference(whole: Result, micro: Pa
     first, *differences = str(caught.value).splitlines()
     assert "has finished (sft, rm, ppo) with other settings" in first
     assert f"start_from={whole.folder}" in first
-    assert differences == ["  ppo.steps: 6 there, 7 asked for", "  seed: 1 there, 5 asked for"]
+    assert differences == ["  ppo.steps: 6 in the run, 7 now", "  seed: 1 in the run, 5 now"]
     noted = (whole.folder / "config.yaml").read_text()
     run_stages(load_config(micro, ["checkpoint.every=2", "deadlines.first=999"]))
     assert (whole.folder / "config.yaml").read_text() == noted, "nothing was run with these"
@@ -184,7 +184,7 @@ def test_sft_stopped_by_a_signal_goes_on(whole: Result, micro: Path, tmp_path: P
 
     thread = threading.Thread(target=stop)
     thread.start()
-    with pytest.raises(Stopped, match=r"stopped after step \d+ of 12 of sft; go on with: troupe resume"):
+    with pytest.raises(Stopped, match=r"stopped after step \d+ of 12 of sft; resume with: troupe resume"):
         run_stages(config, ["sft"])
     thread.join()
     done = len(lines(folder, "sft"))
@@ -222,7 +222,7 @@ def test_training_goes_on_though_no_checkpoint_finds_room(
     with pytest.raises(DiskError, match=r"checkpoints/sft/5: cannot be written: the disk is full"):
         run_stages(load_config(micro, config), ["sft"])
     run_stages(load_config(micro, [*config, "checkpoint.on_error=continue"]), ["sft"])
-    assert capsys.readouterr().out.count("going on, as checkpoint.on_error is continue") == 2
+    assert capsys.readouterr().out.count("the run continues (checkpoint.on_error: continue)") == 2
     assert lines(tmp_path / "micro", "sft") == lines(whole.folder, "sft")
     assert list((full_disk / "sft").iterdir()) == []
     first, second = sorted((tmp_path / "micro" / "failures").iterdir())
@@ -362,7 +362,7 @@ def test_generate_and_chat(whole: Result, tmp_path: Path) -> None:
     )
     assert said.stderr == ""
     assert f"loading the sft model of {whole.folder}" in said.stdout
-    assert "begin a text, and it goes on" in said.stdout, "as it was trained"
+    assert "begin a text, and it continues the text" in said.stdout, "as it was trained"
     assert "> the cast" in said.stdout
     assert "longer than 16 tokens" in said.stdout
     assert "> the end" in said.stdout

@@ -62,13 +62,13 @@ def test_ctrl_c_twice_says_what_is_kept(tmp_path: Path) -> None:
     terminal = Terminal(command(tmp_path, 10_000, 10_000), ROOT)
     terminal.wait_for("rm")
     terminal.press_ctrl_c()
-    terminal.wait_for("once more stops at once")
+    terminal.wait_for("a second signal stops at once")
     terminal.press_ctrl_c()
     assert terminal.process.wait(60) == 130
     said = " ".join(terminal.shown.split())
     assert (
         "stopping at once; kept: the model of sft, the checkpoint of rm after step 40; "
-        f"go on with: troupe resume {tmp_path}" in said
+        f"resume with: troupe resume {tmp_path}" in said
     )
     assert "Traceback" not in said and "Error" not in said
     terminal.close()
@@ -78,7 +78,7 @@ def test_ctrl_c_once_ends_after_the_step_though_the_terminal_is_closed_then(tmp_
     terminal = Terminal(command(tmp_path, 10_000, 50), ROOT)
     terminal.wait_for("rm")
     terminal.press_ctrl_c()
-    terminal.wait_for("once more stops at once")
+    terminal.wait_for("a second signal stops at once")
     terminal.close()
     assert terminal.process.wait(60) == 130
     assert len(list(tmp_path.glob("saved-*"))) == 1

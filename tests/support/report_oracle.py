@@ -72,7 +72,7 @@ def check_report(folder: Path) -> None:
     """Fails where a number of the report is not that of the files."""
     report = Report(folder)
     _check_header(report)
-    _check_outcome(report)
+    _check_before_after(report)
     _check_training(report)
     _check_charts(report)
     _check_answers(report)
@@ -87,7 +87,7 @@ def _check_header(report: Report) -> None:
     assert report.facts["Duration"].startswith(f"{total // 60}:{total % 60:02d} (")
 
 
-def _check_outcome(report: Report) -> None:
+def _check_before_after(report: Report) -> None:
     pairs = list(zip(report.before, report.after, strict=True))
     measures = {"Reward": [(a["reward"], b["reward"]) for a, b in pairs]}
     for judge in report.before[0]["judges"]:
@@ -100,21 +100,21 @@ def _check_outcome(report: Report) -> None:
         _check_cells(cells, values, 1.1e-3)
         gain = values[:, 1].mean() - values[:, 0].mean()
         if name == "Reward":
-            assert number(report.tiles["Reward gain, held out"][0]) == pytest.approx(
+            assert number(report.tiles["Reward gain (std), held out"][0]) == pytest.approx(
                 gain / values[:, 0].std(ddof=1), abs=0.006
             )
         else:
             assert number(report.tiles[f"Judge {name[7:]}, held out"][0]) == pytest.approx(gain, abs=6e-4)
     _check_cells(
-        report.rows["Tokens per answer"], np.array([(a["tokens"], b["tokens"]) for a, b in pairs], float), 0.06
+        report.rows["Tokens per response"], np.array([(a["tokens"], b["tokens"]) for a, b in pairs], float), 0.06
     )
     kl = [_kl(lines) for lines in (report.before, report.after)]
     assert list(map(number, report.rows["KL to the reference, nats per token"][:2])) == pytest.approx(kl, abs=6e-4)
     assert number(report.tiles["KL to the reference"][0]) == pytest.approx(kl[1], abs=6e-4)
     shares = [len({line["answer"].strip() for line in lines}) / len(lines) for lines in (report.before, report.after)]
-    for shown, share in zip(report.rows["Distinct answers"], shares, strict=False):
+    for shown, share in zip(report.rows["Distinct responses"], shares, strict=False):
         _check_percent(shown, share)
-    value, detail = report.tiles["Distinct answers"]
+    value, detail = report.tiles["Distinct responses"]
     _check_percent(value, shares[1])
     assert number(detail) == len(report.after)
 
@@ -142,7 +142,7 @@ def _kl(lines: Sequence[Row]) -> float:
 
 def _check_training(report: Report) -> None:
     accuracy = report.values("rm", "validation/accuracy")
-    value, detail = report.tiles["Held-out pairs ranked right"]
+    value, detail = report.tiles["Preference accuracy, held out"]
     _check_percent(value, accuracy[-1][1])
     assert number(detail) == accuracy[-1][0]
     perplexity = report.values("sft", "validation/perplexity")

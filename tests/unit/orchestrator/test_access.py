@@ -106,7 +106,7 @@ def test_a_process_may_have_clusters_one_after_another(monkeypatch: pytest.Monke
 
 def test_a_place_for_rays_files_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc")
-    with pytest.raises(RunError, match=r"^TMPDIR: nothing can be written in /proc: "), connected(settings()):
+    with pytest.raises(RunError, match=r"^TMPDIR: cannot write to /proc: "), connected(settings()):
         pass
 
 
@@ -114,7 +114,7 @@ def test_what_listens_there_but_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("orchestrator.run.access.RESPONSE_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         at = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(RunError, match=f"was '{at}', where no Ray cluster answers: "), connected(settings(at)):
+        with pytest.raises(RunError, match=f"was '{at}', where no Ray cluster responds: "), connected(settings(at)):
             pass
 
 
@@ -156,7 +156,7 @@ def test_every_port_refuses_who_has_no_token_or_a_wrong_one(cluster: Cluster) ->
 def test_the_dashboard_and_its_job_server_ask_for_the_token(cluster: Cluster) -> None:
     said = dashboard()
     assert said is not None
-    url, _, file = said.removeprefix("Ray's dashboard: ").partition("; it asks for the token in ")
+    url, _, file = said.removeprefix("Ray's dashboard: ").partition("; it requires the token in ")
     token = Path(file).read_text()
 
     def answer(path: str, shown: str | None, body: dict[str, Any] | None = None) -> int:
@@ -178,12 +178,12 @@ def test_who_has_the_token_comes_in_and_nobody_else(cluster: Cluster, tmp_path: 
     """HOME without a token of Ray's; with one that belongs to another cluster; and the right one."""
     asks = f"cluster.address: was '{address()}', a cluster"
     assert join(HOME=str(tmp_path)) == (
-        f"{asks} that asks for a token (RAY_AUTH_MODE=token), and there is none in {tmp_path}/.ray/auth_token, nor in a file "
-        "that RAY_AUTH_TOKEN_PATH names, nor in RAY_AUTH_TOKEN"
+        f"{asks} that requires a token (RAY_AUTH_MODE=token), but there is none in {tmp_path}/.ray/auth_token, in a file "
+        "named by RAY_AUTH_TOKEN_PATH, or in RAY_AUTH_TOKEN"
     )
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(64 * "0")
-    assert join(HOME=str(tmp_path)).startswith(f"{asks} with another token than the one in {tmp_path}/.ray/auth_token")
+    assert join(HOME=str(tmp_path)).startswith(f"{asks} whose token is not the one in {tmp_path}/.ray/auth_token")
     assert join(RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"]) == "in 42"
 
 

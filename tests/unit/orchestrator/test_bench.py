@@ -112,7 +112,7 @@ def test_batches_are_per_rank(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"model": "huge"}, "--model: was 'huge'; must be one of s, m,"),
-        ({"total": 2048}, "--lengths: 2048 tokens in all, and the model has 1024 positions"),
+        ({"total": 2048}, "--lengths: 2048 tokens in total, but the model has 1024 positions"),
         ({"update_timesteps": 7}, "--update_timesteps: was 7, which does not divide the 3 x 8 timesteps"),
     ],
 )
@@ -124,13 +124,13 @@ def test_refusals_name_the_flag(tmp_path: Path, changes: dict[str, Any], message
 def test_critic_and_reward_model_share_together_or_not_at_all(tmp_path: Path) -> None:
     assert Benchmark(**DEFAULTS | {"share": ("actor", "critic", "reference", "reward")}).shares_reward
     assert not Benchmark(**DEFAULTS | {"share": ("actor", "reference")}).shares_reward
-    with pytest.raises(RunError, match="--share: has critic alone of critic and reward"):
+    with pytest.raises(RunError, match="--share: has only critic of critic and reward"):
         _ = Benchmark(**DEFAULTS | {"share": ("actor", "critic")}).shares_reward
 
 
 def test_sizes_of_memory() -> None:
     assert (memory_of("16GiB"), memory_of("1.5gib"), memory_of("500MB")) == (16 * 2**30, 3 * 2**29, 500_000_000)
-    with pytest.raises(RunError, match="--memory: was 'much'; must be a size such as 16GiB"):
+    with pytest.raises(RunError, match="--memory: was 'much'; must be a size, for example 16GiB"):
         memory_of("much")
 
 
@@ -196,7 +196,7 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
     assert all(size > 100 * 2**20 for size in peak["roles"].values())
     assert peak["total"] == max(sizes["total"] for sizes in peak["phases"].values()) > max(peak["roles"].values())
     assert {"load", "generate", "score", "train", "publish"} <= set(peak["phases"])
-    for text in ("as the original counted", "cached generation", "peak memory", f"{shape.parameters:,}"):
+    for text in ("original formula", "cached generation", "peak memory", f"{shape.parameters:,}"):
         assert text in done.stdout
     assert PROMPTS == 1000
 
@@ -208,7 +208,7 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
         ("troupe: no room\n", "no room"),
         ("Traceback\n  File\nMemoryError: 3\n\n", "MemoryError: 3"),
         ('Traceback (most recent call last):\n  File "a.py"\nOSError: no model\nTry another', "OSError: no model"),
-        ("", "without a word"),
+        ("", "no output"),
     ],
 )  # fmt: skip
 def test_a_failed_attempt_says_why_in_one_line(log: str, said: str) -> None:
@@ -229,8 +229,8 @@ def test_capacity_under_a_limit_that_nothing_passes() -> None:
             env=os.environ | {"TMPDIR": name},
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "ddp float32, s: passes the limit" in done.stdout
-        assert "ddp float32: no model of the ladder runs" in done.stdout
+        assert "ddp float32, s: exceeds the limit" in done.stdout
+        assert "ddp float32: no preset model runs" in done.stdout
         found = json.loads(result.read_text())
         assert found["ways"]["ddp float32"]["largest"] is None
         assert found["limit_bytes"] == 500 * 2**20 < found["ways"]["ddp float32"]["attempts"][0]["peak"]

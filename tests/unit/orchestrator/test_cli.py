@@ -100,7 +100,7 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
         (["ppo.policy_loss=clip"], "troupe: ppo.policy_loss: 'clip' is not registered; it may be "),
         (
             ["model.path=./nowhere"],
-            f"troupe: model.path: was './nowhere', which is no folder with a model; there is no {ROOT}/nowhere/config.json\n",
+            f"troupe: model.path: was './nowhere', which is not a model's folder; {ROOT}/nowhere/config.json does not exist\n",
         ),
         (
             ["model.lora={}", "model.quantize=4bit"],
@@ -116,7 +116,10 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
             ["ppo.rewards=[{kind: http, name: h, url: 'http://localhost', token_env: NOT_SET_ANYWHERE}]"],
             "troupe: ppo.rewards.0.token_env: the environment variable NOT_SET_ANYWHERE is not set\n",
         ),
-        (["ppo.rewards=[{kind: model, path: ./nowhere}]"], "troupe: ppo.rewards.0.path: was './nowhere', which is no folder"),
+        (
+            ["ppo.rewards=[{kind: model, path: ./nowhere}]"],
+            "troupe: ppo.rewards.0.path: was './nowhere', which is not a model's folder",
+        ),
         (
             ["ppo.evaluation.judges=[{name: j, function: 'none:none'}]"],
             "troupe: ppo.evaluation.judges.0.function: cannot import 'none:none': No module named 'none'\n",
@@ -142,7 +145,7 @@ def test_a_place_where_no_folder_can_be_is_refused(micro: Path, tmp_path: Path, 
     (tmp_path / "file").touch()
     runs = runs.format(tmp_path)
     said = refused("sft", micro, f"runs={runs}")
-    assert said.startswith(f"troupe: runs: no folder {runs}/micro can be made or written to: {reason.format(tmp_path)}")
+    assert said.startswith(f"troupe: runs: cannot make or write to the folder {runs}/micro: {reason.format(tmp_path)}")
     assert len(said.splitlines()) == 1
 
 
@@ -152,7 +155,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(micro: Path, tmp_path: P
     said = refused("sft", micro, f"runs={tmp_path}/runs")
     assert (
         said
-        == f"troupe: runs: no folder {tmp_path}/runs/micro can be made or written to: {tmp_path}/runs: Permission denied\n"
+        == f"troupe: runs: cannot make or write to the folder {tmp_path}/runs/micro: {tmp_path}/runs: Permission denied\n"
     )
 
 
@@ -192,16 +195,16 @@ def test_a_run_goes_on_where_it_began(micro: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "elsewhere")
     result = troupe("resume", f"../{run.folder.relative_to(tmp_path)}")
     first, *_, last = result.stdout.splitlines()
-    assert first == f"in {began}, where this run began"
+    assert first == f"working folder: {began}, where this run began"
     assert last.startswith("checked in ") and last.endswith(" s; connecting to Ray")
-    assert "where no Ray cluster answers" in result.stderr
+    assert "where no Ray cluster responds" in result.stderr
     assert Run.open(run.folder).working_folder == str(began)
 
 
 def test_an_adapter_of_a_model_that_vllm_applies_none_to_is_refused(micro: Path, tmp_path: Path) -> None:
     path = make_model(tmp_path / "gpt2", "gpt2")
     said = refused("pipeline", micro, f"model.path={path}", "model.lora={}", "publish.lora=adapter")
-    assert said == "troupe: publish.lora: was 'adapter', but vLLM serves no adapters of gpt2 models; merged would fit\n"
+    assert said == "troupe: publish.lora: was 'adapter', but vLLM serves no adapters of gpt2 models; use merged\n"
 
 
 def test_all_wrong_settings_at_once(micro: Path) -> None:
@@ -229,7 +232,9 @@ def test_margins_that_no_row_has(micro: Path) -> None:
 
 def test_adapters_on_weights_that_are_drawn(micro: Path) -> None:
     message = refused("sft", micro, "model.init=random", "model.lora.rank=4")
-    assert message.startswith("troupe: model.lora: adapters are trained beside weights that stay as they are")
+    assert message.startswith(
+        "troupe: model.lora: adapters need trained base weights, but with model.init=random the base is random"
+    )
 
 
 def test_no_config(tmp_path: Path) -> None:
@@ -237,7 +242,7 @@ def test_no_config(tmp_path: Path) -> None:
 
 
 def test_ppo_without_a_reward_model(micro: Path) -> None:
-    assert refused("ppo", micro).startswith("troupe: ppo.rewards.0.path: none is named, and this run has no rm stage")
+    assert refused("ppo", micro).startswith("troupe: ppo.rewards.0.path: not set, and this run has no rm stage")
 
 
 def test_a_stage_that_the_config_lacks(micro: Path) -> None:
@@ -259,7 +264,7 @@ def test_a_cluster_that_cannot_be_read(micro: Path) -> None:
 def test_a_run_that_is_not_there(command: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     options = ["--prompts", tmp_path / "p.jsonl"] if command == "generate" else []
-    assert refused(command, tmp_path, *options) == f"troupe: {tmp_path}: no run is here (no config.yaml)\n"
+    assert refused(command, tmp_path, *options) == f"troupe: {tmp_path}: not a run's folder (no config.yaml)\n"
 
 
 def test_generate_says_what_is_wrong_before_it_loads_a_model(micro: Path, tmp_path: Path) -> None:
@@ -270,17 +275,17 @@ def test_generate_says_what_is_wrong_before_it_loads_a_model(micro: Path, tmp_pa
     run.save()
     prompts = micro.parent / "prompts.jsonl"
     assert "no such file" in refused("generate", run.folder, "--prompts", tmp_path / "none.jsonl")
-    assert "there is no folder" in refused(
+    assert "does not exist" in refused(
         "generate", run.folder, "--prompts", prompts, "--output", tmp_path / "none" / "a.jsonl"
     )
     message = refused("generate", run.folder, "--prompts", prompts, "--output", tmp_path / "a.jsonl")
-    assert message == f"troupe: {run.folder}: has no finished sft or ppo stage; finished: none\n"
+    assert message == f"troupe: {run.folder}: no finished sft or ppo stage; finished: none\n"
 
 
 def test_a_job_in_a_copy_of_the_folder_needs_an_absolute_runs(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://package.zip"}}')
     message = refused("sft", micro, "runs=runs")
-    assert message.startswith("troupe: runs: was 'runs', in the copy of the working folder")
+    assert message.startswith("troupe: runs: was 'runs', in the job's copy of the working folder")
 
 
 def test_a_run_that_another_process_works_on_keeps_its_record(micro: Path) -> None:
@@ -293,16 +298,16 @@ def test_a_run_that_another_process_works_on_keeps_its_record(micro: Path) -> No
         run.save()
         noted = (run.folder / "config.yaml").read_text()
         result = troupe("sft", micro, "sft.epochs=9")
-    assert result.stderr == f"troupe: {run.folder}: another process is at work in this run\n"
+    assert result.stderr == f"troupe: {run.folder}: another process is running this run\n"
     assert (run.folder / "config.yaml").read_text() == noted
 
 
 @pytest.mark.parametrize(
     ("address", "what"),
     [
-        ("ray://head:10001", "an address of Ray Client, through which Troupe does not run"),
-        ("http://head:8265", "the address of a job server, which `ray job submit` alone understands"),
-        ("head", "no address of a cluster"),
+        ("ray://head:10001", "an address of Ray Client, which Troupe does not support"),
+        ("http://head:8265", "the address of a job server, which only `ray job submit` accepts"),
+        ("head", "not an address of a cluster"),
     ],
 )
 def test_an_address_that_is_no_cluster_is_refused(
@@ -317,7 +322,7 @@ def test_an_address_that_is_no_cluster_is_refused(
 def test_a_cluster_that_is_not_there(micro: Path) -> None:
     result = troupe("sft", micro, "cluster.address=127.0.0.1:1")
     assert result.exit_code == 2
-    assert result.stderr.startswith("troupe: cluster.address: was '127.0.0.1:1', where no Ray cluster answers: ")
+    assert result.stderr.startswith("troupe: cluster.address: was '127.0.0.1:1', where no Ray cluster responds: ")
 
 
 @pytest.mark.parametrize("command", ["resume", "report", "status", "chat", "generate", "sft", "pipeline", "plan"])
@@ -326,7 +331,7 @@ def test_the_home_folder_stands_for_a_tilde(command: str, tmp_path: Path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     options = ["--prompts=~/p.jsonl", "--output=~/a.jsonl"] if command == "generate" else []
-    reason = "no such file" if command in ("sft", "pipeline", "plan") else "no run is here (no config.yaml)"
+    reason = "no such file" if command in ("sft", "pipeline", "plan") else "not a run's folder (no config.yaml)"
     assert refused(command, "~/none", *options) == f"troupe: {tmp_path}/none: {reason}\n"
 
 
@@ -381,7 +386,7 @@ def test_plan_draws_a_picture(file: str, start: bytes, tmp_path: Path) -> None:
 
 
 def test_plan_says_what_it_needs(tmp_path: Path) -> None:
-    assert "a file with settings, or --model, is needed" in refused("plan")
+    assert "needs a file with settings, or --model" in refused("plan")
     assert "--model: 9b is no local folder" in refused("plan", "--model", "9b")
     message = refused("plan", "--model", "s", "--cluster", "1x8cpu", "--picture", "a.pdf", "--json")
     assert "must end in .svg, .png, .html" in message

@@ -153,7 +153,7 @@ def test_a_run_that_fails_for_ever_leaves_so_many_files(tmp_path: Path) -> None:
         log.write("actor-died", f"train: failure {i}")
     found = texts(tmp_path)
     assert len(found) == MAX_FILES + 1
-    assert "train: failure 202" in found["more.txt"] and "3 failures more" in found["more.txt"]
+    assert "train: failure 202" in found["more.txt"] and "3 more failures" in found["more.txt"]
     again = FailureLog(tmp_path)
     again.write("actor-died", "train: in another session")
     assert len(texts(tmp_path)) == MAX_FILES + 1

@@ -55,7 +55,7 @@ def flip(folder: Path) -> None:
 
 
 DAMAGES = [
-    (flip, "actor/weights has another content than when it was saved"),
+    (flip, "actor/weights has changed since it was saved"),
     (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
     (lambda folder: os.truncate(folder / "actor" / "weights", 99_999), "has 99,999 bytes, had 100,000"),
     (lambda folder: (folder / CHECKSUMS).unlink(), f"{CHECKSUMS} is missing"),
@@ -101,7 +101,7 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
         data = bytearray(b"\x00\xff\x10")
         data[bit // 8] ^= 1 << bit % 8
         (tmp_path / "small").write_bytes(data)
-        assert verify(tmp_path) == ["small has another content than when it was saved"]
+        assert verify(tmp_path) == ["small has changed since it was saved"]
 
 
 # ---------------------------------------------------------------- killed
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_finds_no_room_harms_no_other(small_disk: Path) -> Non
     run = Run(RunConfig.model_validate({"name": "a", "model": {"path": "m"}}), small_disk / "a")
     run.save()
     first = save(run, 1)
-    with pytest.raises(DiskError, match=r"checkpoints/ppo/2: cannot be written: .* MiB are free there\)"):
+    with pytest.raises(DiskError, match=r"checkpoints/ppo/2: cannot be written: .* MiB free\)"):
         save(run, 2, size=2_000_000)
     assert run.checkpoints("ppo") == [1]
     assert verify(first) == []
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_finds_no_room_harms_no_other(small_disk: Path) -> Non
 
 def test_a_library_that_hides_the_reason_is_seen_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.save says of a full disk names neither file nor disk."""
-    monkeypatch.setattr("orchestrator.storage.atomic_files._FULL", 2**60)
+    monkeypatch.setattr("orchestrator.storage.atomic_files._FULL_BELOW", 2**60)
     with (
         pytest.raises(DiskError, match="x: cannot be written: the disk is full"),
         atomic_directory(tmp_path / "x"),
@@ -214,7 +214,7 @@ def test_the_config_says_whether_training_goes_on(small_disk: Path, on_error: st
 
     if on_error == "continue":
         tolerated()
-        assert "cannot be written" in warnings[0] and "going on" in warnings[0]
+        assert "cannot be written" in warnings[0] and "the run continues" in warnings[0]
     else:
         with pytest.raises(DiskError):
             tolerated()
@@ -241,7 +241,7 @@ def test_metrics_that_find_no_room_wait_for_it(small_disk: Path) -> None:
     for step in (1, 2):
         recorder.record(step, {"kl": step})
     for step in (3, 4):  # lines that do not fit, of which some bytes do
-        with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written: .* MiB are free there\)"):
+        with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written: .* MiB free\)"):
             recorder.record(step, {f"{'x' * 1_500_000}": step} if step == 3 else {"kl": step})
         assert [line["step"] for line in read_metrics(small_disk)] == [1, 2]
         assert (small_disk / "metrics.jsonl").read_bytes().endswith(b"\n")

@@ -89,7 +89,7 @@ def test_check_prints_what_became_of_the_rows_and_starts_nothing(folder: Path, m
         "ppo.prompts             60 prompts, 600 tokens, longest 11",
         "ppo.evaluation.prompts  6 prompts, 60 tokens, longest 10",
     ]
-    assert last.startswith("nothing is wrong; checked in ")
+    assert last.startswith("no problems; checked in ")
     assert not (folder / "runs").exists()
     assert {child.pid for child in psutil.Process().children(recursive=True)} == before
 
@@ -216,7 +216,7 @@ def test_a_reward_model_that_reads_otherwise(
     change(reward_model)
     (problem,) = told(folder, *asked, stages=["ppo"])
     assert problem.startswith(f"ppo.rewards.0.tokenizer: was policy, but {reward_model} has {said}")
-    assert "own would fit" in problem
+    assert "; use own: " in problem
     assert told(folder, *asked[:-1], own, stages=["ppo"]) == []
 
 

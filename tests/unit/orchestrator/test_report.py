@@ -278,7 +278,7 @@ def test_the_numbers_are_those_of_the_files(whole: Path, whole_page: tuple[str, 
     _, page = whole_page
     rewards = [[line["reward"] for line in lines] for lines in (before, after)]
     gain = (fmean(rewards[1]) - fmean(rewards[0])) / stdev(rewards[0])
-    assert f"{gain:+.2f} SD" in page.text
+    assert f"Reward gain (std), held out{gain:+.2f}" in page.text
     differences = [late - early for early, late in zip(*rewards, strict=True)]
     half = 1.9693 * stdev(differences) / 16  # Student's t with 255 degrees of freedom; 256 prompts.
     mean = fmean(differences)
@@ -339,7 +339,8 @@ def test_what_was_refused_and_left_out_is_said(folder: Path) -> None:
             )
     _, page = page_of(folder)
     assert (
-        "3 steps · KL 0.100 (step 3) · 2 optimizer steps of the actor refused · 3 answers not trained on" in page.text
+        "3 steps · KL 0.100 (step 3) · 2 skipped optimizer steps of the actor · 3 responses excluded from training"
+        in page.text
     )
 
 
@@ -355,7 +356,7 @@ def test_models_and_data_are_those_of_the_stages_that_ran(folder: Path) -> None:
         recorder.record(1, {"kl": 0.1})
     write_evaluation(folder, count=6)
     _, page = page_of(folder)
-    assert "answered by the model before PPO" in page.text, "there was no SFT stage, though the config has one"
+    assert "with responses of the model before PPO" in page.text, "there was no SFT stage, though the config has one"
     assert "data/prompts.jsonl" in page.text.partition("Stages")[0]
     assert "data/sft.jsonl" not in page.text.partition("Stages")[0]
 
@@ -417,7 +418,7 @@ def test_evaluations_of_other_prompts_are_refused(folder: Path) -> None:
     path = folder / "evaluation" / "after.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
-    with pytest.raises(ValueError, match=r"after\.jsonl:2: another prompt"):
+    with pytest.raises(ValueError, match=r"after\.jsonl:2: not the prompt of "):
         write_report(folder)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match=r"7 prompts, but .*before\.jsonl has 8"):

@@ -35,7 +35,7 @@ def test_two_processes_do_not_work_in_one_run(tmp_path: Path) -> None:
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match="another process is at work in this run"), run.locked():
+        with pytest.raises(RunError, match="another process is running this run"), run.locked():
             pass
     finally:
         other.kill()
@@ -131,7 +131,7 @@ def test_what_changes_results_is_refused_unless_asked_for(tmp_path: Path) -> Non
     record(run, "sft")
     moved = Run.open(run.folder, ["placement.devices.actor=2", "strategy=zero2"])
     assert moved.config.strategy == "zero2"
-    with pytest.raises(RunError, match=r"other settings.*--accept-changes\n  seed: 1 there, 2 asked for$"):
+    with pytest.raises(RunError, match=r"other settings.*--accept-changes\n  seed: 1 in the run, 2 now$"):
         Run.open(run.folder, ["seed=2"])
     assert Run.open(run.folder, ["seed=2"], accept_changes=True).config.seed == 2
 
@@ -158,9 +158,9 @@ def test_what_a_finished_stage_was_run_with_stays(tmp_path: Path, way: str, chan
         WAYS[way](tmp_path, change)
     first, *changes = str(caught.value).splitlines()
     assert first == (
-        f"{run.folder}: has finished (sft) with other settings, which config.yaml goes on to say. To train with these choose "
-        f"another name; start_from={run.folder} takes the models of stages that the new run does not run from here, "
-        f"model.path={run.folder}/models/sft trains that model further"
+        f"{run.folder}: has finished (sft) with other settings, which config.yaml keeps. To train with the new settings choose "
+        f"another name; with start_from={run.folder} the new run uses this run's models of the stages that it does not run "
+        f"itself, with model.path={run.folder}/models/sft it trains that model further"
     )
     assert [line.split(":")[0].strip() for line in changes] in ([change.partition("=")[0]], ["model.lora"])
     assert (run.folder / "config.yaml").read_text() == before
@@ -175,7 +175,7 @@ def test_settings_of_the_stages_that_a_finished_one_started_from_stay_too(tmp_pa
         record(run, stage, finished=True)
     run.model("sft").rmdir()
     with pytest.raises(
-        RunError, match=r"has finished \(rm\) with other settings(.|\n)*sft.epochs: 1.0 there, 8.0 asked for"
+        RunError, match=r"has finished \(rm\) with other settings(.|\n)*sft.epochs: 1.0 in the run, 8.0 now"
     ):
         Run.begin(staged(tmp_path, "sft.epochs=8"), ["sft"], accept_changes=True)
 
@@ -185,7 +185,7 @@ def test_demonstrations_that_other_stages_borrow_are_theirs_too(tmp_path: Path) 
     run.save()
     record(run, "rm", finished=True)
     assert Run.begin(staged(tmp_path, "sft.epochs=8"), ["sft"]).config.sft.epochs == 8  # type: ignore[union-attr]
-    with pytest.raises(RunError, match=r"\n  sft.train.path: 'a.jsonl' there, 'z.jsonl' asked for$"):
+    with pytest.raises(RunError, match=r"\n  sft.train.path: 'a.jsonl' in the run, 'z.jsonl' now$"):
         Run.begin(staged(tmp_path, "sft.train.path=z.jsonl"), ["sft"], accept_changes=True)
 
 
@@ -216,7 +216,7 @@ def test_a_stage_that_begins_anew_was_not_changed_on_the_way(tmp_path: Path) -> 
 def test_resume_goes_on_in_the_folder_that_is_named(tmp_path: Path, override: str) -> None:
     run = Run.begin(staged(tmp_path), ["sft"])
     run.save()
-    with pytest.raises(RunError, match=rf"^{override.partition('=')[0]}: was '\w+', but the run goes on in its folder"):
+    with pytest.raises(RunError, match=rf"^{override.partition('=')[0]}: was '\w+', but the run stays in its folder"):
         Run.open(run.folder, [override], accept_changes=True)
     run.folder.rename(tmp_path / "b")
     assert Run.open(tmp_path / "b").config.name == "a", "a folder may be renamed"

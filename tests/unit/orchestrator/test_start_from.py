@@ -98,25 +98,25 @@ def test_only_what_is_needed_must_be_there(runs: Path) -> None:
     finished("sft-only", ["sft"])
     rewards = "ppo.rewards=[{kind: function, name: short, function: 'tests.support.micro:short'}]"
     assert begin("b", ["ppo"], "start_from=runs/sft-only", rewards).reward_models() == {}
-    assert refusal("c", ["ppo"], "start_from=runs/sft-only").startswith("ppo.rewards.0.path: none is named")
+    assert refusal("c", ["ppo"], "start_from=runs/sft-only").startswith("ppo.rewards.0.path: not set")
 
 
 @pytest.mark.parametrize(
     ("stages", "named", "says"),
     [
-        (["ppo"], "runs/none", "start_from: was 'runs/none', where no run is (no config.yaml)"),
+        (["ppo"], "runs/none", "start_from: was 'runs/none', which is not a run's folder (no config.yaml)"),
         (["ppo"], "runs/b", "start_from: was 'runs/b', which leads back to the run itself; name another run"),
         (
             ["sft", "rm", "ppo"],
             "runs/a",
-            "start_from: was 'runs/a', but nothing would be taken from there: this run runs sft, rm, ppo itself, and there sft, "
-            "rm is finished. To train a model of that run further, name it: model.path=runs/a/models/sft",
+            "start_from: was 'runs/a', but this run would use none of its models: it runs sft, rm, ppo itself, and that run "
+            "has finished sft, rm. To train a model of that run further: model.path=runs/a/models/sft",
         ),
         (
             ["sft"],
             "runs/a",
-            "start_from: was 'runs/a', but nothing would be taken from there: this run runs sft itself, and there sft, rm is "
-            "finished. To train a model of that run further, name it: model.path=runs/a/models/sft",
+            "start_from: was 'runs/a', but this run would use none of its models: it runs sft itself, and that run has "
+            "finished sft, rm. To train a model of that run further: model.path=runs/a/models/sft",
         ),
         (
             ["ppo"],
@@ -143,12 +143,12 @@ def test_a_circle_of_runs_is_refused(runs: Path) -> None:
 
 def test_other_models_and_forms_are_refused(runs: Path) -> None:
     assert refusal("b", ["ppo"], "start_from=runs/a", "model.path=preset:m") == (
-        "model.path: was 'preset:m', but runs/a, from where start_from takes the sft model, began with 'preset:s'; name that, or "
+        "model.path: was 'preset:m', but runs/a, whose sft model start_from uses, began with 'preset:s'; use that path, or "
         "leave start_from out"
     )
     begin("b", ["ppo"], "start_from=runs/a", "model.path=runs/a/models/sft")
     assert refusal("b", ["ppo"], "start_from=runs/a", "chat_template=true") == (
-        "chat_template: was True, but runs/a, from where start_from takes the sft model, was trained with False; must be the same"
+        "chat_template: was True, but runs/a, whose sft model start_from uses, was trained with False; must be the same"
     )
     for other in ("system_prompt=Be brief.", "chat_template_args={thinking: false}", "model.end_tokens=[<end>]"):
         assert refusal("b", ["ppo"], "start_from=runs/a", other).startswith(f"{other.partition('=')[0]}: was ")
@@ -186,6 +186,6 @@ def test_start_from_may_change_until_it_has_been_used(runs: Path) -> None:
     begin("b", ["ppo"], "start_from=runs/a").save()
     line = {"stage": "ppo", "step": 1, "time": 0.0}
     (runs / "b" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(RunError, match=r"has begun \(sft, ppo\).*\n  start_from: 'runs/a' there, None asked for$"):
+    with pytest.raises(RunError, match=r"has begun \(sft, ppo\).*\n  start_from: 'runs/a' in the run, None now$"):
         Run.begin(settings("b"), ["ppo"])
     assert [stage for stage in STAGES if Run.open(runs / "b").finished(stage)] == ["sft"]

@@ -124,7 +124,7 @@ def test_a_driver_gives_signs_of_life_whatever_it_does(tmp_path: Path, monkeypat
     ("error", "how", "text"),
     [
         (None, "finished", ""),
-        (Stopped("stopped after step 5 of sft; go on with: troupe resume x", 15), "stopped", "stopped after step 5 of sft"),
+        (Stopped("stopped after step 5 of sft; resume with: troupe resume x", 15), "stopped", "stopped after step 5 of sft"),
         (KeyboardInterrupt(), "stopped", "stopped at once, in the middle of a step"),
         (ValueError("no such thing\nat all"), "failed", "ValueError: no such thing"),
         (AssertionError(), "failed", "AssertionError"),
@@ -156,22 +156,22 @@ def test_seconds_are_those_of_all_sessions(tmp_path: Path) -> None:
 
 def test_a_run_at_work_and_one_that_gives_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(tmp_path)
-    assert "demo: not running; nothing was done" in said(run)
+    assert "demo: not running; no step was done" in said(run)
     with driver(run) as process:
         text = said(run)
         assert text.startswith("demo: running, 0:0")
         assert "sft: 4 of 12 steps done; phase train for 0:0" in text
-        assert f"pid {process.pid}, last sign of life" in text
+        assert f"pid {process.pid}, last heartbeat" in text
         os.kill(process.pid, signal.SIGSTOP)
         monkeypatch.setattr(condition, "SILENT_AFTER_S", 0.5)
         wait_for(lambda: Condition.of(run).state == "silent", 60)
         text = said(run)
-        assert text.startswith("demo: NO SIGN OF LIFE for ")
+        assert text.startswith("demo: NO HEARTBEAT for ")
         assert "phase train for 0:0" in text
-        assert f"pid {process.pid} (stopped by a signal; `kill -CONT` lets it go on)" in text
+        assert f"pid {process.pid} (stopped by a signal; `kill -CONT` continues it)" in text
     text = said(run)
     assert text.startswith("demo: not running; killed: the driver was killed (sft: 4 of 12 steps done, phase train, ")
-    assert f"to go on: troupe resume {run.folder} (sft begins at step 1)" in text
+    assert f"to resume: troupe resume {run.folder} (sft begins at step 1)" in text
     (run.folder / "checkpoints" / "sft" / "4").mkdir(parents=True)
     assert "(from the checkpoint of sft after step 4)" in said(run)
 
@@ -190,7 +190,7 @@ def test_of_a_call_that_is_waited_for_its_deadline_is_said(tmp_path: Path) -> No
             run.write(FILE, status | {"awaited": awaited | {"since": now - 580, "until": until}, "time": now})
             text = " ".join(said(run).split())
             assert "phase train for 10:0" in text
-            assert "waiting for actor rank 0, 1 to answer train_answers, for 9:4" in text
+            assert "waiting for actor rank 0, 1: train_answers, for 9:4" in text
 
             assert re.search(rf"the deadline of \d+:\d\d {words} \(deadlines\.train\)", text), text
             assert "actor 0 127.0.0.1 4711 2" in text
@@ -207,11 +207,11 @@ def test_a_finished_run_shows_its_end_and_no_dead_workers(tmp_path: Path) -> Non
     finish(run, "rm", 3600.0)
     text = said(run)
     assert "demo is finished" in text
-    assert "reward model  99.96% of held-out pairs ranked right · 9 steps in 1:00:00" in text
+    assert "reward model  preference accuracy 99.96% on held-out pairs · 9 steps in 1:00:00" in text
     assert f"report        {run.folder}/report.html" in text
     assert f"curves        tensorboard --logdir {run.folder}/tensorboard" in text
     assert f"model         {run.folder}/models/sft" in text
-    assert "took 1:01:05 in all" in text
+    assert "total time 1:01:05" in text
     assert "4711" not in text
 
 
@@ -269,7 +269,7 @@ def test_the_list_of_runs_fits_80_columns(tmp_path: Path) -> None:
     lines = result.output.splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].split() == ["run", "stage", "step", "state", "result", "age"]
-    assert lines[-1].split() == ["done", "rm", "5/12", "finished", "pairs", "99.96%", "3", "d"]
+    assert lines[-1].split() == ["done", "rm", "5/12", "finished", "accuracy", "99.96%", "3", "d"]
     by_name = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert by_name.keys() == {"done", "a-name-that-is-long…", "new", "broken"}
     assert by_name["a-name-that-is-long…"][:3] == ["sft", "5/12", "stopped"]
@@ -280,7 +280,7 @@ def test_the_list_of_runs_fits_80_columns(tmp_path: Path) -> None:
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["list", str(tmp_path)]).output == f"no runs in {tmp_path}\n"
     result = CliRunner().invoke(app, ["list", str(tmp_path / "none")])
-    assert (result.exit_code, result.stderr) == (2, f"troupe: {tmp_path}/none: no such folder\n")
+    assert (result.exit_code, result.stderr) == (2, f"troupe: {tmp_path}/none: the folder does not exist\n")
 
 
 def test_the_version_is_told_with_what_it_runs_on() -> None:
@@ -311,5 +311,5 @@ def test_the_answer_log_may_change_at_any_time(tmp_path: Path) -> None:
     run.save()
     (run.folder / "metrics.jsonl").write_text('{"stage": "ppo", "step": 1, "time": 0, "kl": 1.0}\n')
     assert Run.open(run.folder, ["ppo.answer_log=null"]).config.ppo.answer_log is None  # type: ignore[union-attr]
-    with pytest.raises(RunError, match=r"ppo\.steps: 9 there, 8 asked for$"):
+    with pytest.raises(RunError, match=r"ppo\.steps: 9 in the run, 8 now$"):
         Run.open(run.folder, ["ppo.answer_log=null", "ppo.steps=8"])
