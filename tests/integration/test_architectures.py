@@ -25,7 +25,9 @@ from orchestrator.evaluation.evaluate import weighted_sum
 from orchestrator.worker_groups.failures import WorkerError
 from orchestrator.worker_groups.team import Team
 from placement import Cluster
+from tests.support.apis import DyingRolloutApi
 from tests.support.models import ARCHITECTURES, make_model, make_reward_model
+from workers.api import RolloutApi
 from workers.data import Row
 from workers.weight_sync.probe import Probe
 
@@ -149,13 +151,13 @@ def test_an_engine_that_computes_something_else_after_an_update_is_an_error(team
     told: list[tuple[str, str]] = []
     team.recovery.on_failure = lambda role, kind: told.append((role, kind))
     engine = team.groups["rollout"]
-    engine.call("go_wrong", "finish_weight_update", 2).get()
+    engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 2).get()
     refused(1, lambda: team.publish(1))
     assert told == [("rollout", "error")], "the first time"
     with pytest.raises(WorkerError, match=r"StaleWeights: rollout-0 holds no published weights"):
         team.generate("prompts", np.arange(2), 1).get()
 
-    engine.call("go_wrong", "finish_weight_update", 1).get()
+    engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 1).get()
     assert team.publish(1).gap < 1e-5, "it is mended by sending them once more"
     assert len(told) == 2
     assert team.generate("prompts", np.arange(2), 1).get().versions == {1}
@@ -163,7 +165,7 @@ def test_an_engine_that_computes_something_else_after_an_update_is_an_error(team
 
 def test_an_engine_that_computes_something_else_from_the_start_is_an_error(team: Team, tmp_path: Path) -> None:
     start = make_model(tmp_path / "model", "llama", seed=1)
-    team.groups["rollout"].call("go_wrong", "load", 1).get()
+    team.groups["rollout"].call(DyingRolloutApi.go_wrong, "load", 1).get()
     refused(0, lambda: begin(team, start))
     begin(team, start)
 
@@ -174,10 +176,10 @@ def test_an_exported_folder_that_was_changed_is_not_what_was_trained(team: Team,
     team.export("actor", trained := tmp_path / "trained")
     engine, probe = team.groups["rollout"], Probe.load(trained)
     assert probe
-    engine.call("load", str(trained), "object_store", 64).get()
-    assert engine.call("prove", 0, probe).get()[0] < 1e-5
+    engine.call(RolloutApi.load, str(trained), "object_store", 64).get()
+    assert engine.call(RolloutApi.prove, 0, probe).get()[0] < 1e-5
     tensors = load_file(trained / "model.safetensors")
     tensors["model.norm.weight"] *= 1.1
     save_file(tensors, trained / "model.safetensors", metadata={"format": "pt"})
-    engine.call("load", str(trained), "object_store", 64).get()
-    refused(0, lambda: engine.call("prove", 0, probe).get())
+    engine.call(RolloutApi.load, str(trained), "object_store", 64).get()
+    refused(0, lambda: engine.call(RolloutApi.prove, 0, probe).get())

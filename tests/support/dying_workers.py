@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.apis import DyingRolloutApi
 from workers.process.worker import Worker
 from workers.rewards.worker import RewardWorker
 from workers.rollout.engine import RolloutWorker
@@ -88,7 +89,7 @@ class DyingRewards(_Dying, RewardWorker):
         return super().scores(*args)
 
 
-class DyingRollout(_Dying, RolloutWorker):
+class DyingRollout(_Dying, RolloutWorker, DyingRolloutApi):
     wrong: tuple[str, int] = ("", 0)
 
     def go_wrong(self, after: str, times: int) -> None:

@@ -19,6 +19,7 @@ from vllm import TokensPrompt
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+from tests.support.apis import FaultyPolicyApi, FaultyRolloutApi
 from tests.support.learners import OpenPolicy
 from workers.process.worker_process import KINDS
 from workers.rollout.engine import RolloutWorker
@@ -68,7 +69,7 @@ class FaultyEngine(ObjectStoreEngine):
             super().finish_weight_update()
 
 
-class FaultyRollout(RolloutWorker):
+class FaultyRollout(RolloutWorker, FaultyRolloutApi):
     """A rollout worker that can leave out a precaution when loaded with the transport "faulty"."""
 
     def leave_out(self, care: str) -> None:
@@ -118,7 +119,7 @@ class FaultySender(ObjectStoreSender):
             raise ConnectionError("the trainer broke off")
 
 
-class FaultyPolicy(OpenPolicy):
+class FaultyPolicy(OpenPolicy, FaultyPolicyApi):
     """A language model whose weight updates can be disturbed."""
 
     sender: FaultySender

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from configs.schema import (
     RunConfig,
     Strategy,
 )
-from orchestrator.worker_groups.calls import Call, WorkerGroup
+from orchestrator.worker_groups.calls import WorkerGroup
 from orchestrator.worker_groups.deadlines import Deadlines
+from tests.support.apis import OpenApi
 from tests.support.models import encoded
+from workers.api import PolicyApi, RolloutApi, TrainerApi, WorkerApi, request
 from workers.data import Row, RowKind
 from workers.data.samples import RolloutBatch, SampleRefs
 from workers.data.step_inputs import SupervisedBatch
@@ -69,9 +72,9 @@ class Hosts:
                 ray.remote(WorkerProcess).options(num_cpus=1, runtime_env=env).remote([(kind, spec)]) for spec in specs
             ]
             self.groups[key] = WorkerGroup(role, handles, " ".join(map(str, key)), DEADLINES)
-            self.groups[key].call("join", self.groups[key].first("address")).get()
+            self.groups[key].call(WorkerApi.join, self.groups[key].first(WorkerApi.address)).get()
         if role != "rollout":
-            self.groups[key].call("become", strategy, {}).get()
+            self.groups[key].call(OpenApi.become, strategy, {}).get()
         return self.groups[key]
 
     def stop(self) -> None:
@@ -84,15 +87,15 @@ class Hosts:
 def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[SampleRefs, RolloutBatch, int]:
     """Answer each row of "prompts" once. Returns references to the samples, the batch, and its policy version."""
     rows = np.arange(prompts)
-    call: Call[list[Any]] = engine.scatter("generate", [("prompts", rows, np.zeros_like(rows), step)], keep=1)
-    ref, written = call.get()[0]
+    asked = request(RolloutApi.generate, "prompts", rows, np.zeros_like(rows), step)
+    ref, written = engine.scatter([asked], stored_returns=1).get()[0]
     return SampleRefs.of([ref], [rows], prompts), ray.get(ref), written.version
 
 
 def log_probs(actor: WorkerGroup, refs: SampleRefs) -> np.ndarray:
     """[answer tokens] the trainer's log-probabilities, row after row; every rank computes all of them."""
     micro_batches = list(np.array_split(np.arange(len(refs)), 2))
-    first, *others = (ragged.values for ragged, _ in actor.call("log_probs", refs, micro_batches).get())
+    first, *others = (ragged.values for ragged, _ in actor.call(PolicyApi.log_probs, refs, micro_batches).get())
     for other in others:
         np.testing.assert_array_equal(first, other)
     return first
@@ -107,19 +110,24 @@ PAIRS = [Row(f"{i} and {i} is ", chosen=str(2 * i), rejected=str(2 * i + 1)) for
 def load(group: WorkerGroup, model: Path, kind: RowKind = "demonstration", **settings: Any) -> None:
     """Load a model into a group, and the rows for `train`. settings: of the model."""
     chosen = ModelSettings.model_validate({"path": str(model), "dtype": "float32"} | settings)
-    group.call("load", str(model), chosen, OptimizerSettings(lr=1e-2, weight_decay=0.1)).get()
-    group.call("add_rows", "rows", encoded(DEMONSTRATIONS if kind == "demonstration" else PAIRS, kind)).get()
+    group.call(TrainerApi.load, str(model), chosen, OptimizerSettings(lr=1e-2, weight_decay=0.1)).get()
+    group.call(WorkerApi.add_rows, "rows", encoded(DEMONSTRATIONS if kind == "demonstration" else PAIRS, kind)).get()
 
 
-def train(group: WorkerGroup, step: int, method: str = "train_demonstrations", spoil: str = "") -> dict[str, float]:
+def train(
+    group: WorkerGroup,
+    step: int,
+    method: Callable[
+        [Any, SupervisedBatch, StageStep, tuple[int, ...]], dict[str, float]
+    ] = PolicyApi.train_demonstrations,
+    spoil: str = "",
+) -> dict[str, float]:
     """One optimizer step on eight rows, two micro-batches per rank; `spoil` applies to the last rank only."""
     if spoil:
-        group.scatter("spoil", [("",)] * (len(group) - 1) + [(spoil,)]).get()
+        group.scatter([request(OpenApi.spoil, how) for how in [""] * (len(group) - 1) + [spoil]]).get()
     rows = np.random.default_rng(step).permutation(16)[:8].reshape(len(group), 2, -1)
     parts = [SupervisedBatch("rows", list(mine), 30) for mine in rows]
-    results: list[dict[str, float]] = group.scatter(
-        method, [(part, StageStep(1, 1), (1, step)) for part in parts]
-    ).get()
+    results = group.scatter([request(method, part, StageStep(1, 1), (1, step)) for part in parts]).get()
     for other in results[1:]:
         assert str(other) == str(results[0]), "every rank reports the whole"  # as text, in which NaN is like NaN
     return results[0]

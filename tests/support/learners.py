@@ -15,6 +15,7 @@ from deepspeed import zero
 from torch import Tensor
 
 from configs.schema import OffloadSettings, Strategy
+from tests.support.apis import OpenApi
 from workers.process.time_sharing import DeviceTimeSharing
 from workers.process.worker_process import KINDS
 from workers.training.policy import PolicyWorker
@@ -41,7 +42,7 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Open(Trainer):
+class Open(Trainer, OpenApi):
     """A trainer whose weights, gradients and strategy a test can read or change."""
 
     spoiled: str = ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pydantic
 
+from tests.support.apis import RaisingApi
 from workers.data.step_inputs import StaleWeights
 from workers.process.worker import Worker
 from workers.process.worker_process import KINDS
@@ -35,7 +36,7 @@ class Shape(pydantic.BaseModel):
     source: Any = None
 
 
-class Raising(Worker):
+class Raising(Worker, RaisingApi):
     def fail(self, how: str) -> None:
         match how:
             case "lock":

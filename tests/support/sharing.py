@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from tests.support.apis import SharingApi, SharingTrainerApi
 from tests.support.learners import Open, OpenPolicy, OpenValue
 from workers.models.shared_base import SharedBase
 from workers.process.worker import Worker
@@ -11,7 +12,7 @@ from workers.process.worker_process import KINDS
 from workers.rewards.worker import RewardWorker
 
 
-class _Sharing(Worker):
+class _Sharing(Worker, SharingApi):
     left: SharedBase | None = None
 
     def leave(self, alone: bool) -> None:
@@ -34,7 +35,7 @@ class _Sharing(Worker):
         return sizes
 
 
-class _SharingTrainer(_Sharing, Open):
+class _SharingTrainer(_Sharing, Open, SharingTrainerApi):
     def holds(self) -> list[nn.Module]:
         return [self.model]
 

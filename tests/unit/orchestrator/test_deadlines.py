@@ -14,64 +14,69 @@ from hypothesis import strategies as st
 from configs.schema import DeadlineSettings, RecoverySettings, Role, RunConfig
 from orchestrator.storage.failure_log import FailureLog
 from orchestrator.worker_groups.calls import Call, WorkerGroup
-from orchestrator.worker_groups.deadlines import Deadlines, Workload
+from orchestrator.worker_groups.deadlines import Cost, Deadlines
 from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import Failure, Kind, WorkerError
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
 from placement.cluster import Node
+from workers.api import PolicyApi, RemoteMethod, RewardsApi, RolloutApi, ValueApi
 from workers.data.samples import SampleRefs
 from workers.data.step_inputs import RolloutInfo
+
+GENERATE, SCORES = RemoteMethod.of(RolloutApi.generate), RemoteMethod.of(RewardsApi.scores)
+LOG_PROBS, TRAIN_ANSWERS = RemoteMethod.of(PolicyApi.log_probs), RemoteMethod.of(PolicyApi.train_answers)
+VALUES = RemoteMethod.of(ValueApi.values)
 
 # ---------------------------------------------------------------- what is learnt
 
 
 def test_a_phase_that_is_named_gets_what_it_says() -> None:
     deadlines = Deadlines(DeadlineSettings(generate=7))
-    deadlines.observe("generate", Workload(), 500)
-    deadlines.missed("generate")
-    assert deadlines.seconds("generate", Workload(1000)) == 7
-    assert deadlines.setting("generate") == "deadlines.generate"
+    deadlines.observe(GENERATE, Cost(), 500)
+    deadlines.missed(GENERATE)
+    assert deadlines.seconds(GENERATE, Cost(1000)) == 7
+    assert deadlines.setting(GENERATE) == "deadlines.generate"
 
 
 def test_other_calls_go_by_what_they_took_before() -> None:
     deadlines = Deadlines(DeadlineSettings(first=100, least=20, patience=10))
-    assert deadlines.seconds("values", Workload(50, 1)) == 100
-    deadlines.observe("values", Workload(1000, 4), 4.0)
-    assert deadlines.seconds("values", Workload(1000, 4)) == 40
-    assert deadlines.seconds("values", Workload(5000, 4)) == 200, "more tokens"
-    assert deadlines.seconds("values", Workload(1000, 8)) == 80, "more micro-batches, which have their fixed costs"
-    assert deadlines.seconds("values", Workload(10, 1)) == 40, "a small call has fixed costs, of which nothing is known"
-    assert deadlines.seconds("log_probs", Workload(1000, 4)) == 100, "another call is another matter"
-    deadlines.observe("values", Workload(1000, 4), 0.1)
-    assert deadlines.seconds("values", Workload(1000, 4)) == 40, "the slowest of them"
+    assert deadlines.seconds(VALUES, Cost(50, 1)) == 100
+    deadlines.observe(VALUES, Cost(1000, 4), 4.0)
+    assert deadlines.seconds(VALUES, Cost(1000, 4)) == 40
+    assert deadlines.seconds(VALUES, Cost(5000, 4)) == 200, "more tokens"
+    assert deadlines.seconds(VALUES, Cost(1000, 8)) == 80, "more micro-batches, which have their fixed costs"
+    assert deadlines.seconds(VALUES, Cost(10, 1)) == 40, "a small call has fixed costs, of which nothing is known"
+    assert deadlines.seconds(LOG_PROBS, Cost(1000, 4)) == 100, "another call is another matter"
+    deadlines.observe(VALUES, Cost(1000, 4), 0.1)
+    assert deadlines.seconds(VALUES, Cost(1000, 4)) == 40, "the slowest of them"
     for _ in range(20):
-        deadlines.observe("values", Workload(1000, 4), 3.0)
-    assert deadlines.seconds("values", Workload(1000, 4)) == 30, "of the latest"
+        deadlines.observe(VALUES, Cost(1000, 4), 3.0)
+    assert deadlines.seconds(VALUES, Cost(1000, 4)) == 30, "of the latest"
 
 
 def test_a_call_that_does_what_none_did_before_is_a_first_call() -> None:
     """A critic's warm-up measures the actor's log-probabilities and updates nothing."""
     deadlines = Deadlines(DeadlineSettings(first=100, least=1, patience=10))
-    deadlines.observe("train_answers", Workload(500, steps=0), 1.0)
-    assert deadlines.seconds("train_answers", Workload(500, steps=0)) == 10
-    assert deadlines.seconds("train_answers", Workload(6000, steps=4)) == 100
-    deadlines.observe("train_answers", Workload(6000, steps=4), 60.0)
-    assert deadlines.seconds("train_answers", Workload(6000, steps=4)) == 600
+    deadlines.observe(TRAIN_ANSWERS, Cost(500, steps=0), 1.0)
+    assert deadlines.seconds(TRAIN_ANSWERS, Cost(500, steps=0)) == 10
+    assert deadlines.seconds(TRAIN_ANSWERS, Cost(6000, steps=4)) == 100
+    deadlines.observe(TRAIN_ANSWERS, Cost(6000, steps=4), 60.0)
+    assert deadlines.seconds(TRAIN_ANSWERS, Cost(6000, steps=4)) == 600
 
 
 def test_after_a_missed_deadline_the_next_attempt_has_twice_the_time() -> None:
     deadlines = Deadlines(DeadlineSettings(first=100, least=60, patience=10))
-    deadlines.missed("values")
-    assert deadlines.seconds("values", Workload()) == 100, "what a setting names stays"
-    deadlines.observe("values", Workload(), 1.0)
-    assert deadlines.seconds("values", Workload()) == 60
-    deadlines.missed("values")
-    deadlines.missed("values")
-    assert deadlines.seconds("values", Workload()) == 240
-    deadlines.observe("values", Workload(), 100.0)
-    assert deadlines.seconds("values", Workload()) == 1000
+    deadlines.missed(VALUES)
+    assert deadlines.seconds(VALUES, Cost()) == 100, "what a setting names stays"
+    deadlines.observe(VALUES, Cost(), 1.0)
+    assert deadlines.seconds(VALUES, Cost()) == 60
+    deadlines.missed(VALUES)
+    deadlines.missed(VALUES)
+    assert deadlines.seconds(VALUES, Cost()) == 240
+    deadlines.observe(VALUES, Cost(), 100.0)
+    assert deadlines.seconds(VALUES, Cost()) == 1000
 
 
 COSTS = st.floats(1e-4, 10.0)
@@ -89,8 +94,8 @@ def test_whoever_works_as_fast_as_before_is_not_taken_for_hung(
 
     deadlines = Deadlines(DeadlineSettings(first=1, least=1e-6, patience=3))
     for work in before:
-        deadlines.observe("scores", Workload(*work), seconds(work))
-    assert seconds(now) <= deadlines.seconds("scores", Workload(*now)) * (1 + 1e-9)
+        deadlines.observe(SCORES, Cost(*work), seconds(work))
+    assert seconds(now) <= deadlines.seconds(SCORES, Cost(*now)) * (1 + 1e-9)
 
 
 # ---------------------------------------------------------------- what the calls of a team have to do
@@ -127,9 +132,9 @@ def experience() -> Experience:
     return Experience(rollouts, column, column, np.zeros(SAMPLES), 0.1)
 
 
-def done(call: Call[Any], *results: Any) -> Workload:
-    assert call.done is not None
-    return call.done(list(results))
+def done(call: Call[Any], *results: Any) -> Cost:
+    assert call.actual_cost is not None
+    return call.actual_cost(list(results))
 
 
 def test_a_warm_up_is_not_the_measure_of_a_training_step(team: Team) -> None:
@@ -137,28 +142,28 @@ def test_a_warm_up_is_not_the_measure_of_a_training_step(team: Team) -> None:
     warm_up = team.train_actor(experience(), 1, 5, update=False)
     step = team.train_actor(experience(), 3, 5)
     tokens = SAMPLES * (PROMPT + ANSWER)
-    assert warm_up.work == done(warm_up, {"updates": 0.0, "refused/actor": 0.0}) == Workload(tokens / 2, 0)
-    assert step.work == done(step, {"updates": 3.0, "refused/actor": 1.0}) == Workload(3 * 2 * tokens, 4)
+    assert warm_up.cost == done(warm_up, {"updates": 0.0, "refused/actor": 0.0}) == Cost(tokens / 2, 0)
+    assert step.cost == done(step, {"updates": 3.0, "refused/actor": 1.0}) == Cost(3 * 2 * tokens, 4)
     critic = team.train_critic(experience(), 1, 5)
     assert critic is not None
-    assert critic.work == done(critic, {}) == step.work
+    assert critic.cost == done(critic, {}) == step.cost
 
 
 def test_a_step_cut_short_counts_for_what_it_did(team: Team) -> None:
     step = team.train_actor(experience(), 3, 5)
     short = done(step, {"updates": 1.0, "refused/actor": 0.0})
-    assert short == Workload(step.work.tokens / 4, 1)
-    assert step.work.times(short) == 4
+    assert short == Cost(step.cost.tokens / 4, 1)
+    assert step.cost.times(short) == 4
 
 
 def test_answers_that_grow_longer_are_not_taken_for_a_hang(team: Team) -> None:
     """Asked for are 1,000 tokens each; what was written is what was done. Four at a time, eight answers take two turns."""
     call = team.generate("prompts", np.arange(SAMPLES), step=1)
     prompts = SAMPLES * PROMPT
-    assert call.work == Workload(prompts + SAMPLES * 1000, 2 * 1000)
+    assert call.cost == Cost(prompts + SAMPLES * 1000, 2 * 1000)
     lengths = np.array([5] * 7 + [20])
     written = RolloutInfo(np.full(SAMPLES, PROMPT), lengths, np.ones(SAMPLES, bool), 0)
-    assert done(call, ("reference", written)) == Workload(prompts + lengths.sum(), 2 * 20)
+    assert done(call, ("reference", written)) == Cost(prompts + lengths.sum(), 2 * 20)
 
 
 def test_few_long_answers_take_no_less_than_many_short_ones(team: Team) -> None:
@@ -168,8 +173,8 @@ def test_few_long_answers_take_no_less_than_many_short_ones(team: Team) -> None:
         many, ("reference", RolloutInfo(np.full(SAMPLES, PROMPT), np.full(SAMPLES, 100), np.ones(SAMPLES, bool), 0))
     )
     one = team.generate("prompts", np.arange(1), step=0)
-    assert one.work.tokens < 2 * short.tokens
-    assert one.work.times(short) == 1000 / 200
+    assert one.cost.tokens < 2 * short.tokens
+    assert one.cost.times(short) == 1000 / 200
 
 
 # ---------------------------------------------------------------- how often a worker is replaced

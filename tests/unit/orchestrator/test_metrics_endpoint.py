@@ -26,6 +26,7 @@ from orchestrator.worker_groups.calls import WorkerGroup
 from orchestrator.worker_groups.deadlines import Deadlines
 from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import WorkerError
+from workers.api import WorkerApi
 from workers.process.inspection import ProcessLocation, location
 
 pytestmark = pytest.mark.slow
@@ -166,7 +167,7 @@ class Mortal:
     """What a worker group needs of an actor: `call`."""
 
     def call(self, role: Role, method: str) -> ProcessLocation:
-        if method == "values":
+        if method == "memory":
             time.sleep(600)
         return location()
 
@@ -174,11 +175,11 @@ class Mortal:
 def test_a_process_killed_from_outside_leaves_a_trace(dashboard: str, tmp_path: Path) -> None:
     actor = ray.remote(num_cpus=0)(Mortal).remote()
     place: ProcessLocation = ray.get(actor.call.remote("critic", "location"), timeout=90)
-    group = WorkerGroup("critic", [actor], "critic", Deadlines(DeadlineSettings()), location={0: place})
+    group = WorkerGroup("critic", [actor], "critic", Deadlines(DeadlineSettings()), locations={0: place})
     recovery = FailurePolicy(RecoverySettings())
     with Recorder(tmp_path, "killed", "ppo") as recorder:
         recovery.on_failure = recorder.ray.failed
-        call = group.call("values")
+        call = group.call(WorkerApi.memory)
         call.start()
         os.kill(place.pid, signal.SIGKILL)
         with pytest.raises(WorkerError) as caught:

@@ -23,8 +23,10 @@ from benchmarks.families.zoo import make
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
 from orchestrator.worker_groups.calls import WorkerGroup, run_concurrently
 from orchestrator.worker_groups.failures import WorkerError
+from tests.support.apis import FaultyPolicyApi, FaultyRolloutApi, OpenApi
 from tests.support.hosts import Hosts, generate, log_probs
 from tests.support.models import ARCHITECTURES, encoded, make_model
+from workers.api import PolicyApi, RolloutApi, TrainerApi, WorkerApi, request
 from workers.data import Row
 from workers.data.step_inputs import SupervisedBatch
 from workers.training.schedule import StageStep
@@ -58,19 +60,21 @@ class Pair:
     def load(self, folder: Path, transport: str = "object_store", lora: LoraSettings | None = None) -> None:
         settings = ModelSettings(path=str(folder), dtype="float32", lora=lora)
         run_concurrently(
-            self.actor.call("load", str(folder), settings, OptimizerSettings(lr=0.03)),
-            self.engine.call("load", str(folder), transport, LENGTH),
+            self.actor.call(TrainerApi.load, str(folder), settings, OptimizerSettings(lr=0.03)),
+            self.engine.call(RolloutApi.load, str(folder), transport, LENGTH),
         )
-        self.engine.call("add_rows", "prompts", encoded([Row(prompt=text) for text in PROMPTS], "prompt", LENGTH)).get()
+        self.engine.call(
+            WorkerApi.add_rows, "prompts", encoded([Row(prompt=text) for text in PROMPTS], "prompt", LENGTH)
+        ).get()
         demonstrations = encoded(DEMONSTRATIONS, "demonstration", LENGTH)
-        self.actor.call("add_rows", "sft", demonstrations).get()
+        self.actor.call(WorkerApi.add_rows, "sft", demonstrations).get()
         self.completions = demonstrations.learnt
 
     def connect(self) -> None:
-        self.actor.call("connect", list(self.engine.handles), "object_store", ("", 0)).get()
+        self.actor.call(PolicyApi.connect, list(self.engine.handles), "object_store", ("", 0)).get()
 
     def connect_with(self, bucket_bytes: int) -> None:
-        self.actor.call("connect_with", list(self.engine.handles), bucket_bytes).get()
+        self.actor.call(FaultyPolicyApi.connect_with, list(self.engine.handles), bucket_bytes).get()
 
     def train(self) -> None:
         """One optimizer step; two ranks take a demonstration each."""
@@ -78,15 +82,16 @@ class Pair:
         parts = [
             SupervisedBatch("sft", [rows], count) for rows in np.array_split(np.arange(len(DEMONSTRATIONS)), self.ranks)
         ]
-        self.actor.scatter("train_demonstrations", [(part, StageStep(1, 1), (1, self.step)) for part in parts]).get()
+        at, seed = StageStep(1, 1), (1, self.step)
+        self.actor.scatter([request(PolicyApi.train_demonstrations, part, at, seed) for part in parts]).get()
 
     def noise(self) -> None:
         self.step += 1
-        self.actor.call("add_noise", 0.05, self.step).get()
+        self.actor.call(OpenApi.add_noise, 0.05, self.step).get()
 
     def publish(self) -> int:
         self.version += 1
-        size, _ = self.actor.call("publish", self.version).get()[0]
+        size, _ = self.actor.call(PolicyApi.publish, self.version).get()[0]
         return size
 
     def differences(self) -> np.ndarray:
@@ -101,10 +106,10 @@ class Pair:
         return found.mean() < AGREES and found.max() < AGREES
 
     def leave_out(self, care: str) -> None:
-        self.engine.call("leave_out", care).get()
+        self.engine.call(FaultyRolloutApi.leave_out, care).get()
 
     def disturb(self, fault: str) -> None:
-        self.actor.call("disturb", fault).get()
+        self.actor.call(FaultyPolicyApi.disturb, fault).get()
 
 
 def assert_follows(pair: Pair) -> None:
@@ -187,8 +192,8 @@ def test_an_adapter_that_did_not_arrive_is_not_served_and_a_new_engine_gets_it_a
         assert_serves_nothing(pair)
     pair.publish()
     assert pair.agrees()
-    pair.engine.call("load", str(folder), "object_store", LENGTH).get()
-    assert pair.engine.first("generate", "prompts", np.arange(1), np.zeros(1), 1)[1].version == 0
+    pair.engine.call(RolloutApi.load, str(folder), "object_store", LENGTH).get()
+    assert pair.engine.first(RolloutApi.generate, "prompts", np.arange(1), np.zeros(1), 1)[1].version == 0
     pair.connect_with(4096)
     pair.publish()
     assert pair.agrees()
@@ -280,10 +285,10 @@ def test_an_engine_that_got_something_else_serves_nothing(pair: Pair, fault: str
 
 
 def test_an_update_amid_answers_is_refused(pair: Pair) -> None:
-    pair.engine.call("begin_answer").get()
+    pair.engine.call(FaultyRolloutApi.begin_answer).get()
     with pytest.raises(WorkerError, match=r"StaleWeights: .*came while requests were running"):
         pair.publish()
-    pair.engine.call("drop_answer").get()
+    pair.engine.call(FaultyRolloutApi.drop_answer).get()
     assert_serves_nothing(pair)
 
 
@@ -304,7 +309,7 @@ def test_the_size_of_the_buckets_changes_nothing(pair: Pair) -> None:
     for size in (1, SMALL_BUCKET, 2**27):
         pair.connect_with(size)
         size_of_all = pair.publish()
-        buckets.append(pair.actor.first("buckets"))
+        buckets.append(pair.actor.first(FaultyPolicyApi.buckets))
         answers.append(generate(pair.engine, len(PROMPTS), step=77)[1])
     pair.connect_with(SMALL_BUCKET)
     assert buckets[0] == 20 and 2 < buckets[1] <= size_of_all / SMALL_BUCKET + 1 and buckets[2] == 1
@@ -338,7 +343,7 @@ def test_an_engine_listens_on_no_more_interfaces_than_a_trainer(pair: Pair) -> N
 
     def everywhere(group: WorkerGroup) -> int:
         """Sockets on which a process listens on all interfaces; Ray has some."""
-        connections = psutil.Process(group.first("location").pid).net_connections(kind="inet")
+        connections = psutil.Process(group.first(WorkerApi.location).pid).net_connections(kind="inet")
         return sum(c.status == psutil.CONN_LISTEN and ip_address(c.laddr.ip).is_unspecified for c in connections)
 
     assert everywhere(pair.engine) == everywhere(pair.actor)
@@ -350,7 +355,7 @@ def test_what_an_engine_refuses_is_an_error_with_its_text(pair: Pair, tmp_path: 
     short = make_model(tmp_path / "short", "gpt2")
     try:
         with pytest.raises(WorkerError) as e:
-            pair.engine.call("load", str(short), "object_store", 262).get()
+            pair.engine.call(RolloutApi.load, str(short), "object_store", 262).get()
     finally:
         pair.engine.replace_failed = None
     assert e.value.failure.kind == "error"

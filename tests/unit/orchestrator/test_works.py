@@ -21,11 +21,13 @@ from orchestrator.worker_groups.calls import WorkerGroup
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
+from workers.api import ValueApi
 from workers.data.batching import NO_ROWS
 from workers.data.samples import SampleRefs
 from workers.data.step_inputs import TrainStepInput
 from workers.models.heads import Batch
 from workers.training.experience import prepare
+from workers.training.schedule import StageStep
 
 CPU = torch.device("cpu")
 quick = settings(deadline=None, max_examples=100, derandomize=True)
@@ -189,8 +191,8 @@ def test_both_sides_of_a_pair_count_in_a_micro_batch(limit: int) -> None:
     job = RewardModel(Run(config, Path("nowhere")))
     job.context = SimpleNamespace(team=team_of(ranks))
     job.team.lengths["train"] = (lengths, np.ones_like(lengths))
-    call = job.call("train_pairs", "train", np.arange(len(lengths)))
-    cut = [rows for rank in range(ranks) for rows in call.args[rank][0].micro_batches]
+    call = job.call(ValueApi.train_pairs, "train", np.arange(len(lengths)), StageStep(1, 1), (1, 1))
+    cut = [rows for rank in range(ranks) for rows in call.requests[rank].args[0].micro_batches]
     assert sorted(np.concatenate(cut).tolist()) == list(range(len(lengths)))
     assert all(len(rows) == 1 or 2 * len(rows) * lengths[rows].max() <= limit for rows in cut)
     assert len(cut) == 2 if limit >= 2 * 4 * 30 else len(cut) > 2

@@ -22,8 +22,10 @@ from benchmarks.families.zoo import make
 from configs.schema import LoraSettings, ModelSettings, OptimizerSettings, Strategy
 from orchestrator.worker_groups.calls import WorkerGroup
 from orchestrator.worker_groups.failures import WorkerError
+from tests.support.apis import FaultyPolicyApi, OpenApi
 from tests.support.hosts import Hosts, run_config
 from tests.support.models import encoded, make_model
+from workers.api import TrainerApi, ValueApi, WorkerApi
 from workers.data import Row
 from workers.models.export import write_settings, write_weights
 from workers.models.lora import base_of
@@ -44,9 +46,12 @@ def group_with(
     """Change the model, so that it differs from the one in its folder."""
     group = hosts.group(kind, "actor", strategy, 2 if strategy == "zero3" else 1)
     group.call(
-        "load", str(folder), ModelSettings(path=str(folder), dtype="float32", lora=lora), OptimizerSettings(lr=0.03)
+        TrainerApi.load,
+        str(folder),
+        ModelSettings(path=str(folder), dtype="float32", lora=lora),
+        OptimizerSettings(lr=0.03),
     ).get()
-    group.call("add_noise", 0.05, 1).get()
+    group.call(OpenApi.add_noise, 0.05, 1).get()
     return group
 
 
@@ -57,10 +62,10 @@ def outputs(model: nn.Module) -> np.ndarray:
 
 def export(group: WorkerGroup, folder: Path) -> np.ndarray:
     """Export the model; returns the trainer's outputs."""
-    group.call("export", str(folder)).get()
+    group.call(TrainerApi.export, str(folder)).get()
     for file in folder.rglob("*"):
         assert file.is_dir() or file.stat().st_mode & 0o777 == 0o644, f"{file}: others cannot read it"
-    return group.call("logits", IDS).get()[0]
+    return group.call(OpenApi.logits, IDS).get()[0]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
@@ -154,8 +159,8 @@ def test_an_exported_folder_ends_its_answers_by_itself(hosts: Hosts, tmp_path: P
     end = made_to_end_soon(start := tmp_path / "start", of_tokenizer)
     settings = {"path": str(start), "dtype": "float32", "end_tokens": None if of_tokenizer else ["<|im_end|>"]}
     group = hosts.group("faulty_policy", "actor")
-    group.call("load", str(start), ModelSettings.model_validate(settings), OptimizerSettings(lr=0.03)).get()
-    group.call("export", str(out := tmp_path / "out")).get()
+    group.call(TrainerApi.load, str(start), ModelSettings.model_validate(settings), OptimizerSettings(lr=0.03)).get()
+    group.call(TrainerApi.export, str(out := tmp_path / "out")).get()
     assert written(start) == [end] * LONG, "the start model does not stop"
     assert written(out) == [end]
     assert written(start, do_sample=True).count(end) > 1
@@ -176,13 +181,13 @@ def test_what_an_export_would_refuse_is_refused_before_anything_is_trained(hosts
     start = make_model(tmp_path / "start", "llama")
     settings = ModelSettings(path=str(start), dtype="float32")
     group = hosts.group("faulty_policy", "actor")
-    group.call("refuse_descriptions", True).get()
+    group.call(FaultyPolicyApi.refuse_descriptions, True).get()
     try:
         with pytest.raises(WorkerError, match=r"^actor rank 0 failed in load: ValueError: no description of this"):
-            group.call("load", str(start), settings, OptimizerSettings(lr=0.03)).get()
-        group.call("load", str(start), settings, None).get()
+            group.call(TrainerApi.load, str(start), settings, OptimizerSettings(lr=0.03)).get()
+        group.call(TrainerApi.load, str(start), settings, None).get()
     finally:
-        group.call("refuse_descriptions", False).get()
+        group.call(FaultyPolicyApi.refuse_descriptions, False).get()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
@@ -194,8 +199,8 @@ def test_an_export_that_fails_on_the_rank_that_writes_leaves_no_rank_waiting(
     (tmp_path / "taken").write_text("a file, where a folder is to be")
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"^actor rank 0 failed in export: FileExistsError: "):
-        group.call("export", str(tmp_path / "taken")).get()
-    assert len({str(logits) for logits in group.call("logits", IDS).get()}) == 1, "all ranks answer"
+        group.call(TrainerApi.export, str(tmp_path / "taken")).get()
+    assert len({str(logits) for logits in group.call(OpenApi.logits, IDS).get()}) == 1, "all ranks answer"
     assert time.monotonic() - began < 60
     export(group, tmp_path / "out")
 
@@ -252,8 +257,8 @@ def test_a_scalar_model_is_read_back(hosts: Hosts, tmp_path: Path, lora: LoraSet
     start = make_model(tmp_path / "start", "llama")
     group = group_with(hosts, "open_value", start, lora=lora)
     rows = [Row(prompt="It is ", completion=completion) for completion in ("so bad.", "good", "a film of films")]
-    group.call("add_rows", "sft", encoded(rows, "demonstration")).get()
-    moments = group.first("normalize", "sft", [np.arange(3)])
+    group.call(WorkerApi.add_rows, "sft", encoded(rows, "demonstration")).get()
+    moments = group.first(ValueApi.normalize, "sft", [np.arange(3)])
     expected = export(group, tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     np.testing.assert_allclose(outputs(model), expected, SAME, SAME)
@@ -270,8 +275,8 @@ def test_a_scalar_model_is_read_back(hosts: Hosts, tmp_path: Path, lora: LoraSet
 def group_with_export(hosts: Hosts, folder: Path, rows: list[Row]) -> tuple[float, float]:
     """Mean and standard deviation of an exported model's normalised scores."""
     group = hosts.group("open_value", "actor")
-    group.call("load", str(folder), ModelSettings(path=str(folder), dtype="float32"), None).get()
-    return group.first("normalize", "sft", [np.arange(len(rows))])
+    group.call(TrainerApi.load, str(folder), ModelSettings(path=str(folder), dtype="float32"), None).get()
+    return group.first(ValueApi.normalize, "sft", [np.arange(len(rows))])
 
 
 def test_a_large_model_is_written_in_several_files_with_an_index(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import ray
 
-from orchestrator.worker_groups.calls import WorkerGroup
+from orchestrator.worker_groups.calls import Call, WorkerGroup
 from orchestrator.worker_groups.failures import WorkerError
 from placement import Cluster
+from tests.support.apis import RaisingApi
 from tests.support.hosts import DEADLINES, run_config
+from workers.api import RemoteMethod, Request
 from workers.data.step_inputs import StaleWeights
 from workers.process.remote_error import RemoteError, headline, headline_of_traceback
 from workers.process.worker import WorkerSpec
@@ -58,28 +60,39 @@ def group(start: Start) -> WorkerGroup:
 def test_any_exception_reaches_the_driver_with_type_text_and_traceback(
     group: WorkerGroup, how: str, text: str, more: str
 ) -> None:
-    before = group.first("ping")
+    before = group.first(RaisingApi.ping)
     with pytest.raises(WorkerError) as e:
-        group.first("fail", how)
+        group.first(RaisingApi.fail, how)
     failure = e.value.failure
     assert failure.text.startswith(f"reference rank 0 failed in fail: {text}")
     assert failure.kind == "error" and not failure.survivable
     assert isinstance(failure.cause, RemoteError)
     assert more in failure.detail and "raising.py" in failure.detail
     assert failure.detail.count("Error: first line") <= 1, "told once"
-    assert group.first("ping") == before, "the process lives"
+    assert group.first(RaisingApi.ping) == before, "the process lives"
 
 
 def test_the_exceptions_of_ours_arrive_as_they_are(group: WorkerGroup) -> None:
     with pytest.raises(WorkerError, match=r"^reference rank 0 failed in fail: StaleWeights: version 3\n") as e:
-        group.first("fail", "ours")
+        group.first(RaisingApi.fail, "ours")
     assert isinstance(e.value.failure.cause, StaleWeights)
+
+
+def test_a_method_that_is_not_declared_is_refused(group: WorkerGroup) -> None:
+    """Whoever asks for it by its name: a method that overrides a declared one is remote, and a helper beside it is not."""
+    for name in ("tensors", "spec", "__init__", "no_such_method"):
+        with pytest.raises(WorkerError) as e:
+            Call(group, {0: Request(RemoteMethod(name, "train"), ())}).get()
+        assert e.value.failure.text.endswith(
+            f"AttributeError: Raising declares no remote method {name} (workers.api.remote)"
+        )
+    assert group.first(RaisingApi.memory) > 0
 
 
 def test_a_process_that_cannot_begin_says_why(start: Start) -> None:
     """And is no process that died, of which one would start another."""
     with pytest.raises(WorkerError) as e:
-        start(TESTS_RAISING="broken").first("ping")
+        start(TESTS_RAISING="broken").first(RaisingApi.ping)
     assert e.value.failure.text == "reference rank 0 failed in ping: ImportError: the plugin lacks a library"
     assert e.value.failure.kind == "error"
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -26,12 +26,17 @@ from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
+from tests.support.apis import OpenApi
 from tests.support.models import VOCABULARY, encoded, make_model
+from workers.api import PolicyApi, Request, TrainerApi, ValueApi, request
 from workers.data import Row, RowKind
 from workers.data.samples import RaggedArray, RolloutBatch, Sample, SampleRefs
+from workers.data.step_inputs import SupervisedBatch
 from workers.models.heads import Batch, LanguageModel
 from workers.models.loading import load_hf
 from workers.training.schedule import StageStep
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.slow
 
@@ -195,20 +200,29 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
     tokens = settings.ppo.micro_batch_tokens
     found: dict[str, float] = {}
 
-    def measure(role: Role, name: str, rows: list[Row], kind: RowKind, method: str) -> list[Any]:
+    def measure(
+        role: Role, name: str, rows: list[Row], kind: RowKind, ask: Callable[[SupervisedBatch], Request[T]]
+    ) -> list[T]:
         team.add_data(name, encoded(rows, kind, 40), role)
         parts = team.parts(role, name, np.arange(len(rows)), tokens)
-        args = [(part.data, part.micro_batches) if method == "normalize" else (part,) for part in parts]
-        results: list[Any] = team.groups[role].scatter(method, args).get()
+        results = team.groups[role].scatter([ask(part) for part in parts]).get()
         assert all(result == results[0] for result in results), "every rank reports the whole"
         return results
 
     for role in ("actor", "critic"):
-        team.groups[role].call("load", settings.model.path, settings.model, ADAM).get()
-    [loss, *_] = measure("actor", "sft", demonstrations(13), "demonstration", "demonstration_loss")
-    [pair, *_] = measure("critic", "pairs", pairs(3), "preference", "pair_accuracy")
+        team.groups[role].call(TrainerApi.load, settings.model.path, settings.model, ADAM).get()
+    [loss, *_] = measure(
+        "actor", "sft", demonstrations(13), "demonstration", lambda part: request(PolicyApi.demonstration_loss, part)
+    )
+    [pair, *_] = measure("critic", "pairs", pairs(3), "preference", lambda part: request(ValueApi.pair_accuracy, part))
     found |= {"demonstrations": loss["loss"], "pairs": pair["loss"], "accuracy": pair["accuracy"]}
-    [(mean, deviation), *_] = measure("critic", "demonstrations", demonstrations(13), "demonstration", "normalize")
+    [(mean, deviation), *_] = measure(
+        "critic",
+        "demonstrations",
+        demonstrations(13),
+        "demonstration",
+        lambda part: request(ValueApi.normalize, part.data, part.micro_batches),
+    )
     found |= {"mean": mean, "deviation": deviation}
     rollouts = experience.rollouts  # all but one: they do not divide among the ranks
     some = {name: getattr(rollouts, name)[:-1] for name in ("prompts", "prompt_lengths", "answer_lengths", "ended")}
@@ -228,7 +242,7 @@ def train(team: Team, job: str, experience: Experience, exported: Path, dropout:
     group, settings = team.groups[role], team.config
     assert settings.ppo is not None
     tokens = settings.ppo.micro_batch_tokens
-    group.call("load", settings.model.path, settings.model, ADAM, dropout).get()
+    group.call(TrainerApi.load, settings.model.path, settings.model, ADAM, dropout).get()
     kind: RowKind
     rows, kind = (pairs(8), "preference") if job == "pairs" else (demonstrations(13), "demonstration")
     name = "sft" if role == "actor" else "pairs"
@@ -242,15 +256,16 @@ def train(team: Team, job: str, experience: Experience, exported: Path, dropout:
             assert found is not None
             steps.append(found.get())
     else:
-        draw, method = np.random.default_rng(4), {"demonstrations": "train_demonstrations", "pairs": "train_pairs"}[job]
+        draw = np.random.default_rng(4)
+        method: Callable[[Any, SupervisedBatch, StageStep, tuple[int, ...]], dict[str, float]]
+        method = PolicyApi.train_demonstrations if job == "demonstrations" else ValueApi.train_pairs
         for step, size in enumerate(BATCHES, start=1):
             parts = team.parts(role, name, draw.permutation(len(rows))[:size], tokens)
-            args = [(part, StageStep(step, len(BATCHES)), (settings.seed, step)) for part in parts]
-            results: list[dict[str, float]] = group.scatter(method, args).get()
-            first, *others = results
+            at, seed = StageStep(step, len(BATCHES)), (settings.seed, step)
+            first, *others = group.scatter([request(method, part, at, seed) for part in parts]).get()
             assert all(other == first for other in others), "every rank reports the whole"
             steps.append(first)
-    group.call("export", str(exported)).get()
+    group.call(TrainerApi.export, str(exported)).get()
     return Trained(steps, load_file(exported / "model.safetensors"))
 
 
@@ -293,7 +308,7 @@ def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFa
             team = team_of(ranks)
             team.config = run_config(folder, *setup)
             for group in team.groups.values():
-                group.call("become", strategy, {}).get()
+                group.call(OpenApi.become, strategy, {}).get()
 
             def run(job: str, dropout: float = 0.3) -> Trained:
                 """dropout: of pairs."""
@@ -302,7 +317,7 @@ def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFa
 
             jobs = {job: run(job) for job in JOBS}
             for group in team.groups.values():
-                assert group.call("stage").get() == [ZERO[strategy].stage] * len(group)
+                assert group.call(OpenApi.stage).get() == [ZERO[strategy].stage] * len(group)
             return Found(
                 jobs=jobs,
                 evaluation=evaluate(team, experience),
@@ -384,11 +399,10 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
 
         def distance() -> float:
             refs = experience.rollouts.refs
-            results: list[tuple[RaggedArray, Any]] = actor.scatter("log_probs", [(refs, [np.arange(SAMPLES)])]).get()
-            found, _ = results[0]
+            found, _ = actor.first(PolicyApi.log_probs, refs, [np.arange(SAMPLES)])
             return float(np.square(found.values - np.concatenate(reference)).mean())
 
-        actor.call("load", str(folder), config.model, ADAM).get()
+        actor.call(TrainerApi.load, str(folder), config.model, ADAM).get()
         before = distance()
         team.train_actor(experience, 1, 1).get()
         assert distance() < 0.9 * before

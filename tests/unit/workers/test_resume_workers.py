@@ -9,8 +9,10 @@ import pytest
 
 from configs.schema import Strategy
 from orchestrator.worker_groups.failures import WorkerError
+from tests.support.apis import OpenApi
 from tests.support.hosts import Held, Hosts, close, load, same_held, steps
 from tests.support.models import make_model
+from workers.api import TrainerApi, request
 
 pytestmark = pytest.mark.slow
 
@@ -45,23 +47,23 @@ def test_a_new_group_goes_on_bit_for_bit(
     group = hosts.group("open_policy", "actor", strategy, 2)
     load(group, model, **settings)
     steps(group, 1, 2)
-    group.call("save", str(tmp_path / "saved")).get()
-    files: list[Any] = group.call("snapshot").get()
-    saved: Held = group.call("held").get()
+    group.call(TrainerApi.save, str(tmp_path / "saved")).get()
+    files: list[Any] = group.call(TrainerApi.snapshot).get()
+    saved: Held = group.call(OpenApi.held).get()
     wanted = steps(group, 3, 4)
-    after: Held = group.call("held").get()
+    after: Held = group.call(OpenApi.held).get()
 
     group = hosts.group("open_policy", "actor", strategy, 2, another=True)
     load(group, model, **settings)
-    group.call("restore", str(tmp_path / "saved")).get()
-    same_held(group.call("held").get(), saved)
+    group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
+    same_held(group.call(OpenApi.held).get(), saved)
     assert steps(group, 3, 4) == wanted
-    same_held(group.call("held").get(), after)
+    same_held(group.call(OpenApi.held).get(), after)
 
     load(group, model, **settings)
     names = sorted({name for _, listed in files for name in listed})
-    group.scatter("restore_snapshot", [(mine, files[0][0], names) for mine, _ in files]).get()
-    same_held(group.call("held").get(), saved)
+    group.scatter([request(TrainerApi.restore_snapshot, mine, files[0][0], names) for mine, _ in files]).get()
+    same_held(group.call(OpenApi.held).get(), saved)
     assert steps(group, 3, 4) == wanted
 
 
@@ -77,11 +79,11 @@ def test_another_number_of_ranks_goes_on_within_rounding(
         for ranks, group in groups.items():
             load(group, model, **settings)
             steps(group, 1, 2)
-            group.call("save", str(tmp_path / f"by-{ranks}")).get()
+            group.call(TrainerApi.save, str(tmp_path / f"by-{ranks}")).get()
             wanted[ranks] = steps(group, 3, 4, 5)
         for ranks, other in ((1, 2), (2, 1)):
             load(groups[ranks], model, **settings)
-            groups[ranks].call("restore", str(tmp_path / f"by-{other}")).get()
+            groups[ranks].call(TrainerApi.restore, str(tmp_path / f"by-{other}")).get()
             close(steps(groups[ranks], 3, 4, 5), wanted[other], ROUNDING)
         with pytest.raises(AssertionError):
             close(wanted[1][1:], wanted[1][:-1], ROUNDING)
@@ -95,9 +97,9 @@ def test_bfloat16_goes_on_from_its_float32_masters(
     two, one = hosts.group("open_policy", "actor", strategy, 2), hosts.group("open_policy", "actor", strategy, 1)
     load(two, model, dtype="bfloat16")
     steps(two, 1, 2)
-    two.call("save", str(tmp_path / "saved")).get()
+    two.call(TrainerApi.save, str(tmp_path / "saved")).get()
     load(one, model, dtype="bfloat16")
-    one.call("restore", str(tmp_path / "saved")).get()
+    one.call(TrainerApi.restore, str(tmp_path / "saved")).get()
     for a, b in zip(steps(one, 3, 4), steps(two, 3, 4), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
@@ -109,9 +111,9 @@ def test_zero_1_and_2_take_over_from_one_another(hosts: Hosts, model: Path, tmp_
     )
     load(one, model)
     steps(one, 1, 2)
-    one.call("save", str(tmp_path / "saved")).get()
+    one.call(TrainerApi.save, str(tmp_path / "saved")).get()
     load(two, model)
-    two.call("restore", str(tmp_path / "saved")).get()
+    two.call(TrainerApi.restore, str(tmp_path / "saved")).get()
     close(steps(two, 3, 4), steps(one, 3, 4), ROUNDING)
 
 
@@ -119,11 +121,11 @@ def test_another_strategy_is_refused_by_name(hosts: Hosts, model: Path, tmp_path
     whole = hosts.group("open_policy", "actor", "ddp")
     load(whole, model)
     steps(whole, 1)
-    whole.call("save", str(tmp_path / "saved")).get()
+    whole.call(TrainerApi.save, str(tmp_path / "saved")).get()
     sharded = hosts.group("open_policy", "actor", "zero3")
     load(sharded, model)
     with pytest.raises(WorkerError, match="saved was saved with ddp, and cannot go on with zero3"):
-        sharded.call("restore", str(tmp_path / "saved")).get()
+        sharded.call(TrainerApi.restore, str(tmp_path / "saved")).get()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
@@ -131,11 +133,11 @@ def test_a_group_that_has_not_learned_yet(hosts: Hosts, model: Path, tmp_path: P
     """As the actor's while only the critic warms up."""
     groups = {ranks: hosts.group("open_policy", "actor", strategy, ranks) for ranks in (1, 2)}
     load(groups[2], model)
-    groups[2].call("save", str(tmp_path / "saved")).get()
+    groups[2].call(TrainerApi.save, str(tmp_path / "saved")).get()
     wanted = steps(groups[2], 1, 2)
     for ranks, group in groups.items():
         load(group, model)
-        group.call("restore", str(tmp_path / "saved")).get()
+        group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
         found = steps(group, 1, 2)
         if ranks == 2:
             assert found == wanted

@@ -22,6 +22,8 @@ from tests.support import chat_templates, reward_functions
 from tests.support.hosts import DEADLINES
 from tests.support.models import VOCABULARY, make_model, make_tokenizer
 from tests.support.services import Service, says
+from workers import api
+from workers.api import RewardsApi, WorkerApi
 from workers.data import Codec, Prompt, Row, load_tokenizer
 from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
 from workers.data.step_inputs import ScoringRequest
@@ -516,14 +518,17 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
     ]
     group = WorkerGroup("reward", handles, "reward", DEADLINES)
     try:
-        group.call("load", str(folder), {}).get()
-        group.call("add_rows", "prompts", ROWS).get()
+        group.call(RewardsApi.load, str(folder), {}).get()
+        group.call(WorkerApi.add_rows, "prompts", ROWS).get()
         refs = SampleRefs.of([ray.put(answers_of(load_tokenizer(str(folder))))], [np.arange(4)], 4)
         shards = [np.array([2, 3]), np.array([0, 1])]
 
         def ask(name: str) -> Any:
-            args = [(request(rows), refs.take(rows), [np.arange(2)], [name]) for rows in shards]
-            return run_concurrently(group.scatter("scores", args))[0]
+            micro_batches = [np.arange(2)]
+            requests = [
+                api.request(RewardsApi.scores, request(rows), refs.take(rows), micro_batches, [name]) for rows in shards
+            ]
+            return run_concurrently(group.scatter(requests))[0]
 
         assert [results["length"].values.tolist() for results in ask("length")] == [[0, 4], [1, 2]]
         assert [results["not_a_number"].errors for results in ask("not_a_number")] == [0, 1]

@@ -20,8 +20,10 @@ from configs.schema import Role, RunConfig
 from orchestrator.worker_groups.calls import run_concurrently
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
+from tests.support.apis import OpenApi, SharingApi, SharingTrainerApi
 from tests.support.models import WIDTH, encoded, make_model
 from tests.unit.workers.test_ranks import ADAM, SAMPLES, demonstrations, fake_experience
+from workers.api import PolicyApi, RewardsApi, TrainerApi, ValueApi
 from workers.models.lora import base_of
 
 pytestmark = pytest.mark.slow
@@ -77,12 +79,12 @@ def team(ray_here: Cluster, folder: Path) -> Iterator[Team]:
 def reward_model(team: Team, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model with an adapter on the policy, whose head and scores are like no other's."""
     out, critic = tmp_path_factory.mktemp("rm") / "rm", team.groups["critic"]
-    critic.call("leave", True).get()
-    critic.call("load", str(folder), team.config.model, ADAM).get()
-    critic.call("add_noise", 0.05, 1).get()
+    critic.call(SharingApi.leave, True).get()
+    critic.call(TrainerApi.load, str(folder), team.config.model, ADAM).get()
+    critic.call(OpenApi.add_noise, 0.05, 1).get()
     team.add_data("rows", encoded(demonstrations(12), "demonstration", 40), "critic")
-    critic.call("normalize", "rows", [np.arange(6)]).get()
-    critic.call("export", str(out)).get()
+    critic.call(ValueApi.normalize, "rows", [np.arange(6)]).get()
+    critic.call(TrainerApi.export, str(out)).get()
     return out
 
 
@@ -115,18 +117,18 @@ def load(team: Team, reward_model: Path, alone: bool) -> None:
     ppo, model = team.config.ppo, team.config.model
     assert ppo is not None
     for role in ROLES:
-        team.groups[role].call("leave", alone).get()
+        team.groups[role].call(SharingApi.leave, alone).get()
     run_concurrently(
-        team.groups["actor"].call("load", model.path, model, ppo.actor_optimizer),
-        team.groups["critic"].call("load", str(reward_model), model, ppo.critic_optimizer),
-        team.groups["reference"].call("load", model.path, model, None),
-        team.groups["reward"].call("load", model.path, {"model": str(reward_model)}),
+        team.groups["actor"].call(TrainerApi.load, model.path, model, ppo.actor_optimizer),
+        team.groups["critic"].call(TrainerApi.load, str(reward_model), model, ppo.critic_optimizer),
+        team.groups["reference"].call(TrainerApi.load, model.path, model, None),
+        team.groups["reward"].call(RewardsApi.load, model.path, {"model": str(reward_model)}),
     )
 
 
 def outputs(team: Team, experience: Any) -> dict[str, np.ndarray]:
     rollouts = experience.rollouts
-    own = team._column("actor", "log_probs", rollouts)
+    own = team._column("actor", PolicyApi.log_probs, rollouts)
     policy, reference, values, scores = run_concurrently(
         own, team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"])
     )
@@ -155,7 +157,7 @@ def find(team: Team, reward_model: Path, experience: Any, tmp_path_factory: pyte
         before = outputs(team, experience)
         steps = [learn(team, experience, step) for step in range(1, STEPS + 1)]
         out = tmp_path_factory.mktemp("exported")
-        team.groups["actor"].call("export", str(out)).get()
+        team.groups["actor"].call(TrainerApi.export, str(out)).get()
         return Found(before, steps, outputs(team, experience), load_file(out / "model.safetensors"))
 
     return get
@@ -164,7 +166,7 @@ def find(team: Team, reward_model: Path, experience: Any, tmp_path_factory: pyte
 def test_they_are_one_process(team: Team) -> None:
     handles = {handle for role in ROLES for handle in team.groups[role].handles}
     assert len(handles) == 2
-    assert len({place.pid for role in ROLES for place in team.groups[role].location.values()}) == 2
+    assert len({place.pid for role in ROLES for place in team.groups[role].locations.values()}) == 2
     [group] = team.plan.groups
     assert group.roles == ROLES
     memory = team.memory()
@@ -210,7 +212,7 @@ def test_only_who_trains_changes(team: Team, reward_model: Path, experience: Any
 def test_one_base_is_all_the_memory(team: Team, reward_model: Path) -> None:
     def bytes_of(alone: bool) -> tuple[int, dict[str, int]]:
         load(team, reward_model, alone)
-        found = dict(zip(ROLES, (team.groups[role].first("storage") for role in ROLES), strict=True))
+        found = dict(zip(ROLES, (team.groups[role].first(SharingApi.storage) for role in ROLES), strict=True))
         every = {address: size for held in found.values() for address, size in held.items()}
         return sum(every.values()), {role: sum(held.values()) for role, held in found.items()}
 
@@ -228,34 +230,34 @@ def test_a_checkpoint_holds_the_roles_own_and_is_gone_on_from(
     load(team, reward_model, alone=False)
     learn(team, experience, 1)
     for role in LEARNING:
-        team.groups[role].call("save", str(tmp_path / role)).get()
-        saved: set[str] = team.groups[role].first("saved")
+        team.groups[role].call(TrainerApi.save, str(tmp_path / role)).get()
+        saved: set[str] = team.groups[role].first(SharingTrainerApi.saved)
         assert saved and all(".default." in name or ".score." in name for name in saved)
     wanted = learn(team, experience, 2)
     said = outputs(team, experience)
     load(team, reward_model, alone=False)
     for role in LEARNING:
-        team.groups[role].call("restore", str(tmp_path / role)).get()
+        team.groups[role].call(TrainerApi.restore, str(tmp_path / role)).get()
     assert learn(team, experience, 2) == wanted
     for who, values in outputs(team, experience).items():
         np.testing.assert_array_equal(values, said[who], who)
 
     load(team, reward_model, alone=True)  # `share` may change when a run is taken up again
     for role in LEARNING:
-        team.groups[role].call("restore", str(tmp_path / role)).get()
+        team.groups[role].call(TrainerApi.restore, str(tmp_path / role)).get()
     assert learn(team, experience, 2) == pytest.approx(wanted, rel=2e-4, abs=2e-5)
 
 
 def test_a_reward_model_that_is_no_adapter_is_refused(team: Team, folder: Path, tmp_path: Path) -> None:
     critic = team.groups["critic"]
-    critic.call("leave", True).get()
-    critic.call("load", str(folder), team.config.model.model_copy(update={"lora": None}), ADAM).get()
-    critic.call("export", str(tmp_path / "full")).get()
+    critic.call(SharingApi.leave, True).get()
+    critic.call(TrainerApi.load, str(folder), team.config.model.model_copy(update={"lora": None}), ADAM).get()
+    critic.call(TrainerApi.export, str(tmp_path / "full")).get()
     with pytest.raises(Exception, match=r"full has no adapter with a head"):
         load(team, tmp_path / "full", alone=False)
     other = make_model(tmp_path / "other")
-    critic.call("leave", True).get()
-    critic.call("load", str(other), team.config.model, ADAM).get()
-    critic.call("export", str(tmp_path / "elsewhere")).get()
+    critic.call(SharingApi.leave, True).get()
+    critic.call(TrainerApi.load, str(other), team.config.model, ADAM).get()
+    critic.call(TrainerApi.export, str(tmp_path / "elsewhere")).get()
     with pytest.raises(Exception, match=r"other: the roles of this process share .* as base"):
         load(team, tmp_path / "elsewhere", alone=False)

@@ -15,8 +15,10 @@ from configs.schema import Strategy
 from orchestrator.preflight.settings_checks import check_offload
 from orchestrator.run.run_dir import RunError
 from orchestrator.worker_groups.calls import WorkerGroup
+from tests.support.apis import OpenApi
 from tests.support.hosts import Held, Hosts, close, load, run_config, same_held, steps, train
 from tests.support.models import make_model
+from workers.api import PolicyApi, TrainerApi, request
 from workers.data.step_inputs import SupervisedBatch
 from workers.training.schedule import StageStep
 
@@ -51,13 +53,13 @@ def group(hosts: Hosts) -> WorkerGroup:
 def begin(
     group: WorkerGroup, strategy: Strategy, model: Path, offload: dict[str, str] | None = None, **settings: Any
 ) -> None:
-    group.call("become", strategy, offload or {}).get()
+    group.call(OpenApi.become, strategy, offload or {}).get()
     load(group, model, **settings)
 
 
 def exported(group: WorkerGroup, folder: Path) -> dict[str, torch.Tensor]:
     """The whole weights, gathered as they are for the engines."""
-    group.call("export", str(folder)).get()
+    group.call(TrainerApi.export, str(folder)).get()
     return load_file(folder / "model.safetensors")
 
 
@@ -82,31 +84,31 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
     begin(group, strategy, model, init="random")
     assert train(group, 1, spoil="nan loss")["refused"] == 1.0, "before AdamW has any state"
     found = steps(group, 1, 2)
-    before: Held = group.call("held").get()
+    before: Held = group.call(OpenApi.held).get()
     for how in ("infinite loss, finite gradients", "explosion", "finite loss, nan gradients"):
         assert train(group, 3, spoil=how)["refused"] == 1.0, how
-        same_held(group.call("held").get(), before)
-    group.call("save", str(tmp_path / "saved")).get()
-    files: list[Any] = group.call("snapshot").get()
-    for held, meanwhile in group.call("offload_and_onload").get():
+        same_held(group.call(OpenApi.held).get(), before)
+    group.call(TrainerApi.save, str(tmp_path / "saved")).get()
+    files: list[Any] = group.call(TrainerApi.snapshot).get()
+    for held, meanwhile in group.call(OpenApi.offload_and_onload).get():
         assert held > 0 == meanwhile
-    same_held(group.call("held").get(), before)
+    same_held(group.call(OpenApi.held).get(), before)
     found += steps(group, 3)
     close(found, metrics, AGREES)
     assert found[0]["grad_norm"] > 1.0, "gradients are clipped"
     for name, weight in exported(group, tmp_path / "exported").items():
         assert float((weight - weights[name]).abs().mean()) < 1e-5, name
-    after: Held = group.call("held").get()
+    after: Held = group.call(OpenApi.held).get()
 
     begin(group, strategy, model, init="random")
-    group.call("restore", str(tmp_path / "saved")).get()
-    same_held(group.call("held").get(), before)
+    group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
+    same_held(group.call(OpenApi.held).get(), before)
     assert steps(group, 3) == found[2:]
-    same_held(group.call("held").get(), after)
+    same_held(group.call(OpenApi.held).get(), after)
     begin(group, strategy, model, init="random")
     names = sorted({name for _, listed in files for name in listed})
-    group.scatter("restore_snapshot", [(mine, files[0][0], names) for mine, _ in files]).get()
-    same_held(group.call("held").get(), before)
+    group.scatter([request(TrainerApi.restore_snapshot, mine, files[0][0], names) for mine, _ in files]).get()
+    same_held(group.call(OpenApi.held).get(), before)
     assert steps(group, 3) == found[2:]
 
 
@@ -125,10 +127,10 @@ def test_offload_is_taken_up_and_left(
 ) -> None:
     begin(group, first, model, **settings)
     steps(group, 1, 2)
-    group.call("save", str(tmp_path / "saved")).get()
+    group.call(TrainerApi.save, str(tmp_path / "saved")).get()
     wanted, weights = steps(group, 3), exported(group, tmp_path / "one")
     begin(group, then, model, **settings)
-    group.call("restore", str(tmp_path / "saved")).get()
+    group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
     close(steps(group, 3), wanted, 1e-6)
     for name, weight in exported(group, tmp_path / "two").items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-6)
@@ -142,9 +144,9 @@ def test_other_ranks_go_on_from_what_was_offloaded(
     for strategy in strategies:
         begin(group, strategy, model)
         steps(group, 1, 2)
-        group.call("save", str(tmp_path / strategy)).get()
+        group.call(TrainerApi.save, str(tmp_path / strategy)).get()
         begin(one, strategy, model)
-        one.call("restore", str(tmp_path / strategy)).get()
+        one.call(TrainerApi.restore, str(tmp_path / strategy)).get()
         close(steps(one, 3, 4), steps(group, 3, 4), 1e-5)
 
 
@@ -153,10 +155,10 @@ def test_gradients_of_ddp_stay_where_they_are(group: WorkerGroup, model: Path, d
     """Between steps, as the plan says (`placement.memory.keeps_gradients`)."""
     begin(group, "ddp", model, dtype=dtype)
     train(group, 1)
-    places: list[list[int]] = group.call("gradients").get()
+    places: list[list[int]] = group.call(OpenApi.gradients).get()
     train(group, 2)
     assert all(map(bool, places)) == stay
-    assert group.call("gradients").get() == places
+    assert group.call(OpenApi.gradients).get() == places
 
 
 def test_bfloat16_has_float32_weights_beside_it(group: WorkerGroup, model: Path) -> None:
@@ -165,7 +167,7 @@ def test_bfloat16_has_float32_weights_beside_it(group: WorkerGroup, model: Path)
     for strategy in STRATEGIES:
         begin(group, strategy, model, dtype="bfloat16")
         close(steps(group, 1, 2, 3), wanted, 0.03)
-        for types in group.call("dtypes").get():
+        for types in group.call(OpenApi.dtypes).get():
             assert types == ({"torch.bfloat16"}, {"torch.float32"}), strategy
 
 
@@ -175,8 +177,8 @@ def test_bfloat16_gradients_of_many_micro_batches_add_up(group: WorkerGroup, mod
     def norm(strategy: Strategy, times: int) -> float:
         begin(group, strategy, model, dtype="bfloat16")
         parts = [SupervisedBatch("rows", [np.array([row])] * times, 16 * times) for row in (0, 4)]
-        found: list[dict[str, float]] = group.scatter(
-            "train_demonstrations", [(part, StageStep(1, 1), (1, 1)) for part in parts]
+        found = group.scatter(
+            [request(PolicyApi.train_demonstrations, part, StageStep(1, 1), (1, 1)) for part in parts]
         ).get()
         return found[0]["grad_norm"]
 
@@ -193,17 +195,17 @@ def test_the_optimizer_in_bfloat16(group: WorkerGroup, model: Path, tmp_path: Pa
         begin(group, strategy, model, **narrow)
         assert train(group, 1, spoil="nan loss")["refused"] == 1.0
         found = steps(group, 1, 2)
-        before: Held = group.call("held").get()
+        before: Held = group.call(OpenApi.held).get()
         assert train(group, 3, spoil="explosion")["refused"] == 1.0
-        same_held(group.call("held").get(), before)
-        group.call("save", str(tmp_path / strategy)).get()
+        same_held(group.call(OpenApi.held).get(), before)
+        group.call(TrainerApi.save, str(tmp_path / strategy)).get()
         found += steps(group, 3)
         close(found, wanted, 0.1)
-        for types in group.call("dtypes").get():
+        for types in group.call(OpenApi.dtypes).get():
             assert types == ({"torch.bfloat16"}, {"torch.bfloat16"}), strategy
         begin(group, strategy, model, **narrow)
-        group.call("restore", str(tmp_path / strategy)).get()
-        same_held(group.call("held").get(), before)
+        group.call(TrainerApi.restore, str(tmp_path / strategy)).get()
+        same_held(group.call(OpenApi.held).get(), before)
         assert steps(group, 3) == found[2:]
 
 
@@ -229,10 +231,10 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
     reset_roles()
     assert train(group, 1, spoil="nan loss")["refused"] == 1.0
     found = steps(group, 1, 2)
-    group.call("save", str(tmp_path / "saved")).get()
+    group.call(TrainerApi.save, str(tmp_path / "saved")).get()
     before = saved_states(tmp_path / "saved")
     assert train(group, 3, spoil="explosion")["refused"] == 1.0
-    group.call("save", str(tmp_path / "again")).get()
+    group.call(TrainerApi.save, str(tmp_path / "again")).get()
     assert all(torch.equal(saved_states(tmp_path / "again")[name], before[name]) for name in before)
     found += steps(group, 3)
     close(found, metrics, AGREES)
@@ -242,7 +244,7 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
     assert all(kind in on_disk for kind in ("exp_avg-", "exp_avg_sq-", "_gradient_"))
 
     reset_roles()
-    group.call("restore", str(tmp_path / "saved")).get()
+    group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
     assert steps(group, 3) == found[2:]
     assert len(list(disk.iterdir())) == 4, "two ranks, two times"
     hosts.stop()
