@@ -127,7 +127,8 @@ class Call(Generic[T]):
             ...
         results = call.result()                      # waits for what is missing
 
-    The time until a reply is seen counts as the rank's: who polls rarely measures long calls, and allows longer ones later.
+    The time until a reply is taken counts as the rank's: rare polls make calls look long, and later deadlines longer. Nothing but
+    `run_concurrently` keeps apart calls to groups that share devices.
     """
 
     group: WorkerGroup
@@ -193,14 +194,14 @@ class Call(Generic[T]):
 
         Raises WorkerError where a rank failed, or the deadline has passed, and the call cannot continue.
         """
+        self._require_started()
         while not self.finished and _take_reply([self], timeout=0.0):
             pass
         return self.finished
 
     def result(self) -> T:
         """Its result, once all ranks have replied. Raises WorkerError as `poll` does."""
-        if not self._refs:
-            raise RuntimeError(f"{self.group.role}: this call of {self.method} was not started")
+        self._require_started()
         while not self.finished:
             _take_reply([self])
         results: list[Any] = []
@@ -210,6 +211,10 @@ class Call(Generic[T]):
         if not self._recorded:
             self._record(results)
         return self.reduced_by(results) if self.reduced_by else results  # type: ignore[return-value]
+
+    def _require_started(self) -> None:
+        if not self._refs:
+            raise RuntimeError(f"{self.group.role}: this call of {self.method} was not started")
 
     def _record(self, results: list[Any]) -> None:
         self._recorded = True

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.schema import Role
 from troupe.imports import call
+from workers.api import Phase
 from workers.process import inspection
 from workers.process.inspection import ProcessLocation, ProcessState, State
 
@@ -55,7 +56,7 @@ class Failure:
     role: Role
     ranks: tuple[int, ...]
     method: str
-    phase: str
+    phase: Phase
     text: str
     """What happened, in a line."""
     cause: Exception | None = None

@@ -40,7 +40,7 @@ class WorkerSpec:
 
 
 class Worker(WorkerApi):
-    """What all workers can do: say where and how they are, meet their group, keep datasets."""
+    """The base of all workers: where its process is and how much memory it has, its process group, its datasets."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec

@@ -275,8 +275,9 @@ def test_a_result_waits_for_what_is_missing(start: Start) -> None:
 
 def test_a_call_is_started_once(start: Start) -> None:
     call = start("actor").call(Rank.ping)
-    with pytest.raises(RuntimeError, match=r"^actor: this call of ping was not started$"):
-        call.result()
+    for early in (call.poll, call.result):
+        with pytest.raises(RuntimeError, match=r"^actor: this call of ping was not started$"):
+            early()
     call.start()
     for again in (call.start, call.get):
         with pytest.raises(RuntimeError, match=r"^actor: this call of ping was started before$"):
