@@ -44,10 +44,11 @@ def measure(side: Side) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from configs.schema import PPOClipLoss
     from workers.data import Sequence
     from workers.models.heads import Batch, LanguageModel
     from workers.process import malloc
-    from workers.rl.losses import masked_sum, policy_losses
+    from workers.rl.losses import LossInputs, PolicyLoss, masked_sum
 
     malloc.keep_tensors_apart()
     torch.manual_seed(0)
@@ -74,7 +75,8 @@ def measure(side: Side) -> dict[str, float]:
 
     def step() -> tuple[float, float]:
         log_probs, entropy = forward()
-        parts = policy_losses.get("ppo_clip")(log_probs, log_probs.detach() - 0.1, advantages, batch.mask, 0.2)
+        old = log_probs.detach() - 0.1
+        parts = PolicyLoss.of(PPOClipLoss())(LossInputs(log_probs, old, old, None, advantages, batch.mask))
         loss = masked_sum(parts.loss, batch.mask) / (LENGTH - 1)
         loss.backward()
         adam.step()

@@ -296,7 +296,7 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             return path, f"{path}: missing; must be {' | '.join(kind.models)}"
         case "union_tag_invalid":
             path = f"{path}.{kind.discriminator}"
-            tag = values.shown(path, _at(values.tree, path.split(".")))
+            tag = values.shown(path, _at(values.tree, path.split("."), details["ctx"]["tag"]))
             return path, f"{path}: was {tag}; must be {' | '.join(kind.models)}"
         case "missing":
             return path, f"{path}: missing; must be {_allowed(kind)}"
@@ -304,7 +304,7 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             keys = choices(kind_of(kind.core.__args__[0]))
             path = f"{path}.{details['input']}"
             return path, f"{path}: no such key; {_suggestion(str(details['input']), keys)}"
-    value = _at(values.tree, parts)
+    value = _at(values.tree, parts, details["input"])
     return path, f"{path}: was {values.shown(path, value)}; must be {_allowed(kind)}{_way_out(value, kind)}"
 
 
@@ -344,8 +344,11 @@ def _locate(location: tuple[str | int, ...]) -> tuple[list[str], Kind, Kind]:
     return parts, parent, kind
 
 
-def _at(tree: Any, parts: Sequence[str]) -> Any:
+def _at(tree: Any, parts: Sequence[str], otherwise: Any) -> Any:
+    """otherwise: for what is not written there, but in a shorter form or under an old name."""
     for part in parts:
+        if not isinstance(tree, list) and not (isinstance(tree, dict) and part in tree):
+            return otherwise
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
     return tree
 

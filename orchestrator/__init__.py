@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from orchestrator.worker_groups.rollouts import Experience, Rollouts
     from orchestrator.worker_groups.team import Team
     from workers.data import read_rows
+    from workers.data.step_inputs import KLTerm
 
 __all__ = [
     "ConfigError",
     "Experience",
+    "KLTerm",
     "Result",
     "Rollouts",
     "RunConfig",
@@ -49,6 +51,7 @@ _HOMES = {
     "orchestrator.run.stop_signal": ("Stopped",),
     "orchestrator.worker_groups.team": ("Team",),
     "workers.data": ("read_rows",),
+    "workers.data.step_inputs": ("KLTerm",),
 }
 
 

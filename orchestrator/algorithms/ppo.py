@@ -14,7 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from configs.schema import ModelReward, ModelSettings, Role
-from orchestrator.algorithms.kl_controller import make_controller
+from orchestrator.algorithms.credit import AnswerScores, answer_advantages
+from orchestrator.algorithms.kl_controller import kl_term, make_controller
 from orchestrator.algorithms.reward_shaping import shape_scores
 from orchestrator.algorithms.runner import StageRun
 from orchestrator.evaluation.before_after import outcome
@@ -66,7 +67,9 @@ class PPO(StageRun):
         scored = ~np.isnan(reward)
         shaped = np.full(len(reward), np.nan, np.float32)
         shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
-        experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
+        advantages = answer_advantages(ppo, answer_scores(rollouts, shaped, scores))
+        penalty, beside = kl_term(ppo.kl, self.kl.coefficient), self._demonstrations(step)
+        experience = Experience(rollouts, reference, values, shaped, penalty, advantages, beside)
         with self.phase("train"):
             learnt = self._train(step, experience, update=learns, sane=sane)
         learnt["refused/actor"] += not sane
@@ -261,6 +264,12 @@ class PPO(StageRun):
 
     def result(self) -> dict[str, float]:
         return {"steps": float(self.steps), **outcome(self.run.folder)}
+
+
+def answer_scores(rollouts: Rollouts, shaped: np.ndarray, scores: Mapping[str, RewardResult]) -> AnswerScores:
+    """What advantages per answer are made of. shaped: [samples] the rewards as they are trained on."""
+    sources = {name: scored.values for name, scored in scores.items()}
+    return AnswerScores(shaped.astype(np.float64), rollouts.groups, rollouts.answer_lengths, sources)
 
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:

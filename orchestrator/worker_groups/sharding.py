@@ -63,8 +63,11 @@ def train_step_inputs(
 ) -> list[TrainStepInput]:
     """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks.
 
-    Samples without a score are left out. seed: of the order of the samples. ptx: of each mini-batch, each rank's part of the
-    demonstrations beside it; empty: there are none.
+    Samples without a score are left out; the others of their group are trained on. A mini-batch may hold a part of a group:
+    advantages per answer are made of the whole group before, `prompt_mean` is over what the mini-batch holds.
+
+    seed: of the order of the samples. ptx: of each mini-batch, each rank's part of the demonstrations beside it; empty: there
+    are none.
 
     Raises ValueError where no sample has a score.
     """
@@ -76,28 +79,37 @@ def train_step_inputs(
     order = np.random.default_rng(seed).permutation(experience.scored)
     samples_of: list[list[Rows]] = [[] for _ in range(ranks)]
     mini_batches_of: list[list[MiniBatch]] = [[] for _ in range(ranks)]
+    prompt_tokens = np.zeros(len(rollouts), np.int64)
     for k, samples in enumerate(mini_batches(order, ppo.mini_batches)):
         shards, micro_batches = shard_samples(rollouts.lengths[samples], ranks, ppo.micro_batch_tokens)
-        tokens = int(rollouts.answer_lengths[samples].sum())
+        lengths, groups = rollouts.answer_lengths[samples], rollouts.groups[samples]
+        tokens_of_groups = np.bincount(groups, lengths).astype(np.int64)
+        prompt_tokens[samples] = tokens_of_groups[groups]
+        counts = int(lengths.sum()), len(samples), int(np.count_nonzero(tokens_of_groups))
         for rank, (shard, micro) in enumerate(zip(shards, micro_batches, strict=True)):
             before = sum(map(len, samples_of[rank]))
             beside = ptx[k][rank] if ptx else None
-            mini_batches_of[rank].append(MiniBatch([before + m for m in micro], tokens, beside))
+            mini_batches_of[rank].append(MiniBatch([before + m for m in micro], *counts, ptx=beside))
             samples_of[rank].append(samples[shard])
     return [
-        _train_step_input(experience, np.concatenate(samples), minis, update)
+        _train_step_input(experience, np.concatenate(samples), prompt_tokens, minis, update)
         for samples, minis in zip(samples_of, mini_batches_of, strict=True)
     ]
 
 
-def _train_step_input(experience: Experience, rows: Rows, minis: list[MiniBatch], update: bool) -> TrainStepInput:
+def _train_step_input(
+    experience: Experience, rows: Rows, prompt_tokens: np.ndarray, minis: list[MiniBatch], update: bool
+) -> TrainStepInput:
+    advantages = experience.advantages
     return TrainStepInput(
         rollouts=experience.rollouts.refs.take(rows),
         reference=experience.reference.refs.take(rows),
         values=experience.values.refs.take(rows) if experience.values else None,
         scores=experience.scores[rows].astype(np.float32),
-        groups=experience.rollouts.prompts[rows],
-        kl_coefficient=experience.kl_coefficient,
+        groups=experience.rollouts.groups[rows],
+        prompt_tokens=prompt_tokens[rows],
+        kl=experience.kl,
+        advantages=None if advantages is None else advantages[rows].astype(np.float32),
         mini_batches=minis,
         update=update,
     )

@@ -383,7 +383,7 @@ class Team:
         """Answer each of the dataset's rows `samples` times; answers to one prompt stand side by side."""
         group = self.groups["rollout"]
         times = [int((rows[:i] == row).sum()) for i, row in enumerate(rows)]  # a prompt may come twice in a step
-        prompts = np.repeat(rows, samples)
+        prompts, groups = np.repeat(rows, samples), np.repeat(np.arange(len(rows)), samples)
         numbers = np.concatenate([np.arange(samples) + samples * before for before in times])
         shares = share_prompts(self.lengths[data][0][prompts], len(group), self.config.rollout.max_new_tokens)
 
@@ -395,6 +395,7 @@ class Team:
             return Rollouts(
                 data,
                 prompts,
+                groups,
                 numbers,
                 step,
                 refs,

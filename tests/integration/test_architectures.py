@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.families.zoo import make
 from configs.schema import RunConfig
-from orchestrator import Experience, run_concurrently, start_team
+from orchestrator import Experience, KLTerm, run_concurrently, start_team
 from orchestrator.evaluation.evaluate import weighted_sum
 from orchestrator.worker_groups.failures import WorkerError
 from orchestrator.worker_groups.team import Team
@@ -108,7 +108,7 @@ def ppo_step(team: Team, step: int) -> float:
     np.testing.assert_allclose(reward, scores["model"].values + 0.5 * scores["letters"].values, atol=1e-5)
     reward[step] = np.nan  # one answer without a score, which costs this sample alone
     assert values is not None and np.isfinite(values.per_answer).all()
-    experience = Experience(rollouts, reference, values, reward, kl_coefficient=0.05)
+    experience = Experience(rollouts, reference, values, reward, KLTerm(reward_coefficient=0.05))
     steps = CONFIG.ppo.steps
     actor, critic = run_concurrently(
         team.train_actor(experience, step, steps), team.train_critic(experience, step, steps)

@@ -7,6 +7,7 @@ batch, over all ranks, so that neither padding nor the number of ranks changes a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -27,13 +28,27 @@ class SupervisedBatch:
 
 
 @dataclass(frozen=True)
+class KLTerm:
+    """The step's penalty on KL(actor | reference): where it applies, and how much. A coefficient of 0: not there."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    reward_coefficient: float = 0.0
+    """Of what is taken from each token's reward."""
+    loss_coefficient: float = 0.0
+    """Of what is added to each token's loss."""
+
+
+@dataclass(frozen=True)
 class MiniBatch:
-    """One rank's part of a mini-batch of answers."""
+    """One rank's part of a mini-batch of answers. Counts are of the whole mini-batch, over all ranks."""
 
     micro_batches: list[Rows]
     """Rows among the rank's samples."""
     tokens: int
-    """Answer tokens of the whole mini-batch, over all ranks."""
+    """Answer tokens."""
+    sequences: int
+    prompts: int
+    """Draws of prompts that they answer."""
     ptx: SupervisedBatch | None = None
     """Demonstrations learned beside it."""
 
@@ -50,9 +65,13 @@ class TrainStepInput:
     scores: np.ndarray
     """[samples] as they are trained on."""
     groups: np.ndarray
-    """[samples] ids of the prompts."""
-    kl_coefficient: float
+    """[samples] ids of the draws of prompts that they answer."""
+    prompt_tokens: np.ndarray
+    """[samples] answer tokens of the sample's group in its mini-batch, over all ranks."""
+    kl: KLTerm
     mini_batches: list[MiniBatch]
+    advantages: np.ndarray | None = None
+    """[samples] per answer; None: the worker estimates them per token."""
     update: bool = True
     """Whether the weights may change."""
 

@@ -22,7 +22,7 @@ from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
 from placement.cluster.spec import Node
 from workers.data.samples import SampleRefs
-from workers.data.step_inputs import RolloutInfo
+from workers.data.step_inputs import KLTerm, RolloutInfo
 
 # ---------------------------------------------------------------- what is learnt
 
@@ -122,9 +122,11 @@ def experience() -> Experience:
     refs = SampleRefs((None,), np.zeros((SAMPLES, 2), np.int32))
     prompts, answers = np.full(SAMPLES, PROMPT), np.full(SAMPLES, ANSWER)
     ended, numbers = np.ones(SAMPLES, bool), np.zeros(SAMPLES, int)
-    rollouts = Rollouts("prompts", np.arange(SAMPLES), numbers, 1, refs, prompts, answers, ended, frozenset())
+    rollouts = Rollouts(
+        "prompts", np.arange(SAMPLES), np.arange(SAMPLES), numbers, 1, refs, prompts, answers, ended, frozenset()
+    )
     column = TokenColumn(refs, np.zeros(SAMPLES))
-    return Experience(rollouts, column, column, np.zeros(SAMPLES), 0.1)
+    return Experience(rollouts, column, column, np.zeros(SAMPLES), KLTerm())
 
 
 def done(call: Call[Any], *results: Any) -> Workload:

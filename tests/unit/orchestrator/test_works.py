@@ -30,7 +30,7 @@ from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
 from workers.data.batching import NO_ROWS
 from workers.data.samples import SampleRefs
-from workers.data.step_inputs import TrainStepInput
+from workers.data.step_inputs import KLTerm, TrainStepInput
 from workers.models.heads import Batch
 from workers.training.experience import prepare
 
@@ -53,7 +53,8 @@ def experience(scores: list[float], step: int = 1) -> Experience:
     column = TokenColumn(refs, np.zeros(count))
     rollouts = Rollouts(
         "prompts",
-        prompts=np.arange(count) // 2,
+        prompts=np.arange(count) // 4,
+        groups=np.arange(count) // 2,
         numbers=np.arange(count) % 2,
         step=step,
         refs=refs,
@@ -62,7 +63,7 @@ def experience(scores: list[float], step: int = 1) -> Experience:
         ended=np.ones(count, bool),
         versions=frozenset([0]),
     )
-    return Experience(rollouts, column, column, np.array(scores), kl_coefficient=0.1)
+    return Experience(rollouts, column, column, np.array(scores), KLTerm())
 
 
 def trained(works: list[TrainStepInput]) -> list[list[int]]:
@@ -119,7 +120,7 @@ def test_what_is_trained_on_does_not_depend_on_the_ranks(
         mine = work.rollouts.where[:, 1]
         assert len(work.scores) == len(work.groups) == len(work.rollouts) == len(work.reference)
         assert not np.isnan(work.scores).any()
-        np.testing.assert_array_equal(work.groups, given_.rollouts.prompts[mine])
+        np.testing.assert_array_equal(work.groups, given_.rollouts.groups[mine])
         np.testing.assert_array_equal(work.scores, given_.scores[mine])
 
 
@@ -152,6 +153,7 @@ def test_a_rank_without_samples_takes_part_in_sums_and_brings_nothing() -> None:
     answers = prepare(replace(works[2], rollouts=nothing, reference=nothing, values=nothing), ppo, total, CPU)
     assert summed == 1
     assert len(answers.samples) == 0
+    assert answers.returns is not None
     assert answers.mask.shape == answers.advantages.shape == answers.returns.shape == (0, 1)
     batch = Batch([answers.samples[row] for row in NO_ROWS], CPU)
     assert batch.mask.shape == answers.advantages[NO_ROWS, : batch.mask.shape[1]].shape

@@ -20,7 +20,7 @@ from workers.data import Codec, Sequence, load_tokenizer
 from workers.models import heads
 from workers.models.heads import Batch, LanguageModel, ScalarModel, load_hf
 from workers.models.logit_transforms import AfterHead
-from workers.rl.losses import ppo_clip
+from workers.rl.losses import LossInputs, PPOClip
 
 CPU = torch.device("cpu")
 KINDS = [
@@ -306,7 +306,8 @@ def _any_loss(model: nn.Module, batch: Batch, scalar: bool) -> Tensor:
     log_probs, entropy = model(batch, 0.7)
     assert log_probs.shape == entropy.shape == batch.mask.shape
     other = torch.full_like(log_probs, 0.5 if len(batch.lengths) else torch.nan)
-    return ppo_clip(log_probs, other, other, batch.mask, 0.2).loss.sum() + entropy.sum()
+    inputs = LossInputs(log_probs, other, other, None, other, batch.mask)
+    return PPOClip(PPOClip.Config())(inputs).loss.sum() + entropy.sum()
 
 
 TINY = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}

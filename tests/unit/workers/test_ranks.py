@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
+from configs.schema import OptimizerSettings, Role, RunConfig
 from configs.zero import ZERO, Strategy
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
@@ -29,6 +29,7 @@ from placement import Cluster, make_plan
 from tests.support.models import VOCABULARY, encoded, make_model
 from workers.data import Row, RowKind
 from workers.data.samples import RaggedArray, RolloutBatch, Sample, SampleRefs
+from workers.data.step_inputs import KLTerm
 from workers.models.heads import Batch, LanguageModel, load_hf
 from workers.training.schedule import StageStep
 
@@ -122,6 +123,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     rollouts = Rollouts(
         "prompts",
         prompts=np.arange(SAMPLES) // 2,
+        groups=np.arange(SAMPLES) // 2,
         numbers=np.arange(SAMPLES) % 2,
         step=1,
         refs=refs(chunks),
@@ -131,7 +133,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
         versions=frozenset([0]),
     )
     scores, ptx = draw.normal(0, 1, SAMPLES), [np.arange(5), np.arange(5, 7)]
-    return Experience(rollouts, column(2.0), column(0.5), scores, kl_coefficient=0.05, ptx=ptx)
+    return Experience(rollouts, column(2.0), column(0.5), scores, KLTerm("k3", loss_coefficient=0.05), ptx=ptx)
 
 
 def of_step(experience: Experience, step: int) -> Experience:
@@ -155,7 +157,6 @@ def run_config(folder: Path, strategy: Strategy, ranks: Ranks, micro_batch_token
         "mini_batches": 2,
         "micro_batch_tokens": micro_batch_tokens,
         "entropy_coefficient": 0.01,
-        "kl": {"place": "loss", "estimator": "k3"},
         "ptx": {"data": data, "coefficient": 0.5, "batch_size": 4},
         "actor_optimizer": ADAM,
         "critic_optimizer": ADAM,
@@ -210,7 +211,10 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
     [(mean, deviation), *_] = measure("critic", "demonstrations", demonstrations(13), "demonstration", "normalize")
     found |= {"mean": mean, "deviation": deviation}
     rollouts = experience.rollouts  # all but one: they do not divide among the ranks
-    some = {name: getattr(rollouts, name)[:-1] for name in ("prompts", "prompt_lengths", "answer_lengths", "ended")}
+    some = {
+        name: getattr(rollouts, name)[:-1]
+        for name in ("prompts", "groups", "prompt_lengths", "answer_lengths", "ended")
+    }
     call = team.values(replace(rollouts, refs=rollouts.refs.take(np.arange(SAMPLES - 1)), **some))
     assert call is not None
     values = call.get()
@@ -364,7 +368,8 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
     """With nothing to be gained, the actor comes nearer to log-probabilities that it did not have."""
     config = run_config(folder, *WHOLE)
     assert config.ppo is not None
-    changes = {"entropy_coefficient": 0.0, "ptx": None, "kl": KLSettings(place="loss", estimator="k2")}
+    changes = {"entropy_coefficient": 0.0, "ptx": None}
+    penalty = KLTerm("k2", loss_coefficient=1.0)
     config = config.model_copy(update={"name": "penalty", "ppo": config.ppo.model_copy(update=changes)})
     answers = fake_experience(folder, config)
     samples = answers.rollouts.refs.fetch()
@@ -376,7 +381,7 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
 
     reference = [sample.log_probs + 2 for sample in samples]
     values, scores = column([0 * row for row in reference]), np.zeros(SAMPLES)
-    experience = replace(answers, reference=column(reference), values=values, scores=scores, kl_coefficient=1.0, ptx=[])
+    experience = replace(answers, reference=column(reference), values=values, scores=scores, kl=penalty, ptx=[])
 
     with learners(config, ray_here) as team:
         actor = team.groups["actor"]
