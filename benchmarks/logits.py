@@ -45,7 +45,7 @@ def measure(side: Side) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from configs.schema import PPOClipLoss
-    from workers.data import Sequence
+    from workers.data import Sample
     from workers.models.heads import Batch, LanguageModel
     from workers.process import malloc
     from workers.rl.losses import LossInputs, PolicyLoss, masked_sum
@@ -56,7 +56,7 @@ def measure(side: Side) -> dict[str, float]:
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
     hf: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, max_position_embeddings=LENGTH))
     ids = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
-    batch = Batch([Sequence.of(ids[:1], ids[1:])], torch.device("cpu"))
+    batch = Batch([Sample.of(ids[:1], ids[1:])], torch.device("cpu"))
     ours = LanguageModel(hf).train()
     hf.gradient_checkpointing_enable()
     advantages = torch.randn(1, LENGTH - 1)

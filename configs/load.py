@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             except ConfigError as error:
                 problems[override] = str(error)
         values = _Resolved(tree, problems)
+    _rename_loss(values.tree)
     if unknown := import_plugins(_plugins(values.tree)):  # what they register is needed to check the rest
         raise ConfigError([*problems.values(), *unknown])
     try:
@@ -82,6 +85,29 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if problems:
         raise ConfigError(problems.values())
     return config
+
+
+def _rename_loss(tree: dict[str, Any]) -> None:
+    """`ppo.policy_loss: NAME` and `ppo.clip_range: WIDTH` of earlier versions become `ppo.loss`, over what that holds."""
+    ppo = tree.get("ppo")
+    names = [name for name in ("policy_loss", "clip_range") if isinstance(ppo, dict) and name in ppo]
+    if not (isinstance(ppo, dict) and names):
+        return
+    old = {name: value for name in names if (value := ppo.pop(name)) is not None}
+    _warn_of(" and ".join(f"ppo.{name}" for name in names))
+    given = ppo.get("loss") or {}
+    loss = {"kind": given} if isinstance(given, str) else dict(given)
+    if loss.get("kind") != old.get("policy_loss", loss.get("kind")):
+        loss = {}
+    loss.setdefault("kind", old.get("policy_loss", "ppo_clip"))
+    if loss["kind"] == "ppo_clip" and "clip_range" in old:
+        loss |= {"clip_low": old["clip_range"], "clip_high": old["clip_range"]}
+    ppo["loss"] = loss
+
+
+@cache
+def _warn_of(names: str) -> None:
+    logging.getLogger("troupe").warning("%s: now in ppo.loss: {kind: ..., clip_low: ..., clip_high: ...}", names)
 
 
 def _plugins(tree: Any) -> list[str]:
@@ -345,7 +371,7 @@ def _locate(location: tuple[str | int, ...]) -> tuple[list[str], Kind, Kind]:
 
 
 def _at(tree: Any, parts: Sequence[str], otherwise: Any) -> Any:
-    """otherwise: for what is not written there, but in a shorter form or under an old name."""
+    """otherwise: for what is not written there but in a shorter form."""
     for part in parts:
         if not isinstance(tree, list) and not (isinstance(tree, dict) and part in tree):
             return otherwise

@@ -41,7 +41,7 @@ def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> list[float]
             metrics = team.train_actor(experience, step, ppo.steps).get()
             team.publish(version=step)
             rewards.append(float(reward.mean()))
-            kl = reference.per_answer.sum() / rollouts.answer_lengths.sum()
+            kl = reference.per_answer.sum() / rollouts.trained_tokens.sum()
             print(f"step {step}: reward {rewards[-1]:+.3f}, KL {kl:.3f}, entropy {metrics['entropy']:.2f}")
         after = evaluate(team, len(held_out))
         team.export("actor", f"{config.runs}/{config.name}/models/reinforce")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from configs.schema.base import Fraction, Overlong, Settings
 from configs.schema.data import DatasetSettings
@@ -236,15 +234,11 @@ class PPOSettings(Settings):
         timed = [source for source in (*self.rewards, *judges) if not isinstance(source, ModelReward)]
         return sum(source.longest(answers) for source in timed)
 
-    @model_validator(mode="before")
+    @field_validator("loss", "advantage", mode="before")
     @classmethod
-    def _in_full(cls, values: Any) -> Any:
-        """Old names, and kinds that are named alone."""
-        if not isinstance(values, dict):
-            return values
-        values = _rename_loss(values)
-        by_kind = {name: {"kind": values[name]} for name in ("loss", "advantage") if isinstance(values.get(name), str)}
-        return values | by_kind
+    def _in_full(cls, value: Any) -> Any:
+        """A kind that is named alone."""
+        return {"kind": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -330,25 +324,3 @@ class PPOSettings(Settings):
             if clashes := [name for name in named if name in taken]:
                 raise ValueError(f"{kind}: the name {clashes[0]} is that of a metric; choose another")
         return self
-
-
-def _rename_loss(values: dict[str, Any]) -> dict[str, Any]:
-    """PPO's settings with `policy_loss: NAME` and `clip_range: WIDTH` of earlier versions as `loss`, over what that holds."""
-    old = {name: values[name] for name in ("policy_loss", "clip_range") if values.get(name) is not None}
-    values = {name: value for name, value in values.items() if name not in ("policy_loss", "clip_range")}
-    if not old:
-        return values
-    _warn_of(", ".join(f"ppo.{name}" for name in old))
-    given = values.get("loss") or {}
-    loss = {"kind": given} if isinstance(given, str) else dict(given)
-    if loss.get("kind") != old.get("policy_loss", loss.get("kind")):
-        loss = {}
-    loss.setdefault("kind", old.get("policy_loss", "ppo_clip"))
-    if loss["kind"] == "ppo_clip" and "clip_range" in old:
-        loss |= {"clip_low": old["clip_range"], "clip_high": old["clip_range"]}
-    return values | {"loss": loss}
-
-
-@cache
-def _warn_of(names: str) -> None:
-    logging.getLogger("troupe").warning("%s: now ppo.loss: {kind: ..., clip_low: ..., clip_high: ...}", names)

@@ -61,7 +61,7 @@ class PPO(StageRun):
             )
         self._record_faults(scores)
         reward = weighted_sum(scores, ppo)
-        kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
+        kl = float(reference.per_answer.sum() / rollouts.trained_tokens.sum())
         sane = kl <= ppo.refuse_kl  # nan is not
         learns = step > ppo.warmup_steps and sane
         scored = ~np.isnan(reward)
@@ -85,7 +85,7 @@ class PPO(StageRun):
         metrics = self._measure(rollouts, kl, scores, reward) | learnt
         keep_samples(self.recorder, team, step, rollouts, reference, scores, reward)
         metrics["seconds/step"] = time.monotonic() - started
-        metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
+        metrics["tokens_per_second"] = float(rollouts.trained_tokens.sum()) / metrics["seconds/step"]
         if learnt["updates"]:
             self.kl.update(kl, len(rollouts))
         return metrics | self._evaluation(step)
@@ -141,9 +141,9 @@ class PPO(StageRun):
             "length/prompt": float(rollouts.prompt_lengths.mean()),
             "length/answer": float(rollouts.answer_lengths.mean()),
             "missing_eos": float(1 - rollouts.ended.mean()),
-            "policy_version": float(max(rollouts.versions)),
+            "policy_version": float(rollouts.max_versions.max()),
             "samples": float(len(rollouts)),
-            "tokens": float(rollouts.answer_lengths.sum()),
+            "tokens": float(rollouts.trained_tokens.sum()),
             **self.spent(),
         }
 
@@ -269,7 +269,7 @@ class PPO(StageRun):
 def answer_scores(rollouts: Rollouts, shaped: np.ndarray, scores: Mapping[str, RewardResult]) -> AnswerScores:
     """What advantages per answer are made of. shaped: [samples] the rewards as they are trained on."""
     sources = {name: scored.values for name, scored in scores.items()}
-    return AnswerScores(shaped.astype(np.float64), rollouts.groups, rollouts.answer_lengths, sources)
+    return AnswerScores(shaped.astype(np.float64), rollouts.groups, rollouts.trained_tokens, sources)
 
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:

@@ -26,10 +26,15 @@ class Rollouts:
     refs: SampleRefs
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray
+    """Tokens after the prompt."""
+    trained_tokens: np.ndarray
+    """Of these, tokens that are trained on: those that the policy wrote."""
     ended: np.ndarray
     """Which answers ended by themselves."""
-    versions: frozenset[int]
-    """Policy versions that wrote them."""
+    min_versions: np.ndarray
+    """Oldest policy version that wrote a token of the answer."""
+    max_versions: np.ndarray
+    """Newest one."""
 
     @property
     def lengths(self) -> np.ndarray:

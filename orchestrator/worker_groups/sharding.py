@@ -82,10 +82,10 @@ def train_step_inputs(
     prompt_tokens = np.zeros(len(rollouts), np.int64)
     for k, samples in enumerate(mini_batches(order, ppo.mini_batches)):
         shards, micro_batches = shard_samples(rollouts.lengths[samples], ranks, ppo.micro_batch_tokens)
-        lengths, groups = rollouts.answer_lengths[samples], rollouts.groups[samples]
-        tokens_of_groups = np.bincount(groups, lengths).astype(np.int64)
+        trained, groups = rollouts.trained_tokens[samples], rollouts.groups[samples]
+        tokens_of_groups = np.bincount(groups, trained).astype(np.int64)
         prompt_tokens[samples] = tokens_of_groups[groups]
-        counts = int(lengths.sum()), len(samples), int(np.count_nonzero(tokens_of_groups))
+        counts = int(trained.sum()), len(samples), int(np.count_nonzero(tokens_of_groups))
         for rank, (shard, micro) in enumerate(zip(shards, micro_batches, strict=True)):
             before = sum(map(len, samples_of[rank]))
             beside = ptx[k][rank] if ptx else None

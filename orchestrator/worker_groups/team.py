@@ -401,8 +401,10 @@ class Team:
                 refs,
                 prompt_lengths=ordered("prompt_lengths"),
                 answer_lengths=ordered("answer_lengths"),
+                trained_tokens=ordered("trained_tokens"),
                 ended=ordered("ended"),
-                versions=frozenset(written.version for _, written in results),
+                min_versions=ordered("min_versions"),
+                max_versions=ordered("max_versions"),
             )
 
         args = [(data, prompts[share], numbers[share], step, self.version) for share in shares]

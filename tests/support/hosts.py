@@ -86,7 +86,7 @@ def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[SampleRefs, 
     rows = np.arange(prompts)
     call: Call[list[Any]] = engine.scatter("generate", [("prompts", rows, np.zeros_like(rows), step)], keep=1)
     ref, written = call.get()[0]
-    return SampleRefs.of([ref], [rows], prompts), ray.get(ref), written.version
+    return SampleRefs.of([ref], [rows], prompts), ray.get(ref), int(written.max_versions.max(initial=0))
 
 
 def log_probs(actor: WorkerGroup, refs: SampleRefs) -> np.ndarray:

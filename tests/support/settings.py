@@ -14,21 +14,21 @@ _OPEN = ("loss", "advantage")
 
 def take_back() -> Callable[[], None]:
     """Returns a function that removes the kinds of loss and advantage that were added since, and their modules."""
-    before = {name: PPOSettings.model_fields[name].annotation for name in _OPEN}
+    annotations = {name: PPOSettings.model_fields[name].annotation for name in _OPEN}
+    before = _members()
 
     def restore() -> None:
-        added = {
-            member.__module__
-            for name in _OPEN
-            for member in kind_of_field(PPOSettings, name).members
-            if str(member) not in str(before[name])
-        }
+        added = _members() - before
         if not added:
             return
         for name in _OPEN:
-            PPOSettings.model_fields[name].annotation = before[name]
+            PPOSettings.model_fields[name].annotation = annotations[name]
         extensions._rebuild(PPOSettings)
-        for module in added:
-            sys.modules.pop(module, None)
+        for settings in added:
+            sys.modules.pop(settings.__module__, None)
 
     return restore
+
+
+def _members() -> set[type]:
+    return {member for name in _OPEN for member in kind_of_field(PPOSettings, name).members}

@@ -13,11 +13,11 @@ import numpy as np
 from configs.schema import Overlong
 from workers.data.messages import Message, Prompt, as_messages
 from workers.data.rows import Answer, Row
-from workers.data.samples import RaggedArray
+from workers.data.samples import RaggedArray, Sample
 from workers.data.sources import DataError
 from workers.data.templates import Tools
 from workers.data.tokenization import Codec, Exchange, Tokens
-from workers.data.tokens import Counts, Preferences, Sequence, Sequences
+from workers.data.tokens import Counts, Preferences, Sequences
 
 Turns = Literal["all", "last"]
 
@@ -76,12 +76,12 @@ def encode_demonstrations(
         exchanges = [_exchange(codec, row, turns) for row in refs]
     tokens = _tokens_of(codec, [exchange for exchange in exchanges if exchange])
     kept: list[Row] = []
-    made: list[Sequence] = []
+    made: list[Sample] = []
     counts = Counts("rows", len(rows))
     with _placed(rows) as refs:
         for row, exchange in zip(refs, exchanges, strict=True):
             sequence = (
-                Sequence.of(*codec.encode(exchange, tokens)) if exchange else _all_turns(codec, row, row.prompt, tokens)
+                Sample.of(*codec.encode(exchange, tokens)) if exchange else _all_turns(codec, row, row.prompt, tokens)
             )
             counts.longest = max(counts.longest, len(sequence.ids))
             if len(sequence.ids) > max_length:
@@ -107,7 +107,7 @@ def encode_preferences(
         pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in refs]
     tokens = _tokens_of(codec, [exchange for pair in pairs for exchange in pair])
     kept: list[Row] = []
-    made: list[tuple[Sequence, Sequence]] = []
+    made: list[tuple[Sample, Sample]] = []
     counts = Counts("pairs", len(rows))
     with _placed(rows) as refs:
         for row, pair in zip(refs, pairs, strict=True):
@@ -119,7 +119,7 @@ def encode_preferences(
                 if not shorter:
                     continue
                 sides = shorter
-            chosen, rejected = (Sequence.of(*side) for side in sides)
+            chosen, rejected = (Sample.of(*side) for side in sides)
             if np.array_equal(chosen.ids, rejected.ids):
                 counts.equal += 1
                 continue
@@ -145,7 +145,7 @@ def _exchange(codec: Codec, row: Row, turns: Turns) -> Exchange | None:
     return codec.exchange(row.prompt, row.completion, row.tools)
 
 
-def _all_turns(codec: Codec, row: Row, prompt: Prompt, tokens: Tokens) -> Sequence:
+def _all_turns(codec: Codec, row: Row, prompt: Prompt, tokens: Tokens) -> Sample:
     """A conversation, perhaps without its oldest messages (`prompt`), of which all turns are learnt."""
     assert row.completion is not None and isinstance(prompt, list)
     given = max(0, row.given - (len(row.prompt) - len(prompt)))
@@ -212,7 +212,7 @@ class _Limit:
             )
 
 
-def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sequence | None:
+def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sample | None:
     """A demonstration that is too long: without its oldest turns, then with a shorter prompt, then with a shorter answer."""
     assert row.completion is not None
     prompt = row.prompt
@@ -224,7 +224,7 @@ def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sequence | No
                 return sequence
     _, answer = codec.encode(codec.exchange(prompt, row.completion, row.tools), codec.tokens_of())
     found = _shortened(codec, prompt, row.tools, max(max_length - len(answer), max_length // 2))
-    return Sequence.of(found[1], answer[: max_length - len(found[1])]) if found else None
+    return Sample.of(found[1], answer[: max_length - len(found[1])]) if found else None
 
 
 def _cut_pair(

@@ -6,13 +6,14 @@ batch, over all ranks, so that neither padding nor the number of ranks changes a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from workers.data.batching import Rows
-from workers.data.samples import SampleRefs
+from workers.data.samples import Sample, SampleRefs
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class MiniBatch:
     micro_batches: list[Rows]
     """Rows among the rank's samples."""
     tokens: int
-    """Answer tokens."""
+    """Trained tokens."""
     sequences: int
     prompts: int
     """Draws of prompts that they answer."""
@@ -67,7 +68,7 @@ class TrainStepInput:
     groups: np.ndarray
     """[samples] ids of the draws of prompts that they answer."""
     prompt_tokens: np.ndarray
-    """[samples] answer tokens of the sample's group in its mini-batch, over all ranks."""
+    """[samples] trained tokens of the sample's group in its mini-batch, over all ranks."""
     kl: KLTerm
     mini_batches: list[MiniBatch]
     advantages: np.ndarray | None = None
@@ -94,14 +95,31 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class RolloutInfo:
-    """What the driver learns of a chunk of answers."""
+    """What the driver learns of the samples of a RolloutBatch. Arrays are [samples]."""
 
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray
+    """Tokens after the prompt."""
+    trained_tokens: np.ndarray
+    """Of these, tokens that are trained on."""
     ended: np.ndarray
     """Which answers ended by themselves (eos)."""
-    version: int
-    """Policy version of every token."""
+    min_versions: np.ndarray
+    """Oldest policy version among the trained tokens."""
+    max_versions: np.ndarray
+    """Newest policy version among them."""
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], ended: Sequence[bool]) -> RolloutInfo:
+        prompt_lengths = np.array([sample.prompt_length for sample in samples], np.int32)
+        return cls(
+            prompt_lengths=prompt_lengths,
+            answer_lengths=np.array([len(sample.ids) for sample in samples], np.int32) - prompt_lengths,
+            trained_tokens=np.array([sample.loss_mask.sum() for sample in samples], np.int32),
+            ended=np.array(ended, np.bool_),
+            min_versions=np.array([sample.versions.min() for sample in samples], np.int32),
+            max_versions=np.array([sample.versions.max() for sample in samples], np.int32),
+        )
 
 
 class DifferentModel(RuntimeError):

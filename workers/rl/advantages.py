@@ -1,7 +1,9 @@
 """From scores to advantages.
 
-Per-token tensors are padded [B, T] over response tokens only, float32, with a bool mask [B, T] that is True on real
-tokens, contiguous from column 0. What stands outside the mask is never read (it may be nan) and comes out as 0.
+Per-token tensors are padded [B, T] over trained tokens only, float32: column t is a sample's t-th trained token, whatever
+stands between two of them, such as an environment's reply. So a value or a discount goes from one trained token to the next.
+The bool mask [B, T] is True on real tokens and False on padding, which is on the right. What stands outside the mask is
+never read (it may be nan) and comes out as 0.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def no_reduce(x: Tensor) -> Tensor:
 
 
 class TokenAdvantage(Component, setting="advantage"):
-    """Advantages and returns of every response token. Those per answer are orchestrator.algorithms.credit.AnswerAdvantage.
+    """Advantages and returns of every trained token. Those per answer are orchestrator.algorithms.credit.AnswerAdvantage.
 
     rewards [B, T] per token; values [B, T] of the critic, None where there is none; mask [B, T]; groups [B], long: the draws
     of prompts that the rows answer. Whatever reaches across rows goes through `total`, so that the number of ranks changes
@@ -139,6 +141,6 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """Reward of each token [B, T]: -kl_coefficient * kl [B, T], and on an answer's last token also its score [B]."""
+    """Reward of each token [B, T]: -kl_coefficient * kl [B, T], and on a sample's last trained token also its score [B]."""
     last = mask & ~pad(mask[:, 1:], (0, 1))
     return masked(-kl_coefficient * kl, mask) + masked(scores[:, None], last)

@@ -27,7 +27,7 @@ from workers.training.skipped_steps import Arrays, numbered, token_rows
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A rank's samples with what they are to teach; tensors are [B, T] over answer tokens, padded on the right."""
+    """A rank's samples with what they are to teach; tensors are [B, T] over trained tokens, padded on the right."""
 
     samples: list[Sample]
     mask: Tensor
@@ -40,12 +40,12 @@ class TrainingBatch:
     returns: Tensor | None
     """What values are to become; None: there are advantages per answer."""
     prompt_tokens: Tensor
-    """[B] answer tokens of the sample's group in its mini-batch, over all ranks."""
+    """[B] trained tokens of the sample's group in its mini-batch, over all ranks."""
     kl: KLTerm
     metrics: dict[str, float]
 
     def arrays(self, micro_batches: list[Rows]) -> Arrays:
-        """Some of the samples as arrays; what there is per answer token stands end to end, [answer tokens]."""
+        """Some of the samples as arrays; what there is per trained token stands end to end, [trained tokens]."""
         rows = np.concatenate(micro_batches)
         columns = {
             "log_probs": self.log_probs,

@@ -701,9 +701,9 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_loss_by_its_kind_and_by_its_old_names(
     tmp_path: Path, overrides: list[str], loss: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from configs.schema import rl
+    from configs import load
 
-    rl._warn_of.cache_clear()
+    load._warn_of.cache_clear()
     for _ in range(2):
         config = load_config(write(tmp_path, GOOD), overrides)
     assert config.ppo is not None and config.ppo.loss == loss

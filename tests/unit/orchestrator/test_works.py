@@ -59,9 +59,11 @@ def experience(scores: list[float], step: int = 1) -> Experience:
         step=step,
         refs=refs,
         prompt_lengths=draw.integers(1, 9, count),
-        answer_lengths=draw.integers(1, 30, count),
+        answer_lengths=(answer_lengths := draw.integers(1, 30, count)),
+        trained_tokens=(answer_lengths + 1) // 2,
         ended=np.ones(count, bool),
-        versions=frozenset([0]),
+        min_versions=np.zeros(count, int),
+        max_versions=np.zeros(count, int),
     )
     return Experience(rollouts, column, column, np.array(scores), KLTerm())
 
@@ -114,7 +116,7 @@ def test_what_is_trained_on_does_not_depend_on_the_ranks(
     for k, rows in enumerate(found):
         ours = [work.mini_batches[k] for work in works]
         assert len({len(mini.micro_batches) for mini in ours}) == 1, "ranks compute in lockstep"
-        assert {mini.tokens for mini in ours} == {int(given_.rollouts.answer_lengths[rows].sum())}
+        assert {mini.tokens for mini in ours} == {int(given_.rollouts.trained_tokens[rows].sum())}
         assert any(len(mini.micro_batches[0]) for mini in ours)
     for work in works:
         mine = work.rollouts.where[:, 1]

@@ -93,7 +93,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     draw = np.random.default_rng(3)
     prompt_lengths, answer_lengths = draw.integers(1, 12, SAMPLES), draw.integers(1, 20, SAMPLES)
     ids = [draw.integers(1, VOCABULARY, n).astype(np.int32) for n in prompt_lengths + answer_lengths]
-    samples = [Sample(row, int(n), np.empty(0)) for row, n in zip(ids, prompt_lengths, strict=True)]
+    samples = [Sample.of(row[:n], row[n:]) for row, n in zip(ids, prompt_lengths, strict=True)]
     batch = Batch(samples, torch.device("cpu"))
     with torch.no_grad():
         found, _ = LanguageModel(load_hf(config.model, str(folder), scalar=False, seed=1)).eval()(batch)
@@ -103,11 +103,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     ]
     engines = [np.arange(0, SAMPLES, 2), np.arange(1, SAMPLES, 2)]
     chunks = [
-        RolloutBatch(
-            RaggedArray.of([ids[i] for i in share], np.int32),
-            RaggedArray.of([log_probs[i] for i in share], np.float32),
-            prompt_lengths[share].astype(np.int32),
-        )
+        RolloutBatch.of([replace(samples[i], log_probs=log_probs[i], versions=0 * log_probs[i]) for i in share])
         for share in engines
     ]
 
@@ -129,8 +125,10 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
         refs=refs(chunks),
         prompt_lengths=prompt_lengths,
         answer_lengths=answer_lengths,
+        trained_tokens=answer_lengths,
         ended=np.ones(SAMPLES, bool),
-        versions=frozenset([0]),
+        min_versions=np.zeros(SAMPLES, int),
+        max_versions=np.zeros(SAMPLES, int),
     )
     scores, ptx = draw.normal(0, 1, SAMPLES), [np.arange(5), np.arange(5, 7)]
     return Experience(rollouts, column(2.0), column(0.5), scores, KLTerm("k3", loss_coefficient=0.05), ptx=ptx)
@@ -213,7 +211,7 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
     rollouts = experience.rollouts  # all but one: they do not divide among the ranks
     some = {
         name: getattr(rollouts, name)[:-1]
-        for name in ("prompts", "groups", "prompt_lengths", "answer_lengths", "ended")
+        for name in ("prompts", "groups", "prompt_lengths", "answer_lengths", "trained_tokens", "ended")
     }
     call = team.values(replace(rollouts, refs=rollouts.refs.take(np.arange(SAMPLES - 1)), **some))
     assert call is not None
