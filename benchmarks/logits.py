@@ -44,10 +44,11 @@ def measure(side: Side) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from workers.data import Sequence
+    from configs.schema import PPOClipLoss
+    from workers.data import Sample
     from workers.models.heads import Batch, LanguageModel
     from workers.process import malloc
-    from workers.rl.losses import masked_sum, policy_losses
+    from workers.rl.losses import LossInputs, PolicyLoss, masked_sum
 
     malloc.keep_tensors_apart()
     torch.manual_seed(0)
@@ -55,7 +56,7 @@ def measure(side: Side) -> dict[str, float]:
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
     hf: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, max_position_embeddings=LENGTH))
     ids = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
-    batch = Batch([Sequence.of(ids[:1], ids[1:])], torch.device("cpu"))
+    batch = Batch([Sample.of(ids[:1], ids[1:])], torch.device("cpu"))
     ours = LanguageModel(hf).train()
     hf.gradient_checkpointing_enable()
     advantages = torch.randn(1, LENGTH - 1)
@@ -74,7 +75,8 @@ def measure(side: Side) -> dict[str, float]:
 
     def step() -> tuple[float, float]:
         log_probs, entropy = forward()
-        parts = policy_losses.get("ppo_clip")(log_probs, log_probs.detach() - 0.1, advantages, batch.mask, 0.2)
+        old = log_probs.detach() - 0.1
+        parts = PolicyLoss.of(PPOClipLoss())(LossInputs(log_probs, old, old, None, advantages, batch.mask))
         loss = masked_sum(parts.loss, batch.mask) / (LENGTH - 1)
         loss.backward()
         adam.step()

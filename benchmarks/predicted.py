@@ -217,10 +217,10 @@ def _write_model(folder: Path, shape: str) -> None:
 def _rows(vocabulary: int) -> list[Any]:
     import numpy as np
 
-    from workers.data import Sequence
+    from workers.data import Sample
 
     drawn = np.random.default_rng(1).integers(2, vocabulary, (2 * ROWS, LENGTH), np.int32)
-    return [Sequence.of(ids[: LENGTH // 2], ids[LENGTH // 2 :]) for ids in drawn]
+    return [Sample.of(ids[: LENGTH // 2], ids[LENGTH // 2 :]) for ids in drawn]
 
 
 def policy(spec: WorkerSpec) -> Step:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             except ConfigError as error:
                 problems[override] = str(error)
         values = _Resolved(tree, problems)
+    _rename_loss(values.tree)
     if failed := import_plugins(_plugins(values.tree)):  # the check of the settings needs what they register
         raise ConfigError([*problems.values(), *failed])
     try:
@@ -82,6 +85,29 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if problems:
         raise ConfigError(problems.values())
     return config
+
+
+def _rename_loss(tree: dict[str, Any]) -> None:
+    """`ppo.policy_loss: NAME` and `ppo.clip_range: WIDTH` of earlier versions become `ppo.loss`, over what that holds."""
+    ppo = tree.get("ppo")
+    names = [name for name in ("policy_loss", "clip_range") if isinstance(ppo, dict) and name in ppo]
+    if not (isinstance(ppo, dict) and names):
+        return
+    old = {name: value for name in names if (value := ppo.pop(name)) is not None}
+    _warn_of(" and ".join(f"ppo.{name}" for name in names))
+    given = ppo.get("loss") or {}
+    loss = {"kind": given} if isinstance(given, str) else dict(given)
+    if loss.get("kind") != old.get("policy_loss", loss.get("kind")):
+        loss = {}
+    loss.setdefault("kind", old.get("policy_loss", "ppo_clip"))
+    if loss["kind"] == "ppo_clip" and "clip_range" in old:
+        loss |= {"clip_low": old["clip_range"], "clip_high": old["clip_range"]}
+    ppo["loss"] = loss
+
+
+@cache
+def _warn_of(names: str) -> None:
+    logging.getLogger("troupe").warning("%s: now in ppo.loss: {kind: ..., clip_low: ..., clip_high: ...}", names)
 
 
 def _plugins(tree: Any) -> list[str]:
@@ -296,7 +322,7 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             return path, f"{path}: missing; must be {' | '.join(kind.models)}"
         case "union_tag_invalid":
             path = f"{path}.{kind.discriminator}"
-            tag = values.describe(path, _at(values.tree, path.split(".")))
+            tag = values.describe(path, _at(values.tree, path.split("."), details["ctx"]["tag"]))
             return path, f"{path}: was {tag}; must be {' | '.join(kind.models)}"
         case "missing":
             return path, f"{path}: missing; must be {_allowed(kind)}"
@@ -304,7 +330,7 @@ def _problem(details: ErrorDetails, values: _Resolved) -> tuple[str, str]:
             keys = choices(kind_of(kind.core.__args__[0]))
             path = f"{path}.{details['input']}"
             return path, f"{path}: no such key; {_suggestion(str(details['input']), keys)}"
-    value = _at(values.tree, parts)
+    value = _at(values.tree, parts, details["input"])
     return path, f"{path}: was {values.describe(path, value)}; must be {_allowed(kind)}{_hint(value, kind)}"
 
 
@@ -346,8 +372,11 @@ def _locate(location: tuple[str | int, ...]) -> tuple[list[str], Kind, Kind]:
     return parts, parent, kind
 
 
-def _at(tree: Any, parts: Sequence[str]) -> Any:
+def _at(tree: Any, parts: Sequence[str], otherwise: Any) -> Any:
+    """otherwise: for what is not written there but in a shorter form."""
     for part in parts:
+        if not isinstance(tree, list) and not (isinstance(tree, dict) and part in tree):
+            return otherwise
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
     return tree
 

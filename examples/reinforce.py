@@ -12,9 +12,9 @@ import sys
 
 import numpy as np
 
-from orchestrator import Experience, evaluate, load_config, read_rows, run_concurrently, run_stages, start_team
+from orchestrator import Experience, KLTerm, evaluate, load_config, read_rows, run_concurrently, run_stages, start_team
 
-KL_COEFFICIENT = 0.1
+KL_PENALTY = KLTerm(reward_coefficient=0.1)
 
 
 def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> list[float]:
@@ -37,11 +37,11 @@ def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> list[float]
             rollouts = team.generate("prompts", picked, step, ppo.samples_per_prompt).get()
             reference, scores = run_concurrently(team.log_probs(rollouts), team.scores(rollouts, ["model"]))
             reward = scores["model"].values
-            experience = Experience(rollouts, reference, None, reward.clip(-3, 3), KL_COEFFICIENT)
+            experience = Experience(rollouts, reference, None, reward.clip(-3, 3), KL_PENALTY)
             metrics = team.train_actor(experience, step, ppo.steps).get()
             team.publish(version=step)
             rewards.append(float(reward.mean()))
-            kl = reference.per_answer.sum() / rollouts.answer_lengths.sum()
+            kl = reference.per_answer.sum() / rollouts.trained_tokens.sum()
             print(f"step {step}: reward {rewards[-1]:+.3f}, KL {kl:.3f}, entropy {metrics['entropy']:.2f}")
         after = evaluate(team, len(held_out))
         team.export("actor", f"{config.runs}/{config.name}/models/reinforce")

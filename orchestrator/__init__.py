@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from orchestrator.worker_groups.rollouts import Experience, Rollouts
     from orchestrator.worker_groups.team import Team
     from workers.data import read_rows
+    from workers.data.step_inputs import KLTerm
 
 __all__ = [
     "ConfigError",
     "Experience",
+    "KLTerm",
     "Result",
     "Rollouts",
     "RunConfig",
@@ -46,6 +48,7 @@ _attribute = lazy(
         "orchestrator.worker_groups.rollouts": ("Experience", "Rollouts"),
         "orchestrator.worker_groups.team": ("Team",),
         "workers.data": ("read_rows",),
+        "workers.data.step_inputs": ("KLTerm",),
     },
 )
 

@@ -26,6 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("shared") is not None)
 
 
+@pytest.fixture(autouse=True)
+def without_plugins_of_other_tests() -> Iterator[None]:
+    """What a test's plugins add to the settings ends with it. A plugin is therefore imported by a test, not by its module."""
+    from tests.support.settings import take_back
+
+    restore = take_back()
+    yield
+    restore()
+
+
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[Cluster]:
     """A small Ray cluster on this machine, for all tests that do not need one of their own.

@@ -56,7 +56,7 @@ def _rows(lengths: Iterable[int], seed: int) -> list[np.ndarray]:
 
 PROMPTS = _rows((37, 12, 60, 3), seed=0)
 DEMONSTRATIONS = [
-    Sample(ids, prompt, np.empty(0)) for ids, prompt in zip(_rows((19, 8, 30, 12), 1), (5, 1, 11, 6), strict=True)
+    Sample.of(ids[:prompt], ids[prompt:]) for ids, prompt in zip(_rows((19, 8, 30, 12), 1), (5, 1, 11, 6), strict=True)
 ]
 
 

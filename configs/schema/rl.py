@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from configs.schema.base import Fraction, Overlong, Settings
 from configs.schema.data import DatasetSettings
@@ -48,6 +48,57 @@ class KLSettings(Settings):
         if self.place == "loss" and self.estimator == "k1":
             raise ValueError("k1 in the loss has a gradient with mean 0, so it is no penalty. Use estimator=k2 or k3.")
         return self
+
+
+# ---------------------------------------------------------------- policy loss
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant", "prompt_mean"]
+"""Which mean over a mini-batch a loss is. See workers.rl.aggregation."""
+
+
+class PolicyLossSettings(Settings):
+    """What Troupe's own policy losses have in common."""
+
+    aggregation: Aggregation = "token_mean"
+    """Which mean over a mini-batch is taken. token_mean: over all tokens (DAPO). sequence_mean: over answers, of each answer's
+    mean over its tokens (GRPO). sequence_sum: over answers, of the sum over its tokens. constant: the sum over all tokens,
+    divided by answers x rollout.max_new_tokens (Dr. GRPO). prompt_mean: over the draws of prompts, of the mean over the tokens
+    of all answers to it."""
+
+
+class PPOClipLoss(PolicyLossSettings):
+    """Clipped surrogate (Schulman et al. 2017)."""
+
+    kind: Literal["ppo_clip"] = "ppo_clip"
+    clip_low: PositiveFloat = 0.2
+    """The probability ratio is clipped below 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The probability ratio is clipped above 1 + clip_high."""
+
+
+class ReinforceLoss(PolicyLossSettings):
+    """Score-function estimator (Williams 1992), for one update in a step."""
+
+    kind: Literal["reinforce"] = "reinforce"
+
+
+# ---------------------------------------------------------------- advantages
+
+
+class GAEAdvantage(Settings):
+    """Generalised advantage estimation (Schulman et al. 2016), per token. Needs the critic."""
+
+    kind: Literal["gae"] = "gae"
+
+
+class ReinforceAdvantage(Settings):
+    """Discounted rewards to go, less their mean over the step's answers (Williams 1992), per token."""
+
+    kind: Literal["reinforce"] = "reinforce"
+
+
+class AnswerAdvantageSettings(Settings):
+    """Base of the settings of advantages per answer, which need no critic: those of plugins."""
 
 
 class PretrainingMix(Settings):
@@ -119,28 +170,27 @@ class PPOSettings(Settings):
     """Largest share of a step's samples without a score; above it the run stops. Samples without a score are not trained on."""
     kl: KLSettings = KLSettings()
     """KL penalty to the reference."""
-    policy_loss: str = "ppo_clip"
-    """Name of a registered policy loss: ppo_clip, or reinforce (for one update per step)."""
+    loss: Annotated[PPOClipLoss | ReinforceLoss, Field(discriminator="kind")] = PPOClipLoss()
+    """Loss of the policy; a plugin's PolicyLoss too. Its kind alone stands for its defaults."""
     value_loss: str = "clipped"
     """Name of a registered value loss: clipped, mse."""
     critic: bool = True
-    """Train a critic beside the actor. Without one the settings of its training are ignored: critic_optimizer, critic_warmup,
-    value_loss, value_clip_range."""
-    advantage: str = "gae"
-    """Name of a registered advantage estimator: gae (needs the critic) or reinforce. The default is reinforce where critic is
-    false."""
+    """Train a critic beside the actor. Without one the settings of its training are ignored: critic_optimizer,
+    critic_warmup, value_loss, value_clip_range."""
+    advantage: Annotated[GAEAdvantage | ReinforceAdvantage, Field(discriminator="kind")] = GAEAdvantage()
+    """Advantages: gae, which needs the critic, reinforce, or a plugin's, per token or per answer. A kind alone stands for its
+    defaults. Where critic is false and none is named, it is reinforce."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
     """Lambda of generalised advantage estimation (Schulman et al. 2016), the estimator gae."""
-    clip_range: PositiveFloat = 0.2
-    """Half-width of the clip on the probability ratio, for policy losses that clip (ppo_clip)."""
     value_clip_range: PositiveFloat = 0.2
     """Half-width of the clip on the change of a value."""
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
-    """Normalize the advantages of a step to mean 0 and standard deviation 1."""
+    """Normalize the advantages of a step to mean 0 and standard deviation 1 over its tokens. Advantages per answer are not
+    normalized unless this is set to true."""
     whiten_rewards: bool = False
     """Normalize the scores of a step to mean 0 and standard deviation 1."""
     reward_clip: PositiveFloat | None = None
@@ -184,6 +234,12 @@ class PPOSettings(Settings):
         timed = [source for source in (*self.rewards, *judges) if not isinstance(source, ModelReward)]
         return sum(source.longest(responses) for source in timed)
 
+    @field_validator("loss", "advantage", mode="before")
+    @classmethod
+    def _in_full(cls, value: Any) -> Any:
+        """A kind that is named alone."""
+        return {"kind": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.mini_batches > self.sequences_per_step:
@@ -197,8 +253,8 @@ class PPOSettings(Settings):
     def _with_critic(self) -> Self:
         if not self.critic:
             if "advantage" not in self.model_fields_set:
-                self.advantage = "reinforce"
-            if self.advantage == "gae":
+                self.advantage = ReinforceAdvantage()
+            if isinstance(self.advantage, GAEAdvantage):
                 raise ValueError("advantage: was 'gae', which needs a critic, and critic is false; reinforce would fit")
             return self
         if self.critic_optimizer is None:
@@ -212,11 +268,28 @@ class PPOSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _per_answer(self) -> Self:
+        if not isinstance(self.advantage, AnswerAdvantageSettings):
+            return self
+        if self.critic:
+            raise ValueError(
+                "critic: was true, but an advantage per answer uses no values; false would fit, or advantage gae"
+            )
+        if self.kl.place == "reward" and self.kl.control.coefficient:
+            raise ValueError(
+                "kl.place: was reward, but an advantage per answer is made of the answers' scores, without what stands at "
+                "their tokens; kl={place: loss, estimator: k3} would fit, or kl.control.coefficient 0"
+            )
+        if "whiten_advantages" not in self.model_fields_set:
+            self.whiten_advantages = False
+        return self
+
+    @model_validator(mode="after")
     def _learns(self) -> Self:
         updates = self.epochs * self.mini_batches
-        if self.policy_loss == "reinforce" and updates > 1:
+        if isinstance(self.loss, ReinforceLoss) and updates > 1:
             raise ValueError(
-                f"policy_loss: was 'reinforce', which is correct for one update per step only, but epochs ({self.epochs}) x "
+                f"loss: was reinforce, which is correct for one update per step only, but epochs ({self.epochs}) x "
                 f"mini_batches ({self.mini_batches}) make {updates}; epochs 1 and mini_batches 1 would fit, or ppo_clip"
             )
         if all(source.weight == 0 for source in self.rewards):

@@ -1,11 +1,12 @@
-"""Who sets the coefficient of the KL penalty."""
+"""The KL penalty: controllers of its coefficient, fixed and adaptive, and the step's term."""
 
 from __future__ import annotations
 
 import math
 from typing import Protocol
 
-from configs.schema import AdaptiveKL, FixedKL
+from configs.schema import AdaptiveKL, FixedKL, KLSettings
+from workers.data.step_inputs import KLTerm
 
 
 class KLController(Protocol):
@@ -67,3 +68,10 @@ def make_controller(settings: FixedKL | AdaptiveKL) -> KLController:
     if isinstance(settings, FixedKL):
         return FixedController(settings.coefficient)
     return AdaptiveController(settings.coefficient, settings.target, settings.horizon)
+
+
+def kl_term(settings: KLSettings, coefficient: float) -> KLTerm:
+    """The step's penalty, where the settings place it."""
+    if settings.place == "reward":
+        return KLTerm(settings.estimator, reward_coefficient=coefficient)
+    return KLTerm(settings.estimator, loss_coefficient=coefficient)

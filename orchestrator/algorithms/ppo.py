@@ -14,7 +14,8 @@ import numpy as np
 
 from configs.schema import ModelReward, ModelSettings
 from orchestrator.algorithms.base import Algorithm
-from orchestrator.algorithms.kl_controller import make_controller
+from orchestrator.algorithms.credit import AnswerScores, answer_advantages
+from orchestrator.algorithms.kl_controller import kl_term, make_controller
 from orchestrator.algorithms.reward_shaping import shape_scores
 from orchestrator.evaluation.before_after import before_after_numbers
 from orchestrator.evaluation.evaluate import DATA, evaluate, record_faults, weighted_sum
@@ -57,13 +58,15 @@ class PPO(Algorithm):
             )
         self._record_faults(scores)
         reward = weighted_sum(scores, ppo)
-        kl = float(reference.per_answer.sum() / rollouts.answer_lengths.sum())
+        kl = float(reference.per_answer.sum() / rollouts.trained_tokens.sum())
         sane = kl <= ppo.refuse_kl  # nan is not
         learns = step > ppo.warmup_steps and sane
         scored = ~np.isnan(reward)
         shaped = np.full(len(reward), np.nan, np.float32)
         shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
-        experience = Experience(rollouts, reference, values, shaped, self.kl.coefficient, self._demonstrations(step))
+        advantages = answer_advantages(ppo, answer_scores(rollouts, shaped, scores))
+        penalty, beside = kl_term(ppo.kl, self.kl.coefficient), self._demonstrations(step)
+        experience = Experience(rollouts, reference, values, shaped, penalty, advantages, beside)
         with self.context.phase("train"):
             learnt = self._train(step, experience, update=learns, sane=sane)
         learnt["refused/actor"] += not sane
@@ -79,7 +82,7 @@ class PPO(Algorithm):
         metrics = self._measure(rollouts, kl, scores, reward) | learnt
         keep_samples(self.context.keep_answers, team, step, rollouts, reference, scores, reward)
         metrics["seconds/step"] = time.monotonic() - started
-        metrics["tokens_per_second"] = float(rollouts.answer_lengths.sum()) / metrics["seconds/step"]
+        metrics["tokens_per_second"] = float(rollouts.trained_tokens.sum()) / metrics["seconds/step"]
         if learnt["updates"]:
             self.kl.update(kl, len(rollouts))
         return metrics | self._evaluation(step)
@@ -135,9 +138,9 @@ class PPO(Algorithm):
             "length/prompt": float(rollouts.prompt_lengths.mean()),
             "length/answer": float(rollouts.answer_lengths.mean()),
             "missing_eos": float(1 - rollouts.ended.mean()),
-            "policy_version": float(max(rollouts.versions)),
+            "policy_version": float(rollouts.max_versions.max()),
             "samples": float(len(rollouts)),
-            "tokens": float(rollouts.answer_lengths.sum()),
+            "tokens": float(rollouts.trained_tokens.sum()),
             **self.context.spent(),
         }
 
@@ -257,6 +260,12 @@ class PPO(Algorithm):
 
     def result(self) -> dict[str, float]:
         return {"steps": float(self.steps), **before_after_numbers(self.run.folder)}
+
+
+def answer_scores(rollouts: Rollouts, shaped: np.ndarray, scores: Mapping[str, RewardResult]) -> AnswerScores:
+    """What advantages per answer are made of. shaped: [samples] the rewards as they are trained on."""
+    sources = {name: scored.values for name, scored in scores.items()}
+    return AnswerScores(shaped.astype(np.float64), rollouts.groups, rollouts.trained_tokens, sources)
 
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:

@@ -135,8 +135,8 @@ def evaluate(team: Team, prompts: int) -> Evaluation:
         reward=combined(scores, ppo),
         scores=scores,
         judges=judges,
-        kl=reference.per_answer / rollouts.answer_lengths,
-        tokens=rollouts.answer_lengths,
+        kl=reference.per_answer / rollouts.trained_tokens,
+        tokens=rollouts.trained_tokens,
     )
 
 

@@ -59,8 +59,8 @@ def _lines(
             "answer": answer,
             "reward": _number(reward[i]),
             "rewards": {name: _number(scored.values[i]) for name, scored in scores.items()},
-            "kl": _number(reference.per_answer[i] / rollouts.answer_lengths[i]),
-            "tokens": int(rollouts.answer_lengths[i]),
+            "kl": _number(reference.per_answer[i] / rollouts.trained_tokens[i]),
+            "tokens": int(rollouts.trained_tokens[i]),
             "ended": bool(rollouts.ended[i]),
         }
         for i, (prompt, answer) in zip(drawn, texts, strict=True)

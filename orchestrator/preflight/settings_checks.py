@@ -37,7 +37,7 @@ Check = Callable[[], object]
 
 
 def settings_checks(run: Run, stages: Sequence[Stage]) -> Iterator[Check]:
-    """Checks of the sections, models, plugins, functions, estimators and losses that the settings name, and of the run's folder.
+    """Checks of the sections, models, plugins, functions and the value loss that the settings name, and of the run's folder.
 
     A check raises RunError, RewardError or UnknownNameError, which name the setting. Run them in this order.
     """
@@ -305,11 +305,7 @@ def _check_token(reward: HttpReward, setting: str) -> None:
 
 
 def _name_checks(ppo: PPOSettings) -> Iterator[Check]:
-    names = {"advantage": ppo.advantage, "policy_loss": ppo.policy_loss, "value_loss": ppo.value_loss}
-    if any(PPOSettings.model_fields[field].default != name for field, name in names.items()):
-        from workers.rl.advantages import advantage_estimators  # imports torch, which the driver seldom needs
-        from workers.rl.losses import policy_losses, value_losses
+    if ppo.value_loss != PPOSettings.model_fields["value_loss"].default:
+        from workers.rl.losses import value_losses  # imports torch, which the driver can mostly do without
 
-        yield partial(advantage_estimators.get, ppo.advantage)
-        yield partial(policy_losses.get, ppo.policy_loss)
         yield partial(value_losses.get, ppo.value_loss)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from workers.data.samples import SampleRefs
+from workers.data.step_inputs import KLTerm
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Rollouts:
     data: str
     prompts: np.ndarray
     """Rows of the dataset."""
+    groups: np.ndarray
+    """Which of the step's draws of prompts each answers, from 0. A prompt that is drawn twice makes two groups."""
     numbers: np.ndarray
     """Of the answers to its prompt, which one each is, from 0."""
     step: int
@@ -23,10 +26,15 @@ class Rollouts:
     refs: SampleRefs
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray
+    """Tokens after the prompt."""
+    trained_tokens: np.ndarray
+    """Of these, tokens that are trained on: those that the policy wrote."""
     ended: np.ndarray
     """Which answers ended by themselves."""
-    versions: frozenset[int]
-    """Policy versions that wrote them."""
+    min_versions: np.ndarray
+    """Oldest policy version that wrote a token of the answer."""
+    max_versions: np.ndarray
+    """Newest one."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -53,7 +61,9 @@ class Experience:
     values: TokenColumn | None
     scores: np.ndarray
     """[samples] as they are trained on; nan: no score, so that nothing is learnt from the sample."""
-    kl_coefficient: float
+    kl: KLTerm
+    advantages: np.ndarray | None = None
+    """[samples] per answer; None: workers estimate them per token."""
     ptx: list[np.ndarray] = field(default_factory=list)
     """Rows of demonstrations beside each mini-batch."""
 

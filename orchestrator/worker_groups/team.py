@@ -37,6 +37,13 @@ from orchestrator.worker_groups.deadlines import BACKWARD, Cost, Deadlines
 from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import Rank, WorkerError, alive_nodes, end, on_node
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
+from orchestrator.worker_groups.sharding import (
+    in_order,
+    shard_samples,
+    share_prompts,
+    supervised_batches,
+    train_step_inputs,
+)
 from orchestrator.worker_groups.snapshot import RankFiles, Snapshot
 from placement.plan import floor_to, time_shared
 from placement.plan.placement_groups import PlacementError, await_groups, bundle_of, create_groups, remove_groups
@@ -45,11 +52,10 @@ from placement.types import Plan, transport_of
 from troupe.imports import Actor
 from workers.api import PolicyApi, RewardsApi, RolloutApi, TrainerApi, ValueApi, WorkerApi, request
 from workers.data import Codec, Preferences, Prompts, Row, Sequences, encode_prompts
-from workers.data.batching import Rows, aligned_micro_batches, balance, mini_batches
+from workers.data.batching import Rows
 from workers.data.samples import RaggedArray, SampleRefs
 from workers.data.step_inputs import (
     DifferentModel,
-    MiniBatch,
     RolloutInfo,
     ScoringRequest,
     StaleWeights,
@@ -387,25 +393,28 @@ class Team:
         """Answer each of the dataset's rows `samples` times; answers to one prompt stand side by side."""
         group = self.groups["rollout"]
         times = [int((rows[:i] == row).sum()) for i, row in enumerate(rows)]  # a prompt may come twice in a step
-        prompts = np.repeat(rows, samples)
+        prompts, groups = np.repeat(rows, samples), np.repeat(np.arange(len(rows)), samples)
         numbers = np.concatenate([np.arange(samples) + samples * before for before in times])
-        shares = self._share_out(self.lengths[data][0][prompts], len(group))
+        shares = share_prompts(self.lengths[data][0][prompts], len(group), self.config.rollout.max_new_tokens)
 
         def gather(results: list[tuple[Any, RolloutInfo]]) -> Rollouts:
             def ordered(name: str) -> np.ndarray:
-                return _in_order(shares, [getattr(written, name) for _, written in results], len(prompts))
+                return in_order(shares, [getattr(written, name) for _, written in results], len(prompts))
 
             refs = SampleRefs.of([ref for ref, _ in results], shares, len(prompts))
             return Rollouts(
                 data,
                 prompts,
+                groups,
                 numbers,
                 step,
                 refs,
                 prompt_lengths=ordered("prompt_lengths"),
                 answer_lengths=ordered("answer_lengths"),
+                trained_tokens=ordered("trained_tokens"),
                 ended=ordered("ended"),
-                versions=frozenset(written.version for _, written in results),
+                min_versions=ordered("min_versions"),
+                max_versions=ordered("max_versions"),
             )
 
         requests = [
@@ -420,16 +429,6 @@ class Team:
             return Cost(asked + float(lengths.sum()), float(turns * lengths.max(initial=0)))
 
         return group.scatter(requests, cost, stored_returns=1, actual_cost=done).reduce(gather)
-
-    def _share_out(self, prompt_lengths: np.ndarray, engines: int) -> list[np.ndarray]:
-        """Give each answer, the longest first, to the engine with the fewest tokens outstanding."""
-        outstanding = [0] * engines
-        shares: list[list[int]] = [[] for _ in range(engines)]
-        for i in np.argsort(-prompt_lengths, kind="stable"):
-            engine = outstanding.index(min(outstanding))
-            outstanding[engine] += int(prompt_lengths[i]) + self.config.rollout.max_new_tokens
-            shares[engine].append(int(i))
-        return [np.sort(np.array(share, np.intp)) for share in shares]
 
     # ------------------------------------------------------------ scores
 
@@ -447,11 +446,11 @@ class Team:
         method: Callable[[Any, SampleRefs, list[Rows]], tuple[RaggedArray, np.ndarray]],
         rollouts: Rollouts,
     ) -> Call[TokenColumn]:
-        shards, micro_batches = self._shards(role, rollouts.lengths)
+        shards, micro_batches = self._shard(role, rollouts)
 
         def gather(results: list[tuple[Any, np.ndarray]]) -> TokenColumn:
             refs = SampleRefs.of([ref for ref, _ in results], shards, len(rollouts))
-            return TokenColumn(refs, _in_order(shards, [numbers for _, numbers in results], len(rollouts)))
+            return TokenColumn(refs, in_order(shards, [numbers for _, numbers in results], len(rollouts)))
 
         requests = [
             request(method, rollouts.refs.take(rows), micro) for rows, micro in zip(shards, micro_batches, strict=True)
@@ -461,7 +460,7 @@ class Team:
 
     def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, RewardResult]]:
         """What each of the named sources (rewards or judges) says of the answers: of each a score, a timeout or an error."""
-        shards, micro_batches = self._shards("reward", rollouts.lengths)
+        shards, micro_batches = self._shard("reward", rollouts)
 
         def gather(results: list[dict[str, RewardResult]]) -> dict[str, RewardResult]:
             return {name: RewardResult.gather(shards, [r[name] for r in results], len(rollouts)) for name in names}
@@ -490,11 +489,9 @@ class Team:
         asked = request(RewardsApi.texts, rollouts.refs.take(samples))
         return Call[list[list[tuple[str, str]]]](self.groups["reward"], {0: asked}, cost).get()[0]
 
-    def _shards(self, role: Role, lengths: np.ndarray) -> tuple[list[Rows], list[list[Rows]]]:
-        """Samples of each rank and its micro-batches of them, balanced by tokens."""
+    def _shard(self, role: Role, rollouts: Rollouts) -> tuple[list[Rows], list[list[Rows]]]:
         assert self.config.ppo is not None
-        shards = balance(lengths, len(self.groups[role]))
-        return shards, aligned_micro_batches([lengths[s] for s in shards], self.config.ppo.micro_batch_tokens)
+        return shard_samples(rollouts.lengths, len(self.groups[role]), self.config.ppo.micro_batch_tokens)
 
     # ------------------------------------------------------------ training
 
@@ -520,9 +517,12 @@ class Team:
         at: StageStep,
         update: bool,
     ) -> Call[dict[str, float]]:
-        works = self._works(role, experience, at.step, update)
-        seed = (self.config.seed, at.step)
-        requests = [request(method, work, at, seed) for work in works]
+        ppo, seed = self.config.ppo, (self.config.seed, at.step)
+        assert ppo is not None
+        demonstrations = experience.ptx if role == "actor" else []
+        ptx = [self.parts("actor", "sft", rows, ppo.micro_batch_tokens) for rows in demonstrations]
+        inputs = train_step_inputs(experience, ppo, len(self.groups[role]), seed, update, ptx)
+        requests = [request(method, each, at, seed) for each in inputs]
         asked = self._training_work(role, experience, update)
 
         def done(results: list[dict[str, float]]) -> Cost:
@@ -543,55 +543,10 @@ class Team:
             tokens += sum(float(self.lengths["sft"][0][rows].sum()) for rows in experience.ptx)
         return Cost(BACKWARD * ppo.epochs * tokens, ppo.epochs * ppo.mini_batches)
 
-    def _works(self, role: Role, experience: Experience, step: int, update: bool) -> list[TrainStepInput]:
-        """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks."""
-        ppo, rollouts, ranks = self.config.ppo, experience.rollouts, len(self.groups[role])
-        assert ppo is not None
-        if not len(experience.scored):
-            raise ValueError(
-                f"step {step}: none of the {len(rollouts)} samples has a score: there is nothing to train on"
-            )
-        order = np.random.default_rng((self.config.seed, step)).permutation(experience.scored)
-        mine: list[list[Rows]] = [[] for _ in range(ranks)]
-        minis: list[list[MiniBatch]] = [[] for _ in range(ranks)]
-        for k, samples in enumerate(mini_batches(order, ppo.mini_batches)):
-            shards = [samples[part] for part in balance(rollouts.lengths[samples], ranks)]
-            micro_batches = aligned_micro_batches([rollouts.lengths[s] for s in shards], ppo.micro_batch_tokens)
-            ptx = (
-                self.parts("actor", "sft", experience.ptx[k], ppo.micro_batch_tokens)
-                if role == "actor" and experience.ptx
-                else None
-            )
-            tokens = int(rollouts.answer_lengths[samples].sum())
-            for rank, (rows, micro) in enumerate(zip(shards, micro_batches, strict=True)):
-                before = sum(map(len, mine[rank]))
-                minis[rank].append(MiniBatch([before + m for m in micro], tokens, ptx[rank] if ptx else None))
-                mine[rank].append(rows)
-        return [
-            self._work(experience, np.concatenate(rows), mini, update) for rows, mini in zip(mine, minis, strict=True)
-        ]
-
-    def _work(self, experience: Experience, rows: Rows, minis: list[MiniBatch], update: bool) -> TrainStepInput:
-        return TrainStepInput(
-            rollouts=experience.rollouts.refs.take(rows),
-            reference=experience.reference.refs.take(rows),
-            values=experience.values.refs.take(rows) if experience.values else None,
-            scores=experience.scores[rows].astype(np.float32),
-            groups=experience.rollouts.prompts[rows],
-            kl_coefficient=experience.kl_coefficient,
-            mini_batches=minis,
-            update=update,
-        )
-
     def parts(self, role: Role, name: str, rows: np.ndarray, max_tokens: int) -> list[SupervisedBatch]:
         """Each rank's part of a batch of dataset rows, balanced by tokens."""
-        lengths, completions = self.lengths[name]
-        shards = [rows[part] for part in balance(lengths[rows], len(self.groups[role]))]
-        micro_batches = aligned_micro_batches([lengths[s] for s in shards], max_tokens)
-        count = int(completions[rows].sum())
-        return [
-            SupervisedBatch(name, [s[m] for m in micro], count) for s, micro in zip(shards, micro_batches, strict=True)
-        ]
+        lengths, trained = self.lengths[name]
+        return supervised_batches(name, rows, lengths, trained, len(self.groups[role]), max_tokens)
 
     # ------------------------------------------------------------ weights
 
@@ -639,10 +594,3 @@ class Team:
 def pretrained(settings: ModelSettings) -> ModelSettings:
     """The same for a model that has weights."""
     return settings.model_copy(update={"init": "pretrained"})
-
-
-def _in_order(shards: list[Rows], parts: list[np.ndarray], count: int) -> np.ndarray:
-    out = np.empty(count, parts[0].dtype)
-    for rows, part in zip(shards, parts, strict=True):
-        out[rows] = part
-    return out

@@ -19,7 +19,7 @@ from workers.data import (
     DataError,
     Message,
     Row,
-    Sequence,
+    Sample,
     encode_demonstrations,
     encode_preferences,
     encode_prompts,
@@ -51,8 +51,8 @@ def learnt(codec: Codec, row: Row, turns: Any = "all", max_length: int = 1000) -
     return shown(codec, sequences[0])
 
 
-def shown(codec: Codec, sequence: Sequence) -> str:
-    ids, mask = sequence.ids[sequence.prompt_length :], sequence.loss_mask
+def shown(codec: Codec, sequence: Sample) -> str:
+    ids, mask = (x[sequence.prompt_length :] for x in (sequence.ids, sequence.loss_mask))
     borders = np.flatnonzero(np.diff(mask)) + 1
     parts = zip(np.split(ids, borders), np.split(mask, borders), strict=True)
     return "".join(codec.decode(part, skip_special_tokens=False) if kept[0] else "·" for part, kept in parts)
@@ -124,7 +124,7 @@ def test_a_sequence_begins_with_what_an_engine_gets(name: str) -> None:
     codec = codec_of(name)
     row = Row([user("one")], completion=THOUGHT) if name == "r1" else THREE_TURNS
     sequence = encode_demonstrations(codec, [row], 1000, "refuse", "all")[0][0]
-    mask = np.concatenate([np.zeros(sequence.prompt_length, bool), sequence.loss_mask])
+    mask = sequence.loss_mask
     starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
     assert isinstance(row.prompt, list)
     asked = [k for k, message in enumerate(row.prompt) if message["role"] == "assistant"] + [len(row.prompt)]

@@ -270,7 +270,7 @@ def test_without_critic_with_an_estimator_of_ones_own_pretraining_mix_and_two_re
         "placement.layout=paired",
         "ppo.critic=false",
         "plugins=[tests.support.plugin]",
-        "ppo.advantage=tests_halved",
+        "ppo.advantage={kind: tests_scaled, factor: 0.25}",
         f"ppo.ptx={{coefficient: 5, batch_size: 60, data: {{path: {folder / 'sft.jsonl'}}}}}",
         f"ppo.rewards={rewards}",
     )

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -198,24 +199,34 @@ def snippet(containing: str) -> str:
     return found
 
 
-def test_the_estimator_and_the_loss_of_contributing_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_advantages_and_the_loss_of_contributing_work() -> None:
+    import numpy as np
     import torch
 
+    from configs.load import load_config
+    from orchestrator.algorithms import credit
     from workers.rl import advantages, losses
 
-    monkeypatch.setattr(advantages.advantage_estimators, "_entries", {})
-    monkeypatch.setattr(losses.policy_losses, "_entries", {})
-    exec(snippet('advantage_estimators.register("constant")'), vars(advantages).copy())
-    exec(snippet('policy_losses.register("unclipped")'), vars(losses).copy())
-    mask = torch.tensor([[True, True, False]])
-    rewards = torch.tensor([[1.0, 2.0, torch.nan]])
-    found, _ = advantages.advantage_estimators.get("constant")(rewards, None, mask, 1.0, 1.0, torch.tensor([0]))
-    assert found.tolist() == [[3.0, 3.0, 0.0]]
+    sys.modules["contributed"] = types.ModuleType("contributed")  # where the settings look for what they name
+    for kind in ("constant", "best", "unclipped"):
+        exec(snippet(f'kind: Literal["{kind}"]'), vars(sys.modules["contributed"]))
+    ppo = {"prompts": {"path": "p"}, "steps": 1, "actor_optimizer": {"lr": 1}, "critic": False, "loss": "unclipped"}
+    ppo |= {"advantage": "best", "kl": {"place": "loss", "estimator": "k3"}}
+    settings = load_config({"name": "run", "model": {"path": "m"}, "ppo": ppo}).ppo
+    assert settings is not None
+
+    scores = credit.AnswerScores(np.array([1.0, 3.0, np.nan]), np.zeros(3, int), np.ones(3), {})
+    found = credit.answer_advantages(settings, scores)
+    assert found is not None and found.tolist() == [0.0, 1.0, 0.0]
+
+    mask, rewards = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, torch.nan]])
+    constant = advantages.TokenAdvantage.kinds["constant"](None)
+    spread, _ = constant(rewards, None, mask, 1.0, 1.0, torch.tensor([0]))
+    assert spread.tolist() == [[3.0, 3.0, 0.0]]
     log_probs, old = torch.tensor([[-1.0, -2.0, torch.nan]]), torch.tensor([[-1.5, -2.0, torch.nan]])
-    parts = losses.policy_losses.get("unclipped")(log_probs, old, found, mask, 0.2)
-    assert torch.allclose(
-        parts.loss, torch.tensor([[-3.0 * 0.5, -3.0 * 0.0, 0.0]]).where(~mask, -3.0 * (log_probs - old).exp())
-    )
+    inputs = losses.LossInputs(log_probs, old, old, None, spread, mask)
+    output = losses.PolicyLoss.of(settings.loss)(inputs)
+    assert torch.allclose(output.loss, torch.where(mask, -3.0 * (log_probs - old).exp(), 0.0))
 
 
 def test_the_reward_of_the_readme_works() -> None:

@@ -89,7 +89,7 @@ def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[SampleRefs, 
     rows = np.arange(prompts)
     asked = request(RolloutApi.generate, "prompts", rows, np.zeros_like(rows), step)
     ref, written = engine.scatter([asked], stored_returns=1).get()[0]
-    return SampleRefs.of([ref], [rows], prompts), ray.get(ref), written.version
+    return SampleRefs.of([ref], [rows], prompts), ray.get(ref), int(written.max_versions.max(initial=0))
 
 
 def log_probs(actor: WorkerGroup, refs: SampleRefs) -> np.ndarray:

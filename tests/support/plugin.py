@@ -1,15 +1,24 @@
-"""A custom advantage estimator, as a module for `plugins`."""
+"""A custom advantage per token, as a module for `plugins`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from workers.rl.advantages import advantage_estimators, reinforce
+from configs.schema import ReinforceAdvantage, Settings
+from workers.rl.advantages import Reinforce, TokenAdvantage
 
 
-@advantage_estimators.register("tests_halved")
-def halved(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    advantages, returns = reinforce(*args, **kwargs)
-    return advantages / 2, returns
+class Scaled(TokenAdvantage):
+    """Those of reinforce, times a factor."""
+
+    class Config(Settings):
+        kind: Literal["tests_scaled"] = "tests_scaled"
+        factor: float = 0.5
+
+    config: Config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        advantages, returns = Reinforce(ReinforceAdvantage())(*args, **kwargs)
+        return self.config.factor * advantages, returns

@@ -8,10 +8,11 @@ from workers.data.encoding import Prompts, Turns, encode_demonstrations, encode_
 from workers.data.messages import Message, Prompt
 from workers.data.order import batches, epoch_order
 from workers.data.rows import Answer, Row, RowKind, read_rows
+from workers.data.samples import Sample
 from workers.data.sources import DataError
 from workers.data.templates import ChatTemplate
 from workers.data.tokenization import Codec, end_tokens, load_tokenizer
-from workers.data.tokens import Counts, Preference, Preferences, Sequence, Sequences
+from workers.data.tokens import Counts, Preference, Preferences, Sequences
 
 __all__ = [
     "Answer",
@@ -26,7 +27,7 @@ __all__ = [
     "Prompts",
     "Row",
     "RowKind",
-    "Sequence",
+    "Sample",
     "Sequences",
     "Turns",
     "batches",

@@ -13,11 +13,11 @@ import numpy as np
 from configs.schema import Overlong
 from workers.data.messages import Message, Prompt, as_messages
 from workers.data.rows import Answer, Row
-from workers.data.samples import RaggedArray
+from workers.data.samples import RaggedArray, Sample
 from workers.data.sources import DataError
 from workers.data.templates import Tools
 from workers.data.tokenization import Codec, Exchange, Tokens
-from workers.data.tokens import Counts, Preferences, Sequence, Sequences
+from workers.data.tokens import Counts, Preferences, Sequences
 
 Turns = Literal["all", "last"]
 
@@ -76,12 +76,12 @@ def encode_demonstrations(
         exchanges = [_exchange(codec, row, turns) for row in located]
     tokens = _tokens_of(codec, [exchange for exchange in exchanges if exchange])
     kept: list[Row] = []
-    encoded: list[Sequence] = []
+    encoded: list[Sample] = []
     counts = Counts("rows", len(rows))
     with _with_place(rows) as located:
         for row, exchange in zip(located, exchanges, strict=True):
             sequence = (
-                Sequence.of(*codec.encode(exchange, tokens)) if exchange else _all_turns(codec, row, row.prompt, tokens)
+                Sample.of(*codec.encode(exchange, tokens)) if exchange else _all_turns(codec, row, row.prompt, tokens)
             )
             counts.longest = max(counts.longest, len(sequence.ids))
             if len(sequence.ids) > max_length:
@@ -107,7 +107,7 @@ def encode_preferences(
         pairs = [[codec.exchange(*side, row.tools) for side in _sides(row)] for row in located]
     tokens = _tokens_of(codec, [exchange for pair in pairs for exchange in pair])
     kept: list[Row] = []
-    encoded: list[tuple[Sequence, Sequence]] = []
+    encoded: list[tuple[Sample, Sample]] = []
     counts = Counts("pairs", len(rows))
     with _with_place(rows) as located:
         for row, pair in zip(located, pairs, strict=True):
@@ -119,7 +119,7 @@ def encode_preferences(
                 if not shorter:
                     continue
                 sides = shorter
-            chosen, rejected = (Sequence.of(*side) for side in sides)
+            chosen, rejected = (Sample.of(*side) for side in sides)
             if np.array_equal(chosen.ids, rejected.ids):
                 counts.equal += 1
                 continue
@@ -145,7 +145,7 @@ def _exchange(codec: Codec, row: Row, turns: Turns) -> Exchange | None:
     return codec.exchange(row.prompt, row.completion, row.tools)
 
 
-def _all_turns(codec: Codec, row: Row, prompt: Prompt, tokens: Tokens) -> Sequence:
+def _all_turns(codec: Codec, row: Row, prompt: Prompt, tokens: Tokens) -> Sample:
     """A conversation of which all turns are learnt. prompt: the row's prompt, or its latest messages."""
     assert row.completion is not None and isinstance(prompt, list)
     given = max(0, row.given - (len(row.prompt) - len(prompt)))
@@ -212,7 +212,7 @@ class _Limit:
             )
 
 
-def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sequence | None:
+def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sample | None:
     """A demonstration cut to max_length: first its oldest turns, then its prompt, then its answer."""
     assert row.completion is not None
     prompt = row.prompt
@@ -227,7 +227,7 @@ def _cut(codec: Codec, row: Row, max_length: int, turns: Turns) -> Sequence | No
     if shorter_prompt is None:
         return None
     _, ids = shorter_prompt
-    return Sequence.of(ids, answer[: max_length - len(ids)])
+    return Sample.of(ids, answer[: max_length - len(ids)])
 
 
 def _cut_pair(

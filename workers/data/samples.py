@@ -1,7 +1,7 @@
 """What travels between workers: ragged arrays in Ray's object store, and the driver's references to their rows.
 
-An engine puts the answers of one call into the store as one `Chunk`; a scoring rank puts one `Ragged` column. The driver
-keeps a `Placed`: for each sample, which object holds it and in which row. A worker that is handed a `Placed` fetches the
+An engine puts the samples of one call into the store as one `RolloutBatch`; a scoring rank puts one `RaggedArray`. The driver
+keeps `SampleRefs`: for each sample, which object holds it and in which row. A worker that is handed them fetches the
 objects (shared memory, no copy on the same node) and reads its rows.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 from ray import ObjectRef
 
@@ -38,35 +39,73 @@ class RaggedArray:
         return len(self.offsets) - 1
 
 
-@dataclass(frozen=True)
-class RolloutBatch:
-    """Answers as an engine wrote them: token ids and their log-probabilities, never text."""
-
-    tokens: RaggedArray
-    """int32, prompt and answer."""
-    log_probs: RaggedArray
-    """float32, of the answer's tokens under the sampling temperature."""
-    prompt_lengths: np.ndarray
-    """[rows] int32"""
-
-    def row(self, index: int) -> Sample:
-        return Sample(self.tokens.row(index), int(self.prompt_lengths[index]), self.log_probs.row(index))
+_NO_NUMBERS = np.empty(0, np.float32)
+_NO_VERSIONS = np.empty(0, np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Sample:
-    """One prompt with its answer."""
+    """Token ids of which some are trained on: a prompt and its response, or a conversation with several responses."""
 
     ids: np.ndarray
-    """[length] int32, prompt and answer."""
-    prompt_length: int
-    log_probs: np.ndarray
-    """[answer] float32"""
+    """[length] int32; end tokens included, unless they were cut off."""
+    loss_mask: np.ndarray
+    """[length] bool: which tokens are trained on. There may be gaps; nothing predicts the first token, whatever stands there."""
+    log_probs: np.ndarray = _NO_NUMBERS
+    """[trained] float32: the engine's, under the sampling temperature; empty where no engine wrote the tokens."""
+    versions: np.ndarray = _NO_VERSIONS
+    """[trained] int32: policy version that wrote each trained token; empty where no engine did."""
+
+    @classmethod
+    def of(
+        cls,
+        prompt: npt.ArrayLike,
+        response: npt.ArrayLike,
+        log_probs: npt.ArrayLike = _NO_NUMBERS,
+        version: int | None = None,
+    ) -> Sample:
+        """A prompt's ids and those of a response of which every token is trained on."""
+        start, end = np.asarray(prompt, np.int32), np.asarray(response, np.int32)
+        mask = np.arange(len(start) + len(end)) >= len(start)
+        versions = _NO_VERSIONS if version is None else np.full(len(end), version, np.int32)
+        return cls(np.concatenate([start, end]), mask, np.asarray(log_probs, np.float32), versions)
 
     @property
-    def loss_mask(self) -> np.ndarray:
-        """[answer] which of the answer's tokens are trained on: all of them."""
-        return np.ones(len(self.ids) - self.prompt_length, np.bool_)
+    def prompt_length(self) -> int:
+        """Tokens before the first that is trained on."""
+        trained = np.flatnonzero(self.loss_mask)
+        return int(trained[0]) if len(trained) else len(self.ids)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Samples as an engine wrote them: token ids and their log-probabilities, never text."""
+
+    ids: RaggedArray
+    """int32"""
+    loss_masks: RaggedArray
+    """bool, of each of the ids"""
+    log_probs: RaggedArray
+    """float32, of the trained tokens"""
+    versions: RaggedArray
+    """int32, of the trained tokens"""
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> RolloutBatch:
+        return cls(
+            RaggedArray.of([sample.ids for sample in samples], np.int32),
+            RaggedArray.of([sample.loss_mask for sample in samples], np.bool_),
+            RaggedArray.of([sample.log_probs for sample in samples], np.float32),
+            RaggedArray.of([sample.versions for sample in samples], np.int32),
+        )
+
+    def row(self, index: int) -> Sample:
+        return Sample(
+            self.ids.row(index), self.loss_masks.row(index), self.log_probs.row(index), self.versions.row(index)
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ batch, over all ranks, so that neither padding nor the number of ranks changes a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from workers.data.batching import Rows
-from workers.data.samples import SampleRefs
+from workers.data.samples import Sample, SampleRefs
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,27 @@ class SupervisedBatch:
 
 
 @dataclass(frozen=True)
+class KLTerm:
+    """The step's penalty on KL(actor | reference): where it applies, and how much. A coefficient of 0: not there."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    reward_coefficient: float = 0.0
+    """Of what is taken from each token's reward."""
+    loss_coefficient: float = 0.0
+    """Of what is added to each token's loss."""
+
+
+@dataclass(frozen=True)
 class MiniBatch:
-    """One rank's part of a mini-batch of answers."""
+    """One rank's part of a mini-batch of answers. Counts are of the whole mini-batch, over all ranks."""
 
     micro_batches: list[Rows]
     """Rows among the rank's samples."""
     tokens: int
-    """Answer tokens of the whole mini-batch, over all ranks."""
+    """Trained tokens."""
+    sequences: int
+    prompts: int
+    """Draws of prompts that they answer."""
     ptx: SupervisedBatch | None = None
     """Demonstrations learned beside it."""
 
@@ -50,9 +66,13 @@ class TrainStepInput:
     scores: np.ndarray
     """[samples] as they are trained on."""
     groups: np.ndarray
-    """[samples] ids of the prompts."""
-    kl_coefficient: float
+    """[samples] ids of the draws of prompts that they answer."""
+    prompt_tokens: np.ndarray
+    """[samples] trained tokens of the sample's group in its mini-batch, over all ranks."""
+    kl: KLTerm
     mini_batches: list[MiniBatch]
+    advantages: np.ndarray | None = None
+    """[samples] per answer; None: the worker estimates them per token."""
     update: bool = True
     """Whether the weights may change."""
 
@@ -75,14 +95,31 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class RolloutInfo:
-    """What the driver learns of a chunk of answers."""
+    """What the driver learns of the samples of a RolloutBatch. Arrays are [samples]."""
 
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray
+    """Tokens after the prompt."""
+    trained_tokens: np.ndarray
+    """Of these, tokens that are trained on."""
     ended: np.ndarray
     """Which answers ended by themselves (eos)."""
-    version: int
-    """Policy version of every token."""
+    min_versions: np.ndarray
+    """Oldest policy version among the trained tokens."""
+    max_versions: np.ndarray
+    """Newest policy version among them."""
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], ended: Sequence[bool]) -> RolloutInfo:
+        prompt_lengths = np.array([sample.prompt_length for sample in samples], np.int32)
+        return cls(
+            prompt_lengths=prompt_lengths,
+            answer_lengths=np.array([len(sample.ids) for sample in samples], np.int32) - prompt_lengths,
+            trained_tokens=np.array([sample.loss_mask.sum() for sample in samples], np.int32),
+            ended=np.array(ended, np.bool_),
+            min_versions=np.array([sample.versions.min() for sample in samples], np.int32),
+            max_versions=np.array([sample.versions.max() for sample in samples], np.int32),
+        )
 
 
 class DifferentModel(RuntimeError):

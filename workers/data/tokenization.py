@@ -14,9 +14,9 @@ import numpy.typing as npt
 from configs.schema import ModelSettings, RunConfig
 from workers.data.messages import Message, Prompt, as_messages
 from workers.data.rows import Answer
+from workers.data.samples import Sample
 from workers.data.sources import DataError
 from workers.data.templates import ChatTemplate, Tools
-from workers.data.tokens import Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,9 +178,9 @@ class Codec:
         """Token ids of a prompt, as an engine gets them."""
         return self.encode_prompt(self.prompt_text(prompt, tools), self.is_chat(prompt), self._tokens)
 
-    def sequence(self, prompt: Prompt, answer: Answer, tools: Tools = None) -> Sequence:
+    def sequence(self, prompt: Prompt, answer: Answer, tools: Tools = None) -> Sample:
         """Token ids of a prompt and of its answer, which is learnt or scored."""
-        return Sequence.of(*self.encode(self.exchange(prompt, answer, tools), self._tokens))
+        return Sample.of(*self.encode(self.exchange(prompt, answer, tools), self._tokens))
 
     def encode_prompt(self, text: str, chat: bool, tokens: Tokens) -> list[int]:
         return tokens(text) if chat else self.bos + tokens(text)
@@ -193,9 +193,7 @@ class Codec:
             return start, self._to_end(ids)
         return self.bos + start, self._to_end([*ids, self.end])
 
-    def conversation(
-        self, messages: list[Message], given: int, answer: Answer, tools: Tools, tokens: Tokens
-    ) -> Sequence:
+    def conversation(self, messages: list[Message], given: int, answer: Answer, tools: Tools, tokens: Tokens) -> Sample:
         """Token ids of a conversation and its last answer. All turns of the assistant after the first `given` messages are
         learnt, each up to and including its first end token.
 
@@ -214,7 +212,8 @@ class Codec:
             ids = ids + rest
         last = self.template.answer(whole, texts[-1], answer, tools)
         end = self._to_end(self._continued(ids, texts[-1], last, tokens))
-        return Sequence(np.array(ids + end, np.int32), first, np.array(mask + [True] * len(end), np.bool_))
+        mask = [False] * first + mask + [True] * len(end)
+        return Sample(np.array(ids + end, np.int32), np.array(mask, np.bool_))
 
     def _to_end(self, ids: list[int]) -> list[int]:
         for k, token in enumerate(ids):

@@ -6,35 +6,16 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from workers.data.samples import RaggedArray
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Sequence:
-    """A prompt with its answer, or a conversation with several answers."""
-
-    ids: npt.NDArray[np.int32]
-    """[length] with the end tokens, unless they were cut off."""
-    prompt_length: int
-    """Number of tokens before the first one that is learnt or scored."""
-    loss_mask: npt.NDArray[np.bool_]
-    """[length - prompt_length] which of the tokens after the prompt are learnt: those of the assistant."""
-
-    @classmethod
-    def of(cls, prompt: npt.ArrayLike, answer: npt.ArrayLike) -> Sequence:
-        """A prompt, and an answer of which every token is learnt."""
-        start, end = np.asarray(prompt, np.int32), np.asarray(answer, np.int32)
-        return cls(np.concatenate([start, end]), len(start), np.ones(len(end), np.bool_))
+from workers.data.samples import RaggedArray, Sample
 
 
 @dataclass(frozen=True)
 class Preference:
     """A tokenised pair."""
 
-    chosen: Sequence
-    rejected: Sequence
+    chosen: Sample
+    rejected: Sample
     margin: float
 
 
@@ -44,24 +25,21 @@ class Sequences:
 
     ids: RaggedArray
     """int32"""
-    prompt_lengths: np.ndarray
-    """[rows] int32"""
     loss_masks: RaggedArray
-    """bool, of each row's tokens after the prompt"""
+    """bool, of each of the ids"""
 
     @classmethod
-    def of(cls, rows: Items[Sequence]) -> Sequences:
+    def of(cls, rows: Items[Sample]) -> Sequences:
         return cls(
             RaggedArray.of([row.ids for row in rows], np.int32),
-            np.array([row.prompt_length for row in rows], np.int32),
             RaggedArray.of([row.loss_mask for row in rows], np.bool_),
         )
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> Sequence:
-        return Sequence(self.ids.row(index), int(self.prompt_lengths[index]), self.loss_masks.row(index))
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.ids.row(index), self.loss_masks.row(index))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -70,13 +48,11 @@ class Sequences:
 
     @property
     def learnt(self) -> np.ndarray:
-        """[rows] learnt tokens of each row, except a row's first token, which nothing predicts."""
-        masks = self.loss_masks
-        sums = np.concatenate([[0], np.cumsum(masks.values)])
-        learnt = sums[masks.offsets[1:]] - sums[masks.offsets[:-1]]
-        first = np.flatnonzero((self.prompt_lengths == 0) & (np.diff(masks.offsets) > 0))
-        learnt[first] -= masks.values[masks.offsets[first]]
-        return learnt
+        """[rows] tokens of each row whose log-probability is learnt; nothing predicts a row's first token."""
+        mask, offsets = self.loss_masks.values.copy(), self.loss_masks.offsets
+        mask[offsets[:-1][np.diff(offsets) > 0]] = False
+        sums = np.concatenate([[0], np.cumsum(mask)])
+        return sums[offsets[1:]] - sums[offsets[:-1]]
 
 
 @dataclass(frozen=True)

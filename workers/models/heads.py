@@ -6,61 +6,57 @@ chunk of tokens at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from workers.data import Sequence
+from workers.data import Sample
+from workers.data.batching import NO_ROWS
 from workers.models.fused_log_probs import HeadLogProbs, TableGradient, TiedEmbedding
 from workers.models.logit_transforms import AfterHead
 
-_STAND_IN = Sequence.of([0], [0])
+_STAND_IN = Sample.of([0], [0])
 """One token of a prompt and one of an answer: token 0 is in every vocabulary."""
 
 
 class Batch:
-    """Sequences of a micro-batch, padded on the right, and where their answers lie.
+    """Samples of a micro-batch, padded on the right, and where their trained tokens are.
 
-    rows: have `ids`, `prompt_length` and, of the tokens from there on, `loss_mask`.
-    ids: [B, T] int64; lengths, prompt_lengths: [B]; answers have R = max(lengths - prompt_lengths) columns when padded.
+    ids: [B, T] int64; lengths: [B]. What there is per trained token has R columns when padded, as many as the sample with the
+    most: column k is a sample's k-th trained token, whatever stands between them.
 
     A micro-batch without rows (B = 0) is padding: other ranks have one more than this rank, and all compute equally many
     passes. Then ids and attention_mask hold a row that stands in, and the models run over it; but the mask is [0, 1], so that
     their outputs have no row. Losses of it sum to 0, and so do its gradients, exactly: nothing is multiplied by a weight.
     """
 
-    def __init__(self, rows: list[Any], device: torch.device, seeds: list[int] | None = None) -> None:
+    def __init__(self, rows: Sequence[Sample], device: torch.device, seeds: list[int] | None = None) -> None:
         """seeds: of each row's dropout."""
         real, rows = len(rows), rows or [_STAND_IN]
         self.lengths = torch.tensor([len(r.ids) for r in rows])
-        self.prompt_lengths = torch.tensor([r.prompt_length for r in rows])
         self.ids = torch.zeros(len(rows), int(self.lengths.max()), dtype=torch.long)
         for i, r in enumerate(rows):
             self.ids[i, : len(r.ids)] = torch.as_tensor(r.ids.astype("int64"))
         self.attention_mask = (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
-        answer_lengths = self.lengths - self.prompt_lengths
-        columns = torch.arange(int(answer_lengths.max()))
-        self.mask = torch.zeros(len(rows), len(columns), dtype=torch.bool)
-        for i, r in enumerate(rows):
-            self.mask[i, : len(r.loss_mask)] = torch.as_tensor(r.loss_mask.copy())
-        # After an empty prompt nothing stands before the first token: nothing predicts it.
-        self.mask &= columns + self.prompt_lengths[:, None] > 0
-        self.mask = self.mask[:real]
-        """[B, R] True on the tokens that are learnt and have a token before them."""
-        self.lengths, self.prompt_lengths = self.lengths[:real], self.prompt_lengths[:real]
-        self.rows, columns = self.mask.nonzero(as_tuple=True)
-        self.before = columns + self.prompt_lengths[self.rows] - 1
-        """Position whose hidden state predicts each answer token (flat, like rows)."""
+        self.lengths = self.lengths[:real]
+        before = [np.flatnonzero(r.loss_mask[1:]) for r in rows[:real]]  # nothing predicts a row's first token
+        counts = torch.tensor([len(positions) for positions in before], dtype=torch.long)
+        self.mask = torch.arange(max([1, *map(len, before)])) < counts[:, None]
+        """[B, R] True on trained tokens, False on padding."""
+        self.rows = torch.arange(real).repeat_interleave(counts)
+        self.before = torch.from_numpy(np.concatenate([NO_ROWS, *before]))
+        """Position whose hidden state predicts each trained token (flat, like rows)."""
         for name, value in vars(self).items():
             setattr(self, name, value.to(device))
         self.seeds = seeds
 
     def padded(self, flat: Tensor) -> Tensor:
-        """[answer tokens] -> [B, R], zeros outside the mask."""
+        """[trained tokens] -> [B, R], zeros outside the mask."""
         return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(self.mask, flat)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.schema import FunctionSettings, HttpReward, ModelReward, ModelSettings
 from workers.api import RewardsApi
-from workers.data import Codec, DataError, Row, Sequence, load_tokenizer
+from workers.data import Codec, DataError, Row, load_tokenizer
 from workers.data.batching import Rows, micro_batches
 from workers.data.samples import Sample, SampleRefs
 from workers.data.step_inputs import ScoringRequest
@@ -109,7 +109,7 @@ class RewardWorker(Worker, RewardsApi):
         model, longest = self.models[name], context_length(self.models[name].hf.config)
         rows = self.datasets[request.data]
         values: list[float | str] = []
-        sequences: list[Sequence] = []
+        sequences: list[Sample] = []
         for row, sample in zip(request.prompts, samples, strict=True):
             try:
                 sequence = self._read(self.codecs[name], rows[row], sample)
@@ -127,13 +127,13 @@ class RewardWorker(Worker, RewardsApi):
             values = [value if isinstance(value, str) else next(scores) for value in values]
         return RewardResult.of(values)
 
-    def _read(self, codec: Codec, row: Row, sample: Sample) -> Sequence:
+    def _read(self, codec: Codec, row: Row, sample: Sample) -> Sample:
         """A sample in another codec's tokens; without an end where the answer was cut off."""
         answer = sample.ids[sample.prompt_length :]
         sequence = codec.sequence(row.prompt, self.codec.answer_text(answer), row.tools)
         if answer[-1] in self.codec.ends:
             return sequence
-        return Sequence(sequence.ids[:-1], sequence.prompt_length, sequence.loss_mask[:-1])
+        return Sample(sequence.ids[:-1], sequence.loss_mask[:-1])
 
     def _ask(self, source: FunctionProcess | Endpoint, request: ScoringRequest, samples: list[Sample]) -> RewardResult:
         rows = [self.datasets[request.data][i] for i in request.prompts]

@@ -1,19 +1,21 @@
 """From scores to advantages.
 
-Per-token tensors are padded [B, T] over response tokens only, float32, with a bool mask [B, T] that is True on real
-tokens, contiguous from column 0. What stands outside the mask is never read (it may be nan) and comes out as 0.
+Per-token tensors are padded [B, T] over trained tokens only, float32: column t is a sample's t-th trained token, whatever
+stands between two of them, such as an environment's reply. So a value or a discount goes from one trained token to the next.
+The bool mask [B, T] is True on real tokens and False on padding, which is on the right. What stands outside the mask is
+never read (it may be nan) and comes out as 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from workers.rl.registry import Registry
+from configs.schema import GAEAdvantage, ReinforceAdvantage
+from workers.rl.registry import Component
 
 EPSILON = 1e-8
 """Added to variances: what does not vary whitens to 0."""
@@ -23,15 +25,15 @@ AllReduceSum = Callable[[Tensor], Tensor]
 
 
 def no_reduce(x: Tensor) -> Tensor:
-    """The Total of a single rank."""
+    """The sum of a single rank."""
     return x
 
 
-class AdvantageEstimator(Protocol):
-    """Advantages and returns of every response token.
+class TokenAdvantage(Component, setting="advantage"):
+    """Advantages and returns of every trained token. Those per answer are orchestrator.algorithms.credit.AnswerAdvantage.
 
-    rewards [B, T] per token; values [B, T] of the critic, None where there is none; mask [B, T]; groups [B], long: the
-    ids of the rows' prompts. Whatever reaches across rows goes through `total`, so that the number of ranks changes
+    rewards [B, T] per token; values [B, T] of the critic, None where there is none; mask [B, T]; groups [B], long: the draws
+    of prompts that the rows answer. Whatever reaches across rows goes through `total`, so that the number of ranks changes
     nothing. The rows are those of one rank: ranks may have unequally many, or none (B = 0), but all of them call `total`.
     Returns (advantages, returns), both [B, T] and 0 outside the mask.
     """
@@ -45,50 +47,56 @@ class AdvantageEstimator(Protocol):
         lam: float,
         groups: Tensor,
         total: AllReduceSum = no_reduce,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
 
-advantage_estimators: Registry[AdvantageEstimator] = Registry("ppo.advantage")
-
-
-@advantage_estimators.register("gae")
-def gae(
-    rewards: Tensor,
-    values: Tensor | None,
-    mask: Tensor,
-    gamma: float,
-    lam: float,
-    groups: Tensor,
-    total: AllReduceSum = no_reduce,
-) -> tuple[Tensor, Tensor]:
+class GAE(TokenAdvantage):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). After an answer's last token the value is 0."""
-    if values is None:
-        raise ValueError("ppo.advantage: 'gae' needs the values of a critic")
-    values = masked(values, mask)
-    following = pad(values[:, 1:], (0, 1))
-    advantages = discounted_suffix_sum(masked(rewards, mask) + gamma * following - values, gamma * lam)
-    return advantages, advantages + values
+
+    Config = GAEAdvantage
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        mask: Tensor,
+        gamma: float,
+        lam: float,
+        groups: Tensor,
+        total: AllReduceSum = no_reduce,
+    ) -> tuple[Tensor, Tensor]:
+        if values is None:
+            raise ValueError("ppo.advantage: 'gae' needs the values of a critic")
+        values = masked(values, mask)
+        following = pad(values[:, 1:], (0, 1))
+        advantages = discounted_suffix_sum(masked(rewards, mask) + gamma * following - values, gamma * lam)
+        return advantages, advantages + values
 
 
-@advantage_estimators.register("reinforce")
-def reinforce(
-    rewards: Tensor,
-    values: Tensor | None,
-    mask: Tensor,
-    gamma: float,
-    lam: float,
-    groups: Tensor,
-    total: AllReduceSum = no_reduce,
-) -> tuple[Tensor, Tensor]:
+class Reinforce(TokenAdvantage):
     """Discounted rewards to go, less the mean over the batch of what whole answers got (Williams 1992).
 
     Looks neither at values nor at lam.
     """
-    returns = discounted_suffix_sum(masked(rewards, mask), gamma)
-    answered = mask.any(dim=1)
-    gained, answers = total(torch.stack([returns[:, :1].double().sum(), answered.double().sum()]))
-    baseline = gained / answers
-    return masked(returns - baseline, mask), returns
+
+    Config = ReinforceAdvantage
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor | None,
+        mask: Tensor,
+        gamma: float,
+        lam: float,
+        groups: Tensor,
+        total: AllReduceSum = no_reduce,
+    ) -> tuple[Tensor, Tensor]:
+        returns = discounted_suffix_sum(masked(rewards, mask), gamma)
+        answered = mask.any(dim=1)
+        gained, answers = total(torch.stack([returns[:, :1].double().sum(), answered.double().sum()]))
+        baseline = gained / answers
+        return masked(returns - baseline, mask), returns
 
 
 def discounted_suffix_sum(x: Tensor, factor: float) -> Tensor:
@@ -133,6 +141,6 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """Reward of each token [B, T]: -kl_coefficient * kl [B, T], and on an answer's last token also its score [B]."""
+    """Reward of each token [B, T]: -kl_coefficient * kl [B, T], and on a sample's last trained token also its score [B]."""
     last = mask & ~pad(mask[:, 1:], (0, 1))
     return masked(-kl_coefficient * kl, mask) + masked(scores[:, None], last)

@@ -1,8 +1,8 @@
 """Losses of the three stages.
 
 Every loss comes per token [B, T] (per pair [B] for the reward model), to be summed, never averaged. The trainer divides
-by the count of the whole batch, over all micro-batches and ranks: so neither micro-batching nor sharding changes a
-gradient. A mean taken per micro-batch would weigh the tokens of a small one more.
+by a count of the whole batch, over all micro-batches and ranks: so neither micro-batching nor sharding changes a
+gradient. A mean taken per micro-batch would weigh the tokens of a small one more (workers.rl.aggregation).
 
 Tensors are padded [B, T] over response tokens with a bool mask; what stands outside the mask is never read and costs 0.
 B is 0 where a rank has fewer rows than others and computes a micro-batch of padding.
@@ -11,15 +11,16 @@ B is 0 where a rank has fewer rows than others and computes a micro-batch of pad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from configs.schema import Aggregation, PPOClipLoss, ReinforceLoss
 from workers.rl.advantages import masked, mean_and_variance
 from workers.rl.kl import kl_estimate
-from workers.rl.registry import Registry
+from workers.rl.registry import Component, Registry
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class LossOutput:
 
     loss: Tensor
     """[B, T], 0 outside the mask."""
-    statistics: dict[str, Tensor]
-    """Name -> [B, T], without gradient and 0 outside the mask: metrics to be averaged over the tokens of the batch."""
+    metrics: dict[str, Tensor]
+    """Name -> [B, T], without gradient and 0 outside the mask: to be averaged over the tokens of the batch."""
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -40,43 +41,68 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------- policy
 
 
-class PolicyLoss(Protocol):
-    """log_probs, old_log_probs (when the answer was sampled), advantages, mask: [B, T].
+@dataclass(frozen=True)
+class LossInputs:
+    """What a policy loss is made of: tensors [B, T]."""
 
-    The statistic approx_kl, KL(old | new) in nats per token, is what `ppo.target_kl` looks at.
-    """
+    log_probs: Tensor
+    """Of the policy that is trained."""
+    behavior_log_probs: Tensor
+    """Of the engine, when it sampled."""
+    proximal_log_probs: Tensor
+    """Of the policy that the ratio is taken to; the behavior's while all samples are on policy."""
+    reference_log_probs: Tensor | None
+    advantages: Tensor
+    loss_mask: Tensor
+    """bool"""
 
-    def __call__(
-        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-    ) -> LossOutput: ...
+    @property
+    def log_ratio(self) -> Tensor:
+        """log(trained / proximal), 0 outside the mask: masked before exp, else discarded inf or nan have gradients of nan."""
+        return masked(self.log_probs - self.proximal_log_probs, self.loss_mask)
 
 
-policy_losses: Registry[PolicyLoss] = Registry("ppo.policy_loss")
+class PolicyLoss(Component, setting="loss"):
+    """A loss of the policy, and which mean over a mini-batch it is (workers.rl.aggregation)."""
+
+    aggregation: Aggregation = "token_mean"
+    """Settings that have an `aggregation` come before it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.aggregation = getattr(config, "aggregation", self.aggregation)
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        raise NotImplementedError
 
 
-@policy_losses.register("ppo_clip")
-def ppo_clip(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-) -> LossOutput:
+class PPOClip(PolicyLoss):
     """Clipped surrogate (Schulman et al. 2017, eq. 7). clip_fraction: tokens from which the clip takes the gradient."""
-    # Masked before exp: the gradient of a discarded inf or nan would be nan, not 0.
-    log_ratio = masked(log_probs - old_log_probs, mask)
-    advantages = masked(advantages, mask)
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    statistics = {"approx_kl": kl_estimate(-log_ratio.detach(), "k3"), "clip_fraction": (clipped > plain).float()}
-    return LossOutput(torch.maximum(plain, clipped), statistics)
+
+    Config = PPOClipLoss
+    config: PPOClipLoss
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        advantages, ratio = masked(inputs.advantages, inputs.loss_mask), inputs.log_ratio.exp()
+        plain = -advantages * ratio
+        clipped = -advantages * ratio.clamp(1 - self.config.clip_low, 1 + self.config.clip_high)
+        return LossOutput(torch.maximum(plain, clipped), {"clip_fraction": (clipped > plain).float()})
 
 
-@policy_losses.register("reinforce")
-def reinforce(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-) -> LossOutput:
+class Reinforce(PolicyLoss):
     """Score-function estimator (Williams 1992). Right only on the present policy's samples: one update per step."""
-    log_ratio = masked(log_probs - old_log_probs, mask).detach()
-    loss = -masked(advantages, mask) * masked(log_probs, mask)
-    return LossOutput(loss, {"approx_kl": kl_estimate(-log_ratio, "k3")})
+
+    Config = ReinforceLoss
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        mask = inputs.loss_mask
+        return LossOutput(-masked(inputs.advantages, mask) * masked(inputs.log_probs, mask), {})
+
+
+def kl_from_behavior(inputs: LossInputs) -> Tensor:
+    """KL(behavior | trained) [B, T] in nats per token, without gradient: what `ppo.target_kl` looks at."""
+    log_ratio = masked(inputs.log_probs - inputs.behavior_log_probs, inputs.loss_mask)
+    return kl_estimate(-log_ratio.detach(), "k3")
 
 
 # ---------------------------------------------------------------- value

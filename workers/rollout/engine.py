@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind
 from configs.schema import LoraSettings
 from workers.api import RolloutApi
 from workers.data import end_tokens, load_tokenizer
-from workers.data.samples import RaggedArray, RolloutBatch
+from workers.data.samples import RolloutBatch, Sample
 from workers.data.step_inputs import RolloutInfo, StaleWeights
 from workers.models.loading import load_config
 from workers.models.served import engine_options, why_not_served
@@ -143,7 +143,7 @@ class RolloutWorker(Worker, RolloutApi):
                 if output.finished:
                     answers[int(output.request_id)] = output
         self._sleep()
-        return self._chunk(answers)
+        return self._batch(answers)
 
     def prove(self, version: int, probe: Probe) -> float:
         """Compare the engine's log-probabilities of the probe's tokens with the trainer's. Returns their gap.
@@ -182,25 +182,19 @@ class RolloutWorker(Worker, RolloutApi):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _chunk(self, answers: list[Any]) -> tuple[RolloutBatch, RolloutInfo]:
-        outputs = [a.outputs[0] for a in answers]
-        log_probs = [
-            np.array([at[token].logprob for at, token in zip(o.logprobs, o.token_ids, strict=True)], np.float32)
-            for o in outputs
+    def _batch(self, answers: list[Any]) -> tuple[RolloutBatch, RolloutInfo]:
+        outputs = [answer.outputs[0] for answer in answers]
+        samples = [
+            Sample.of(
+                answer.prompt_token_ids,
+                output.token_ids,
+                [at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)],
+                self.version,
+            )
+            for answer, output in zip(answers, outputs, strict=True)
         ]
-        tokens = [
-            np.array([*a.prompt_token_ids, *o.token_ids], np.int32) for a, o in zip(answers, outputs, strict=True)
-        ]
-        prompt_lengths = np.array([len(a.prompt_token_ids) for a in answers], np.int32)
-        chunk = RolloutBatch(RaggedArray.of(tokens, np.int32), RaggedArray.of(log_probs, np.float32), prompt_lengths)
-        assert self.version is not None
-        written = RolloutInfo(
-            prompt_lengths=prompt_lengths,
-            answer_lengths=np.array([len(o.token_ids) for o in outputs], np.int32),
-            ended=np.array([o.finish_reason == "stop" for o in outputs]),
-            version=self.version,
-        )
-        return chunk, written
+        ended = [output.finish_reason == "stop" for output in outputs]
+        return RolloutBatch.of(samples), RolloutInfo.of(samples, ended)
 
     # ------------------------------------------------------------ weights: called by the trainer's EngineClient
 

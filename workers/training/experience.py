@@ -11,15 +11,23 @@ from torch import Tensor
 from configs.schema import PPOSettings
 from workers.data.batching import Rows, pad_right
 from workers.data.samples import Sample
-from workers.data.step_inputs import TrainStepInput
-from workers.rl.advantages import AllReduceSum, advantage_estimators, mean_and_variance, moments, token_rewards, whiten
+from workers.data.step_inputs import KLTerm, TrainStepInput
+from workers.rl.advantages import (
+    AllReduceSum,
+    TokenAdvantage,
+    masked,
+    mean_and_variance,
+    moments,
+    token_rewards,
+    whiten,
+)
 from workers.rl.kl import kl_estimate
 from workers.training.skipped_steps import Arrays, numbered, token_rows
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A rank's samples with what they are to teach; tensors are [B, T] over answer tokens, padded on the right."""
+    """A rank's samples with what they are to teach; tensors are [B, T] over trained tokens, padded on the right."""
 
     samples: list[Sample]
     mask: Tensor
@@ -29,21 +37,23 @@ class TrainingBatch:
     """The reference's log-probabilities."""
     values: Tensor | None
     advantages: Tensor
-    returns: Tensor
-    kl_coefficient: float
+    returns: Tensor | None
+    """What values are to become; None: there are advantages per answer."""
+    prompt_tokens: Tensor
+    """[B] trained tokens of the sample's group in its mini-batch, over all ranks."""
+    kl: KLTerm
     metrics: dict[str, float]
 
     def arrays(self, micro_batches: list[Rows]) -> Arrays:
-        """Some of the samples as arrays; what there is per answer token stands end to end, [answer tokens]."""
+        """Some of the samples as arrays; what there is per trained token stands end to end, [trained tokens]."""
         rows = np.concatenate(micro_batches)
         columns = {
             "log_probs": self.log_probs,
             "reference": self.reference,
             "advantages": self.advantages,
-            "returns": self.returns,
         }
-        if self.values is not None:
-            columns["values"] = self.values
+        columns |= {"returns": self.returns} if self.returns is not None else {}
+        columns |= {"values": self.values} if self.values is not None else {}
         flat = {name: column[rows][self.mask[rows]].cpu().numpy() for name, column in columns.items()}
         return token_rows([self.samples[i] for i in rows]) | {"micro_batch": numbered(micro_batches)} | flat
 
@@ -62,14 +72,21 @@ def prepare(work: TrainStepInput, ppo: PPOSettings, total: AllReduceSum, device:
     reference = padded(work.reference.fetch())
     values = padded(work.values.fetch()) if work.values is not None else None
     mask = padded([np.ones(len(s.log_probs), np.float32) for s in samples]).bool()
-    kl = kl_estimate(log_probs - reference, ppo.kl.estimator)
-    coefficient = work.kl_coefficient if ppo.kl.place == "reward" else 0.0
-    rewards = token_rewards(torch.from_numpy(work.scores).to(device), kl, mask, coefficient)
-    groups = torch.from_numpy(work.groups).to(device)
-    estimate = advantage_estimators.get(ppo.advantage)
-    advantages, returns = estimate(rewards, values, mask, ppo.gamma, ppo.gae_lambda, groups, total)
+    advantages: Tensor
+    returns: Tensor | None = None
+    if work.advantages is not None:
+        advantages = masked(torch.from_numpy(work.advantages).to(device)[:, None], mask)
+    else:
+        kl = kl_estimate(log_probs - reference, work.kl.estimator)
+        rewards = token_rewards(torch.from_numpy(work.scores).to(device), kl, mask, work.kl.reward_coefficient)
+        groups = torch.from_numpy(work.groups).to(device)
+        estimate = TokenAdvantage.of(ppo.advantage)
+        advantages, returns = estimate(rewards, values, mask, ppo.gamma, ppo.gae_lambda, groups, total)
     mean, variance = mean_and_variance(total(moments(advantages, mask)))
     metrics = {"advantage/mean": float(mean), "advantage/std": float(variance.sqrt())}
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask, mean.float(), variance.float())
-    return TrainingBatch(samples, mask, log_probs, reference, values, advantages, returns, work.kl_coefficient, metrics)
+    prompt_tokens = torch.from_numpy(work.prompt_tokens).to(device)
+    return TrainingBatch(
+        samples, mask, log_probs, reference, values, advantages, returns, prompt_tokens, work.kl, metrics
+    )

@@ -16,8 +16,9 @@ from workers.data.step_inputs import MiniBatch, SupervisedBatch, TrainStepInput
 from workers.models.heads import Batch
 from workers.models.loading import LEARNS, load_hf
 from workers.rl.advantages import masked
+from workers.rl.aggregation import aggregation_divisor, aggregation_weights
 from workers.rl.kl import kl_estimate
-from workers.rl.losses import masked_sum, next_token, policy_losses
+from workers.rl.losses import LossInputs, PolicyLoss, kl_from_behavior, masked_sum, next_token
 from workers.training import experience
 from workers.training.schedule import StageStep
 from workers.training.skipped_steps import Arrays, numbered, token_rows
@@ -97,6 +98,7 @@ class PolicyWorker(Trainer, PolicyApi):
         ppo = self.config.ppo
         assert ppo is not None
         answers = experience.prepare(work, ppo, self.total, self.device)
+        loss = PolicyLoss.of(ppo.loss)
         metrics = dict(answers.metrics)
         sums: dict[str, float] = {}
         updates = refusals = 0
@@ -105,17 +107,19 @@ class PolicyWorker(Trainer, PolicyApi):
                 first = epoch == 0 and k == 0
                 found, refused = _Sums(), False
                 if work.update:
-                    steps = self._update(answers, mini, at, (*seed, epoch, k), found)
+                    steps = self._update(loss, answers, mini, at, (*seed, epoch, k), found)
                     metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
                     refused = bool(steps["refused"])
                     updates, refusals = updates + (not refused), refusals + refused
                 elif first:
                     with self.evaluating():
                         for indices in mini.micro_batches:
-                            self._policy_loss(answers, indices, mini.tokens, found)
+                            self._policy_loss(loss, answers, indices, mini, found)
                 else:
                     continue
-                means = {name: value / mini.tokens for name, value in self.sum_over_ranks(found).items()}
+                totals = self.sum_over_ranks(found)
+                means = {name: value / mini.tokens for name, value in totals.items()}
+                means["loss"] = totals["loss"] / self._divisor(loss, mini)
                 if first:
                     metrics |= {"log_prob_gap": means["gap"], "entropy": means["entropy"]}
                 if refused:
@@ -129,16 +133,25 @@ class PolicyWorker(Trainer, PolicyApi):
     def _summary(
         self, metrics: dict[str, float], sums: dict[str, float], updates: int, refusals: int, stopped: bool
     ) -> dict[str, float]:
-        names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "clip_fraction": "clip_fraction", "ptx": "loss/ptx"}
-        means = {ours: sums[name] / max(updates, 1) for name, ours in names.items() if name in sums}
+        names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "ptx": "loss/ptx"}
+        means = {names.get(name, name): value / max(updates, 1) for name, value in sums.items()}
+        means = {
+            name: value for name, value in means.items() if name not in ("gap", "entropy")
+        }  # of the first mini-batch
         counts = {"updates": float(updates), "refused/actor": float(refusals), "stopped_on_kl": float(stopped)}
         return metrics | means | counts
 
     def _update(
-        self, answers: experience.TrainingBatch, mini: MiniBatch, at: StageStep, seed: tuple[int, ...], sums: _Sums
+        self,
+        loss: PolicyLoss,
+        answers: experience.TrainingBatch,
+        mini: MiniBatch,
+        at: StageStep,
+        seed: tuple[int, ...],
+        sums: _Sums,
     ) -> dict[str, float]:
         """One optimizer step on a mini-batch of answers and the demonstrations beside it."""
-        losses = [partial(self._policy_loss, answers, i, mini.tokens, sums) for i in mini.micro_batches]
+        losses = [partial(self._policy_loss, loss, answers, i, mini, sums) for i in mini.micro_batches]
         if mini.ptx:
             losses += [partial(self._ptx_loss, mini.ptx, i, mini.tokens, sums) for i in mini.ptx.micro_batches]
 
@@ -148,8 +161,15 @@ class PolicyWorker(Trainer, PolicyApi):
 
         return self.optimize(losses, at, seed, seen)
 
-    def _policy_loss(self, answers: experience.TrainingBatch, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
-        ppo = self.config.ppo
+    def _divisor(self, loss: PolicyLoss, mini: MiniBatch) -> int:
+        longest = self.config.rollout.max_new_tokens
+        return aggregation_divisor(loss.aggregation, mini.tokens, mini.sequences, mini.prompts, longest)
+
+    def _policy_loss(
+        self, loss: PolicyLoss, answers: experience.TrainingBatch, indices: Rows, mini: MiniBatch, sums: _Sums
+    ) -> Tensor:
+        """A micro-batch's share of the loss: of the policy, the KL penalty and the entropy bonus, all in the same mean."""
+        ppo, kl = self.config.ppo, answers.kl
         assert ppo is not None
         batch = Batch([answers.samples[i] for i in indices], self.device)
         log_probs, entropy = self.module(batch, self.config.rollout.temperature)
@@ -157,19 +177,20 @@ class PolicyWorker(Trainer, PolicyApi):
         old, reference, advantages = (
             x[indices, :width] for x in (answers.log_probs, answers.reference, answers.advantages)
         )
-        parts = policy_losses.get(ppo.policy_loss)(log_probs, old, advantages, batch.mask, ppo.clip_range)
-        loss = masked_sum(parts.loss, batch.mask)
-        if ppo.kl.place == "loss":
-            kl = kl_estimate(masked(log_probs - reference, batch.mask), ppo.kl.estimator)
-            loss = loss + answers.kl_coefficient * masked_sum(kl, batch.mask)
+        weights = aggregation_weights(loss.aggregation, batch.mask, answers.prompt_tokens[indices])
+        inputs = LossInputs(log_probs, old, old, reference, advantages, batch.mask)
+        output = loss(inputs)
+        of_policy = total = masked_sum(weights * output.loss, batch.mask)
+        if kl.loss_coefficient:
+            penalty = kl_estimate(masked(log_probs - reference, batch.mask), kl.estimator)
+            total = total + kl.loss_coefficient * masked_sum(weights * penalty, batch.mask)
         if ppo.entropy_coefficient:
-            loss = loss - ppo.entropy_coefficient * masked_sum(entropy, batch.mask)
-        sums.add("loss", masked_sum(parts.loss, batch.mask))
-        sums.add("entropy", masked_sum(entropy, batch.mask))
-        sums.add("gap", masked_sum((log_probs - old).abs(), batch.mask))
-        for name, values in parts.statistics.items():
+            total = total - ppo.entropy_coefficient * masked_sum(weights * entropy, batch.mask)
+        sums.add("loss", of_policy)
+        metrics = {"entropy": entropy, "gap": (log_probs - old).abs(), "approx_kl": kl_from_behavior(inputs)}
+        for name, values in (metrics | output.metrics).items():
             sums.add(name, masked_sum(values, batch.mask))
-        return loss / tokens
+        return total / self._divisor(loss, mini)
 
     def _ptx_loss(self, part: SupervisedBatch, indices: Rows, tokens: int, sums: _Sums) -> Tensor:
         ppo = self.config.ppo

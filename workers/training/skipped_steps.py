@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from workers.data.batching import Rows
-from workers.data.samples import RaggedArray
+from workers.data.samples import RaggedArray, Sample
 
 Arrays = dict[str, np.ndarray]
 
 
-def token_rows(rows: Sequence[Any], prefix: str = "") -> Arrays:
-    """Rows with `ids`, `prompt_length` and `loss_mask`: row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its
+def token_rows(rows: Sequence[Sample], prefix: str = "") -> Arrays:
+    """Row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its
     prompt. `loss_masks` [all ids] is True where a token is learnt."""
     ids = RaggedArray.of([row.ids for row in rows], np.int32)
-    masks = [np.concatenate([np.zeros(row.prompt_length, np.bool_), row.loss_mask]) for row in rows]
     return {
         f"{prefix}ids": ids.values,
         f"{prefix}offsets": ids.offsets,
         f"{prefix}prompt_lengths": np.array([row.prompt_length for row in rows], np.int32),
-        f"{prefix}loss_masks": RaggedArray.of(masks, np.bool_).values,
+        f"{prefix}loss_masks": RaggedArray.of([row.loss_mask for row in rows], np.bool_).values,
     }
 
 

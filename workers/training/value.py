@@ -68,7 +68,7 @@ class ValueWorker(Trainer, ValueApi):
         ppo = self.config.ppo
         assert ppo is not None
         answers = experience.prepare(work, ppo, self.total, self.device)
-        assert answers.values is not None
+        assert answers.values is not None and answers.returns is not None
         variance = explained_variance(
             self.total(moments(answers.returns, answers.mask)),
             self.total(moments(answers.returns - answers.values, answers.mask)),
@@ -90,7 +90,7 @@ class ValueWorker(Trainer, ValueApi):
 
     def _value_loss(self, answers: experience.TrainingBatch, indices: Rows, tokens: int) -> Tensor:
         ppo = self.config.ppo
-        assert ppo is not None and answers.values is not None
+        assert ppo is not None and answers.values is not None and answers.returns is not None
         batch = Batch([answers.samples[i] for i in indices], self.device)
         values = self.module(batch, per_token=True)
         old, returns = (x[indices, : values.shape[1]] for x in (answers.values, answers.returns))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from workers.data import Sequence
+from workers.data import Sample
 from workers.data.step_inputs import DifferentModel
 
 FILE = "probe.json"
@@ -71,6 +71,6 @@ def draw(vocabulary: int, length: int, *seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocabulary, (ROWS, length), np.int32)
 
 
-def sequences(ids: np.ndarray) -> list[Sequence]:
-    """The rows as sequences: all tokens but the first are scored."""
-    return [Sequence.of(row[:1], row[1:]) for row in ids]
+def sequences(ids: np.ndarray) -> list[Sample]:
+    """The rows as samples: all tokens but the first are scored."""
+    return [Sample.of(row[:1], row[1:]) for row in ids]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from configs import ConfigError, RunConfig, load_config, save_config
 from configs.annotations import choices, kind_of
 from configs.reference import describe, settings_markdown
-from configs.schema import EVALUATION_METRICS
+from configs.schema import EVALUATION_METRICS, PPOClipLoss, ReinforceLoss
 from configs.zero import ALIASES, ZERO, Strategy, _resolve_alias
 
 ROOT = Path(__file__).parents[3]
@@ -156,9 +156,9 @@ def test_text_is_what_was_typed(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_numbers_as_people_write_them(tmp_path: Path, typed: str, value: float) -> None:
-    config = load_config(write(tmp_path, GOOD), [f"ppo.clip_range={typed}"])
-    assert config.ppo is not None and config.ppo.clip_range == value
-    (tmp_path / "typed.yaml").write_text(GOOD + f"  clip_range: {typed}\n")
+    config = load_config(write(tmp_path, GOOD), [f"ppo.value_clip_range={typed}"])
+    assert config.ppo is not None and config.ppo.value_clip_range == value
+    (tmp_path / "typed.yaml").write_text(GOOD + f"  value_clip_range: {typed}\n")
     assert load_config(tmp_path / "typed.yaml") == config
 
 
@@ -261,7 +261,7 @@ BAD: list[tuple[str, str]] = [
     ),
     ("model.activation_offload=true", "model.activation_offload: was true, which needs gradient_checkpointing: true"),
     # unknown names
-    ("ppo.clip_rnge=1", "ppo.clip_rnge: no such setting; did you mean clip_range?"),
+    ("ppo.epoch=1", "ppo.epoch: no such setting; did you mean epochs?"),
     ("sed=3", "sed: no such setting; did you mean seed?"),
     ("temperature=1", "temperature: no such setting; did you mean rollout.temperature?"),
     ("publish.zzz=1", "publish.zzz: no such setting; there are transport, bucket_mib, lora"),
@@ -283,7 +283,7 @@ BAD: list[tuple[str, str]] = [
     # type
     ("ppo.steps=many", 'ppo.steps: was "many"; must be integer > 0'),
     ("ppo.steps='3'", 'ppo.steps: was "3"; must be integer > 0; write numbers without quotes'),
-    ("ppo.clip_range='1e-4'", 'ppo.clip_range: was "1e-4"; must be number > 0; write numbers without quotes'),
+    ("ppo.target_kl='1e-4'", 'ppo.target_kl: was "1e-4"; must be number > 0 or none; write numbers without quotes'),
     ("ppo.steps=2.5", "ppo.steps: was 2.5; must be integer > 0"),
     ("ppo.steps=null", "ppo.steps: was null; must be integer > 0"),
     ("seed=true", "seed: was true; must be integer >= 0 and < 2147483648"),
@@ -293,7 +293,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.steps=none", "ppo.steps: was none; must be integer > 0"),
     ("ppo.steps=", "ppo.steps: was nothing; must be integer > 0"),
     ("ppo.steps=2024-01-01", 'ppo.steps: was "2024-01-01"; must be integer > 0'),
-    ("ppo.clip_range=0,2", 'ppo.clip_range: was "0,2"; must be number > 0'),
+    ("ppo.value_clip_range=0,2", 'ppo.value_clip_range: was "0,2"; must be number > 0'),
     ("ppo.target_kl=0", "ppo.target_kl: was 0; must be number > 0 or none"),
     ("publish=none", "publish: was none; must be settings (transport, bucket_mib, lora)"),
     ("runs=null", "runs: was null; must be path; quote it if it is text"),
@@ -333,7 +333,7 @@ BAD: list[tuple[str, str]] = [
     ("seed=-1", "seed: was -1; must be integer >= 0 and < 2147483648"),
     ("rollout.gpu_memory_share=1.5", "rollout.gpu_memory_share: was 1.5; must be number > 0 and <= 1"),
     ("ppo.gamma=.nan", "ppo.gamma: was .nan; must be number >= 0 and <= 1"),
-    ("ppo.clip_range=.inf", "ppo.clip_range: was .inf; must be number > 0"),
+    ("ppo.value_clip_range=.inf", "ppo.value_clip_range: was .inf; must be number > 0"),
     ("device=tpu", 'device: was "tpu"; must be auto | cpu | cuda'),
     *(
         (f"name={name}", f'name: was "{name}"; must be {NAME}')
@@ -392,11 +392,13 @@ BAD: list[tuple[str, str]] = [
     ),
     # settings that contradict each other or would have no effect
     (
-        "ppo={prompts: {path: p}, steps: 2, policy_loss: reinforce, epochs: 2, mini_batches: 4, actor_optimizer: {lr: 1}, "
+        "ppo={prompts: {path: p}, steps: 2, loss: reinforce, epochs: 2, mini_batches: 4, actor_optimizer: {lr: 1}, "
         "critic_optimizer: {lr: 1}}",
-        "ppo.policy_loss: was 'reinforce', which is correct for one update per step only, but epochs (2) x mini_batches (4) make "
-        "8; epochs 1 and mini_batches 1 would fit, or ppo_clip",
+        "ppo.loss: was reinforce, which is correct for one update per step only, but epochs (2) x mini_batches (4) make 8; "
+        "epochs 1 and mini_batches 1 would fit, or ppo_clip",
     ),
+    ("ppo.advantage=gea", 'ppo.advantage.kind: was "gea"; must be gae | reinforce'),
+    ("ppo.loss={clip_low: 1}", "ppo.loss.kind: missing; must be ppo_clip | reinforce"),
     (
         "ppo.critic_warmup=3",
         "ppo.critic_warmup: was 3, and steps is 3: the actor would never learn; 2 or less would fit",
@@ -485,7 +487,7 @@ def test_bad_setting(tmp_path: Path, override: str, error: str) -> None:
         ["ppo.critic=false"],
         ["ppo.critic=false", "ppo.critic_warmup=2", "ppo.value_loss=mse", "ppo.value_clip_range=1"],
         ["ppo.critic=false", "ppo.critic_optimizer=none"],
-        ["ppo.policy_loss=reinforce", "ppo.clip_range=0.1"],
+        ["ppo.loss=reinforce"],
         ["ppo.rewards.0.weight=0"],
         ["ppo.steps=1", "ppo.evaluation={prompts: {path: p}, every: 5}", "checkpoint.every=9"],
         ["sft={train: {path: x}, validate_every: 5, validation: none, optimizer: {lr: 1}}"],
@@ -496,7 +498,7 @@ def test_what_is_turned_off_in_one_setting_is_turned_off(tmp_path: Path, overrid
     """Settings that then have no effect may stay in the file."""
     config = load_config(write(tmp_path, GOOD), overrides)
     assert config.ppo is not None
-    assert config.ppo.advantage == ("gae" if config.ppo.critic else "reinforce")
+    assert config.ppo.advantage.kind == ("gae" if config.ppo.critic else "reinforce")
     assert config.ppo.warmup_steps == 0
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
@@ -541,13 +543,13 @@ def test_value_that_is_not_yaml(tmp_path: Path) -> None:
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    text = GOOD.replace("steps: 3", "steps: 0\n  clip_rnge: 1").replace("name: run\n", "")
+    text = GOOD.replace("steps: 3", "steps: 0\n  value_clip_rnge: 1").replace("name: run\n", "")
     assert problems(write(tmp_path, text), "nonsense", "device=tpu") == [
         "override nonsense: must have the form a.b=value",
         f"name: missing; must be {NAME}",
         'device: was "tpu"; must be auto | cpu | cuda',
         "ppo.steps: was 0; must be integer > 0",
-        "ppo.clip_rnge: no such setting; did you mean clip_range?",
+        "ppo.value_clip_rnge: no such setting; did you mean value_clip_range?",
     ]
 
 
@@ -681,6 +683,47 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == ["run.yaml", "saved.yaml"]
 
 
+# ---------------------------------------------------------------- the policy loss
+
+
+@pytest.mark.parametrize(
+    ("overrides", "loss"),
+    [
+        ([], PPOClipLoss()),
+        (["ppo.loss=ppo_clip"], PPOClipLoss()),
+        (["ppo.loss={kind: ppo_clip, clip_high: 0.28}"], PPOClipLoss(clip_high=0.28)),
+        (["ppo.policy_loss=ppo_clip"], PPOClipLoss()),
+        (["ppo.clip_range=0.1"], PPOClipLoss(clip_low=0.1, clip_high=0.1)),
+        (["ppo.policy_loss=reinforce", "ppo.clip_range=0.1"], ReinforceLoss()),
+        (["ppo.loss={kind: ppo_clip, clip_high: 0.28}", "ppo.policy_loss=reinforce"], ReinforceLoss()),
+        (["ppo.loss={kind: ppo_clip, aggregation: constant}", "ppo.clip_range=1"],
+         PPOClipLoss(aggregation="constant", clip_low=1.0, clip_high=1.0)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_loss_by_its_kind_and_by_its_old_names(
+    tmp_path: Path, overrides: list[str], loss: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from configs import load
+
+    load._warn_of.cache_clear()
+    for _ in range(2):
+        config = load_config(write(tmp_path, GOOD), overrides)
+    assert config.ppo is not None and config.ppo.loss == loss
+    old = [name for name in ("policy_loss", "clip_range") if any(f"ppo.{name}=" in each for each in overrides)]
+    assert len(caplog.messages) == bool(old), "once"
+    assert all(f"ppo.{name}" in caplog.text for name in old)
+
+
+@pytest.mark.parametrize("name", ["policy_loss=clip", "clip_range=-1"])
+def test_a_wrong_value_under_an_old_name_is_refused_under_the_new_one(tmp_path: Path, name: str) -> None:
+    said = {
+        "policy_loss=clip": ['ppo.loss.kind: was "clip"; must be ppo_clip | reinforce'],
+        "clip_range=-1": [f"ppo.loss.clip_{end}: was -1; must be number > 0" for end in ("low", "high")],
+    }
+    assert problems(write(tmp_path, GOOD), f"ppo.{name}") == said[name]
+
+
 # ---------------------------------------------------------------- reference
 
 
@@ -688,8 +731,8 @@ def test_reference_lists_every_setting() -> None:
     settings = describe()
     by_path = {setting.path: setting for setting in settings}
     assert all(setting.meaning and setting.type and setting.default for setting in settings)
-    assert by_path["ppo.clip_range"].type == "number > 0"
-    assert by_path["ppo.clip_range"].default == "0.2"
+    assert by_path["ppo.value_clip_range"].type == "number > 0"
+    assert by_path["ppo.value_clip_range"].default == "0.2"
     assert by_path["ppo.value_clip_range"].meaning == "Half-width of the clip on the change of a value."
     assert by_path["ppo.rewards[].weight"].when == ""
     assert by_path["ppo.rewards[].kind"].type == "model | function | http"

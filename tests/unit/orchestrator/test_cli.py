@@ -96,8 +96,8 @@ def test_the_api_is_there_by_name_and_needs_no_torch() -> None:
         (["ppo.steps=many"], 'troupe: ppo.steps: was "many"; must be integer > 0\n'),
         (["steps"], "troupe: override steps: must have the form a.b=value\n"),
         (["sft.train.path=no.jsonl"], "troupe: sft.train: no.jsonl: no such file or folder\n"),
-        (["ppo.advantage=gea"], "troupe: ppo.advantage: 'gea' is not registered; it may be gae, reinforce; did you mean 'gae'?"),
-        (["ppo.policy_loss=clip"], "troupe: ppo.policy_loss: 'clip' is not registered; it may be "),
+        (["ppo.advantage=gea"], 'troupe: ppo.advantage.kind: was "gea"; must be gae | reinforce'),
+        (["ppo.value_loss=clip"], "troupe: ppo.value_loss: 'clip' is not registered; it may be "),
         (
             ["model.path=./nowhere"],
             f"troupe: model.path: was './nowhere', which is not a model's folder; {ROOT}/nowhere/config.json does not exist\n",

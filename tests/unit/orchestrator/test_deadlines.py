@@ -23,7 +23,7 @@ from placement import Cluster, make_plan
 from placement.cluster import Node
 from workers.api import PolicyApi, RemoteMethod, RewardsApi, RolloutApi, ValueApi
 from workers.data.samples import SampleRefs
-from workers.data.step_inputs import RolloutInfo
+from workers.data.step_inputs import KLTerm, RolloutInfo
 
 GENERATE, SCORES = RemoteMethod.of(RolloutApi.generate), RemoteMethod.of(RewardsApi.scores)
 LOG_PROBS, TRAIN_ANSWERS = RemoteMethod.of(PolicyApi.log_probs), RemoteMethod.of(PolicyApi.train_answers)
@@ -127,9 +127,27 @@ def experience() -> Experience:
     refs = SampleRefs((None,), np.zeros((SAMPLES, 2), np.int32))
     prompts, answers = np.full(SAMPLES, PROMPT), np.full(SAMPLES, ANSWER)
     ended, numbers = np.ones(SAMPLES, bool), np.zeros(SAMPLES, int)
-    rollouts = Rollouts("prompts", np.arange(SAMPLES), numbers, 1, refs, prompts, answers, ended, frozenset())
+    rollouts = Rollouts(
+        "prompts",
+        np.arange(SAMPLES),
+        np.arange(SAMPLES),
+        numbers,
+        1,
+        refs,
+        prompts,
+        answers,
+        answers,
+        ended,
+        numbers,
+        numbers,
+    )
     column = TokenColumn(refs, np.zeros(SAMPLES))
-    return Experience(rollouts, column, column, np.zeros(SAMPLES), 0.1)
+    return Experience(rollouts, column, column, np.zeros(SAMPLES), KLTerm())
+
+
+def written_by_an_engine(lengths: np.ndarray) -> RolloutInfo:
+    versions = np.zeros(SAMPLES, int)
+    return RolloutInfo(np.full(SAMPLES, PROMPT), lengths, lengths, np.ones(SAMPLES, bool), versions, versions)
 
 
 def done(call: Call[Any], *results: Any) -> Cost:
@@ -162,16 +180,14 @@ def test_answers_that_grow_longer_are_not_taken_for_a_hang(team: Team) -> None:
     prompts = SAMPLES * PROMPT
     assert call.cost == Cost(prompts + SAMPLES * 1000, 2 * 1000)
     lengths = np.array([5] * 7 + [20])
-    written = RolloutInfo(np.full(SAMPLES, PROMPT), lengths, np.ones(SAMPLES, bool), 0)
+    written = written_by_an_engine(lengths)
     assert done(call, ("reference", written)) == Cost(prompts + lengths.sum(), 2 * 20)
 
 
 def test_few_long_answers_take_no_less_than_many_short_ones(team: Team) -> None:
     """An evaluation of one prompt after steps of eight: an engine writes no faster than token by token."""
     many = team.generate("prompts", np.arange(SAMPLES), step=1)
-    short = done(
-        many, ("reference", RolloutInfo(np.full(SAMPLES, PROMPT), np.full(SAMPLES, 100), np.ones(SAMPLES, bool), 0))
-    )
+    short = done(many, ("reference", written_by_an_engine(np.full(SAMPLES, 100))))
     one = team.generate("prompts", np.arange(1), step=0)
     assert one.cost.tokens < 2 * short.tokens
     assert one.cost.times(short) == 1000 / 200

@@ -193,12 +193,12 @@ def test_a_change_in_the_middle_of_a_stage_is_noted(tmp_path: Path) -> None:
     run = Run.begin(staged(tmp_path), ["ppo"])
     run.save()
     record(run, "ppo", 4)
-    changed = Run.open(run.folder, ["ppo.clip_range=0.1", "seed=2"], accept_changes=True)
+    changed = Run.open(run.folder, ["ppo.gae_lambda=0.9", "seed=2"], accept_changes=True)
     changed.save()
     assert Run.open(run.folder).changes == [
-        {"stage": "ppo", "after": 4, "settings": {"ppo.clip_range": [0.2, 0.1], "seed": [1, 2]}}
+        {"stage": "ppo", "after": 4, "settings": {"ppo.gae_lambda": [0.95, 0.9], "seed": [1, 2]}}
     ]
-    assert history(run.folder) == {"Settings changed": "ppo after step 4: ppo.clip_range 0.2 -> 0.1, seed 1 -> 2"}
+    assert history(run.folder) == {"Settings changed": "ppo after step 4: ppo.gae_lambda 0.95 -> 0.9, seed 1 -> 2"}
     Run.open(run.folder).save()
     assert len(Run.open(run.folder).changes) == 1, "it is kept, and once"
 

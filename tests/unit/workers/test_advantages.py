@@ -12,23 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.schema import PPOSettings
+from configs.schema import GAEAdvantage, PPOSettings, ReinforceAdvantage
 from orchestrator.algorithms.reward_shaping import shape_scores
 from workers.rl.advantages import (
-    advantage_estimators,
-    gae,
+    GAE,
+    Reinforce,
+    TokenAdvantage,
     mean_and_variance,
     moments,
-    reinforce,
     token_rewards,
     whiten,
 )
+from workers.rl.losses import value_losses
 from workers.rl.registry import Registry, UnknownNameError
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=40, derandomize=True)
 discounts = st.sampled_from([0.0, 0.5, 0.95, 0.99, 1.0])
 Estimator = Callable[..., tuple[Tensor, Tensor]]
+gae, reinforce = GAE(GAEAdvantage()), Reinforce(ReinforceAdvantage())
 ESTIMATORS: list[Estimator] = [gae, reinforce]
 
 
@@ -289,21 +291,23 @@ def test_whitening_does_not_take_the_penalty_back() -> None:
 
 def test_unknown_name_says_what_there_is() -> None:
     with pytest.raises(UnknownNameError) as error:
-        advantage_estimators.get("gea")
-    assert str(error.value) == ("ppo.advantage: 'gea' is not registered; it may be gae, reinforce; did you mean 'gae'?")
+        value_losses.get("clippd")
+    assert str(error.value) == (
+        "ppo.value_loss: 'clippd' is not registered; it may be clipped, mse; did you mean 'clipped'?"
+    )
 
 
 def test_registry_takes_a_users_function_once() -> None:
-    registry: Registry[object] = Registry("ppo.policy_loss")
+    registry: Registry[object] = Registry("ppo.value_loss")
 
     @registry.register("mine")
     def mine() -> None: ...
 
     assert registry.get("mine") is mine
     assert registry.names == ["mine"]
-    with pytest.raises(ValueError, match=r"ppo\.policy_loss: the name 'mine' is registered already"):
+    with pytest.raises(ValueError, match=r"ppo\.value_loss: the name 'mine' is registered already"):
         registry.register("mine")(mine)
 
 
-def test_registry_holds_the_defaults_of_the_schema() -> None:
-    assert advantage_estimators.get(PPOSettings.model_fields["advantage"].default) is gae
+def test_the_default_is_gae() -> None:
+    assert isinstance(TokenAdvantage.of(PPOSettings.model_fields["advantage"].default), GAE)

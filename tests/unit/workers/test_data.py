@@ -21,7 +21,7 @@ from workers.data import (
     DataError,
     Row,
     RowKind,
-    Sequence,
+    Sample,
     batches,
     encode_demonstrations,
     epoch_order,
@@ -434,7 +434,7 @@ def test_cutting_plain_text(prompt: str, completion: str, max_length: int) -> No
         assert len(kept_start) == min(len(start), max_length // 2), "the completion is cut last"
 
 
-def cut(codec: Codec, row: Row, max_length: int) -> Sequence:
+def cut(codec: Codec, row: Row, max_length: int) -> Sample:
     sequences, counts = encode_demonstrations(codec, [row], max_length, "cut", "all")
     assert counts.kept == 1
     return sequences[0]

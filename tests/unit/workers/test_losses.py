@@ -9,21 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.schema import PPOSettings
+from configs.schema import PPOClipLoss, PPOSettings, ReinforceLoss
 from workers.rl.advantages import moments
 from workers.rl.losses import (
+    LossInputs,
     LossOutput,
+    PolicyLoss,
+    PPOClip,
     explained_variance,
+    kl_from_behavior,
     masked_sum,
     next_token,
     pairwise,
-    policy_losses,
     value_losses,
 )
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=40, derandomize=True)
 CLIP = 0.2
+ADAM = {"lr": 1e-5}
+NEEDED = {"prompts": {"path": "prompts.jsonl"}, "steps": 1, "actor_optimizer": ADAM, "critic_optimizer": ADAM}
 
 
 class Batch:
@@ -45,9 +50,23 @@ class Batch:
 
 batches = st.builds(Batch, st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 12))
 Loss = Callable[..., LossOutput]
+
+
+def policy_loss(kind: str) -> Loss:
+    """A policy loss with the arguments of a value loss."""
+
+    def loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> LossOutput:
+        clips = {"clip_low": clip, "clip_high": clip} if kind == "ppo_clip" else {}
+        settings = PPOSettings.model_validate(NEEDED | {"loss": {"kind": kind, **clips}}).loss
+        nothing = torch.full_like(new, torch.nan)  # neither looks at the engine's or the reference's
+        return PolicyLoss.of(settings)(LossInputs(new, nothing, old, nothing, advantages, mask))
+
+    return loss
+
+
 Formula = Callable[[float, float, float], float]
 LOSSES = [
-    *(pytest.param(policy_losses.get(name), id=f"policy-{name}") for name in policy_losses.names),
+    *(pytest.param(policy_loss(name), id=f"policy-{name}") for name in ("ppo_clip", "reinforce")),
     *(pytest.param(value_losses.get(name), id=f"value-{name}") for name in value_losses.names),
 ]
 
@@ -73,8 +92,8 @@ def mse_by_hand(new: float, old: float, target: float) -> float:
 @pytest.mark.parametrize(
     ("loss", "by_hand"),
     [
-        (policy_losses.get("ppo_clip"), ppo_clip_by_hand),
-        (policy_losses.get("reinforce"), reinforce_by_hand),
+        (policy_loss("ppo_clip"), ppo_clip_by_hand),
+        (policy_loss("reinforce"), reinforce_by_hand),
         (value_losses.get("clipped"), clipped_by_hand),
         (value_losses.get("mse"), mse_by_hand),
     ],
@@ -100,10 +119,10 @@ def test_nothing_leaks_from_outside_the_mask(loss: Loss, batch: Batch) -> None:
     batch.new.requires_grad_()
     parts = loss(*batch.arguments(), CLIP)
     (gradient,) = torch.autograd.grad(parts.loss.sum(), batch.new)
-    for x in (parts.loss, gradient, *parts.statistics.values()):
+    for x in (parts.loss, gradient, *parts.metrics.values()):
         assert x.isfinite().all()
         assert not x[~batch.mask].any()
-    assert not any(x.requires_grad for x in parts.statistics.values())
+    assert not any(x.requires_grad for x in parts.metrics.values())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -115,7 +134,7 @@ def test_micro_batches_sum_to_the_batch(loss: Loss, batch: Batch, cut: int) -> N
         parts = loss(new, *batch.arguments(rows)[1:], CLIP)
         total = masked_sum(parts.loss, batch.mask[rows])
         (gradient,) = torch.autograd.grad(total, new)
-        return total.detach(), gradient, {name: masked_sum(x, batch.mask[rows]) for name, x in parts.statistics.items()}
+        return total.detach(), gradient, {name: masked_sum(x, batch.mask[rows]) for name, x in parts.metrics.items()}
 
     whole, first, second = (summed(rows) for rows in (slice(None), slice(0, cut), slice(cut, None)))
     torch.testing.assert_close(first[0] + second[0], whole[0], rtol=1e-5, atol=1e-5)
@@ -146,9 +165,9 @@ def test_clip_takes_the_gradient_only_where_the_policy_went_too_far_already(
 ) -> None:
     log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     mask = torch.tensor([[True]])
-    parts = policy_losses.get("ppo_clip")(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), mask, CLIP)
+    parts = policy_loss("ppo_clip")(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), mask, CLIP)
     (gradient,) = torch.autograd.grad(parts.loss.sum(), log_probs)
-    assert parts.statistics["clip_fraction"].item() == clips
+    assert parts.metrics["clip_fraction"].item() == clips
     assert gradient.item() == pytest.approx(0.0 if clips else -advantage * ratio)
 
 
@@ -157,23 +176,37 @@ def test_ppo_clip_on_policy_has_the_gradient_of_reinforce() -> None:
     gradients: list[Tensor] = []
     for name in ("ppo_clip", "reinforce"):
         new = batch.old.clone().requires_grad_()
-        loss = policy_losses.get(name)(new, batch.old, batch.target, batch.mask, CLIP).loss
+        loss = policy_loss(name)(new, batch.old, batch.target, batch.mask, CLIP).loss
         gradients.extend(torch.autograd.grad(loss.sum(), new))
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("name", policy_losses.names)
-def test_approx_kl_is_the_kl_from_old_to_new(name: str) -> None:
+def test_the_kl_from_the_behavior_to_the_trained_policy() -> None:
     """Its mean over samples of the old policy, summed exactly over a vocabulary."""
     old, new = torch.randn(2, 1, 13, generator=torch.Generator().manual_seed(4)).log_softmax(-1)
     mask = torch.ones(1, 13, dtype=torch.bool)
-    found = policy_losses.get(name)(new, old, torch.ones(1, 13), mask, CLIP).statistics["approx_kl"]
+    inputs = LossInputs(new.requires_grad_(), old, torch.full_like(old, torch.nan), None, torch.ones(1, 13), mask)
+    found = kl_from_behavior(inputs)
+    assert not found.requires_grad
     assert (found >= 0).all()
     assert (old.exp() * found).sum().item() == pytest.approx((old.exp() * (old - new)).sum().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("ratio", "advantage", "loss"), [(1.5, 1.0, -1.28), (0.6, -1.0, 0.8), (1.27, 1.0, -1.27)])
+def test_each_side_of_the_clip_has_its_own_width(ratio: float, advantage: float, loss: float) -> None:
+    """Clip-higher, as in DAPO."""
+    one, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    inputs = LossInputs(one + math.log(ratio), one, one, None, one + advantage, mask)
+    assert PPOClip(PPOClipLoss(clip_low=0.2, clip_high=0.28))(inputs).loss.item() == pytest.approx(loss)
+
+
+def test_a_loss_takes_its_settings_word_for_the_mean() -> None:
+    assert PolicyLoss.of(PPOClipLoss()).aggregation == "token_mean"
+    assert PolicyLoss.of(ReinforceLoss(aggregation="constant")).aggregation == "constant"
+
+
 def test_registries_hold_the_defaults_of_the_schema() -> None:
-    assert PPOSettings.model_fields["policy_loss"].default in policy_losses.names
+    assert isinstance(PolicyLoss.of(PPOSettings.model_fields["loss"].default), PPOClip)
     assert PPOSettings.model_fields["value_loss"].default in value_losses.names
 
 
@@ -186,7 +219,7 @@ def test_value_clip_holds_a_value_that_ran_away() -> None:
     parts = value_losses.get("clipped")(values, torch.zeros(1, 2), torch.full((1, 2), 2.0), mask, CLIP)
     (gradient,) = torch.autograd.grad(parts.loss.sum(), values)
     assert parts.loss.tolist() == [pytest.approx([0.5 * 1.8**2, 0.5 * 1.9**2])]
-    assert parts.statistics["clip_fraction"].tolist() == [[1.0, 0.0]]
+    assert parts.metrics["clip_fraction"].tolist() == [[1.0, 0.0]]
     assert gradient.tolist() == [pytest.approx([0.0, -1.9])]
 
 

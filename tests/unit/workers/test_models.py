@@ -16,12 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from configs.schema import ModelSettings
 from tests.support.models import ARCHITECTURES, GROUPED, VOCABULARY, WIDTH, make_model
-from workers.data import Codec, Sequence, load_tokenizer
+from workers.data import Codec, Sample, load_tokenizer
 from workers.models import fused_log_probs
 from workers.models.heads import Batch, LanguageModel, ScalarModel
 from workers.models.loading import load_hf
 from workers.models.logit_transforms import AfterHead
-from workers.rl.losses import ppo_clip
+from workers.rl.losses import LossInputs, PPOClip
 
 CPU = torch.device("cpu")
 KINDS = [
@@ -41,10 +41,10 @@ def llama(tmp_path: Path) -> Path:
     return make_model(tmp_path, "llama", tied=True, grouped=False, seed=1)
 
 
-def sequences(lengths: list[tuple[int, int]], seed: int = 0, low: int = 0) -> list[Sequence]:
+def sequences(lengths: list[tuple[int, int]], seed: int = 0, low: int = 0) -> list[Sample]:
     """Random rows of (prompt, answer) tokens."""
     draw = np.random.default_rng(seed)
-    return [Sequence.of(draw.integers(low, VOCABULARY, p), draw.integers(low, VOCABULARY, a)) for p, a in lengths]
+    return [Sample.of(draw.integers(low, VOCABULARY, p), draw.integers(low, VOCABULARY, a)) for p, a in lengths]
 
 
 ROWS = sequences([(5, 7), (1, 1), (9, 2), (3, 12), (2, 4)])
@@ -64,7 +64,7 @@ def language_model(path: Path, **settings: Any) -> LanguageModel:
     return LanguageModel(load(path, **settings)).eval()
 
 
-def plain_log_probs(hf: PreTrainedModel, row: Sequence, temperature: float) -> tuple[Tensor, Tensor]:
+def plain_log_probs(hf: PreTrainedModel, row: Sample, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each predicted answer token, from all logits of this row alone."""
     ids = torch.from_numpy(row.ids.astype(np.int64))
     log_softmax = torch.log_softmax(hf(input_ids=ids[None]).logits[0].double() / temperature, -1)
@@ -73,7 +73,7 @@ def plain_log_probs(hf: PreTrainedModel, row: Sequence, temperature: float) -> t
     return log_softmax[before, ids[before + 1]], entropy[before]
 
 
-def plain_values(hf: Any, row: Sequence) -> Tensor:
+def plain_values(hf: Any, row: Sample) -> Tensor:
     """The scalar head's output at every token of this row alone."""
     ids = torch.from_numpy(row.ids.astype(np.int64))
     return hf.score(hf.base_model(input_ids=ids[None])[0])[0, :, 0]
@@ -149,8 +149,11 @@ def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: i
     assert made.by == ["aten.zeros_like.default"]
     losses[1].backward()
     for batch in batches:
-        for ids, length, prompt in zip(batch.ids, batch.lengths, batch.prompt_lengths, strict=True):
-            row = Sequence.of(ids[:prompt].numpy(), ids[prompt:length].numpy())
+        for ids, length, first in zip(
+            batch.ids, batch.lengths, batch.before.split(batch.mask.sum(1).tolist()), strict=True
+        ):
+            prompt = int(first[0]) + 1
+            row = Sample.of(ids[:prompt].numpy(), ids[prompt:length].numpy())
             plain_log_probs(plain, row, 1.0)[0].sum().backward()
     same_gradients(ours.hf, plain)
 
@@ -282,7 +285,7 @@ def test_a_micro_batch_without_rows_runs_the_model_and_teaches_nothing(
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
 
-    def learn(rows: list[Sequence]) -> tuple[float, dict[str, Tensor], list[str]]:
+    def learn(rows: list[Sample]) -> tuple[float, dict[str, Tensor], list[str]]:
         """The loss, the gradients, and the modules in the order in which they run."""
         model.zero_grad()
         ran.clear()
@@ -307,7 +310,8 @@ def _any_loss(model: nn.Module, batch: Batch, scalar: bool) -> Tensor:
     log_probs, entropy = model(batch, 0.7)
     assert log_probs.shape == entropy.shape == batch.mask.shape
     other = torch.full_like(log_probs, 0.5 if len(batch.lengths) else torch.nan)
-    return ppo_clip(log_probs, other, other, batch.mask, 0.2).loss.sum() + entropy.sum()
+    inputs = LossInputs(log_probs, other, other, None, other, batch.mask)
+    return PPOClip(PPOClip.Config())(inputs).loss.sum() + entropy.sum()
 
 
 TINY = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -415,7 +419,7 @@ def test_the_score_stands_at_the_last_token_whatever_it_is(llama: Path) -> None:
     model = scalar_model(llama)
     model.hf.config.pad_token_id = model.hf.config.eos_token_id = 0
     rows = [
-        Sequence.of(ids[:2], ids[2:])
+        Sample.of(ids[:2], ids[2:])
         for ids in ([5, 6, 7, 0], [5, 6, 0, 7, 0], [5, 0, 7, 8, 9, 10], [5, 6, 0, 0, 0], [0, 0, 0])
     ]
     scores = model(Batch(rows, CPU), per_token=False)

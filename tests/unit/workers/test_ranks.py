@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs import ZERO, Strategy
-from configs.schema import KLSettings, OptimizerSettings, Role, RunConfig
+from configs.schema import OptimizerSettings, Role, RunConfig
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
 from placement import Cluster, make_plan
@@ -31,7 +31,7 @@ from tests.support.models import VOCABULARY, encoded, make_model
 from workers.api import PolicyApi, Request, TrainerApi, ValueApi, request
 from workers.data import Row, RowKind
 from workers.data.samples import RaggedArray, RolloutBatch, Sample, SampleRefs
-from workers.data.step_inputs import SupervisedBatch
+from workers.data.step_inputs import KLTerm, SupervisedBatch
 from workers.models.heads import Batch, LanguageModel
 from workers.models.loading import load_hf
 from workers.training.schedule import StageStep
@@ -98,7 +98,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     draw = np.random.default_rng(3)
     prompt_lengths, answer_lengths = draw.integers(1, 12, SAMPLES), draw.integers(1, 20, SAMPLES)
     ids = [draw.integers(1, VOCABULARY, n).astype(np.int32) for n in prompt_lengths + answer_lengths]
-    samples = [Sample(row, int(n), np.empty(0)) for row, n in zip(ids, prompt_lengths, strict=True)]
+    samples = [Sample.of(row[:n], row[n:]) for row, n in zip(ids, prompt_lengths, strict=True)]
     batch = Batch(samples, torch.device("cpu"))
     with torch.no_grad():
         found, _ = LanguageModel(load_hf(config.model, str(folder), scalar=False, seed=1)).eval()(batch)
@@ -108,11 +108,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     ]
     engines = [np.arange(0, SAMPLES, 2), np.arange(1, SAMPLES, 2)]
     chunks = [
-        RolloutBatch(
-            RaggedArray.of([ids[i] for i in share], np.int32),
-            RaggedArray.of([log_probs[i] for i in share], np.float32),
-            prompt_lengths[share].astype(np.int32),
-        )
+        RolloutBatch.of([replace(samples[i], log_probs=log_probs[i], versions=0 * log_probs[i]) for i in share])
         for share in engines
     ]
 
@@ -128,16 +124,19 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
     rollouts = Rollouts(
         "prompts",
         prompts=np.arange(SAMPLES) // 2,
+        groups=np.arange(SAMPLES) // 2,
         numbers=np.arange(SAMPLES) % 2,
         step=1,
         refs=refs(chunks),
         prompt_lengths=prompt_lengths,
         answer_lengths=answer_lengths,
+        trained_tokens=answer_lengths,
         ended=np.ones(SAMPLES, bool),
-        versions=frozenset([0]),
+        min_versions=np.zeros(SAMPLES, int),
+        max_versions=np.zeros(SAMPLES, int),
     )
     scores, ptx = draw.normal(0, 1, SAMPLES), [np.arange(5), np.arange(5, 7)]
-    return Experience(rollouts, column(2.0), column(0.5), scores, kl_coefficient=0.05, ptx=ptx)
+    return Experience(rollouts, column(2.0), column(0.5), scores, KLTerm("k3", loss_coefficient=0.05), ptx=ptx)
 
 
 def of_step(experience: Experience, step: int) -> Experience:
@@ -161,7 +160,6 @@ def run_config(folder: Path, strategy: Strategy, ranks: Ranks, micro_batch_token
         "mini_batches": 2,
         "micro_batch_tokens": micro_batch_tokens,
         "entropy_coefficient": 0.01,
-        "kl": {"place": "loss", "estimator": "k3"},
         "ptx": {"data": data, "coefficient": 0.5, "batch_size": 4},
         "actor_optimizer": ADAM,
         "critic_optimizer": ADAM,
@@ -225,7 +223,10 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
     )
     found |= {"mean": mean, "deviation": deviation}
     rollouts = experience.rollouts  # all but one: they do not divide among the ranks
-    some = {name: getattr(rollouts, name)[:-1] for name in ("prompts", "prompt_lengths", "answer_lengths", "ended")}
+    some = {
+        name: getattr(rollouts, name)[:-1]
+        for name in ("prompts", "groups", "prompt_lengths", "answer_lengths", "trained_tokens", "ended")
+    }
     call = team.values(replace(rollouts, refs=rollouts.refs.take(np.arange(SAMPLES - 1)), **some))
     assert call is not None
     values = call.get()
@@ -380,7 +381,8 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
     """With nothing to be gained, the actor comes nearer to log-probabilities that it did not have."""
     config = run_config(folder, *WHOLE)
     assert config.ppo is not None
-    changes = {"entropy_coefficient": 0.0, "ptx": None, "kl": KLSettings(place="loss", estimator="k2")}
+    changes = {"entropy_coefficient": 0.0, "ptx": None}
+    penalty = KLTerm("k2", loss_coefficient=1.0)
     config = config.model_copy(update={"name": "penalty", "ppo": config.ppo.model_copy(update=changes)})
     answers = fake_experience(folder, config)
     samples = answers.rollouts.refs.fetch()
@@ -392,7 +394,7 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
 
     reference = [sample.log_probs + 2 for sample in samples]
     values, scores = column([0 * row for row in reference]), np.zeros(SAMPLES)
-    experience = replace(answers, reference=column(reference), values=values, scores=scores, kl_coefficient=1.0, ptx=[])
+    experience = replace(answers, reference=column(reference), values=values, scores=scores, kl=penalty, ptx=[])
 
     with learners(config, ray_here) as team:
         actor = team.groups["actor"]

@@ -17,8 +17,8 @@ from tests.support.learners import SPOILED
 from tests.support.models import VOCABULARY, make_model
 from workers.api import PolicyApi, TrainerApi, ValueApi, request
 from workers.data.batching import NO_ROWS
-from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
-from workers.data.step_inputs import MiniBatch, SupervisedBatch, TrainStepInput
+from workers.data.samples import RaggedArray, RolloutBatch, Sample, SampleRefs
+from workers.data.step_inputs import KLTerm, MiniBatch, SupervisedBatch, TrainStepInput
 from workers.training.schedule import StageStep
 from workers.training.skipped_steps import Arrays
 
@@ -146,11 +146,13 @@ def work(rank: int) -> TrainStepInput:
     def column(scale: float, shift: float = 0.0) -> RaggedArray:
         return RaggedArray.of([shift + scale * draw.standard_normal(n) for n in answers], np.float32)
 
-    ids = RaggedArray.of([draw.integers(1, VOCABULARY, 3 + n) for n in answers], np.int32)
-    chunk = RolloutBatch(ids, column(0.1, -5.0), np.full(count, 3, np.int32))
-    minis = [MiniBatch([np.array([k]), np.array([k + 1])], 20) for k in (0, 2)]
+    ids, log_probs = [draw.integers(1, VOCABULARY, 3 + n) for n in answers], column(0.1, -5.0)
+    samples = [Sample.of(row[:3], row[3:], log_probs.row(i), 0) for i, row in enumerate(ids)]
+    minis = [MiniBatch([np.array([k]), np.array([k + 1])], 20, 4, 4) for k in (0, 2)]
     scores, groups = draw.standard_normal(count).astype(np.float32), np.arange(count)
-    return TrainStepInput(refs(chunk), refs(column(0.1, -5.0)), refs(column(1.0)), scores, groups, 0.1, minis)
+    penalty, values = KLTerm(reward_coefficient=0.1), refs(column(1.0))
+    rollouts, reference = refs(RolloutBatch.of(samples)), refs(column(0.1, -5.0))
+    return TrainStepInput(rollouts, reference, values, scores, groups, answers, penalty, minis)
 
 
 @pytest.mark.parametrize(

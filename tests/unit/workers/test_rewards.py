@@ -25,7 +25,7 @@ from tests.support.services import Service, says
 from workers import api
 from workers.api import RewardsApi, WorkerApi
 from workers.data import Codec, Prompt, Row, load_tokenizer
-from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
+from workers.data.samples import RolloutBatch, Sample, SampleRefs
 from workers.data.step_inputs import ScoringRequest
 from workers.process.worker import WorkerSpec, environment
 from workers.process.worker_process import WorkerProcess
@@ -68,11 +68,7 @@ def answers_of(tokenizer: Any) -> RolloutBatch:
     """PROMPTS and ANSWERS as an engine writes them; each answer ends with eos."""
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     answers = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ANSWERS]
-    return RolloutBatch(
-        tokens=RaggedArray.of([np.array(p + a) for p, a in zip(prompts, answers, strict=True)], np.int32),
-        log_probs=RaggedArray.of([np.zeros(len(a)) for a in answers], np.float32),
-        prompt_lengths=np.array([len(p) for p in prompts], np.int32),
-    )
+    return RolloutBatch.of([Sample.of(p, a) for p, a in zip(prompts, answers, strict=True)])
 
 
 def request(prompts: np.ndarray, step: int = 3) -> ScoringRequest:
@@ -109,9 +105,7 @@ def scores(ray_here: Cluster, folder: Path) -> Iterator[Scores]:
         worker.load(str(folder), {s["name"]: s["path"] for s in sources if s["kind"] == "model"})
         worker.add_rows("prompts", rows)
         chunk = answers_of(worker.codec.tokenizer)
-        refs = SampleRefs.of([ray.put(chunk)], [np.arange(len(chunk.tokens))], len(chunk.tokens)).take(
-            np.array(prompts)
-        )
+        refs = SampleRefs.of([ray.put(chunk)], [np.arange(len(chunk.ids))], len(chunk.ids)).take(np.array(prompts))
         micro = [np.arange(len(prompts))[:2], np.arange(len(prompts))[2:]]
         names = [s["name"] for s in sources] + list(judges)
         return worker.scores(request(np.array(prompts)), refs, micro, names)
@@ -283,7 +277,7 @@ def test_a_model_scores_the_last_token(scores: Scores, folder: Path, tmp_path: P
     chunk = answers_of(load_tokenizer(str(folder)))
     for name, hf in zip(("one", "two"), plain, strict=True):
         for i in range(4):
-            ids = torch.from_numpy(chunk.tokens.row(i).astype(np.int64))[None]
+            ids = torch.from_numpy(chunk.ids.row(i).astype(np.int64))[None]
             assert int(ids.max()) < VOCABULARY
             with torch.no_grad():
                 expected = (float(hf.score(hf.base_model(ids)[0])[0, -1, 0]) - 0.5) / 2.0
@@ -335,11 +329,7 @@ def test_a_model_with_a_tokenizer_of_its_own_reads_each_answer_as_plain_transfor
     policy = load_tokenizer(str(folder))
     cases = [(i, said, ended) for i in range(len(CONVERSATIONS)) for said in SAID for ended in (True, False)]
     answers = [[*policy(said)["input_ids"], *([policy.eos_token_id] if ended else [])] for _, said, ended in cases]
-    chunk = RolloutBatch(
-        tokens=RaggedArray.of([np.array([5, 6, 7, *answer]) for answer in answers], np.int32),
-        log_probs=RaggedArray.of([np.zeros(len(answer)) for answer in answers], np.float32),
-        prompt_lengths=np.full(len(cases), 3, np.int32),
-    )
+    chunk = RolloutBatch.of([Sample.of([5, 6, 7], answer) for answer in answers])
     refs = SampleRefs.of([ray.put(chunk)], [np.arange(len(cases))], len(cases))
 
     def computed(micro_batch_tokens: int) -> np.ndarray:

@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster
-from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
+from workers.data import Sequences
+from workers.data.samples import RaggedArray, RolloutBatch, Sample, SampleRefs
+from workers.data.step_inputs import RolloutInfo
 
 ROWS = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6), max_size=8)
 on_ray = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -29,15 +31,39 @@ def test_a_row_is_a_view() -> None:
     assert np.shares_memory(ragged.row(1), ragged.values)
 
 
-def test_a_chunk_gives_samples() -> None:
-    chunk = RolloutBatch(
-        tokens=RaggedArray.of([np.array([5, 6, 7]), np.array([8, 9])], np.int32),
-        log_probs=RaggedArray.of([np.array([-0.5]), np.array([-1.5])], np.float32),
-        prompt_lengths=np.array([2, 1], np.int32),
+def test_a_batch_of_rollouts_gives_its_samples_back() -> None:
+    turns = Sample(
+        np.array([5, 6, 7, 8], np.int32),
+        np.array([False, True, False, True]),
+        np.array([-0.5, -0.25], np.float32),
+        np.array([3, 4], np.int32),
     )
-    sample = chunk.row(1)
-    assert (sample.ids.tolist(), sample.prompt_length, sample.log_probs.tolist()) == ([8, 9], 1, [-1.5])
-    assert isinstance(sample.prompt_length, int)
+    batch = RolloutBatch.of([turns, Sample.of([8], [9], [-1.5], 4)])
+    assert len(batch) == 2
+    for sample, wanted in zip((batch.row(0), batch.row(1)), (turns, Sample.of([8], [9], [-1.5], 4)), strict=True):
+        for name in ("ids", "loss_mask", "log_probs", "versions"):
+            found = getattr(sample, name)
+            assert found.tolist() == getattr(wanted, name).tolist()
+            assert found.dtype == getattr(wanted, name).dtype
+    assert (batch.row(0).prompt_length, batch.row(1).prompt_length) == (1, 1)
+    assert Sample.of([1, 2], []).prompt_length == 2
+
+    info = RolloutInfo.of([turns, batch.row(1)], [True, False])
+    assert {name: value.tolist() for name, value in vars(info).items()} == {
+        "prompt_lengths": [1, 1],
+        "answer_lengths": [3, 1],
+        "trained_tokens": [2, 1],
+        "ended": [True, False],
+        "min_versions": [3, 4],
+        "max_versions": [4, 4],
+    }
+    assert all(len(value) == 0 for value in vars(RolloutInfo.of([], [])).values())
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=5), max_size=5))
+def test_learnt_tokens_are_those_that_something_predicts(masks: list[list[bool]]) -> None:
+    rows = [Sample(np.zeros(len(mask), np.int32), np.array(mask, bool)) for mask in masks]
+    assert Sequences.of(rows).learnt.tolist() == [sum(mask[1:]) for mask in masks]
 
 
 @st.composite
