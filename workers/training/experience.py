@@ -50,11 +50,11 @@ class TrainingBatch:
         columns = {
             "log_probs": self.log_probs,
             "reference": self.reference,
+            "values": self.values,
             "advantages": self.advantages,
+            "returns": self.returns,
         }
-        columns |= {"returns": self.returns} if self.returns is not None else {}
-        columns |= {"values": self.values} if self.values is not None else {}
-        flat = {name: column[rows][self.mask[rows]].cpu().numpy() for name, column in columns.items()}
+        flat = {name: x[rows][self.mask[rows]].cpu().numpy() for name, x in columns.items() if x is not None}
         return token_rows([self.samples[i] for i in rows]) | {"micro_batch": numbered(micro_batches)} | flat
 
 

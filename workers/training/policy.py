@@ -132,10 +132,8 @@ class PolicyWorker(Trainer):
         self, metrics: dict[str, float], sums: dict[str, float], updates: int, refusals: int, stopped: bool
     ) -> dict[str, float]:
         names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "ptx": "loss/ptx"}
-        means = {names.get(name, name): value / max(updates, 1) for name, value in sums.items()}
-        means = {
-            name: value for name, value in means.items() if name not in ("gap", "entropy")
-        }  # of the first mini-batch
+        reported = sums.keys() - {"gap", "entropy"}  # those are of the first mini-batch
+        means = {names.get(name, name): sums[name] / max(updates, 1) for name in reported}
         counts = {"updates": float(updates), "refused/actor": float(refusals), "stopped_on_kl": float(stopped)}
         return metrics | means | counts
 
