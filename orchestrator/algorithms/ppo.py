@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from configs.schema import ModelReward, ModelSettings
 from orchestrator.algorithms.base import Algorithm
 from orchestrator.algorithms.credit import AnswerScores, answer_advantages
 from orchestrator.algorithms.kl_controller import kl_term, make_controller
-from orchestrator.algorithms.reward_shaping import shape_scores
+from orchestrator.algorithms.reward_shaping import shape_scored
 from orchestrator.evaluation.before_after import before_after_numbers
 from orchestrator.evaluation.evaluate import DATA, evaluate, record_faults, weighted_sum
 from orchestrator.evaluation.sample_log import keep_samples
@@ -25,7 +25,7 @@ from orchestrator.preflight.preflight import Input
 from orchestrator.preflight.settings_checks import Check, column_checks
 from orchestrator.run.run_dir import Run, local
 from orchestrator.worker_groups.calls import run_concurrently
-from orchestrator.worker_groups.rollouts import Experience, Rollouts
+from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from placement import stages
 from workers.data import batches, encode_demonstrations, encode_prompts, epoch_order
 from workers.rewards.result import RewardResult
@@ -33,6 +33,25 @@ from workers.rewards.result import RewardResult
 
 class LogProbGapError(RuntimeError):
     """The engines do not compute what the trainer computes."""
+
+
+@dataclass(frozen=True)
+class ScoredRollouts:
+    """A step's rollouts, and what the reference, the critic and the sources of the reward say of them."""
+
+    rollouts: Rollouts
+    reference: TokenColumn | None
+    values: TokenColumn | None
+    results: dict[str, RewardResult]
+    """By source of the reward."""
+    rewards: np.ndarray
+    """[samples] weighted sums of the sources' scores; nan: no score."""
+    kl: float | None
+    """Mean KL to the reference, nats per token; None: there is no reference."""
+
+    def within_kl_limit(self, limit: float) -> bool:
+        """Whether the KL is at most `limit`; a KL that is not a number is not."""
+        return self.kl is None or self.kl <= limit
 
 
 class PPO(Algorithm):
@@ -48,59 +67,86 @@ class PPO(Algorithm):
     # ------------------------------------------------------------ the algorithm
 
     def step(self, step: int) -> dict[str, float]:
-        team, ppo = self.team, self.ppo
         started = time.monotonic()
         with self.context.phase("generate"):
-            rollouts = team.generate("prompts", self._prompts(step), step, ppo.samples_per_prompt).get()
+            rollouts = self.team.generate("prompts", self._prompts(step), step, self.ppo.samples_per_prompt).get()
         with self.context.phase("score"):
-            reference, values, scores = run_concurrently(
-                team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
-            )
-        self._record_faults(scores)
-        reward = weighted_sum(scores, ppo)
-        kl = float(reference.per_answer.sum() / rollouts.trained_tokens.sum())
-        sane = kl <= ppo.refuse_kl  # nan is not
-        learns = step > ppo.warmup_steps and sane
-        scored = ~np.isnan(reward)
-        shaped = np.full(len(reward), np.nan, np.float32)
-        shaped[scored] = shape_scores(reward[scored], rollouts.ended[scored], ppo)
-        advantages = answer_advantages(ppo, answer_scores(rollouts, shaped, scores))
-        penalty, beside = kl_term(ppo.kl, self.kl.coefficient), self._demonstrations(step)
-        experience = Experience(rollouts, reference, values, shaped, penalty, advantages, beside)
+            scored = self._score(rollouts)
+        experience = self._assign_credit(step, scored)
         with self.context.phase("train"):
-            learnt = self._train(step, experience, update=learns, sane=sane)
-        learnt["refused/actor"] += not sane
-        if not sane and "critic" in team.groups:
-            learnt["refused/critic"] = 1.0
-        if learnt["updates"]:
-            with self.context.phase("publish"):
-                self.version += 1
-                published = team.publish(self.version)
-            learnt |= {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
-            self.context.seconds["prove"] = published.proof_seconds
-            self.context.seconds["publish"] -= published.proof_seconds
-        metrics = self._measure(rollouts, kl, scores, reward) | learnt
-        keep_samples(self.context.keep_answers, team, step, rollouts, reference, scores, reward)
+            update = self._train(step, experience, scored.within_kl_limit(self.ppo.refuse_kl))
+        if update["updates"]:
+            update |= self._sync_weights()
+        metrics = self._measure(scored) | update
+        keep_samples(
+            self.context.keep_answers, self.team, step, rollouts, scored.reference, scored.results, scored.rewards
+        )
         metrics["seconds/step"] = time.monotonic() - started
-        metrics["tokens_per_second"] = float(rollouts.trained_tokens.sum()) / metrics["seconds/step"]
-        if learnt["updates"]:
-            self.kl.update(kl, len(rollouts))
+        metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds/step"]
+        if update["updates"] and scored.kl is not None:
+            self.kl.update(scored.kl, len(rollouts))
         return metrics | self._evaluation(step)
 
-    def _train(self, step: int, experience: Experience, update: bool, sane: bool) -> dict[str, float]:
-        """What actor and critic report of their updates. Where no answer has a score there is none, and the step says so."""
-        if not len(experience.scored):
+    def _score(self, rollouts: Rollouts) -> ScoredRollouts:
+        """Reference, critic and rewards at the same time."""
+        team = self.team
+        reference, values, results = run_concurrently(
+            team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, self.sources)
+        )
+        self._record_faults(results)
+        kl = None if reference is None else float(reference.per_answer.sum() / rollouts.trained_tokens.sum())
+        return ScoredRollouts(rollouts, reference, values, results, weighted_sum(results, self.ppo), kl)
+
+    def _assign_credit(self, step: int, scored: ScoredRollouts) -> Experience:
+        """The rewards as they are trained on, and advantages where they are per answer."""
+        rollouts = scored.rollouts
+        shaped = shape_scored(scored.rewards, rollouts.ended, self.ppo)
+        by_source = {name: result.values for name, result in scored.results.items()}
+        scores = AnswerScores(shaped.astype(np.float64), rollouts.groups, rollouts.trained_tokens, by_source)
+        return Experience(
+            rollouts,
+            scored.reference,
+            scored.values,
+            shaped,
+            kl_term(self.ppo.kl, self.kl.coefficient),
+            answer_advantages(self.ppo, scores),
+            self._demonstrations(step),
+        )
+
+    def _train(self, step: int, experience: Experience, within_kl_limit: bool) -> dict[str, float]:
+        """What actor and critic report of their updates. Where no answer has a score there is none, and the step says so.
+
+        Beyond the limit of the KL neither learns; the actor only measures how far the engines are from it.
+        """
+        metrics = {"updates": 0.0, "refused/actor": 0.0}
+        if len(experience.scored):
+            update_policy = within_kl_limit and step > self.ppo.warmup_steps
+            actor, critic = run_concurrently(
+                self.team.train_actor(experience, step, self.steps, update_policy),
+                self.team.train_critic(experience, step, self.steps) if within_kl_limit else None,
+            )
+            if not actor["refused/actor"]:
+                self._check_gap(step, actor["log_prob_gap"])
+            metrics = actor | (critic or {})
+        else:
             self.context.warn(
                 f"step {step}: none of its {len(experience.rollouts)} answers has a score: nothing is learnt from it"
             )
-            return {"updates": 0.0, "refused/actor": 0.0}
-        actor, critic = run_concurrently(
-            self.team.train_actor(experience, step, self.steps, update),
-            self.team.train_critic(experience, step, self.steps) if sane else None,
-        )
-        if not actor["refused/actor"]:
-            self._check_gap(step, actor["log_prob_gap"])
-        return actor | (critic or {})
+        return metrics if within_kl_limit else metrics | self._skipped_by_kl(metrics)
+
+    def _skipped_by_kl(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The count of skipped updates with that of a step beyond `ppo.refuse_kl`, of every role that would have learnt."""
+        counts = {f"refused/{role}": metrics.get(f"refused/{role}", 0.0) for role in self.trained()}
+        return {name: count + 1.0 for name, count in counts.items()}
+
+    def _sync_weights(self) -> dict[str, float]:
+        """Give the engines the actor's new weights, under the next version."""
+        with self.context.phase("publish"):
+            self.version += 1
+            published = self.team.publish(self.version)
+        self.context.seconds["prove"] = published.proof_seconds
+        self.context.seconds["publish"] -= published.proof_seconds
+        return {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
 
     def _prompts(self, step: int) -> np.ndarray:
         """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
@@ -125,16 +171,14 @@ class PPO(Algorithm):
                 f"computes in another precision (model.dtype {self.config.model.dtype})."
             )
 
-    def _measure(
-        self, rollouts: Rollouts, kl: float, scores: dict[str, RewardResult], reward: np.ndarray
-    ) -> dict[str, float]:
+    def _measure(self, scored: ScoredRollouts) -> dict[str, float]:
+        rollouts, results = scored.rollouts, scored.results
         return {
-            **reward_metrics(reward, scores),
-            "left_out": float(np.isnan(reward).sum()),
-            **{f"timeouts/{name}": float(scored.timeouts) for name, scored in scores.items()},
-            **{f"errors/{name}": float(scored.errors) for name, scored in scores.items()},
-            "kl": kl,
-            "kl_coefficient": self.kl.coefficient,
+            **reward_metrics(scored.rewards, results),
+            "left_out": float(np.isnan(scored.rewards).sum()),
+            **{f"timeouts/{name}": float(result.timeouts) for name, result in results.items()},
+            **{f"errors/{name}": float(result.errors) for name, result in results.items()},
+            **({} if scored.kl is None else {"kl": scored.kl, "kl_coefficient": self.kl.coefficient}),
             "length/prompt": float(rollouts.prompt_lengths.mean()),
             "length/answer": float(rollouts.answer_lengths.mean()),
             "missing_eos": float(1 - rollouts.ended.mean()),
@@ -260,12 +304,6 @@ class PPO(Algorithm):
 
     def result(self) -> dict[str, float]:
         return {"steps": float(self.steps), **before_after_numbers(self.run.folder)}
-
-
-def answer_scores(rollouts: Rollouts, shaped: np.ndarray, scores: Mapping[str, RewardResult]) -> AnswerScores:
-    """What advantages per answer are made of. shaped: [samples] the rewards as they are trained on."""
-    sources = {name: scored.values for name, scored in scores.items()}
-    return AnswerScores(shaped.astype(np.float64), rollouts.groups, rollouts.trained_tokens, sources)
 
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:

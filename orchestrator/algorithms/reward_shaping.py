@@ -25,3 +25,13 @@ def shape_scores(
     if settings.reward_clip is not None:
         shaped = shaped.clip(-settings.reward_clip, settings.reward_clip)
     return (shaped - settings.missing_eos_penalty * ~has_eos).astype(np.float32)
+
+
+def shape_scored(
+    rewards: npt.NDArray[np.floating], has_eos: npt.NDArray[np.bool_], settings: PPOSettings
+) -> npt.NDArray[np.float32]:
+    """`shape_scores` of the answers that have a score; nan for the others, which count in no mean."""
+    scored = ~np.isnan(rewards)
+    shaped = np.full(len(rewards), np.nan, np.float32)
+    shaped[scored] = shape_scores(rewards[scored], has_eos[scored], settings)
+    return shaped

@@ -63,7 +63,8 @@ def _headline(result: Result) -> str:
 
 def _parts(stage: str, numbers: Mapping[str, float]) -> Sequence[str]:
     if stage == "ppo" and "reward_change" in numbers:
-        return [f"reward {numbers['reward_change']:+z.3f}", f"KL {numbers['kl']:z.3f}"]
+        kl = [f"KL {numbers['kl']:z.3f}"] if "kl" in numbers else []
+        return [f"reward {numbers['reward_change']:+z.3f}", *kl]
     if stage == "rm" and "validation/accuracy" in numbers:
         return [f"accuracy {percent(numbers['validation/accuracy'])}"]
     if stage == "sft" and "validation/perplexity" in numbers:

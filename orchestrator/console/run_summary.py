@@ -68,9 +68,9 @@ def _ppo(numbers: Mapping[str, float]) -> list[str]:
         name.removesuffix("_change") for name in numbers if name.startswith("judge/") and name.endswith("_change")
     ]
     lines += [f"  judge {judge.removeprefix('judge/')} {_change(numbers, judge)}" for judge in judges]
-    if "kl" in numbers:
-        distinct = percent(numbers["distinct"])
-        lines.append(f"  KL to the reference {numbers['kl']:z.3f} nats per token; {distinct} distinct responses")
+    if "distinct" in numbers:
+        kl = f"KL to the reference {numbers['kl']:z.3f} nats per token; " if "kl" in numbers else ""
+        lines.append(f"  {kl}{percent(numbers['distinct'])} distinct responses")
     return lines
 
 

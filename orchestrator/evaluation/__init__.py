@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from troupe.imports import lazy
 
 if TYPE_CHECKING:
-    from orchestrator.evaluation.before_after import before_after_numbers, scored_pairs
+    from orchestrator.evaluation.before_after import before_after_numbers, mean_kl, scored_pairs
     from orchestrator.evaluation.evaluate import Evaluation, record_faults, weighted_sum
     from orchestrator.evaluation.sample_log import keep_samples, last_samples
     from orchestrator.evaluation.statistics import Interval, distinct_share, mean_interval, paired_interval
@@ -18,6 +18,7 @@ __all__ = [
     "keep_samples",
     "last_samples",
     "mean_interval",
+    "mean_kl",
     "paired_interval",
     "record_faults",
     "scored_pairs",
@@ -27,7 +28,7 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        "orchestrator.evaluation.before_after": ("before_after_numbers", "scored_pairs"),
+        "orchestrator.evaluation.before_after": ("before_after_numbers", "mean_kl", "scored_pairs"),
         "orchestrator.evaluation.evaluate": ("Evaluation", "record_faults", "weighted_sum"),
         "orchestrator.evaluation.sample_log": ("keep_samples", "last_samples"),
         "orchestrator.evaluation.statistics": ("Interval", "distinct_share", "mean_interval", "paired_interval"),

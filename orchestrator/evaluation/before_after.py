@@ -19,7 +19,8 @@ def before_after_numbers(folder: Path) -> dict[str, float]:
     For the reward and each judge (`judge/<name>`), over the prompts with scores for both answers: the means `_before` and
     `_after`, the `_change` and its 95% interval over prompts, `_change_low` and `_change_high`, and the number of such prompts,
     `_pairs`; omitted if there are none. `reward_gain`: the change in standard deviations of the rewards before.
-    `kl`: nats per token of the answers after; `distinct`: share of distinct answers after; `prompts`: their number.
+    `kl`: nats per token of the answers after, omitted if there is no reference;
+    `distinct`: share of distinct answers after; `prompts`: their number.
     """
     paths = folder / "evaluation" / "before.jsonl", folder / "evaluation" / "after.jsonl"
     if not all(path.exists() for path in paths):
@@ -32,7 +33,9 @@ def before_after_numbers(folder: Path) -> dict[str, float]:
     for judge in after[0]["judges"] if after else ():
         numbers |= _change(f"judge/{judge}", *scored_pairs(before, after, judge))
     if after:
-        numbers |= {"kl": _kl(after), "distinct": distinct_share([line["answer"] for line in after])}
+        numbers["distinct"] = distinct_share([line["answer"] for line in after])
+        if (kl := mean_kl(after)) is not None:
+            numbers["kl"] = kl
     return numbers | {"prompts": len(after)}
 
 
@@ -63,6 +66,8 @@ def _change(name: str, before: list[float], after: list[float]) -> dict[str, flo
     }
 
 
-def _kl(lines: Sequence[Line]) -> float:
-    """KL per token over all answers, nats."""
-    return sum(line["kl"] * line["tokens"] for line in lines) / sum(line["tokens"] for line in lines)
+def mean_kl(lines: Sequence[Line]) -> float | None:
+    """KL to the reference per token over all answers, in nats; None if there is no reference."""
+    if any(line["kl"] is None for line in lines):
+        return None
+    return float(sum(line["kl"] * line["tokens"] for line in lines) / max(1, sum(line["tokens"] for line in lines)))

@@ -13,6 +13,7 @@ from configs.schema import PPOSettings
 from orchestrator.evaluation.statistics import distinct_share, mean_interval
 from orchestrator.storage import FailureLog, write_text, writing
 from orchestrator.worker_groups.calls import run_concurrently
+from orchestrator.worker_groups.rollouts import kl_per_token
 from orchestrator.worker_groups.team import Team
 from workers.rewards.function import RewardError
 from workers.rewards.result import RewardResult
@@ -33,17 +34,19 @@ class Evaluation:
     judges: list[str]
     """The names in `scores` that are judges."""
     kl: np.ndarray
-    """Nats per token of each answer."""
+    """Nats per token of each answer; nan: there is no reference."""
     tokens: np.ndarray
 
     def metrics(self) -> dict[str, float]:
         """Metrics; those of scores are omitted if no answer has a score."""
         metrics = {
-            "evaluation/kl": float((self.kl * self.tokens).sum() / self.tokens.sum()),
             "evaluation/length": float(self.tokens.mean()),
             "evaluation/distinct": distinct_share(self.answers),
             "evaluation/unscored": float(np.isnan(self.reward).sum()),
         }
+        kl = float((self.kl * self.tokens).sum() / self.tokens.sum())
+        if not np.isnan(kl):
+            metrics["evaluation/kl"] = kl
         scored = self.reward[~np.isnan(self.reward)]
         if len(scored):
             interval = mean_interval(scored.tolist())
@@ -68,7 +71,7 @@ class Evaluation:
                 "answer": answer,
                 "reward": _or_null(self.reward[i]),
                 "judges": {name: _or_null(self.scores[name].values[i]) for name in self.judges},
-                "kl": float(self.kl[i]),
+                "kl": _or_null(self.kl[i]),
                 "tokens": int(self.tokens[i]),
             }
             for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True))
@@ -135,7 +138,7 @@ def evaluate(team: Team, prompts: int) -> Evaluation:
         reward=combined(scores, ppo),
         scores=scores,
         judges=judges,
-        kl=reference.per_answer / rollouts.trained_tokens,
+        kl=kl_per_token(rollouts, reference),
         tokens=rollouts.trained_tokens,
     )
 

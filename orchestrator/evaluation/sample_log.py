@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.storage import SAMPLES, read_lines
-from orchestrator.worker_groups.rollouts import Rollouts, TokenColumn
+from orchestrator.worker_groups.rollouts import Rollouts, TokenColumn, kl_per_token
 from orchestrator.worker_groups.team import Team
 from workers.rewards.result import RewardResult
 
@@ -20,7 +20,7 @@ def keep_samples(
     team: Team,
     step: int,
     rollouts: Rollouts,
-    reference: TokenColumn,
+    reference: TokenColumn | None,
     scores: Mapping[str, RewardResult],
     reward: np.ndarray,
 ) -> None:
@@ -43,15 +43,17 @@ def _lines(
     drawn: np.ndarray,
     texts: Sequence[tuple[str, str]],
     rollouts: Rollouts,
-    reference: TokenColumn,
+    reference: TokenColumn | None,
     scores: Mapping[str, RewardResult],
     reward: np.ndarray,
 ) -> list[dict[str, Any]]:
     """A dict for each of the drawn samples.
 
     `row`: index in the prompts' dataset, from 0. `reward`: the weighted sum of `rewards`, the sources' scores; None: no score.
-    `kl`: to the reference, nats per token. `tokens`: length of the answer. `ended`: whether it ended before the token limit.
+    `kl`: to the reference, nats per token; None: there is none.
+    `tokens`: length of the answer. `ended`: whether it ended before the token limit.
     """
+    kl = kl_per_token(rollouts, reference)
     return [
         {
             "row": int(rollouts.prompts[i]),
@@ -59,7 +61,7 @@ def _lines(
             "answer": answer,
             "reward": _number(reward[i]),
             "rewards": {name: _number(scored.values[i]) for name, scored in scores.items()},
-            "kl": _number(reference.per_answer[i] / rollouts.trained_tokens[i]),
+            "kl": _number(kl[i]),
             "tokens": int(rollouts.trained_tokens[i]),
             "ended": bool(rollouts.ended[i]),
         }

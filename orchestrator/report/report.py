@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.schema import BatchSettings, DatasetSettings, RunConfig
-from orchestrator.evaluation import Interval, distinct_share, mean_interval, paired_interval, scored_pairs
+from orchestrator.evaluation import Interval, distinct_share, mean_interval, mean_kl, paired_interval, scored_pairs
 from orchestrator.number_text import MINUS, clock, percent, signed
 from orchestrator.report.charts import Chart, distributions, effects
 from orchestrator.report.history import history
@@ -155,8 +155,8 @@ def _before_after_tiles(run: RunFiles) -> list[_Tile]:
             gain = fmean(after) - fmean(before)
             tiles.append(_Tile(f"Judge {judge}, held out", signed(gain, 3), _from_to(before, after)))
     responses = _responses(run.pairs, "after")
-    kl = f"{_kl_per_token(run.pairs, 'after'):z.3f}"
-    tiles.append(_Tile("KL to the reference", kl, "nats per token, held out, after PPO"))
+    if (kl := mean_kl([pair.after for pair in run.pairs])) is not None:
+        tiles.append(_Tile("KL to the reference", f"{kl:z.3f}", "nats per token, held out, after PPO"))
     detail = f"of the {len(responses):,} held-out responses after PPO"
     tiles.append(_Tile("Distinct responses", percent(distinct_share(responses)), detail))
     return tiles
@@ -208,8 +208,9 @@ def _comparison(run: RunFiles) -> _Comparison:
     rows = [_row(_of(name, len(values[0]), len(pairs)), *values, digits=3) for name, values in measures.items()]
     tokens = [float(pair.before["tokens"]) for pair in pairs], [float(pair.after["tokens"]) for pair in pairs]
     rows.append(_row("Tokens per response", *tokens, digits=1))
-    before, after = (f"{_kl_per_token(pairs, side):z.3f}" for side in ("before", "after"))
-    rows.append(_Row("KL to the reference, nats per token", before, after, "—"))
+    kls = [mean_kl([getattr(pair, side) for pair in pairs]) for side in ("before", "after")]
+    if None not in kls:
+        rows.append(_Row("KL to the reference, nats per token", f"{kls[0]:z.3f}", f"{kls[1]:z.3f}", "—"))
     before, after = (percent(distinct_share(_responses(pairs, side))) for side in ("before", "after"))
     rows.append(_Row("Distinct responses", before, after, "—"))
 
@@ -260,12 +261,6 @@ def _scores(pairs: Sequence[Pair], judge: str | None = None) -> tuple[list[float
 
 def _responses(pairs: Sequence[Pair], side: str) -> list[str]:
     return [getattr(pair, side)["answer"] for pair in pairs]
-
-
-def _kl_per_token(pairs: Sequence[Pair], side: str) -> float:
-    """KL per token over all responses, nats."""
-    lines = [getattr(pair, side) for pair in pairs]
-    return sum(line["kl"] * line["tokens"] for line in lines) / max(1, sum(line["tokens"] for line in lines))
 
 
 # ---------------------------------------------------------------- responses
@@ -325,7 +320,8 @@ def _training_answers(run: RunFiles) -> _TrainingAnswers | None:
         return None
     answers = []
     for line in run.samples[:SHOWN_ANSWERS]:
-        details = [f"KL {line['kl']:z.3f} nats per token", f"{line['tokens']:,} tokens"]
+        details = [] if line["kl"] is None else [f"KL {line['kl']:z.3f} nats per token"]
+        details.append(f"{line['tokens']:,} tokens")
         details += [] if line["ended"] else ["truncated at the token limit"]
         if len(line["rewards"]) > 1:
             details += [f"{name} {_score(value)}" for name, value in line["rewards"].items()]

@@ -57,7 +57,7 @@ class Experience:
     """Scored rollouts."""
 
     rollouts: Rollouts
-    reference: TokenColumn
+    reference: TokenColumn | None
     values: TokenColumn | None
     scores: np.ndarray
     """[samples] as they are trained on; nan: no score, so that nothing is learnt from the sample."""
@@ -71,3 +71,10 @@ class Experience:
     def scored(self) -> np.ndarray:
         """The samples that are trained on: those with a score."""
         return np.flatnonzero(~np.isnan(self.scores))
+
+
+def kl_per_token(rollouts: Rollouts, reference: TokenColumn | None) -> np.ndarray:
+    """[samples] each answer's KL to the reference, k1, in nats per token; nan where there is no reference."""
+    if reference is None:
+        return np.full(len(rollouts), np.nan)
+    return np.asarray(reference.per_answer / rollouts.trained_tokens)

@@ -103,7 +103,7 @@ def _train_step_input(
     advantages = experience.advantages
     return TrainStepInput(
         rollouts=experience.rollouts.refs.take(rows),
-        reference=experience.reference.refs.take(rows),
+        reference=experience.reference.refs.take(rows) if experience.reference else None,
         values=experience.values.refs.take(rows) if experience.values else None,
         scores=experience.scores[rows].astype(np.float32),
         groups=experience.rollouts.groups[rows],

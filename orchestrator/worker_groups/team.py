@@ -334,7 +334,7 @@ class Team:
             groups["critic"].setup_call(ValueApi.load, critic, actor, ppo.critic_optimizer)
             if "critic" in groups
             else None,
-            groups["reference"].setup_call(PolicyApi.load, model, actor, None),
+            groups["reference"].setup_call(PolicyApi.load, model, actor, None) if "reference" in groups else None,
             groups["reward"].setup_call(RewardsApi.load, model, paths),
             groups["rollout"].setup_call(RolloutApi.load, model, self.transport, self._longest),
         )
@@ -432,9 +432,9 @@ class Team:
 
     # ------------------------------------------------------------ scores
 
-    def log_probs(self, rollouts: Rollouts) -> Call[TokenColumn]:
-        """The reference's log-probabilities; per answer, the sum of log(actor / reference)."""
-        return self._column("reference", PolicyApi.log_probs, rollouts)
+    def log_probs(self, rollouts: Rollouts) -> Call[TokenColumn] | None:
+        """The reference's log-probabilities; per answer, the sum of log(actor / reference). None: there is no reference."""
+        return self._column("reference", PolicyApi.log_probs, rollouts) if "reference" in self.groups else None
 
     def values(self, rollouts: Rollouts) -> Call[TokenColumn] | None:
         """The critic's values, where there is a critic."""

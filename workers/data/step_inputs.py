@@ -59,8 +59,8 @@ class TrainStepInput:
     """One rank's part of a PPO step."""
 
     rollouts: SampleRefs
-    reference: SampleRefs
-    """The reference's log-probabilities."""
+    reference: SampleRefs | None
+    """The reference's log-probabilities; None: no role of the step needs them."""
     values: SampleRefs | None
     """The critic's values."""
     scores: np.ndarray

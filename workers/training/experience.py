@@ -33,7 +33,7 @@ class TrainingBatch:
     mask: Tensor
     log_probs: Tensor
     """Of the engine, when it sampled."""
-    reference: Tensor
+    reference: Tensor | None
     """The reference's log-probabilities."""
     values: Tensor | None
     advantages: Tensor
@@ -50,11 +50,11 @@ class TrainingBatch:
         columns = {
             "log_probs": self.log_probs,
             "reference": self.reference,
+            "values": self.values,
             "advantages": self.advantages,
+            "returns": self.returns,
         }
-        columns |= {"returns": self.returns} if self.returns is not None else {}
-        columns |= {"values": self.values} if self.values is not None else {}
-        flat = {name: column[rows][self.mask[rows]].cpu().numpy() for name, column in columns.items()}
+        flat = {name: x[rows][self.mask[rows]].cpu().numpy() for name, x in columns.items() if x is not None}
         return token_rows([self.samples[i] for i in rows]) | {"micro_batch": numbered(micro_batches)} | flat
 
 
@@ -69,7 +69,7 @@ def prepare(work: TrainStepInput, ppo: PPOSettings, total: AllReduceSum, device:
         return torch.from_numpy(pad_right(rows, 0.0, np.float32)).to(device)
 
     log_probs = padded([s.log_probs for s in samples])
-    reference = padded(work.reference.fetch())
+    reference = padded(work.reference.fetch()) if work.reference is not None else None
     values = padded(work.values.fetch()) if work.values is not None else None
     mask = padded([np.ones(len(s.log_probs), np.float32) for s in samples]).bool()
     advantages: Tensor
@@ -77,7 +77,7 @@ def prepare(work: TrainStepInput, ppo: PPOSettings, total: AllReduceSum, device:
     if work.advantages is not None:
         advantages = masked(torch.from_numpy(work.advantages).to(device)[:, None], mask)
     else:
-        kl = kl_estimate(log_probs - reference, work.kl.estimator)
+        kl = torch.zeros_like(log_probs) if reference is None else kl_estimate(log_probs - reference, work.kl.estimator)
         rewards = token_rewards(torch.from_numpy(work.scores).to(device), kl, mask, work.kl.reward_coefficient)
         groups = torch.from_numpy(work.groups).to(device)
         estimate = TokenAdvantage.of(ppo.advantage)

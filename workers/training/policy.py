@@ -134,10 +134,8 @@ class PolicyWorker(Trainer, PolicyApi):
         self, metrics: dict[str, float], sums: dict[str, float], updates: int, refusals: int, stopped: bool
     ) -> dict[str, float]:
         names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "ptx": "loss/ptx"}
-        means = {names.get(name, name): value / max(updates, 1) for name, value in sums.items()}
-        means = {
-            name: value for name, value in means.items() if name not in ("gap", "entropy")
-        }  # of the first mini-batch
+        reported = sums.keys() - {"gap", "entropy"}  # those are of the first mini-batch
+        means = {names.get(name, name): sums[name] / max(updates, 1) for name in reported}
         counts = {"updates": float(updates), "refused/actor": float(refusals), "stopped_on_kl": float(stopped)}
         return metrics | means | counts
 
@@ -174,14 +172,13 @@ class PolicyWorker(Trainer, PolicyApi):
         batch = Batch([answers.samples[i] for i in indices], self.device)
         log_probs, entropy = self.module(batch, self.config.rollout.temperature)
         width = log_probs.shape[1]
-        old, reference, advantages = (
-            x[indices, :width] for x in (answers.log_probs, answers.reference, answers.advantages)
-        )
+        old, advantages = answers.log_probs[indices, :width], answers.advantages[indices, :width]
+        reference = None if answers.reference is None else answers.reference[indices, :width]
         weights = aggregation_weights(loss.aggregation, batch.mask, answers.prompt_tokens[indices])
         inputs = LossInputs(log_probs, old, old, reference, advantages, batch.mask)
         output = loss(inputs)
         of_policy = total = masked_sum(weights * output.loss, batch.mask)
-        if kl.loss_coefficient:
+        if kl.loss_coefficient and reference is not None:
             penalty = kl_estimate(masked(log_probs - reference, batch.mask), kl.estimator)
             total = total + kl.loss_coefficient * masked_sum(weights * penalty, batch.mask)
         if ppo.entropy_coefficient:

@@ -105,7 +105,8 @@ def test_what_is_trained_on_does_not_depend_on_the_ranks(
     scores: list[float], mini_batches: int, ranks: int, micro_batch_tokens: int
 ) -> None:
     mini_batches = min(mini_batches, len(scores))
-    given_ = experience(scores)
+    advantages = np.random.default_rng(len(scores)).normal(size=len(scores))
+    given_ = replace(experience(scores), advantages=advantages)
     scored = [row for row, score in enumerate(scores) if not np.isnan(score)]
     ppo = ppo_settings(mini_batches, len(scores), micro_batch_tokens)
     alone, works = (train_step_inputs(given_, ppo, n, SEED) for n in (1, ranks))
@@ -122,10 +123,22 @@ def test_what_is_trained_on_does_not_depend_on_the_ranks(
         assert any(len(mini.micro_batches[0]) for mini in ours)
     for work in works:
         mine = work.rollouts.where[:, 1]
+        assert work.reference is not None
         assert len(work.scores) == len(work.groups) == len(work.rollouts) == len(work.reference)
         assert not np.isnan(work.scores).any()
         np.testing.assert_array_equal(work.groups, given_.rollouts.groups[mine])
         np.testing.assert_array_equal(work.scores, given_.scores[mine])
+        np.testing.assert_array_equal(work.advantages, advantages[mine].astype(np.float32))
+    groups, tokens = given_.rollouts.groups, given_.rollouts.trained_tokens
+    for k, rows in enumerate(found):
+        assert {mini.sequences for mini in (work.mini_batches[k] for work in works)} == {len(rows)}
+        assert {mini.prompts for mini in (work.mini_batches[k] for work in works)} == {
+            len({groups[row] for row in rows})
+        }
+        for work in works:
+            for own in np.concatenate(work.mini_batches[k].micro_batches):
+                row = work.rollouts.where[own, 1]
+                assert work.prompt_tokens[own] == sum(tokens[i] for i in rows if groups[i] == groups[row])
 
 
 def test_fewer_samples_than_mini_batches_are_fewer_mini_batches() -> None:

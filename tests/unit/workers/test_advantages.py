@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.schema import GAEAdvantage, PPOSettings, ReinforceAdvantage
-from orchestrator.algorithms.reward_shaping import shape_scores
+from orchestrator.algorithms.reward_shaping import shape_scored, shape_scores
 from workers.rl.advantages import (
     GAE,
     Reinforce,
@@ -284,6 +284,15 @@ def test_whitening_comes_before_clip_and_penalty() -> None:
 def test_whitening_does_not_take_the_penalty_back() -> None:
     shaped = shape_scores(SCORES, np.zeros(4, bool), shaping(whiten_rewards=True, missing_eos_penalty=0.5))
     assert shaped.mean() == pytest.approx(-0.5, abs=1e-6)
+
+
+def test_answers_without_a_score_are_left_out_of_the_shaping() -> None:
+    settings = shaping(whiten_rewards=True, missing_eos_penalty=0.5)
+    holes = np.array([np.nan, *SCORES, np.nan])
+    shaped = shape_scored(holes, np.array([False, *ENDED, True]), settings)
+    assert shaped.dtype == np.float32
+    assert np.isnan(shaped[[0, -1]]).all()
+    assert shaped[1:-1].tolist() == shape_scores(SCORES, ENDED, settings).tolist()
 
 
 # ---------------------------------------------------------------- registry

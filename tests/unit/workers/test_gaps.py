@@ -62,15 +62,19 @@ def samples_of(every: list[list[bool]], draw: np.random.Generator) -> list[Sampl
     ]
 
 
-def trained_on(samples: list[Sample], columns: dict[str, list[np.ndarray]], scores: np.ndarray) -> TrainingBatch:
+def trained_on(
+    samples: list[Sample],
+    columns: dict[str, list[np.ndarray]],
+    scores: np.ndarray,
+    advantages: np.ndarray | None = None,
+) -> TrainingBatch:
     def refs(content: Any) -> SampleRefs:
         return SampleRefs.of([ray.put(content)], [np.arange(len(samples))], len(samples))
 
     reference, values = (refs(RaggedArray.of(columns[name], np.float32)) for name in ("reference", "values"))
     ids = np.arange(len(samples))
-    work = TrainStepInput(
-        refs(RolloutBatch.of(samples)), reference, values, scores, ids, ids, KLTerm("k1", reward_coefficient=KL), []
-    )
+    rollouts, penalty = refs(RolloutBatch.of(samples)), KLTerm("k1", reward_coefficient=KL)
+    work = TrainStepInput(rollouts, reference, values, scores, ids, ids, penalty, [], advantages)
     return prepare(work, PPOSettings.model_validate(PPO), lambda x: x, CPU)
 
 
@@ -131,3 +135,15 @@ def test_the_score_stands_at_the_last_trained_token_alone(ray_here: Cluster) -> 
     zeros = [np.zeros(3, np.float32)]
     found = trained_on(turns, {"reference": [turns[0].log_probs], "values": zeros}, np.array([2.0], np.float32))
     assert found.advantages.tolist() == [pytest.approx([2 * (GAMMA * LAM) ** 2, 2 * GAMMA * LAM, 2.0])]
+
+
+def test_an_advantage_per_answer_stands_at_each_trained_token(ray_here: Cluster) -> None:
+    """And neither scores nor the penalty are looked at."""
+    samples = samples_of([[False, True, False, True], [False, True]], np.random.default_rng(0))
+    columns = {name: [np.full(n, np.nan, np.float32) for n in (2, 1)] for name in ("reference", "values")}
+    unread = np.full(2, np.nan, np.float32)
+    found = trained_on(samples, columns, unread, np.array([0.5, -2.0], np.float32))
+    assert found.advantages.tolist() == [[0.5, 0.5], [-2.0, 0.0]]
+    assert found.returns is None
+    assert found.metrics["advantage/mean"] == pytest.approx(-1 / 3)
+    assert "returns" not in found.arrays([np.array([0, 1])])
