@@ -12,19 +12,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.weight_sync.gather import UNSHARDED, GatheredWeights, ParameterGatherer
+
 SHARD_BYTES = 5 * 10**9
 """Of a file of weights, unless one tensor is larger: no more than that is held at a time."""
 
 
-def write_weights(hf: PreTrainedModel, folder: Path, writes: bool, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write all that the model's state_dict holds, adapters merged, in as many files as it takes. Collective under ZeRO-3.
+def write_weights(
+    hf: PreTrainedModel,
+    folder: Path,
+    writes: bool,
+    gatherer: ParameterGatherer = UNSHARDED,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write all that the model's state_dict holds, adapters merged, in as many files as it takes. Collective where parameters are
+    sharded.
 
     writes: whether this rank does. What fails there is raised at the end: the other ranks would wait for it. Raises RuntimeError
     where the files would lack a tensor of the model.
     """
-    from workers.weight_sync.gather import GatheredWeights  # DeepSpeed, which settings are written without
-
-    source = GatheredWeights(hf)
+    source = GatheredWeights(hf, gatherer)
     if lacking := source.lacking():
         raise RuntimeError(f"export: {len(lacking)} tensors of the model would not be written, first {lacking[0]}")
     plan = split_torch_state_dict_into_shards(source.shapes, max_shard_size=shard_bytes)

@@ -16,7 +16,8 @@ SAVED = {
     "StageRun": {"done", "refused"},
     "PPO": {"version", "kl"},
     "AdaptiveController": {"coefficient"},
-    "Trainer": {"engine", "model", "module", "peft"},  # by DeepSpeed: weights, moments, count of steps
+    "Trainer": {"backend", "model", "module", "peft"},
+    "DeepSpeedBackend": {"engine", "model"},  # weights, moments, count of steps
 }
 """Fields whose state is in a checkpoint."""
 
@@ -54,8 +55,9 @@ DERIVABLE = {
     "Worker": {"spec config rank": "which worker it is", "datasets": "sent anew", "base": "loaded anew"},
     "Trainer": {
         "device path settings optimizer_settings tokenizer ends": "what was asked for",
-        "loss refused": "of the present step",
+        "skipped": "of the present step",
     },
+    "DeepSpeedBackend": {"setup zero learns": "what was asked for", "_accept": "of the present step"},
     "PolicyWorker": {"client source sender": "connected anew"},
     "ValueWorker": {},
     "RolloutWorker": {
@@ -70,7 +72,7 @@ DERIVABLE = {
 def fields() -> dict[str, set[str]]:
     """Class -> the fields that its methods assign, of all classes named above."""
     found: dict[str, set[str]] = {}
-    for path in [*ROOT.glob("orchestrator/*.py"), *ROOT.glob("workers/*.py")]:
+    for path in [*ROOT.glob("orchestrator/**/*.py"), *ROOT.glob("workers/**/*.py")]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name in DERIVABLE:
                 found[node.name] = {
