@@ -24,6 +24,7 @@ from workers.training.value import ValueWorker
 
 POLICY, VALUE = "tests.support.learners:OpenPolicy", "tests.support.learners:OpenValue"
 KINDS |= {"policy": POLICY, "open_policy": POLICY, "value": VALUE, "open_value": VALUE}
+KINDS["open_plain"] = "tests.support.plain_backend:PlainPolicy"
 
 
 def _nan_gradients(loss: Tensor) -> Tensor:
