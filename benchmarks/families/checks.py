@@ -309,11 +309,9 @@ def policy_gradient(actor: PolicyWorker, plain: PreTrainedModel, lora: LoraSetti
     batch = part()
     actor.model.zero_grad()
     mine = torch.zeros(())
-    assert actor.engine is not None
-    actor.engine.set_gradient_accumulation_boundary(False)
     for rows in batch.micro_batches:
         loss = actor._demonstration_loss(batch, rows)
-        actor.engine.backward(loss)
+        actor.backend.backward(loss, last=False)
         mine = mine + loss.detach()
     model = as_plain(actor, plain, lora)
     theirs = torch.zeros(())
@@ -395,9 +393,7 @@ def value_gradient(critic: ValueWorker, folder: Path, lora: LoraSettings | None)
     batch = Batch(DEMONSTRATIONS, torch.device("cpu"))
     critic.model.zero_grad()
     values = critic.model.eval()(batch, per_token=True)
-    assert critic.engine is not None
-    critic.engine.set_gradient_accumulation_boundary(False)
-    critic.engine.backward(values.square().sum())
+    critic.backend.backward(values.square().sum(), last=False)
     torch.manual_seed(critic.config.seed)
     model: Any = as_plain(critic, plain_scorer(folder), lora)
     found = 0.0

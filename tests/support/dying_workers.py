@@ -15,6 +15,7 @@ from tests.support.apis import DyingRolloutApi
 from workers.process.worker import Worker
 from workers.rewards.worker import RewardWorker
 from workers.rollout.engine import RolloutWorker
+from workers.training.backend import StepOutcome
 from workers.training.policy import PolicyWorker
 from workers.training.trainer import Trainer
 from workers.training.value import ValueWorker
@@ -39,15 +40,14 @@ class _Dying(Worker):
 
 class _DyingTrainer(_Dying, Trainer):
     def optimize(self, losses: Any, *args: Any) -> dict[str, float]:
-        assert self.engine is not None
-        if "step" not in vars(self.engine):
-            step = self.engine.step
+        if "step" not in vars(self.backend):
+            step = self.backend.step
 
-            def dying() -> None:
+            def dying(*args: Any) -> StepOutcome:
                 self.reach("optimizer")
-                step()
+                return step(*args)
 
-            self.engine.step = dying
+            vars(self.backend)["step"] = dying
 
         def share(loss: Any) -> Tensor:
             self.reach("forward")

@@ -9,21 +9,23 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
-from deepspeed import zero
 from torch import Tensor
 
 from configs.schema import OffloadSettings, Strategy
 from tests.support.apis import OpenApi
 from workers.process.time_sharing import DeviceTimeSharing
 from workers.process.worker_process import KINDS
+from workers.training.deepspeed.backend import DeepSpeedBackend
 from workers.training.policy import PolicyWorker
 from workers.training.trainer import Trainer
 from workers.training.value import ValueWorker
 
 POLICY, VALUE = "tests.support.learners:OpenPolicy", "tests.support.learners:OpenValue"
 KINDS |= {"policy": POLICY, "open_policy": POLICY, "value": VALUE, "open_value": VALUE}
+KINDS["open_plain"] = "tests.support.plain_backend:PlainPolicy"
 
 
 def _nan_gradients(loss: Tensor) -> Tensor:
@@ -65,14 +67,18 @@ class Open(Trainer, OpenApi):
         }
         self.config = self.config.model_copy(update=settings)
 
+    @property
+    def engine(self) -> deepspeed.DeepSpeedEngine:
+        """DeepSpeed's, of a model that is trained."""
+        assert isinstance(self.backend, DeepSpeedBackend) and self.backend.engine is not None
+        return self.backend.engine
+
     def stage(self) -> int:
         """Stage of ZeRO that DeepSpeed is at."""
-        assert self.engine is not None
         return int(self.engine.zero_optimization_stage())
 
     def held(self) -> dict[str, np.ndarray]:
         """All tensors that training changes, as this rank holds them: weights, and AdamW's copies and states."""
-        assert self.engine is not None
         adam = self.engine.basic_optimizer
         tensors = {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}
         for i, master in enumerate(self._masters()):
@@ -98,15 +104,13 @@ class Open(Trainer, OpenApi):
 
     def _masters(self) -> list[Tensor]:
         """The tensors that AdamW updates."""
-        assert self.engine is not None
         whole = [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
         return list(getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", whole))
 
     def dtypes(self) -> tuple[set[str], set[str]]:
         """Types of the weights, and of AdamW's weights and moments."""
-        assert self.engine is not None
-        adams = self._masters()
-        adams += [state[name] for state in self._adam_states() for name in ("exp_avg", "exp_avg_sq")]
+        adam, adams = self.engine.basic_optimizer, self._masters()
+        adams += [state[name] for state in adam.state.values() if state for name in ("exp_avg", "exp_avg_sq")]
         return {str(p.dtype) for p in self.model.parameters()}, {str(tensor.dtype) for tensor in adams}
 
     def add_noise(self, scale: float, seed: int) -> None:
@@ -114,7 +118,7 @@ class Open(Trainer, OpenApi):
         torch.manual_seed(seed)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         sharded = hasattr(trained[0], "ds_id")
-        with torch.no_grad(), zero.GatheredParameters(trained, modifier_rank=0) if sharded else nullcontext():
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(trained, modifier_rank=0) if sharded else nullcontext():
             for parameter in trained:
                 parameter.add_(scale * torch.randn_like(parameter))
 

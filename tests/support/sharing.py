@@ -41,7 +41,6 @@ class _SharingTrainer(_Sharing, Open, SharingTrainerApi):
 
     def saved(self) -> set[str]:
         """Names of the weights in a checkpoint."""
-        assert self.engine is not None
         return set(self.engine.module_state_dict(exclude_frozen_parameters=True))
 
 

@@ -12,19 +12,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.weight_sync.gather import UNSHARDED, GatheredWeights, ParameterGatherer
+
 SHARD_BYTES = 5 * 10**9
 """Size of a weights file, unless one tensor is larger. At most one file is held in memory."""
 
 
-def write_weights(hf: PreTrainedModel, folder: Path, writes: bool, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write all tensors of the model's state_dict, adapters merged, in one or more files. Collective under ZeRO-3.
+def write_weights(
+    hf: PreTrainedModel,
+    folder: Path,
+    writes: bool,
+    gatherer: ParameterGatherer = UNSHARDED,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write all tensors of the model's state_dict, adapters merged, in one or more files. Collective where parameters are
+    sharded.
 
     writes: whether this rank writes. An error while writing is raised at the end, since the other ranks wait for this one in
     every gather. Raises RuntimeError where the files would lack a tensor of the model.
     """
-    from workers.weight_sync.gather import GatheredWeights  # imports DeepSpeed, which write_settings does not need
-
-    source = GatheredWeights(hf)
+    source = GatheredWeights(hf, gatherer)
     if missing := source.lacking():
         raise RuntimeError(f"export: {len(missing)} tensors of the model would not be written, first {missing[0]}")
     plan = split_torch_state_dict_into_shards(source.shapes, max_shard_size=shard_bytes)

@@ -147,21 +147,3 @@ def add_lora(hf: PreTrainedModel, settings: LoraSettings, seed: int) -> nn.Modul
 
 def _is_linear(layer: Any) -> bool:
     return isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
-
-
-def register_with_zero3(hf: PreTrainedModel) -> None:
-    """Register with ZeRO-3 which modules read parameters that they do not own: it frees a parameter after its owner's forward.
-
-    DoRA reads parameters of the base layer and of the adapter's matrices; adapters of experts read those of the wrapped module.
-    """
-    from deepspeed import zero
-
-    for layer in hf.modules():
-        for adapter, reader in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).items():
-            for owner in (layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]):
-                for parameter in owner.parameters(recurse=False):
-                    zero.register_external_parameter(reader, parameter)
-        if hasattr(layer, "parameter_name"):
-            adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
-            for parameter in (layer.get_param(), *(each.weight for each in adapters)):
-                zero.register_external_parameter(layer, parameter)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from configs.schema import ModelSettings
-from workers.models.loading import LEARNS, add_lora, load_config, load_hf, register_with_zero3
+from workers.models.loading import LEARNS, add_lora, load_config, load_hf
 from workers.models.lora import HEAD, base_of, real, refuse_other_base, scalar_adapter
 
 START = "start"
@@ -88,8 +88,6 @@ def build(
     peft = add_lora(hf, settings.lora, seed) if settings.lora and learns else None
     if base is not None and scalar and (adapter := scalar_adapter(path)):
         peft = _add_frozen_adapter(hf, peft, adapter)
-    if peft is not None:
-        register_with_zero3(hf)
     return hf, peft
 
 

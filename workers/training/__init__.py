@@ -1,1 +1,4 @@
-"""Training: what the roles that learn do in a step. DeepSpeed is imported in workers.training.deepspeed alone."""
+"""Training: what the roles that learn do in a step (trainer, policy, value), over a training backend (backend, deepspeed).
+
+DeepSpeed is imported in workers.training.deepspeed alone.
+"""

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 import torch
-from deepspeed import zero
 from ray.actor import ActorHandle
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +23,33 @@ if TYPE_CHECKING:
 
 
 _Make = Callable[[], Tensor]
+_ShapeOf = Callable[[Tensor], tuple[int, ...]]
+
+
+class ParameterGatherer(Protocol):
+    """Gives the whole parameters of a model that may be sharded over ranks. Every training backend is one."""
+
+    def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[bool]:
+        """Within it these parameters (or buffers) are whole on every rank, to be read. Collective where they are sharded.
+
+        It yields whether their memory is freed at its end, so that what is still needed then must be copied.
+        """
+
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape that a parameter has when it is gathered."""
+
+
+class Unsharded:
+    """The gatherer of a model that is whole on every rank."""
+
+    def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[bool]:
+        return nullcontext(False)
+
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+
+UNSHARDED = Unsharded()
 
 
 @dataclass(frozen=True)
@@ -36,21 +62,7 @@ class _Weight:
     make: _Make
 
 
-def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def _sharded(tensors: Sequence[Tensor]) -> bool:
-    return any(hasattr(tensor, "ds_id") for tensor in tensors)
-
-
-def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Within it the parameters are whole, to be read. Collective under ZeRO-3; elsewhere they always are."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return zero.GatheredParameters(sharded, modifier_rank=None) if sharded else nullcontext()
-
-
-def _merged_weights(module: nn.Module) -> dict[str, _Weight]:
+def _merged_weights(module: nn.Module, shape_of: _ShapeOf) -> dict[str, _Weight]:
     """Name -> tensor, under the names that the module would have without adapters: all that its state_dict holds, so
     persistent buffers too; active adapters merged, tied weights once."""
     found: dict[str, _Weight] = {}
@@ -61,7 +73,7 @@ def _merged_weights(module: nn.Module) -> dict[str, _Weight]:
                 continue
             seen.add(id(tensor))
             full = f"{prefix}.{name}" if prefix else name
-            whole = _whole(module, owner, tensor)
+            whole = _whole(module, owner, tensor, shape_of)
             if (layer := wrappers.get(name)) is not None:
                 active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
                 parts = [part for adapter in active for part in _parts(layer, adapter).values()]
@@ -93,10 +105,10 @@ def _saved(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _adapter_weights(module: nn.Module, adapter: str) -> dict[str, _Weight]:
+def _adapter_weights(module: nn.Module, adapter: str, shape_of: _ShapeOf) -> dict[str, _Weight]:
     """The adapter's own tensors, under the names of PEFT's files."""
     return {
-        f"base_model.model.{prefix}.{name.replace(f'.{adapter}.', '.')}": _whole(module, layer, parameter)
+        f"base_model.model.{prefix}.{name.replace(f'.{adapter}.', '.')}": _whole(module, layer, parameter, shape_of)
         for prefix, layer in _adapted(module).items()
         for name, parameter in _parts(layer, adapter).items()
     }
@@ -114,10 +126,10 @@ def _parts(layer: Any, adapter: str) -> dict[str, nn.Parameter]:
     }
 
 
-def _whole(module: nn.Module, owner: nn.Module, tensor: Tensor) -> _Weight:
+def _whole(module: nn.Module, owner: nn.Module, tensor: Tensor, shape_of: _ShapeOf) -> _Weight:
     """A parameter or buffer as it is or, where bitsandbytes holds it in fewer bits, in the model's type again."""
     if type(tensor).__name__ not in ("Params4bit", "Int8Params"):
-        return _Weight(_whole_shape(tensor), tensor.dtype, (tensor,), tensor.detach)
+        return _Weight(shape_of(tensor), tensor.dtype, (tensor,), tensor.detach)
     from peft.utils.integrations import dequantize_module_weight
 
     config: Any = module.config
@@ -164,19 +176,27 @@ def _delta(layer: Any, adapter: str) -> Tensor:
 
 
 class GatheredWeights:
-    """A model's whole tensors from ZeRO 0 to 3, gathered one layer at a time.
+    """A model's whole tensors, gathered one layer at a time where they are sharded.
 
     Active adapters are merged, and names and shapes are those of a checkpoint: transformers holds the experts of a layer as
     one tensor, and checkpoints mostly have one for each. Or else one adapter is given alone, under the names of PEFT's files.
 
     A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
-    under ZeRO-3: every rank must do it. `checksums` holds those of the last pass, where `checked`.
+    where parameters are sharded: every rank must do it. `checksums` holds those of the last pass, where `checked`.
     """
 
-    def __init__(self, module: PreTrainedModel, checked: bool = False, alone: str | None = None) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        gatherer: ParameterGatherer = UNSHARDED,
+        checked: bool = False,
+        alone: str | None = None,
+    ) -> None:
         self._module = module
+        self._gatherer = gatherer
         self._alone = alone is not None
-        self._weights = _adapter_weights(module, alone) if alone else _merged_weights(module)
+        shape_of = self._gatherer.whole_shape
+        self._weights = _adapter_weights(module, alone, shape_of) if alone else _merged_weights(module, shape_of)
         self._checked = checked
         self.checksums: Checksums = {}
         layers: dict[str, list[str]] = {}
@@ -232,9 +252,9 @@ class GatheredWeights:
         self.checksums = {}
         for names in self._layers:
             parts = [p for name in names for p in self._weights[name].parts]
-            with gathered(parts), torch.no_grad():
+            with self._gatherer.gathered(parts) as freed_after, torch.no_grad():
                 tensors = self._as_written({name: self._weights[name].make() for name in names})
-                if _sharded(parts):  # their tensors end with this block; receivers keep some until a bucket is full
+                if freed_after:  # receivers keep some until a bucket is full
                     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
                 if self._checked:

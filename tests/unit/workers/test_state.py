@@ -16,7 +16,8 @@ SAVED = {
     "Runner": {"done", "refused"},
     "PPO": {"version", "kl"},
     "AdaptiveController": {"coefficient"},
-    "Trainer": {"engine", "model", "module", "peft"},  # by DeepSpeed: weights, moments, count of steps
+    "Trainer": {"backend", "model", "module", "peft"},
+    "DeepSpeedBackend": {"engine", "model"},  # weights, moments, count of steps
 }
 """Fields whose state is in a checkpoint."""
 
@@ -58,8 +59,9 @@ DERIVABLE = {
     "Worker": {"spec config rank": "which worker it is", "datasets": "sent anew", "base": "loaded anew"},
     "Trainer": {
         "device path settings optimizer_settings tokenizer ends": "what was asked for",
-        "loss refused": "of the present step",
+        "skipped": "of the present step",
     },
+    "DeepSpeedBackend": {"setup zero learns": "what was asked for", "_accept": "of the present step"},
     "PolicyWorker": {"client source sender": "connected anew"},
     "ValueWorker": {},
     "RolloutWorker": {

@@ -1,1 +1,1 @@
-"""DeepSpeed: its configuration from a strategy, NVMe offload, and checkpoints for another number of ranks."""
+"""The training backend DeepSpeed: configuration of a strategy, NVMe offload, and checkpoints for another number of ranks."""

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told of a strategy."""
+"""DeepSpeed's configuration for a strategy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from placement.memory import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENT
 def deepspeed_settings(
     strategy: Strategy, model: ModelSettings, device: torch.device, nvme_folder: str | None
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration, but for the clipping of gradients."""
+    """DeepSpeed's configuration, all but `gradient_clipping`."""
     zero, narrow = ZERO[strategy], model.optimizer_dtype == "bfloat16"
     on_gpu = device.type == "cuda"
 
@@ -52,7 +52,7 @@ def deepspeed_settings(
 
 
 def takes_over(now: Strategy, saved: Strategy) -> bool:
-    """Whether states that were saved under another strategy can be gone on from."""
+    """Whether training under the strategy `now` can load states that were saved under `saved`."""
     if now == saved:
         return True
     zeros = [ZERO[now], ZERO[saved]]

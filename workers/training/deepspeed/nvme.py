@@ -1,4 +1,4 @@
-"""States on NVMe: the folder that they lie in, and saving them, of which DeepSpeed's own checkpoints keep the files alone."""
+"""States on NVMe: the folder for them, and saving and loading them, which DeepSpeed's own checkpoints do not do."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def can_swap() -> bool:
 
 
 def own_folder(parent: str, name: str) -> str:
-    """A new folder below `parent` for this process alone; it is removed when the process has ended, in whatever way."""
+    """A new folder below `parent` for this process alone; it is removed when the process ends, also where it is killed."""
     Path(parent).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
-    # A pipe is closed with the process that holds its end. Who reads it is an orphan, which nobody ends with our children.
+    # The pipe is closed when this process ends. Its reader is an orphan, so that nobody ends it together with our children.
     script = 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") &'
     reader = subprocess.Popen(["sh", "-c", script, folder], stdin=subprocess.PIPE, start_new_session=True)
     reader.wait()
@@ -49,7 +49,7 @@ def write_states(optimizer: Any, folder: Path) -> None:
 
 
 def read_states(optimizer: Any, folder: Path) -> None:
-    """Take up what `write_states` wrote. Collective. The optimizer must not have taken a step."""
+    """Load what `write_states` wrote. Collective. The optimizer must not have taken a step."""
     for i, weights in _sub_groups(optimizer):
         saved = load_file(folder / f"{i}.safetensors")
         optimizer._prepare_sub_group(i, set())

@@ -1,4 +1,4 @@
-"""What one number of ranks saved, for another: DeepSpeed's universal checkpoints, which hold whole tensors by name."""
+"""Checkpoints for another number of ranks: DeepSpeed's universal checkpoints, which hold whole tensors by name."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from deepspeed.checkpoint import ds_to_universal
 
 @contextmanager
 def universal(folder: str, tag: str, engine: DeepSpeedEngine) -> Iterator[str]:
-    """Within it the engine loads universal checkpoints; gives the folder of one, made beside `folder` and removed after.
+    """Within it the engine loads universal checkpoints; yields the folder of one, made beside `folder` and removed at the end.
 
-    Collective. All ranks must see the same files. Understands states of ZeRO 1 to 3 that have taken a step.
+    Collective. All ranks must see the same files. The states must be of ZeRO 1 to 3 and have taken a step.
     """
     converted = Path(f"{folder}.universal")
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
         shutil.rmtree(converted, ignore_errors=True)  # of a process that was killed here
         _convert(Path(folder) / tag, converted / tag)
-    _meet()
+    _wait_for_all()
     engine._config.load_universal_checkpoint = True
     try:
         yield str(converted)
-        _meet()
+        _wait_for_all()
     finally:
         engine._config.load_universal_checkpoint = False
         if first:
@@ -37,7 +37,7 @@ def universal(folder: str, tag: str, engine: DeepSpeedEngine) -> Iterator[str]:
 
 
 def _convert(saved: Path, converted: Path) -> None:
-    with redirect_stdout(io.StringIO()):  # it tells its steps
+    with redirect_stdout(io.StringIO()):  # it prints its steps
         ds_to_universal.main(
             Namespace(
                 input_folder=str(saved),
@@ -51,6 +51,6 @@ def _convert(saved: Path, converted: Path) -> None:
         )
 
 
-def _meet() -> None:
+def _wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
