@@ -10,30 +10,31 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from configs.annotations import choices, kind_of_field
+from configs.annotations import choices, kind_of_child, kind_of_field
 from configs.schema import PPOSettings, RunConfig, Settings
 
 S = TypeVar("S", bound=type[Settings])
 
 
 def settings_kind(owner: type[Settings], field: str) -> Callable[[S], S]:
-    """Decorator: allows a class of settings as a value of `owner.field`, chosen by the class's `kind`.
+    """Decorator: allows a class of settings as a value of `owner.field`, or of its items, chosen by the class's `kind`.
 
     Raises ValueError where another class has the same kind.
     """
 
     def add(settings: S) -> S:
         info, (kind,) = owner.model_fields[field], choices(kind_of_field(settings, "kind"))
-        registered = kind_of_field(owner, field).models.get(kind)
+        held = kind_of_field(owner, field)
+        registered = (kind_of_child(held, 0) or held).models.get(kind)
         if registered is not None and registered.__module__ != settings.__module__:
             owner_name = f"{registered.__module__}.{registered.__qualname__}"
             raise ValueError(f"{field}: the kind {kind!r} is already used by {owner_name}")
         if registered is None:
-            info.annotation = _union(info.annotation, settings)
+            info.annotation = _with_member(info.annotation, settings)
             _rebuild(owner)
         return settings
 
@@ -50,6 +51,17 @@ def add_section(name: str, settings: type[Settings]) -> None:
     RunConfig.model_fields[name] = FieldInfo(annotation=annotation, default=None, description=description)
     RunConfig.__annotations__[name] = annotation
     _rebuild(RunConfig)
+
+
+def _with_member(annotation: Any, member: type[Settings]) -> Any:
+    """The annotation of a union, or of a list of one, with a member more."""
+    if get_origin(annotation) is list:
+        (item,) = get_args(annotation)
+        return list[_with_member(item, member)]  # type: ignore[misc]  # a value, not a type
+    if get_origin(annotation) is Annotated:
+        union, *notes = get_args(annotation)
+        return Annotated[(_union(union, member), *notes)]
+    return _union(annotation, member)
 
 
 def _union(*members: Any) -> Any:

@@ -22,11 +22,14 @@ from configs.schema.infra import CheckpointSettings as CheckpointSettings
 from configs.schema.infra import ClusterSettings as ClusterSettings
 from configs.schema.infra import DeadlineSettings as DeadlineSettings
 from configs.schema.infra import GroupSettings as GroupSettings
+from configs.schema.infra import LoggerSettings as LoggerSettings
 from configs.schema.infra import OffloadSettings as OffloadSettings
 from configs.schema.infra import PlacementSettings as PlacementSettings
 from configs.schema.infra import PublishSettings as PublishSettings
+from configs.schema.infra import RayMetricsSettings as RayMetricsSettings
 from configs.schema.infra import RecoverySettings as RecoverySettings
 from configs.schema.infra import RolloutSettings as RolloutSettings
+from configs.schema.infra import TensorBoardSettings as TensorBoardSettings
 from configs.schema.infra import VerifySettings as VerifySettings
 from configs.schema.model import LoraSettings as LoraSettings
 from configs.schema.model import ModelSettings as ModelSettings

@@ -156,3 +156,19 @@ class CheckpointSettings(Settings):
     """Checkpoints kept per stage."""
     on_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint or metrics cannot be written, for example on a full disk. continue: warn, and try again with the next."""
+
+
+class TensorBoardSettings(Settings):
+    """Events for TensorBoard, in tensorboard/ of the run's folder."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+
+class RayMetricsSettings(Settings):
+    """Metrics on Ray's metrics port, for Prometheus."""
+
+    kind: Literal["ray"] = "ray"
+
+
+LoggerSettings = TensorBoardSettings | RayMetricsSettings
+"""Plugins add further kinds (configs.extensions.settings_kind)."""

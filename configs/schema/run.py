@@ -13,11 +13,14 @@ from configs.schema.infra import (
     CheckpointSettings,
     ClusterSettings,
     DeadlineSettings,
+    LoggerSettings,
     OffloadSettings,
     PlacementSettings,
     PublishSettings,
+    RayMetricsSettings,
     RecoverySettings,
     RolloutSettings,
+    TensorBoardSettings,
     VerifySettings,
 )
 from configs.schema.model import ModelSettings
@@ -88,11 +91,23 @@ class RunConfig(Settings):
     """Recovery from faults."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
+    loggers: list[Annotated[LoggerSettings, Field(discriminator="kind")]] = [
+        TensorBoardSettings(),
+        RayMetricsSettings(),
+    ]
+    """Where metrics go beside metrics.jsonl, from which runs are resumed and reported, and the line of progress in the terminal:
+    these two are always there. A logger that fails is warned of once, and the run goes on."""
 
     @model_validator(mode="after")
     def _has_demonstrations(self) -> Self:
         if self.ppo and self.ppo.ptx and self.ppo.ptx.data is None and self.sft is None:
             raise ValueError("ppo.ptx.data: missing; without a section sft there are no demonstrations to use")
+        return self
+
+    @model_validator(mode="after")
+    def _logs_once(self) -> Self:
+        if twice := [logger for logger in self.loggers if self.loggers.count(logger) > 1]:
+            raise ValueError(f"loggers: {twice[0].kind} stands more than once with the same settings")
         return self
 
     @model_validator(mode="after")

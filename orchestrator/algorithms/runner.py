@@ -120,9 +120,9 @@ class Runner:
             try:
                 with (
                     Progress(self.name, self.steps, self.console, self.done, self.status.begin_phase) as self.progress,
-                    Recorder(self.run.folder, self.config.name, self.name, self.done or None) as self.recorder,
+                    self._recorder() as self.recorder,
                 ):
-                    self.recovery.on_failure = self.recorder.ray.failed
+                    self.recovery.on_failure = self.recorder.failed
                     self._carry_out()
             except DiskError as error:
                 if not self.run.finished(self.name):
@@ -131,6 +131,14 @@ class Runner:
                 self.console.print(
                     f"warning: {self.name} is finished, but not all of its metrics were written: {error}"
                 )
+
+    def _recorder(self) -> Recorder:
+        def failed(logger: str, error: Exception) -> None:
+            self.run.failures.write_exception(error)
+            self.warn(f"{logger}: {summary(error)}; the run goes on, and further errors of this logger are not shown")
+
+        resume_step = self.done or None
+        return Recorder(self.run.folder, self.config.name, self.name, resume_step, self.config.loggers, on_error=failed)
 
     def _carry_out(self) -> None:
         """All of the stage; where it fails, the latest snapshot is kept."""
@@ -256,7 +264,7 @@ class Runner:
         self.status.watch(team)
         for callback in self.callbacks:
             callback.workers_changed(team)
-        self.recorder.ray.workers(team.workers())
+        self.recorder.workers(team.workers())
 
     def warn(self, text: str) -> None:
         self.progress.note(f"warning: {text}")
@@ -302,7 +310,7 @@ class Runner:
         self._count_refusals(metrics)
         with self.run.tolerating(self.warn):
             self.recorder.record(step, metrics)
-        self.recorder.ray.spent(self.team.deadlines.taken())
+        self.recorder.spent(self.team.deadlines.taken())
         self.progress.update(step, metrics)
         self.status.update(step=step, version=self.team.version)
         every = self.config.checkpoint.every

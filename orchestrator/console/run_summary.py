@@ -17,7 +17,8 @@ def print_result(result: Result, console: Console) -> None:
     """Print each stage's results, the paths of the report and the last model, and the commands for the curves and for a chat."""
     folder = display_path(result.folder)
     rows = [("", f"{result.folder.name} is finished"), *stage_results(result), ("report", display_path(result.report))]
-    rows.append(("curves", f"tensorboard --logdir {folder}/tensorboard"))
+    if (result.folder / "tensorboard").exists():
+        rows.append(("curves", f"tensorboard --logdir {folder}/tensorboard"))
     if models := [model for stage, model in result.models.items() if STAGES[stage].chats]:
         rows += [("model", display_path(models[-1])), ("chat", f"troupe chat {folder}")]
     console.print()

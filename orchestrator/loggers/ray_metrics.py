@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
 
-from configs.schema import Role
+from configs.schema import RayMetricsSettings, Role
+from orchestrator.loggers.base import LoggedStage, Logger, loggers
 from orchestrator.loggers.ray_table import Row, row_of
 from orchestrator.periodic import Repeating
 from placement.stages import STAGES
@@ -22,23 +23,24 @@ SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0,
 _OF_ROLE = ("lr", "grad_norm", "refused")
 
 
-class RayMetrics:
+@loggers.register("ray")
+class RayMetrics(Logger):
     """What the metrics port shows of a stage until `close`; nothing where Ray is not initialised.
 
     Gauges show the latest finite values. Counters and histograms begin when the driver's process does.
     """
 
-    def __init__(self, run: str, stage: str) -> None:
-        self._labels = {"run": run, "stage": stage}
+    def __init__(self, settings: RayMetricsSettings, stage: LoggedStage) -> None:
+        self._labels = {"run": stage.run, "stage": stage.name}
         self._metrics: dict[str, Any] = {}
         self._lock = Lock()
         self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._refreshing: Repeating | None = None
         self._restarts: Counter[str] = Counter()
 
-    def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Show what a step recorded."""
-        self._show({"step": float(step), **self._named(values)})
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show what a step recorded. A gauge is not on the port while it has no finite value."""
+        self._show({"step": float(step), **self._named(metrics)})
 
     def failed(self, role: str, kind: str) -> None:
         """Count a call that failed."""

@@ -1,110 +1,118 @@
-"""What a run records step by step: metrics.jsonl, TensorBoard events, sampled answers, and metrics on Ray's port."""
+"""What a run records step by step: the record in its folder, and all other loggers that the settings name."""
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import os
-import socket
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
-from orchestrator.loggers.ray_metrics import RayMetrics
+import orchestrator.loggers.ray_metrics
+import orchestrator.loggers.tensorboard  # noqa: F401  both register their loggers
+from configs.schema import LoggerSettings, Role
+from orchestrator.loggers.base import LoggedStage, Logger, loggers
+from orchestrator.loggers.jsonl import JsonlLogger
+from orchestrator.run.stop_signal import Stopped
 from orchestrator.storage.atomic_files import DiskError
-from orchestrator.storage.metrics_file import FILE, SAMPLES, AppendedFile
 
 RESERVED = ("stage", "step", "time")
 
+OnError = Callable[[str, Exception], None]
+"""Is told of a logger that failed: the setting that names it, and the error."""
+
+
+def check_loggers(settings: Sequence[LoggerSettings]) -> None:
+    """Raises UnknownNameError where a plugin has added settings of a kind that no logger is registered for."""
+    for chosen in settings:
+        loggers.get(chosen.kind)
+
 
 class Recorder:
-    """Writes the metrics of one stage of a run; one process at a time writes to a run folder.
+    """Gives the metrics of one stage of a run to its loggers; one process at a time writes to a run folder.
 
-    What a full disk keeps from being written is written with the next step's, once there is space.
+    Only the record (JsonlLogger) can end a run, by a DiskError. Of another logger the first error is told, and it still gets the
+    next steps; one that cannot be made is left out.
 
     Args:
         folder: The run's folder; made where it does not exist.
-        run: Name of the run, a label of the metrics on Ray's port.
+        run: Name of the run.
         stage: sft, rm or ppo.
-        resume_step: The stage goes on after this step: its lines of later steps are dropped, so that they are not there
-            twice. None: the stage begins anew, and all of its earlier lines are dropped. Other stages' lines stay.
+        resume_step: The stage goes on after this step: what was recorded of later ones is dropped, so that they are not there
+            twice. None: the stage begins anew, and all that was recorded of it is dropped. Other stages' lines stay.
+        settings: Of the loggers beside the record.
+        on_error: Is told of loggers that fail.
 
     Raises:
         DiskError: the disk is full or fails.
     """
 
-    def __init__(self, folder: Path, run: str, stage: str, resume_step: int | None = None) -> None:
-        self._path = folder / FILE
-        self._stage = stage
-        # TensorBoard wants to know where a run begins anew; it then drops what stands from that step on in the same
-        # folder, whatever the tag: hence a folder for each stage.
-        board = folder / "tensorboard" / stage
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        stage: str,
+        resume_step: int | None,
+        settings: Sequence[LoggerSettings],
+        on_error: OnError,
+    ) -> None:
+        logged = LoggedStage(folder, run, stage)
         last_step = -1 if resume_step is None else resume_step
-        self._lines, self._events = AppendedFile(self._path), AppendedFile(board / name)
-        self._samples = AppendedFile(folder / SAMPLES / f"{stage}.jsonl")
-        self._most_sample_bytes: int | None = None
-        self._cut_after(last_step)
-        self._events.add(0, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
-        self._begin_after(last_step)
-        self.ray = RayMetrics(run, stage)
-        """What Ray's metrics port shows of this stage."""
+        self._on_error = on_error
+        self._told: set[str] = set()
+        self._record = JsonlLogger(logged)
+        self._record.rewind(last_step)
+        self._others: dict[str, Logger] = {}
+        for i, chosen in enumerate(settings):
+            name = f"loggers.{i} ({chosen.kind})"
+            with self._sparing(name):
+                self._others[name] = loggers.get(chosen.kind)(chosen, logged)
+        self._tell(lambda logger: logger.rewind(last_step))
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line, `{"stage", "step", "time", **metrics}`, and the same to TensorBoard and to Ray.
-
-        JSON has no NaN or infinity: they become null in metrics.jsonl. TensorBoard shows them as they are; Ray leaves a
-        gauge out of its port while it has no finite value.
+        """Give a step's metrics to all loggers.
 
         Raises:
             ValueError: a metric is named stage, step or time.
-            DiskError: the disk is full or fails. The files end with the last step that was written whole.
+            DiskError: the disk is full or fails. The record ends with the last step that was written whole.
         """
         for name in RESERVED:
             if name in metrics:
                 raise ValueError(f"metric {name!r}: the name is taken by the line's own fields {', '.join(RESERVED)}")
-        now = time.time()
         values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = {"stage": self._stage, "step": step, "time": round(now, 3), **finite}
-        scalars = [Summary.Value(tag=f"{self._stage}/{name}", simple_value=value) for name, value in values.items()]
-        self._lines.add(step, (json.dumps(line, allow_nan=False) + "\n").encode())
-        self._events.add(step, _record(Event(wall_time=now, step=step, summary=Summary(value=scalars))))
-        self.ray.record(step, values)
-        self._flush()
+        try:
+            self._record.log(step, values)
+        finally:
+            self._tell(lambda logger: logger.log(step, values))
 
     def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
-        """Write `{"step", **answer}` to samples/<stage>.jsonl for each of a step's answers, with the step's next metrics.
-
-        Where the file grows beyond `most_bytes`, its oldest steps are dropped.
-        """
-        self._most_sample_bytes = most_bytes
-        for answer in answers:
-            line = json.dumps({"step": step, **answer}, ensure_ascii=False, allow_nan=False)
-            self._samples.add(step, (line + "\n").encode())
+        """Give some of a step's answers to all loggers; they are written with the step's next metrics."""
+        self._record.keep_answers(step, answers, most_bytes)
+        self._tell(lambda logger: logger.keep_answers(step, answers, most_bytes))
 
     def rewind(self, step: int) -> None:
         """Forget this stage's steps after `step`, which are about to be done again. Raises DiskError."""
-        for file in (self._lines, self._events, self._samples):
-            file.forget_after(step)
-        self._cut_after(step)
-        self._begin_after(step)
+        self._record.rewind(step)
+        self._tell(lambda logger: logger.rewind(step))
+
+    def failed(self, role: str, kind: str) -> None:
+        """Tell of a call to a worker that failed."""
+        self._tell(lambda logger: logger.failed(role, kind))
+
+    def spent(self, seconds: Mapping[tuple[Role, str], float]) -> None:
+        """Tell how long calls to workers took: (role, method) -> seconds."""
+        self._tell(lambda logger: logger.spent(seconds))
+
+    def workers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tell of new workers. rows: see Logger.workers."""
+        self._tell(lambda logger: logger.workers(rows))
 
     def close(self) -> None:
-        """Raises DiskError where something is left that cannot be written."""
+        """Raises DiskError where something of the record is left that cannot be written."""
         try:
-            self._flush()
+            self._record.close()
         finally:
-            self.ray.close()
-            for file in (self._lines, self._events, self._samples):
-                file.close()
+            self._tell(lambda logger: logger.close())
 
     def __enter__(self) -> Self:
         return self
@@ -118,26 +126,19 @@ class Recorder:
             if error is None:  # else the error that ended the block says more
                 raise
 
-    def _begin_after(self, step: int) -> None:
-        start = SessionLog(status=SessionLog.START)
-        self._events.add(step, _record(Event(wall_time=time.time(), step=step + 1, session_log=start)))
-        self._flush()
+    def _tell(self, tell: Callable[[Logger], None]) -> None:
+        for name, logger in self._others.items():
+            with self._sparing(name):
+                tell(logger)
 
-    def _cut_after(self, step: int) -> None:
-        """Drop this stage's lines of later steps, and torn last lines."""
-        self._lines.cut(lambda line: line["stage"] != self._stage or line["step"] <= step)
-        self._samples.cut(lambda line: line["step"] <= step)
-
-    def _flush(self) -> None:
-        for file in (self._lines, self._events, self._samples):
-            file.flush()
-        if self._most_sample_bytes is not None:
-            self._samples.drop_oldest(self._most_sample_bytes)
-
-
-def _record(event: Event) -> bytes:
-    """An event as it stands in TensorBoard's files. Written by itself: their writer's thread prints a traceback when the
-    disk is full, and leaves half a record, after which nothing can be read."""
-    file = io.BytesIO()
-    RecordWriter(file).write(event.SerializeToString())
-    return file.getvalue()
+    @contextmanager
+    def _sparing(self, name: str) -> Iterator[None]:
+        """An error in the block is told, the first of each logger, and goes no further."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:
+            if name not in self._told:
+                self._told.add(name)
+                self._on_error(name, error)

@@ -24,6 +24,7 @@ from configs.schema import (
     PPOSettings,
     Reward,
 )
+from orchestrator.loggers.recorder import check_loggers
 from orchestrator.run import Run, RunError, address_of, in_copy, local
 from placement.stages import STAGES
 from placement.types import Stage
@@ -37,7 +38,8 @@ Check = Callable[[], object]
 
 
 def settings_checks(run: Run, stages: Sequence[Stage]) -> Iterator[Check]:
-    """Checks of the sections, models, plugins, functions and the value loss that the settings name, and of the run's folder.
+    """Checks of the sections, models, plugins, loggers, functions and the value loss that the settings name, and of the run's
+    folder.
 
     A check raises RunError, RewardError or UnknownNameError, which name the setting. Run them in this order.
     """
@@ -49,6 +51,7 @@ def settings_checks(run: Run, stages: Sequence[Stage]) -> Iterator[Check]:
     yield partial(address_of, config)
     yield partial(check_offload, config)
     yield from (partial(_import_plugin, plugin, f"plugins.{i}") for i, plugin in enumerate(config.plugins))
+    yield partial(check_loggers, config.loggers)
     yield partial(_check_start_model, run, stages)
     if "rm" in stages and config.rm and config.rm.model:
         yield partial(_check_model, config.rm.model.path, "rm.model.path")

@@ -14,6 +14,7 @@ FREE = (
     "cluster",
     "checkpoint",
     "deadlines",
+    "loggers",
     "recovery",
     "runs",
     "placement",

@@ -16,7 +16,6 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from configs import RunConfig
-from orchestrator.loggers.recorder import Recorder
 from orchestrator.run.run_dir import Run
 from orchestrator.storage.atomic_files import (
     CHECKSUMS,
@@ -27,6 +26,7 @@ from orchestrator.storage.atomic_files import (
     write_json,
 )
 from orchestrator.storage.metrics_file import read_metrics
+from tests.support.recording import recording
 from tests.support.runs import flip_bit
 
 ROOT = Path(__file__).parents[3]
@@ -237,7 +237,7 @@ def events(folder: Path) -> list[int]:
 
 
 def test_metrics_that_find_no_room_wait_for_it(small_disk: Path) -> None:
-    recorder = Recorder(small_disk, "a", "ppo")
+    recorder = recording(small_disk, "a", "ppo")
     for step in (1, 2):
         recorder.record(step, {"kl": step})
     for step in (3, 4):  # lines that do not fit, of which some bytes do
@@ -255,7 +255,7 @@ def test_metrics_that_find_no_room_wait_for_it(small_disk: Path) -> None:
 
 def test_metrics_are_complete_once_there_is_room(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Recorder(tmp_path, "a", "ppo") as recorder:
+    with recording(tmp_path, "a", "ppo") as recorder:
         recorder.record(1, {"kl": 1})
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 10, hard))
         try:

@@ -13,17 +13,23 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
+from configs.schema import LoggerSettings, RayMetricsSettings, TensorBoardSettings
+from orchestrator.loggers.base import Logger, loggers
 from orchestrator.loggers.console import Progress
 from orchestrator.loggers.ray_table import TABLE, markdown, row_of
-from orchestrator.loggers.recorder import Recorder
+from orchestrator.loggers.recorder import Recorder, check_loggers
 from orchestrator.number_text import age, clock, percent, signed
+from orchestrator.run.stop_signal import Stopped
 from orchestrator.storage.metrics_file import FILE, MetricsError, read_metrics
+from tests.support.recording import recording
+from workers.rl.registry import UnknownNameError
 
 
 def steps_of(folder: Path, stage: str) -> list[int]:
@@ -31,7 +37,7 @@ def steps_of(folder: Path, stage: str) -> list[int]:
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         recorder.record(1, {"reward/mean": 0.5, "kl": 1})
         (line,) = read_metrics(tmp_path)
     assert {key: line[key] for key in ("stage", "step", "reward/mean", "kl")} == {
@@ -45,14 +51,14 @@ def test_a_line_is_on_disk_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
 
 def test_values_survive_bit_for_bit(tmp_path: Path) -> None:
     values = {"a": 0.1 + 0.2, "b": 1e-308, "c": -math.pi * 1e30}
-    with Recorder(tmp_path, "demo", "sft") as recorder:
+    with recording(tmp_path, "demo", "sft") as recorder:
         recorder.record(1, values)
     (line,) = read_metrics(tmp_path)
     assert {name: line[name] for name in values} == values
 
 
 def test_non_finite_values_become_null_and_the_file_stays_json(tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         recorder.record(1, {"loss": math.nan, "kl": math.inf, "ok": 1.0})
 
     def refuse(constant: str) -> None:
@@ -63,13 +69,13 @@ def test_non_finite_values_become_null_and_the_file_stays_json(tmp_path: Path) -
 
 
 def test_resuming_cuts_later_steps_of_this_stage_only(tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "sft") as recorder:
+    with recording(tmp_path, "demo", "sft") as recorder:
         for step in range(1, 8):
             recorder.record(step, {"loss": step})
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         for step in range(1, 6):
             recorder.record(step, {"kl": step})
-    with Recorder(tmp_path, "demo", "ppo", resume_step=3) as recorder:
+    with recording(tmp_path, "demo", "ppo", resume_step=3) as recorder:
         assert steps_of(tmp_path, "ppo") == [1, 2, 3]
         recorder.record(4, {"kl": 40})
     assert steps_of(tmp_path, "ppo") == [1, 2, 3, 4]
@@ -79,18 +85,18 @@ def test_resuming_cuts_later_steps_of_this_stage_only(tmp_path: Path) -> None:
 
 def test_a_stage_that_begins_anew_leaves_no_old_lines(tmp_path: Path) -> None:
     for _ in range(2):
-        with Recorder(tmp_path, "demo", "rm") as recorder:
+        with recording(tmp_path, "demo", "rm") as recorder:
             recorder.record(0, {"accuracy": 0.5})
     assert steps_of(tmp_path, "rm") == [0]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         recorder.record(1, {"kl": 0.1})
     with (tmp_path / FILE).open("a") as file:
         file.write('{"stage": "ppo", "step": 2, "kl": 0.')
     assert steps_of(tmp_path, "ppo") == [1]
-    with Recorder(tmp_path, "demo", "ppo", resume_step=5) as recorder:
+    with recording(tmp_path, "demo", "ppo", resume_step=5) as recorder:
         recorder.record(2, {"kl": 0.2})
     assert steps_of(tmp_path, "ppo") == [1, 2]
     assert not list(tmp_path.glob("*.partial"))
@@ -104,19 +110,19 @@ def test_a_broken_line_in_the_middle_is_an_error_with_file_and_line(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["stage", "step", "time"])
 def test_reserved_names_are_refused(tmp_path: Path, name: str) -> None:
-    with Recorder(tmp_path, "demo", "ppo") as recorder, pytest.raises(ValueError, match=f"metric '{name}'"):
+    with recording(tmp_path, "demo", "ppo") as recorder, pytest.raises(ValueError, match=f"metric '{name}'"):
         recorder.record(1, {name: 1.0})
     assert read_metrics(tmp_path) == []
 
 
 def test_tensorboard_has_the_same_numbers_and_forgets_what_was_cut(tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "sft") as recorder:
+    with recording(tmp_path, "demo", "sft") as recorder:
         for step in (1, 2, 3, 4):
             recorder.record(step, {"loss": step})
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         for step in (1, 2, 3):
             recorder.record(step, {"reward/mean": step / 2, "kl": math.nan})
-    with Recorder(tmp_path, "demo", "ppo", resume_step=1) as recorder:
+    with recording(tmp_path, "demo", "ppo", resume_step=1) as recorder:
         recorder.record(2, {"reward/mean": 9.0})
 
     def scalars(stage: str, tag: str) -> list[tuple[int, float]]:
@@ -129,10 +135,72 @@ def test_tensorboard_has_the_same_numbers_and_forgets_what_was_cut(tmp_path: Pat
     assert scalars("sft", "sft/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
 
 
+class Failing(Logger):
+    """Raises in one method, and keeps the steps that it got."""
+
+    def __init__(self, method: str) -> None:
+        self.steps: list[int] = []
+        self.method = method
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps.append(step)
+        self._fail("log")
+
+    def rewind(self, step: int) -> None:
+        self._fail("rewind")
+
+    def close(self) -> None:
+        self._fail("close")
+
+    def _fail(self, method: str) -> None:
+        if method == self.method:
+            raise OSError(f"{method} failed")
+
+
+@pytest.mark.parametrize("method", ["log", "rewind", "close"])
+def test_a_logger_that_raises_stops_neither_the_stage_nor_other_loggers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    failing, told = Failing(method), list[str]()
+    monkeypatch.setitem(loggers._entries, "ray", lambda settings, stage: failing)
+    chosen: list[LoggerSettings] = [RayMetricsSettings(), TensorBoardSettings()]
+    with Recorder(
+        tmp_path, "demo", "sft", None, chosen, lambda name, error: told.append(f"{name}: {error}")
+    ) as recorder:
+        for step in (1, 2, 3):
+            recorder.record(step, {"loss": step})
+        recorder.rewind(3)
+    assert told == [f"loggers.0 (ray): {method} failed"], "once"
+    assert failing.steps == steps_of(tmp_path, "sft") == [1, 2, 3]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "sft"))
+    events.Reload()
+    assert [event.step for event in events.Tensors("sft/loss")] == [1, 2, 3]
+
+
+def test_a_logger_does_not_swallow_that_the_run_is_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal's handler raises wherever the driver is."""
+
+    class Interrupted(Logger):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            raise Stopped("stopped in step 1", 15)
+
+    monkeypatch.setitem(loggers._entries, "ray", lambda settings, stage: Interrupted())
+    with (
+        pytest.raises(Stopped),
+        Recorder(tmp_path, "demo", "sft", None, [RayMetricsSettings()], lambda name, error: None) as recorder,
+    ):
+        recorder.record(1, {"loss": 1})
+
+
+def test_settings_without_a_logger_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="loggers: 'other' is not registered; it may be ray, tensorboard"):
+        check_loggers([RayMetricsSettings.model_construct(kind="other")])
+
+
 def test_a_stage_rewinds(tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "sft") as recorder:
+    with recording(tmp_path, "demo", "sft") as recorder:
         recorder.record(5, {"loss": 5})
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         for step in (1, 2, 3):
             recorder.record(step, {"kl": step})
         recorder.rewind(1)
@@ -171,26 +239,26 @@ def kept(folder: Path) -> list[str]:
 
 
 def test_kept_answers_are_those_of_the_steps_that_count(tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         keep(recorder, 1)
         keep(recorder, 2)
         recorder.keep_answers(3, [{"answer": "of a step that failed"}], 2**20)
         recorder.rewind(1)
         assert kept(tmp_path) == ["é 1.0", "é 1.1"]
         keep(recorder, 2, text="again")
-    with Recorder(tmp_path, "demo", "rm") as recorder:
+    with recording(tmp_path, "demo", "rm") as recorder:
         recorder.record(1, {"loss": 1})
-    with Recorder(tmp_path, "demo", "ppo", resume_step=2) as recorder:
+    with recording(tmp_path, "demo", "ppo", resume_step=2) as recorder:
         keep(recorder, 3)
     assert kept(tmp_path) == ["é 1.0", "é 1.1", "again 2.0", "again 2.1", "é 3.0", "é 3.1"]
-    with Recorder(tmp_path, "demo", "ppo"):
+    with recording(tmp_path, "demo", "ppo"):
         assert kept(tmp_path) == [], "the stage has begun anew"
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["ppo.jsonl"]
 
 
 def test_the_file_of_kept_answers_does_not_grow_without_end(tmp_path: Path) -> None:
     path, most = tmp_path / "samples" / "ppo.jsonl", 1000
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         for step in range(1, 101):
             keep(recorder, step, most_bytes=most)
             assert path.stat().st_size <= most
@@ -204,7 +272,7 @@ def test_the_last_kept_answers(tmp_path: Path) -> None:
     from orchestrator.evaluation.sample_log import last_samples
 
     assert last_samples(tmp_path, "ppo") == []
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         keep(recorder, 1)
         keep(recorder, 10)
     assert [line["answer"] for line in last_samples(tmp_path, "ppo")] == ["é 10.0", "é 10.1"]
@@ -322,6 +390,7 @@ def test_the_terminal_gets_its_cursor_back_after_ctrl_c() -> None:
 
 SHOW = """
 from orchestrator.loggers.console import Progress
+from orchestrator.loggers.recorder import Recorder
 with Progress("ppo", 12000) as shown:
     shown.phase("answering the held-out prompts")
     shown._live.refresh()

@@ -20,12 +20,12 @@ from ray._private.authentication.http_token_authentication import get_auth_heade
 
 from configs.schema import DeadlineSettings, RecoverySettings, Role, RunConfig
 from orchestrator.loggers.ray_table import TABLE
-from orchestrator.loggers.recorder import Recorder
 from orchestrator.run.ray_cluster import connected
 from orchestrator.worker_groups.calls import WorkerGroup
 from orchestrator.worker_groups.deadlines import Deadlines
 from orchestrator.worker_groups.failure_policy import FailurePolicy
 from orchestrator.worker_groups.failures import WorkerError
+from tests.support.recording import recording
 from workers.api import WorkerApi
 from workers.process.inspection import ProcessLocation, location
 
@@ -126,10 +126,10 @@ def of_run(text: str, name: str, run: str) -> dict[tuple[str, ...], float]:
 
 
 def test_the_metrics_port_shows_a_stage_while_it_lasts(dashboard: str, tmp_path: Path) -> None:
-    with Recorder(tmp_path, "demo", "ppo") as recorder:
+    with recording(tmp_path, "demo", "ppo") as recorder:
         recorder.record(1, FIRST)
         recorder.record(2, SECOND)
-        recorder.ray.spent({("actor", "train_answers"): 2.5})
+        recorder.spent({("actor", "train_answers"): 2.5})
         text = wait_for("the last of them", lambda: t if of_run(t := shown(), "role_seconds_total", "demo") else None)
         gauges = {name: of_run(text, name, "demo") for name in ("step", "reward_mean", "gradient_norm", "kl_nats")}
         assert gauges == {
@@ -177,8 +177,8 @@ def test_a_process_killed_from_outside_leaves_a_trace(dashboard: str, tmp_path: 
     place: ProcessLocation = ray.get(actor.call.remote("critic", "location"), timeout=90)
     group = WorkerGroup("critic", [actor], "critic", Deadlines(DeadlineSettings()), locations={0: place})
     recovery = FailurePolicy(RecoverySettings())
-    with Recorder(tmp_path, "killed", "ppo") as recorder:
-        recovery.on_failure = recorder.ray.failed
+    with recording(tmp_path, "killed", "ppo") as recorder:
+        recovery.on_failure = recorder.failed
         call = group.call(WorkerApi.memory)
         call.start()
         os.kill(place.pid, signal.SIGKILL)
@@ -186,7 +186,7 @@ def test_a_process_killed_from_outside_leaves_a_trace(dashboard: str, tmp_path: 
             call.collect(0)
         recovery.consider(caught.value)
         for restarts in (0, 1, 0, 2):  # a team; a new process; another team, which begins anew; two new processes
-            recorder.ray.workers([{"role": "critic", "restarts": restarts}, {"role": "actor", "restarts": 0}])
+            recorder.workers([{"role": "critic", "restarts": restarts}, {"role": "actor", "restarts": 0}])
 
         def counted() -> str | None:
             text = shown()

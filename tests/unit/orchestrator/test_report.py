@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from orchestrator.evaluation.statistics import distinct_share, mean_interval, paired_interval
-from orchestrator.loggers.recorder import Recorder
 from orchestrator.report.report import write_report
 from orchestrator.storage.metrics_file import read_lines
+from tests.support.recording import recording
 from tests.support.report_oracle import Report, check_report
 
 ADAM = {"lr": 1e-4}
@@ -42,7 +42,7 @@ WORDS = ["moving", "funny", "dull", "warm", "slow", "bright", "tender", "odd", "
 
 def record_sft(folder: Path) -> None:
     noise = random.Random(1)
-    with Recorder(folder, "test-data", "sft") as recorder:
+    with recording(folder, "test-data", "sft") as recorder:
         for step in range(1, 201):
             loss = 5.1 + 3.6 * math.exp(-step / 40) + noise.gauss(0, 0.08)
             line = {
@@ -58,7 +58,7 @@ def record_sft(folder: Path) -> None:
 
 def record_rm(folder: Path) -> None:
     noise = random.Random(2)
-    with Recorder(folder, "test-data", "rm") as recorder:
+    with recording(folder, "test-data", "rm") as recorder:
         for step in range(1, 151):
             accuracy = 0.5 + 0.27 * (1 - math.exp(-step / 50)) + noise.gauss(0, 0.04)
             line = {"loss": 0.69 - 0.3 * (accuracy - 0.5), "accuracy": accuracy}
@@ -69,7 +69,7 @@ def record_rm(folder: Path) -> None:
 
 def record_ppo(folder: Path) -> None:
     noise = random.Random(3)
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         for step in range(121):
             part = 1 - math.exp(-step / 45)
             line: dict[str, float] = {}
@@ -311,7 +311,7 @@ def test_what_is_drawn_over_steps_is_of_the_steps_of_the_stage(whole: Path, whol
 
 
 def test_the_first_step_does_not_count_in_a_median(folder: Path) -> None:
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         for step, seconds in ((1, 90.0), (2, 4.0), (3, 5.0)):
             recorder.record(step, {"seconds/step": seconds, "tokens_per_second": 100 * seconds})
     _, page = page_of(folder)
@@ -332,7 +332,7 @@ def test_a_score_that_is_missing_costs_its_own_measure_alone(folder: Path) -> No
 
 
 def test_what_was_refused_and_left_out_is_said(folder: Path) -> None:
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         for step in (1, 2, 3):
             recorder.record(
                 step, {"kl": 0.1, "refused/actor": step // 2, "refused/critic": 0, "left_out": 3 * (step == 2)}
@@ -345,14 +345,14 @@ def test_what_was_refused_and_left_out_is_said(folder: Path) -> None:
 
 
 def test_a_value_is_told_with_the_step_that_it_is_of(folder: Path) -> None:
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         recorder.record(1, {"reward/mean": 0.25, "reward/std": 1.0, "kl": 0.1})
         recorder.record(2, {"reward/mean": math.nan, "reward/std": 1.0, "kl": 0.2})
     assert "reward +0.250 (step 1) · KL 0.200 (step 2)" in page_of(folder)[1].text
 
 
 def test_models_and_data_are_those_of_the_stages_that_ran(folder: Path) -> None:
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         recorder.record(1, {"kl": 0.1})
     write_evaluation(folder, count=6)
     _, page = page_of(folder)
@@ -377,13 +377,13 @@ def test_stages_that_did_not_run_are_left_out(
 
 
 def test_a_run_that_has_just_begun_has_a_page(folder: Path) -> None:
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         recorder.record(1, {"reward/mean": 0.1, "reward/std": math.nan, "kl": 0.0, "seconds/train": 2.0})
     assert "ppo" in page_of(folder)[1].ids
 
 
 def test_a_step_without_finite_numbers_leaves_a_gap(folder: Path) -> None:
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         for step in range(1, 5):
             recorder.record(
                 step, {"reward/mean": math.nan if step == 2 else 0.1, "reward/std": 1.0, "entropy": math.inf}
@@ -405,7 +405,7 @@ def test_names_of_rewards_are_text_not_markup_or_mathematics(folder: Path) -> No
     function = {"kind": "function", "name": "<b>$x$", "function": "tests.support.micro:short"}
     ppo = CONFIG["ppo"] | {"rewards": [{"kind": "model"}, function]}  # type: ignore[operator]
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"ppo": ppo}))
-    with Recorder(folder, "test-data", "ppo") as recorder:
+    with recording(folder, "test-data", "ppo") as recorder:
         for step in (1, 2):
             recorder.record(step, {"reward/mean": 0.5, "reward/std": 1.0, "reward/<b>$x$": 0.3, "reward/model": 0.2})
     html, page = page_of(folder)

@@ -205,6 +205,8 @@ def test_a_finished_run_shows_its_end_and_no_dead_workers(tmp_path: Path) -> Non
     assert text.startswith("demo: not running; stopped: the driver ended before the rm stage began")
     assert "SFT  perplexity 1.4 on held-out demonstrations · 12 steps in 1:05" in text
     finish(run, "rm", 3600.0)
+    assert "tensorboard" not in said(run), "there are no curves"
+    (run.folder / "tensorboard").mkdir()
     text = said(run)
     assert "demo is finished" in text
     assert "reward model  preference accuracy 99.96% on held-out pairs · 9 steps in 1:00:00" in text

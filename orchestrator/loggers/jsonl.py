@@ -1,0 +1,63 @@
+"""The record of a run: metrics.jsonl, and the sampled answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.loggers.base import LoggedStage, Logger
+from orchestrator.storage.metrics_file import FILE, SAMPLES, AppendedFile
+
+
+class JsonlLogger(Logger):
+    """Writes metrics.jsonl and samples/<stage>.jsonl of a run's folder, which is made where it does not exist.
+
+    Resume, recovery and report read them, so that this logger is always there, and `loggers` does not name it. All methods raise
+    DiskError where the disk is full or fails; the files end with the last step that was written whole, and what could not be
+    written is written with the next step's.
+    """
+
+    def __init__(self, stage: LoggedStage) -> None:
+        self._stage = stage.name
+        self._lines = AppendedFile(stage.folder / FILE)
+        self._samples = AppendedFile(stage.folder / SAMPLES / f"{stage.name}.jsonl")
+        self._most_sample_bytes: int | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line, `{"stage", "step", "time", **metrics}`. JSON has no NaN or infinity: they become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **finite}
+        self._lines.add(step, (json.dumps(line, allow_nan=False) + "\n").encode())
+        self._flush()
+
+    def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
+        """Write `{"step", **answer}` for each of a step's answers, with the step's next metrics. Where the file grows beyond
+        `most_bytes`, its oldest steps are dropped."""
+        self._most_sample_bytes = most_bytes
+        for answer in answers:
+            line = json.dumps({"step": step, **answer}, ensure_ascii=False, allow_nan=False)
+            self._samples.add(step, (line + "\n").encode())
+
+    def rewind(self, step: int) -> None:
+        """Drop this stage's lines of later steps, and torn last lines. Other stages' lines stay."""
+        for file in (self._lines, self._samples):
+            file.forget_after(step)
+        self._lines.cut(lambda line: line["stage"] != self._stage or line["step"] <= step)
+        self._samples.cut(lambda line: line["step"] <= step)
+        self._flush()
+
+    def close(self) -> None:
+        try:
+            self._flush()
+        finally:
+            for file in (self._lines, self._samples):
+                file.close()
+
+    def _flush(self) -> None:
+        for file in (self._lines, self._samples):
+            file.flush()
+        if self._most_sample_bytes is not None:
+            self._samples.drop_oldest(self._most_sample_bytes)
