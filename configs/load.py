@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from configs.annotations import Kind, choices, describe_kind, kind_of, kind_of_child
 from configs.extensions import import_plugins
+from configs.renamed import OldNames
 from configs.schema import RunConfig
 from configs.yaml_values import (
     MAX_DEPTH,
@@ -52,22 +53,34 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), saved: bool = False
+) -> RunConfig:
     """The settings in a YAML file, or in a mapping of the same form, with the overrides applied.
 
     An override `a.b=c` or `rewards.0.weight=c` replaces one value; c is a scalar as typed, or a list or mapping in YAML's flow
     style. `none`, `null` and an empty value mean none, unless they are quoted. Interpolations `${a.b}` are resolved;
     `${oc.env:NAME}` is refused: settings are saved and shown, and the environment holds secrets.
 
+    Old names of settings (configs.renamed) become new ones, with a notice. saved: the file was written by `save_config`; its old
+    names are not told.
+
     Raises:
         ConfigError: with all problems at once.
     """
-    tree = _tree(dict(source), "settings") if isinstance(source, Mapping) else _read(Path(source).expanduser())
+    names = OldNames(tell=not saved)
+    if isinstance(source, Mapping):
+        given, where = dict(source), "settings"
+    else:
+        path = Path(source).expanduser()
+        given, where = _read(path), str(path)
+    tree = _tree(given, where, names)
+    names.tell = True
     problems: dict[str, str] = {}
     with _environment_refused():
         for override in overrides:
             try:
-                _apply(tree, override)
+                _apply(tree, override, names)
             except ConfigError as error:
                 problems[override] = str(error)
         values = _Resolved(tree, problems)
@@ -83,7 +96,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             key, text = _problem(details, values)
             problems.setdefault(key, text)
     if problems:
-        raise ConfigError(problems.values())
+        raise ConfigError(names.explained(key, text) for key, text in problems.items())
     return config
 
 
@@ -144,7 +157,7 @@ def _escaped(value: Any) -> Any:
 # ---------------------------------------------------------------- file and overrides
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError([f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}"])
     try:
@@ -160,20 +173,26 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError([f"{path}: is empty; at least name and model are needed"])
     if not isinstance(settings, dict):
         raise ConfigError([f"{path}: was {_brief(settings)}; must be a mapping of settings"])
-    return _tree(settings, str(path))
+    return settings
 
 
-def _tree(settings: dict[str, Any], where: str) -> DictConfig:
+def _tree(settings: dict[str, Any], where: str, names: OldNames) -> DictConfig:
+    try:
+        renamed = names.in_tree(settings)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    except RecursionError:
+        raise ConfigError([f"{where}: nested too deeply"]) from None
     try:
         # With this flag the library keeps values of other types than its own, such as `PlainScalar`.
-        return OmegaConf.create(settings, flags={"allow_objects": True})
+        return OmegaConf.create(renamed, flags={"allow_objects": True})
     except OmegaConfBaseException as error:
         raise ConfigError([f"{where}: {_first_line(error)}"]) from None
     except RecursionError:
         raise ConfigError([f"{where}: nested too deeply"]) from None
 
 
-def _apply(tree: DictConfig, override: str) -> None:
+def _apply(tree: DictConfig, override: str, names: OldNames) -> None:
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
         raise ConfigError([f"override {key}: must have the form a.b=value"])
@@ -184,6 +203,10 @@ def _apply(tree: DictConfig, override: str) -> None:
         raise ConfigError([f"{key}: the override's value is not YAML: {reason}"]) from None
     except (TreeTooLarge, RecursionError):
         raise ConfigError([f"{key}: the override's value is nested too deeply, or has too many values"]) from None
+    try:
+        key, value = names.in_override(key, value)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     *parents, last = key.split(".")
     node: DictConfig | ListConfig = tree
     try:

@@ -78,7 +78,7 @@ class Run:
         """
         run = cls(config, Path(config.runs) / config.name)
         if (run.folder / "config.yaml").exists():
-            old = load_config(run.folder / "config.yaml")
+            old = load_config(run.folder / "config.yaml", saved=True)
             if run.begun():
                 run.config = keep_resolved(config, old)
             run._refuse_other_settings(old, accept_changes)
@@ -159,8 +159,8 @@ class Run:
         folder = folder.expanduser()
         if not (folder / "config.yaml").exists():
             raise RunError(f"{folder.absolute()}: not a run's folder (no config.yaml)")
-        old = load_config(folder / "config.yaml")
-        run = cls(load_config(folder / "config.yaml", list(overrides)), folder)
+        old = load_config(folder / "config.yaml", saved=True)
+        run = cls(load_config(folder / "config.yaml", list(overrides), saved=True), folder)
         for name in ("name", "runs"):
             if (new := getattr(run.config, name)) != getattr(old, name):
                 raise RunError(f"{name}: was {new!r}, but the run stays in its folder, {folder}; leave it out")
@@ -236,7 +236,7 @@ class Run:
             if not (folder / "config.yaml").exists():
                 raise RunError(f"{prefix}start_from: was {start!r}, which is not a run's folder (no config.yaml)")
             folders.add(os.path.realpath(folder))
-            runs.append(Run(load_config(folder / "config.yaml"), folder))
+            runs.append(Run(load_config(folder / "config.yaml", saved=True), folder))
         return runs
 
     def owner(self, stage: Stage) -> Run | None:
