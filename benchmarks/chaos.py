@@ -43,8 +43,8 @@ ROLES = ("actor", "critic", "reference", "reward", "rollout")
 SETTINGS = (
     "plugins=[benchmarks.adversary]",
     "checkpoint.every=5",
-    "recovery.restarts=1000",
-    "deadlines.least=15",
+    "recovery.max_restarts=1000",
+    "deadlines.min_timeout=15",
     "ppo.evaluation=null",
 )
 

@@ -40,7 +40,7 @@ GIB = 2**30
 RUN = [
     *("--num_episodes=2", "--max_timesteps=1", "--update_timesteps=1", "--max_epochs=3"),
     *("--experience_batch_size=2", "--train_batch_size=2", "--lengths=4,12"),
-    "publish.bucket_mib=8",  # in proportion to these models, as the default is to large models
+    "weight_sync.bucket_mib=8",  # in proportion to these models, as the default is to large models
 ]
 
 

@@ -134,7 +134,7 @@ class Case:
         narrow = self.model.get("optimizer_dtype") == "bfloat16"
         sharding = Sharding(self.strategy, self.ranks, "cpu", 2 if narrow else 4)
         uses = trainer_memory(model, sharding, work, scores=False)
-        return uses["train"].host.total - TRAINER_RUNTIME, uses["publish"].host.total - TRAINER_RUNTIME
+        return uses["train"].host.total - TRAINER_RUNTIME, uses["weight_sync"].host.total - TRAINER_RUNTIME
 
 
 _CONFIGS = {name: {"n_positions": 1024, "max_position_embeddings": 1024} | config for name, config in CONFIGS.items()}

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -75,14 +77,43 @@ def _rebuild(owner: type[Settings]) -> None:
         model.model_rebuild(force=True)
 
 
-def import_plugins(modules: Sequence[str]) -> list[str]:
-    """Import plugins, also from the working folder. Returns a problem, with its setting first, for each failed import."""
+def search_working_folder() -> None:
+    """Let Python find modules of the working folder: plugins, rewards and judges."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # from now on plugins, rewards and judges are found here
+        sys.path.insert(0, os.getcwd())
+
+
+def import_plugins(modules: Sequence[str]) -> list[str]:
+    """Import plugins, also from the working folder. Returns a problem, setting first, for each that cannot be imported."""
+    search_working_folder()
     problems = []
     for i, module in enumerate(modules):
+        setting = f"plugins.{i}"
+        if problem := hidden_module(module, setting):
+            problems.append(problem)
+            continue
         try:
             import_module(module)
         except ImportError as error:
-            problems.append(f"plugins.{i}: cannot import {module!r}: {error}")
+            problems.append(f"{setting}: cannot import {module!r}: {error}")
     return problems
+
+
+def hidden_module(name: str, setting: str) -> str | None:
+    """The problem with a module of the working folder for which Python imports another module of that name; None: there is none.
+
+    name: a module, or module:function.
+    """
+    module = name.partition(":")[0]
+    top = module.partition(".")[0]
+    cwd = Path.cwd()
+    file = cwd.joinpath(*module.split("."))
+    if not (file.is_dir() or file.with_name(f"{file.name}.py").is_file()):
+        return None
+    spec = find_spec(top)
+    origins = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
+    imported = [Path(origin).resolve() for origin in origins if origin]
+    if not imported or {cwd / top, cwd / f"{top}.py"} & set(imported):
+        return None
+    hidden = f"{top}/" if (cwd / top).is_dir() else f"{top}.py"
+    return f"{setting}: was {name!r}, but {hidden} in {cwd} is hidden by {imported[0]}, which has the same name; rename yours"

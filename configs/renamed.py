@@ -21,7 +21,24 @@ class Renamed:
     """Old value -> new value. Where it alone is new, `old` and `new` are equal. Scalars come as text."""
 
 
-RENAMED: tuple[Renamed, ...] = ()
+OPTIMIZERS = ("sft.optimizer", "rm.optimizer", "ppo.actor_optimizer", "ppo.critic_optimizer")
+RENAMED: tuple[Renamed, ...] = (
+    Renamed("share", "shared_base"),
+    Renamed("publish", "weight_sync"),
+    Renamed("deadlines.publish", "deadlines.weight_sync"),
+    Renamed("deadlines.first", "deadlines.initial_timeout"),
+    Renamed("deadlines.least", "deadlines.min_timeout"),
+    Renamed("deadlines.patience", "deadlines.timeout_factor"),
+    Renamed("recovery.restarts", "recovery.max_restarts"),
+    Renamed("recovery.window", "recovery.restart_window"),
+    Renamed("recovery.grace", "recovery.stop_grace"),
+    Renamed("recovery.refused_steps", "recovery.max_skipped_steps"),
+    Renamed("ppo.kl.place", "ppo.kl.apply_to"),
+    Renamed("ppo.kl.control", "ppo.kl.controller"),
+    Renamed("ppo.refuse_kl", "ppo.max_kl_per_step"),
+    Renamed("ppo.max_log_prob_gap", "ppo.max_logprob_mismatch"),
+    *(Renamed(f"{optimizer}.refuse_grad_norm", f"{optimizer}.skip_grad_norm") for optimizer in OPTIMIZERS),
+)
 """In the order in which they are applied."""
 
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 from configs.schema import FixedKL, Role, RunConfig
 
-Phase = Literal["load", "generate", "score", "train", "publish", "save"]
+Phase = Literal["load", "generate", "score", "train", "weight_sync", "save"]
 SUPERVISED: tuple[Phase, ...] = ("load", "train", "save")
-WITH_ENGINES: tuple[Phase, ...] = ("load", "generate", "score", "train", "publish", "save")
+WITH_ENGINES: tuple[Phase, ...] = ("load", "generate", "score", "train", "weight_sync", "save")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _ppo_roles(config: RunConfig) -> tuple[Role, ...]:
     """Without a KL penalty there is no reference, without values no critic."""
     ppo = config.ppo
     assert ppo is not None
-    control = ppo.kl.control
+    control = ppo.kl.controller
     penalised = not (isinstance(control, FixedKL) and control.coefficient == 0)
     asked: dict[Role, bool] = {"critic": ppo.critic, "reference": penalised}
     roles: tuple[Role, ...] = ("actor", "critic", "reference", "reward", "rollout")
@@ -85,7 +85,7 @@ PPO = StageSpec(
     trained=("actor", "critic"),
     concurrent=(("rollout",), ("reference", "critic", "reward"), ("actor", "critic")),
     phases=WITH_ENGINES,
-    settings=("rollout", "publish"),
+    settings=("rollout", "weight_sync"),
 )
 
 STAGES: dict[str, StageSpec] = {}

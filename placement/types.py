@@ -108,8 +108,8 @@ class Plan:
 
 
 def transport_of(config: RunConfig, plan: Plan) -> str:
-    """How weights reach the engines: `publish.transport`, or what `auto` becomes where the stage has engines."""
-    transport = config.publish.transport
+    """How weights reach the engines: `weight_sync.transport`, or what `auto` becomes where the stage has engines."""
+    transport = config.weight_sync.transport
     if transport != "auto" or "rollout" not in plan.roles:
         return transport
     if plan.device == "cpu":

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from workers.weight_sync.checksums import Checksums
     from workers.weight_sync.probe import Probe
 
-Phase = Literal["start", "generate", "score", "train", "publish", "save"]
+Phase = Literal["start", "generate", "score", "train", "weight_sync", "save"]
 """What a call belongs to. The settings `deadlines.<phase>` bound the calls of a phase."""
 
 P = ParamSpec("P")
@@ -157,7 +157,7 @@ class TrainerApi(WorkerApi):
     ) -> int:
         """Load the model of a folder; without an optimizer it is frozen. Returns its parameter count."""
 
-    @remote(phase="publish")
+    @remote(phase="weight_sync")
     @abstractmethod
     def probe(self, version: int) -> Probe:
         """What the model computes for random tokens, which depend on the version."""
@@ -221,7 +221,7 @@ class PolicyApi(TrainerApi):
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
         """Meet the engines that weights will be sent to."""
 
-    @remote(phase="publish")
+    @remote(phase="weight_sync")
     @abstractmethod
     def publish(self, version: int) -> tuple[int, Probe]:
         """Send the weights to every engine. Returns the bytes of one copy, and what the engines must compute now."""
@@ -292,27 +292,27 @@ class RolloutApi(WorkerApi):
     ) -> tuple[RolloutBatch, RolloutInfo]:
         """Answer number samples[i] to row prompts[i] of a dataset, for each i. Raises StaleWeights."""
 
-    @remote(phase="publish")
+    @remote(phase="weight_sync")
     @abstractmethod
     def prove(self, version: int, probe: Probe) -> float:
         """The mean difference between what the engine and the trainer compute. Raises DifferentModel."""
 
-    @remote(phase="publish")
+    @remote(phase="weight_sync")
     @abstractmethod
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Meet the trainer."""
 
-    @remote(phase="publish")
+    @remote(phase="weight_sync")
     @abstractmethod
     def start_weight_update(self) -> None:
         """Stop serving the version that is there."""
 
-    @remote(phase="publish")
+    @remote(phase="weight_sync")
     @abstractmethod
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Take some of the tensors."""
 
-    @remote(phase="publish")
+    @remote(phase="weight_sync")
     @abstractmethod
     def finish_weight_update(self, version: int, checksums: Checksums) -> None:
         """Serve the version if what arrived is what was sent. Raises StaleWeights."""

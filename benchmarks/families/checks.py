@@ -84,7 +84,7 @@ def alone(folder: Path, scratch: Path) -> dict[str, Any]:
     refused = problems(folder, ["language"], adapter_served=True)
     if refused:
         return {"problems": refused}
-    settings = config(publish={"lora": "adapter"}, lora=LORA)
+    settings = config(weight_sync={"lora": "adapter"}, lora=LORA)
     return {"problems": [], "alone": policy(folder, scratch, Engine(folder, settings), LORA, settings, trains=False)}
 
 

@@ -121,7 +121,7 @@ _HEAD = """# Families of models
 `python -m benchmarks.families` makes a tiny random model of each family and checks on CPU, in float32: a training step's loss
 and gradients against plain transformers; values, scores and their gradients; log-probabilities of a vLLM engine at its start,
 after an update that changes nothing and after two that change everything; the exported folder, read back by plain transformers;
-and the exported adapter, read back by PEFT. "Adapters alone" is `publish.lora=adapter`. Right: no difference is larger than
+and the exported adapter, read back by PEFT. "Adapters alone" is `weight_sync.lora=adapter`. Right: no difference is larger than
 {agrees}. Refused: a run with such a model is refused before it starts.
 
 Checked with {libraries}.

@@ -25,12 +25,12 @@ from configs.schema.infra import GroupSettings as GroupSettings
 from configs.schema.infra import LoggerSettings as LoggerSettings
 from configs.schema.infra import OffloadSettings as OffloadSettings
 from configs.schema.infra import PlacementSettings as PlacementSettings
-from configs.schema.infra import PublishSettings as PublishSettings
 from configs.schema.infra import RayMetricsSettings as RayMetricsSettings
 from configs.schema.infra import RecoverySettings as RecoverySettings
 from configs.schema.infra import RolloutSettings as RolloutSettings
 from configs.schema.infra import TensorBoardSettings as TensorBoardSettings
 from configs.schema.infra import VerifySettings as VerifySettings
+from configs.schema.infra import WeightSyncSettings as WeightSyncSettings
 from configs.schema.model import LoraSettings as LoraSettings
 from configs.schema.model import ModelSettings as ModelSettings
 from configs.schema.rewards import FunctionReward as FunctionReward

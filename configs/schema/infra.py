@@ -41,7 +41,7 @@ class VerifySettings(Settings):
     for random tokens, with log-probabilities of about -15, and by 0.03 for likely ones."""
 
 
-class PublishSettings(Settings):
+class WeightSyncSettings(Settings):
     """How new weights reach the engines."""
 
     transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
@@ -106,7 +106,8 @@ class ClusterSettings(Settings):
 
 
 class DeadlineSettings(Settings):
-    """Seconds that a call to a worker may take. A phase without its own number uses `first`, `least` and `patience`."""
+    """Seconds that a call to a worker may take. A phase without its own number uses `initial_timeout`,
+    `min_timeout` and `timeout_factor`."""
 
     start: PositiveFloat | None = 600.0
     """Workers start, connect, and load models and data."""
@@ -116,34 +117,35 @@ class DeadlineSettings(Settings):
     """Reference, critic or reward score a step's responses."""
     train: PositiveFloat | None = None
     """Actor or critic train on a step."""
-    publish: PositiveFloat | None = None
+    weight_sync: PositiveFloat | None = None
     """New weights reach all engines."""
     save: PositiveFloat | None = None
     """Workers save, restore or export."""
-    first: PositiveFloat = 1800.0
+    initial_timeout: PositiveFloat = 1800.0
     """Timeout of the first call of its kind, before its speed is known."""
-    least: PositiveFloat = 60.0
+    min_timeout: PositiveFloat = 60.0
     """Smallest timeout of later calls."""
-    patience: PositiveFloat = 10.0
+    timeout_factor: PositiveFloat = 10.0
     """Timeout of later calls, as a multiple of the slowest recent call of their kind, scaled by the amount of work."""
 
 
 class RecoverySettings(Settings):
     """What happens when a worker dies or hangs."""
 
-    restarts: Annotated[int, Field(ge=0)] = 3
-    """Most restarts of a role within `window`, or within one step; the next failure ends the run. 0: any failure ends it."""
-    window: PositiveFloat = 3600.0
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Most restarts of a role within `restart_window`, or within one step; the next failure ends the run. 0: any failure
+    ends it."""
+    restart_window: PositiveFloat = 3600.0
     """Seconds in which restarts are counted."""
     snapshot_every: PositiveInt | None = 10
     """Steps between snapshots of the training state in Ray's object store. Lost steps are replayed from the latest one; none:
     from the latest checkpoint, or from the stage's start."""
     node_timeout: PositiveFloat = 600.0
     """Seconds to wait for free resources on other nodes when a node is lost."""
-    grace: PositiveFloat = 25.0
+    stop_grace: PositiveFloat = 25.0
     """Seconds for a run that was asked to stop to finish its step; then it stops at once and saves the latest snapshot as
     checkpoint."""
-    refused_steps: PositiveInt = 3
+    max_skipped_steps: PositiveInt = 3
     """Number of consecutive training steps without finite loss and gradient that ends the run."""
 
 

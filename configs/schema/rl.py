@@ -33,19 +33,19 @@ class AdaptiveKL(Settings):
 
 
 class KLSettings(Settings):
-    place: Literal["reward", "loss"] = "reward"
+    apply_to: Literal["reward", "loss"] = "reward"
     """reward: subtracted from each token's reward, so earlier tokens are penalized too. loss: added to the policy loss of each
     token, so short responses gain nothing; its weight is then relative to the advantages as trained on: whitened by
     default."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token estimator of KL(actor | reference) (Schulman 2020). In the loss, k2 has the gradient of
     KL(actor | reference), k3 that of KL(reference | actor); k1's gradient has mean 0, so it is refused."""
-    control: Annotated[FixedKL | AdaptiveKL, Field(discriminator="kind")] = FixedKL()
+    controller: Annotated[FixedKL | AdaptiveKL, Field(discriminator="kind")] = FixedKL()
     """Controller of the coefficient."""
 
     @model_validator(mode="after")
     def _pulls(self) -> Self:
-        if self.place == "loss" and self.estimator == "k1":
+        if self.apply_to == "loss" and self.estimator == "k1":
             raise ValueError("k1 in the loss has a gradient with mean 0, so it is no penalty. Use estimator=k2 or k3.")
         return self
 
@@ -200,14 +200,14 @@ class PPOSettings(Settings):
     target_kl: PositiveFloat | None = None
     """Skip a step's remaining updates once the mean KL between the sampling policy and the current one exceeds this; none:
     never."""
-    refuse_kl: PositiveFloat = 10.0
+    max_kl_per_step: PositiveFloat = 10.0
     """Largest mean KL to the reference, in nats per token. A step with a larger KL, or one that is not a number, trains neither
     actor nor critic."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Number of first steps that train only the critic; fewer than `steps`."""
     ptx: PretrainingMix | None = None
     """Pretraining-loss mix."""
-    max_log_prob_gap: PositiveFloat | None = None
+    max_logprob_mismatch: PositiveFloat | None = None
     """Largest mean |difference| between the engine's and the trainer's log-probabilities of a step's responses; beyond it the run
     stops. none: the bound in `verify` for the model's dtype."""
     actor_optimizer: OptimizerSettings
@@ -275,10 +275,10 @@ class PPOSettings(Settings):
             raise ValueError(
                 "critic: was true, but an advantage per answer uses no values; false would fit, or advantage gae"
             )
-        if self.kl.place == "reward" and self.kl.control.coefficient:
+        if self.kl.apply_to == "reward" and self.kl.controller.coefficient:
             raise ValueError(
-                "kl.place: was reward, but an advantage per answer is made of the answers' scores, without what stands at "
-                "their tokens; kl={place: loss, estimator: k3} would fit, or kl.control.coefficient 0"
+                "kl.apply_to: was reward, but an advantage per answer is made of the answers' scores, without what stands at "
+                "their tokens; kl={place: loss, estimator: k3} would fit, or kl.controller.coefficient 0"
             )
         if "whiten_advantages" not in self.model_fields_set:
             self.whiten_advantages = False
@@ -301,11 +301,11 @@ class PPOSettings(Settings):
                 "whiten_rewards: was true, but a step has 1 sequence, whose whitened score is always 0; more "
                 "prompts_per_step would fit, or false"
             )
-        control = self.kl.control
-        if isinstance(control, AdaptiveKL) and self.refuse_kl <= control.target:
+        control = self.kl.controller
+        if isinstance(control, AdaptiveKL) and self.max_kl_per_step <= control.target:
             raise ValueError(
-                f"refuse_kl: was {self.refuse_kl:g}, and kl.control.target is {control.target:g}: a step at its target "
-                "would not change the actor; a larger one would fit"
+                f"max_kl_per_step: was {self.max_kl_per_step:g}, and kl.controller.target is {control.target:g}: a step at its "
+                "target would not change the actor; a larger one would fit"
             )
         return self
 

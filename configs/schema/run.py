@@ -16,12 +16,12 @@ from configs.schema.infra import (
     LoggerSettings,
     OffloadSettings,
     PlacementSettings,
-    PublishSettings,
     RayMetricsSettings,
     RecoverySettings,
     RolloutSettings,
     TensorBoardSettings,
     VerifySettings,
+    WeightSyncSettings,
 )
 from configs.schema.model import ModelSettings
 from configs.schema.rl import PPOSettings
@@ -54,7 +54,7 @@ class RunConfig(Settings):
     `offload.nvme_path`. auto: the fastest that fits by predicted memory."""
     strategies: dict[Role, Strategy] = {}
     """Strategies of single roles, instead of `strategy`."""
-    share: list[Shared] = []
+    shared_base: list[Shared] = []
     """PPO roles that share one frozen base in one process of each rank, each with its own adapters and head: actor, critic,
     reference, reward. Needs `model.lora`; results are the same as without sharing."""
     model: ModelSettings
@@ -75,7 +75,7 @@ class RunConfig(Settings):
     """Stage 3."""
     rollout: RolloutSettings = RolloutSettings()
     """vLLM engines."""
-    publish: PublishSettings = PublishSettings()
+    weight_sync: WeightSyncSettings = WeightSyncSettings()
     """Sending weights to the engines."""
     verify: VerifySettings = VerifySettings()
     """Checks that engines and exported models compute the same as the trainer."""
@@ -112,25 +112,27 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _can_share(self) -> Self:
-        if len(self.share) == 1:
-            raise ValueError(f"share: {self.share[0]} alone shares nothing; name two roles or more, or none")
-        if twice := [role for role in self.share if self.share.count(role) > 1]:
-            raise ValueError(f"share: {twice[0]} is listed more than once")
-        if self.share and self.model.lora is None:
+        if len(self.shared_base) == 1:
             raise ValueError(
-                "share: needs model.lora, which is none: roles can share a base only if none of them trains it"
+                f"shared_base: {self.shared_base[0]} alone shares nothing; name two roles or more, or none"
             )
-        if "critic" in self.share and self.model.lora and self.model.lora.dora:
+        if twice := [role for role in self.shared_base if self.shared_base.count(role) > 1]:
+            raise ValueError(f"shared_base: {twice[0]} is listed more than once")
+        if self.shared_base and self.model.lora is None:
             raise ValueError(
-                "share: includes critic and model.lora.dora is true, but DoRA would normalize by the base's weights, without the "
-                "reward model's adapter; remove one of the two"
+                "shared_base: needs model.lora, which is none: roles can share a base only if none of them trains it"
+            )
+        if "critic" in self.shared_base and self.model.lora and self.model.lora.dora:
+            raise ValueError(
+                "shared_base: includes critic and model.lora.dora is true, but DoRA would normalize by the base's "
+                "weights, without the reward model's adapter; remove one of the two"
             )
         return self
 
     @model_validator(mode="after")
     def _adapter_can_be_served(self) -> Self:
-        if self.publish.lora == "adapter" and (reason := self._why_merged()):
-            raise ValueError(f"publish.lora: was 'adapter', but {reason}; merged would fit")
+        if self.weight_sync.lora == "adapter" and (reason := self._why_merged()):
+            raise ValueError(f"weight_sync.lora: was 'adapter', but {reason}; merged would fit")
         return self
 
     def _why_merged(self) -> str | None:

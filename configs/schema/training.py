@@ -26,7 +26,7 @@ class OptimizerSettings(Settings):
     """Learning rate after the warm-up; linear and cosine decay to 0, which they would reach one step after the last."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger global norm are scaled down to it."""
-    refuse_grad_norm: PositiveFloat = 1e5
+    skip_grad_norm: PositiveFloat = 1e5
     """A step is skipped if the global norm before scaling is larger than this, or if the norm or the loss is not finite."""
 
 

@@ -64,7 +64,7 @@ class AdaptiveController:
 
 
 def make_controller(settings: FixedKL | AdaptiveKL) -> KLController:
-    """The controller that `ppo.kl.control` describes."""
+    """The controller that `ppo.kl.controller` describes."""
     if isinstance(settings, FixedKL):
         return FixedController(settings.coefficient)
     return AdaptiveController(settings.coefficient, settings.target, settings.horizon)
@@ -72,6 +72,6 @@ def make_controller(settings: FixedKL | AdaptiveKL) -> KLController:
 
 def kl_term(settings: KLSettings, coefficient: float) -> KLTerm:
     """The step's penalty, where the settings place it."""
-    if settings.place == "reward":
+    if settings.apply_to == "reward":
         return KLTerm(settings.estimator, reward_coefficient=coefficient)
     return KLTerm(settings.estimator, loss_coefficient=coefficient)

@@ -74,7 +74,7 @@ class PPO(Algorithm):
             scored = self._score(rollouts)
         experience = self._assign_credit(step, scored)
         with self.context.phase("train"):
-            update = self._train(step, experience, scored.within_kl_limit(self.ppo.refuse_kl))
+            update = self._train(step, experience, scored.within_kl_limit(self.ppo.max_kl_per_step))
         if update["updates"]:
             update |= self._sync_weights()
         metrics = self._measure(scored) | update
@@ -135,7 +135,7 @@ class PPO(Algorithm):
         return metrics if within_kl_limit else metrics | self._skipped_by_kl(metrics)
 
     def _skipped_by_kl(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The count of skipped updates with that of a step beyond `ppo.refuse_kl`, of every role that would have learnt."""
+        """The count of skipped updates with that of a step beyond `ppo.max_kl_per_step`, of every role that would have learnt."""
         counts = {f"refused/{role}": metrics.get(f"refused/{role}", 0.0) for role in self.trained()}
         return {name: count + 1.0 for name, count in counts.items()}
 
@@ -163,11 +163,11 @@ class PPO(Algorithm):
         return [self.ptx_batches[k % len(self.ptx_batches)] for k in range(first, first + self.ppo.mini_batches)]
 
     def _check_gap(self, step: int, gap: float) -> None:
-        bound = self.ppo.max_log_prob_gap or self.config.gap_bound(self.config.model)
+        bound = self.ppo.max_logprob_mismatch or self.config.gap_bound(self.config.model)
         if not gap <= bound:
             raise LogProbGapError(
                 f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same "
-                f"tokens (ppo.max_log_prob_gap: {bound:g}). The engine does not serve the actor's weights, or "
+                f"tokens (ppo.max_logprob_mismatch: {bound:g}). The engine does not serve the actor's weights, or "
                 f"computes in another precision (model.dtype {self.config.model.dtype})."
             )
 
@@ -195,7 +195,7 @@ class PPO(Algorithm):
         assert self.config.ppo is not None
         self.ppo = self.config.ppo
         self.sources = [source.name for source in self.ppo.rewards]
-        self.kl = make_controller(self.ppo.kl.control)
+        self.kl = make_controller(self.ppo.kl.controller)
         self.version = 0
 
     def inputs(self) -> list[Input]:

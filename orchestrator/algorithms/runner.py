@@ -334,11 +334,11 @@ class Runner:
         self.refused = self.refused + 1 if refused else 0
         for role in refused:
             self._record_refusal(role, metrics)
-        if self.refused >= self.config.recovery.refused_steps:
+        if self.refused >= self.config.recovery.max_skipped_steps:
             raise RefusedError(
                 f"{self.name}, step {self.done}: a training step was refused in {self.refused} steps in a row "
-                "(recovery.refused_steps): loss, gradient or KL are not finite or beyond all measure "
-                f"(refuse_grad_norm, ppo.refuse_kl); what they saw is in {self.run.failures.folder}"
+                "(recovery.max_skipped_steps): loss, gradient or KL are not finite or beyond all measure "
+                f"(skip_grad_norm, ppo.max_kl_per_step); what they saw is in {self.run.failures.folder}"
             )
 
     def _record_refusal(self, role: Role, metrics: dict[str, float]) -> None:

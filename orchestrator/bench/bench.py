@@ -130,7 +130,7 @@ class Benchmark:
                 "max_sequences": self.experience_batch_size,
                 "kv_cache_gib": self._kv_cache(Architecture.read(self.shape())) / 2**30,
             },
-            "recovery": {"restarts": 0},
+            "recovery": {"max_restarts": 0},
             "ppo": {
                 "prompts": {"path": str(folder / "prompts.jsonl")},
                 "steps": self.steps,
@@ -143,7 +143,7 @@ class Benchmark:
                 "actor_optimizer": {"lr": 5e-6},
                 "critic_optimizer": {"lr": 5e-6},
             },
-            **({"share": list(self.share)} if self.share else {}),
+            **({"shared_base": list(self.share)} if self.share else {}),
         }
 
     def _kv_cache(self, shape: Architecture) -> int:

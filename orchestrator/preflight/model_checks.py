@@ -115,8 +115,8 @@ def check_serving(uses: Sequence[ModelUse], config: RunConfig, cluster: Cluster 
             continue  # `check_models` reports it
         if device and (reason := why_not_served(hf_config, device)):
             refuse(use.setting, reason)
-        if config.publish.lora == "adapter" and (reason := why_no_adapter(hf_config)):
-            refuse("publish.lora", f"was 'adapter', but {reason}; use merged")
+        if config.weight_sync.lora == "adapter" and (reason := why_no_adapter(hf_config)):
+            refuse("weight_sync.lora", f"was 'adapter', but {reason}; use merged")
 
 
 def check_reader(policy: Codec, use: ModelUse, codec: Codec, form: Form, refuse: Refuse) -> None:

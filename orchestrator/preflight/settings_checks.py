@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 
 from configs import RunConfig
+from configs.extensions import hidden_module, search_working_folder
 from configs.schema import (
     ROLES,
     FunctionSettings,
@@ -44,13 +43,11 @@ def settings_checks(run: Run, stages: Sequence[Stage]) -> Iterator[Check]:
     A check raises RunError, RewardError or UnknownNameError, which name the setting. Run them in this order.
     """
     config = run.config
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # plugins, rewards and judges are imported from the working folder
+    search_working_folder()
     yield from (partial(_check_section, config, stage) for stage in stages)
     yield partial(_check_folder, run)
     yield partial(address_of, config)
     yield partial(check_offload, config)
-    yield from (partial(_import_plugin, plugin, f"plugins.{i}") for i, plugin in enumerate(config.plugins))
     yield partial(check_loggers, config.loggers)
     yield partial(_check_start_model, run, stages)
     if "rm" in stages and config.rm and config.rm.model:
@@ -180,29 +177,8 @@ def _check_quantize(config: RunConfig) -> None:
 
 
 def _refuse_hidden(name: str, setting: str) -> None:
-    """Refuse a module of the working folder if Python imports another module of that name. name: a module, or module:function."""
-    module = name.partition(":")[0]
-    top = module.partition(".")[0]
-    cwd = Path.cwd()
-    file = cwd.joinpath(*module.split("."))
-    if not (file.is_dir() or file.with_name(f"{file.name}.py").is_file()):
-        return
-    spec = find_spec(top)
-    origins = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
-    imported = [Path(origin).resolve() for origin in origins if origin]
-    if imported and not {cwd / top, cwd / f"{top}.py"} & set(imported):
-        hidden = f"{top}/" if (cwd / top).is_dir() else f"{top}.py"
-        raise RunError(
-            f"{setting}: was {name!r}, but {hidden} in {cwd} is hidden by {imported[0]}, which has the same name; rename yours"
-        )
-
-
-def _import_plugin(module: str, setting: str) -> None:
-    _refuse_hidden(module, setting)
-    try:
-        import_module(module)
-    except ImportError as error:
-        raise RunError(f"{setting}: cannot import {module!r}: {error}") from error
+    if problem := hidden_module(name, setting):
+        raise RunError(problem)
 
 
 def _reward_checks(ppo: PPOSettings, run: Run) -> Iterator[Check]:
@@ -274,8 +250,8 @@ def _check_sharing(config: RunConfig, ppo: PPOSettings, run: Run) -> None:
     """Check that reward models that share a base are adapters on the model that PPO starts from."""
     base = run.starting_model("ppo")
     models = [(i, source) for i, source in enumerate(ppo.rewards) if isinstance(source, ModelReward)]
-    if "reward" not in config.share:
-        models = models[: int("critic" in config.share)]  # the critic starts from the first
+    if "reward" not in config.shared_base:
+        models = models[: int("critic" in config.shared_base)]  # the critic starts from the first
     for i, source in models:
         trained = run.trained("rm")
         if source.path or (trained and trained.exists()):
@@ -291,11 +267,11 @@ def _check_future_adapter(settings: ModelSettings, base: str) -> None:
     """Check that a reward model with its own settings will be trained as an adapter on the base."""
     if settings.lora is None:
         raise RunError(
-            "rm.model.lora: not set, but a reward model that shares its base (`share`) is an adapter; set lora.rank"
+            "rm.model.lora: not set, but a reward model that shares its base (`shared_base`) is an adapter; set lora.rank"
         )
     if real(local(settings.path)) != real(base):
         raise RunError(
-            f"rm.model.path: was {settings.path!r}, but a reward model that shares its base (`share`) must start from "
+            f"rm.model.path: was {settings.path!r}, but a reward model that shares its base (`shared_base`) must start from "
             f"the model that PPO starts from, {base}; leave rm.model out"
         )
 

@@ -162,10 +162,10 @@ def _ppo(run: RunFiles) -> Section | None:
 
 
 def _policy_charts(config: RunConfig, settings: PPOSettings, show: Callable[..., Chart | None]) -> list[Chart | None]:
-    control = settings.kl.control
+    control = settings.kl.controller
     target = (control.target, "target") if isinstance(control, AdaptiveKL) else None
     by_source = {f"reward/{source.name}": source.name for source in settings.rewards}
-    bound = (settings.max_log_prob_gap or config.gap_bound(config.model), "bound")
+    bound = (settings.max_logprob_mismatch or config.gap_bound(config.model), "bound")
     kl = {"kl": "training", "evaluation/kl": "held out"}
     norms = {"grad_norm/actor": "actor", "grad_norm/critic": "critic"}
     explained = "Share of the returns' variance that the critic predicts; 1: perfect."

@@ -21,7 +21,7 @@ FREE = (
     "strategy",
     "strategies",
     "offload",
-    "share",
+    "shared_base",
     "verify",
 )
 """Settings that may change at any time: no result depends on them (placement and sharding change results within float

@@ -73,10 +73,10 @@ class StopSignal:
         self._number = number
         if previous:
             return
-        grace = self._run.config.recovery.grace
+        grace = self._run.config.recovery.stop_grace
         signal.setitimer(signal.ITIMER_REAL, grace)
         self._say(
-            f"stopping after this step, or in {grace:.0f} s within it (recovery.grace); a second signal stops at once"
+            f"stopping after this step, or in {grace:.0f} s within it (recovery.stop_grace); a second signal stops at once"
         )
 
     def _stop_at_once(self, number: int) -> None:

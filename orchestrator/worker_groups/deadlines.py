@@ -54,9 +54,9 @@ class Awaited:
 class Deadlines:
     """The deadlines of a team's calls.
 
-    A method that was called before gets `patience` times what its latest calls took, in proportion to the cost where that is
-    higher than theirs was, and at least `least` seconds; a call unlike all before gets `first`. Where the config sets the time
-    of a phase, each call of that phase gets it.
+    A method that was called before gets `timeout_factor` times what its latest calls took, in proportion to the cost where
+    that is higher than theirs was, and at least `min_timeout` seconds; a call unlike all before gets `initial_timeout`. Where
+    the config sets the time of a phase, each call of that phase gets it.
     """
 
     def __init__(self, settings: DeadlineSettings) -> None:
@@ -75,9 +75,9 @@ class Deadlines:
             return float(fixed)
         expected = [seconds * cost.times(actual) for actual, seconds in self._seen.get(method.name, ())]
         if not (known := [seconds for seconds in expected if math.isfinite(seconds)]):
-            return settings.first
+            return settings.initial_timeout
         # Who was slow and healthy must not be ended again and again: the next attempt gets twice the time.
-        return max(settings.least, settings.patience * max(known)) * 2.0 ** self._missed[method.name]
+        return max(settings.min_timeout, settings.timeout_factor * max(known)) * 2.0 ** self._missed[method.name]
 
     def observe(self, method: RemoteMethod, cost: Cost, seconds: float) -> None:
         """Record that a call of this cost took so many seconds."""
@@ -98,7 +98,7 @@ class Deadlines:
         return (
             f"deadlines.{method.phase}"
             if getattr(self._settings, method.phase)
-            else "deadlines.first, .least and .patience"
+            else "deadlines.initial_timeout, .min_timeout and .timeout_factor"
         )
 
 

@@ -58,8 +58,8 @@ class FailurePolicy:
             raise error
         if left < 0:
             note = (
-                f"not replaced again: {self._settings.restarts} restarts in {self._settings.window:g} s, or in one step, are "
-                "allowed (recovery.restarts, recovery.window)"
+                f"not replaced again: {self._settings.max_restarts} restarts in {self._settings.restart_window:g} s, or in one "
+                "step, are allowed (recovery.max_restarts, recovery.restart_window)"
             )
             spent = WorkerError(replace(failure, text=f"{failure.text}\n  {note}"))
             spent.final = True
@@ -73,13 +73,15 @@ class FailurePolicy:
         now, left = _Restart(time.monotonic(), self.where), []
         for role in {role for role, _ in failure.failed_ranks} or {failure.role}:
             self._spent[role] = [r for r in (*self._spent.get(role, ()), now) if self._counts(r, now)]
-            left.append(self._settings.restarts - len(self._spent[role]))
+            left.append(self._settings.max_restarts - len(self._spent[role]))
         return min(left)
 
     def _counts(self, restart: _Restart, now: _Restart) -> bool:
         """Whether it lies in the window, or in the step that is being tried: a step whose every attempt takes longer than the
         window would be tried for ever."""
-        return now.time - restart.time <= self._settings.window or bool(now.where and restart.where == now.where)
+        return now.time - restart.time <= self._settings.restart_window or bool(
+            now.where and restart.where == now.where
+        )
 
     def record(self, failure: Failure, consequence: str) -> None:
         """Write a failure, and what came of it, to a file of its own."""

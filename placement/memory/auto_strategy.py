@@ -20,13 +20,13 @@ FASTEST_FIRST = tuple(ZERO)
 
 
 def is_usable(strategy: Strategy, config: RunConfig, device: Device) -> bool:
-    """Whether a strategy works for all roles: offload to the host needs a GPU, NVMe its folder; `share` and `quantize` need
+    """Whether a strategy works for all roles: offload to the host needs a GPU, NVMe its folder; `shared_base` and `quantize` need
     unsharded parameters; an optimizer in bfloat16 cannot be offloaded."""
     zero = ZERO[strategy]
     place_exists = {"device": True, "host": device == "cuda", "nvme": config.offload.nvme_path is not None}[
         zero.optimizer
     ]
-    whole = bool(config.share) or bool(config.model.quantize)
+    whole = bool(config.shared_base) or bool(config.model.quantize)
     narrow = any(model.optimizer_dtype == "bfloat16" for _, _, model in config.trained_models())
     return place_exists and not (whole and zero.stage == 3) and (zero.bfloat16_optimizer or not narrow)
 

@@ -37,7 +37,7 @@ BUSY: dict[Phase, tuple[Role, ...]] = {
     "load": ROLES,
     "generate": ("rollout",),
     "score": ("reference", "critic", "reward"),
-    "publish": ("actor", "rollout"),
+    "weight_sync": ("actor", "rollout"),
 }
 """Roles that work in a phase; in the other phases, the trained roles. Roles of one group take turns, but publishing needs both
 sender and receiver at the same time."""
@@ -196,8 +196,8 @@ def _with_offload(uses: UseByPhase, model: Model, sharding: Sharding) -> UseByPh
 
 
 def _sent(model: Model, sharding: Sharding, config: RunConfig, plan: Plan) -> int:
-    bucket, transport = config.publish.bucket_mib * MIB, transport_of(config, plan)
-    if config.publish.lora == "adapter":
+    bucket, transport = config.weight_sync.bucket_mib * MIB, transport_of(config, plan)
+    if config.weight_sync.lora == "adapter":
         return model.adapter_parameters * model.size
     return sent_bytes(model, sharding, bucket, transport)
 
@@ -206,12 +206,12 @@ def _engine(config: RunConfig, plan: Plan, shapes: Shapes, offloads: bool) -> Us
     rollout, planned = config.rollout, plan.roles["rollout"]
     model = _model(shapes.policy, config.model, False, False)
     sequences = min(rollout.max_sequences, -(-plan.batch.sequences // planned.ranks))
-    received = received_bytes(model, config.publish.bucket_mib * MIB, transport_of(config, plan))
+    received = received_bytes(model, config.weight_sync.bucket_mib * MIB, transport_of(config, plan))
     adapter = _model(shapes.policy, config.model, False, with_adapters=True).adapter_parameters * model.size
     gpu = _gpu_bytes(plan, plan.group(planned.group))
     reserved = None if gpu is None else int(rollout.gpu_memory_share * gpu)
     kv_cache = int(rollout.kv_cache_gib * GIB)
-    received, served = (adapter, adapter) if config.publish.lora == "adapter" else (received, 0)
+    received, served = (adapter, adapter) if config.weight_sync.lora == "adapter" else (received, 0)
     return engine_memory(
         model, plan.device, planned.devices_per_rank, kv_cache, sequences, received, reserved, served, offloads
     )
@@ -313,7 +313,7 @@ def _worst_turn(
         awake = {role for worker in turn for role in plan.roles[worker].process_roles}
         return sum((busy[r] if r in turn else idle[r] if r in awake else asleep[r] for r in busy), MemoryBreakdown())
 
-    turns = [working] if phase == "publish" else [[role] for role in working] or [[]]
+    turns = [working] if phase == "weight_sync" else [[role] for role in working] or [[]]
     return max(map(held, turns), key=lambda place: place.total)
 
 
@@ -333,12 +333,12 @@ def _store(
     )
     if phase == "load":
         return 0
-    if phase == "publish" and plan.group(plan.roles["actor"].group).nodes[0] == node:
+    if phase == "weight_sync" and plan.group(plan.roles["actor"].group).nodes[0] == node:
         model = _model(shapes.policy, config.model, False, False)
-        if config.publish.lora == "adapter":
+        if config.weight_sync.lora == "adapter":
             return snapshots + _model(shapes.policy, config.model, False, True).adapter_parameters * model.size
         if transport_of(config, plan) == "object_store":
-            return snapshots + min(config.publish.bucket_mib * MIB + model.largest, model.nbytes)
+            return snapshots + min(config.weight_sync.bucket_mib * MIB + model.largest, model.nbytes)
     return snapshots * (2 if phase == "save" else 1)
 
 

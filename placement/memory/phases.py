@@ -60,7 +60,7 @@ def trainer_memory(
         "generate": [idle],
         "score": [_pass(idle, model, sharding, pass_size) if scores else idle],
         "train": _train(model, sharding, pass_size, idle),
-        "publish": [idle + at("device", buffers=published)],
+        "weight_sync": [idle + at("device", buffers=published)],
         "save": [idle + at("host", buffers=state_bytes(model, sharding) if snapshots else 0)],
     }
     return _peaks(candidates, sharding, 0 if model.on_shared_base else TRAINER_RUNTIME)
@@ -117,7 +117,7 @@ def engine_memory(
     candidates: dict[Phase, list[MemoryUse]] = {phase: [idle] for phase in WITH_ENGINES}
     candidates["load"] = [awake]
     candidates["generate"] = [awake + at("device", logits=sampling)]
-    candidates["publish"] = [idle + at("device", buffers=received)]
+    candidates["weight_sync"] = [idle + at("device", buffers=received)]
     return _peaks(candidates, Sharding("ddp", 1, device), ENGINE_RUNTIME, reserved is not None)
 
 

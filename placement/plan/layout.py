@@ -58,9 +58,9 @@ def roles_of(config: RunConfig, stage: Stage) -> tuple[Role, ...]:
 
 
 def roles_by_process(config: RunConfig, roles: tuple[Role, ...]) -> list[tuple[Role, ...]]:
-    """The roles of each process of a rank: one process for all roles of `share`, one for every other role."""
-    sharing = tuple(role for role in roles if role in config.share)
-    alone: list[tuple[Role, ...]] = [(role,) for role in roles if role not in config.share]
+    """The roles of each process of a rank: one process for all roles of `shared_base`, one for every other role."""
+    sharing = tuple(role for role in roles if role in config.shared_base)
+    alone: list[tuple[Role, ...]] = [(role,) for role in roles if role not in config.shared_base]
     return [sharing, *alone] if sharing else alone
 
 
@@ -92,7 +92,7 @@ def partition(
                 f"{spec.setting} holds {', '.join(r for r in spec.roles if r in process_roles)}" for spec in holders
             )
             text = f"{', '.join(process_roles)} are in one process and must be in one group, but {parts}"
-            problems.append(Problem("share", text))
+            problems.append(Problem("shared_base", text))
     missing = [role for role in roles if not any(role in spec.roles for spec in specs)]
     if missing:
         text = f"no group holds {', '.join(missing)}; the stage needs each of {', '.join(roles)} in one group"

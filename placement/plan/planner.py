@@ -123,7 +123,7 @@ def _sharing_problems(config: RunConfig, stage: Stage, processes: Sequence[tuple
         strategy = strategy_in(stage, role, config)
         if strategy and ZERO[strategy].stage == 3:
             setting = f"strategies.{role}" if role in config.strategies else "strategy"
-            text = f"{strategy} shards the parameters of {role}, but `share` needs them whole; "
+            text = f"{strategy} shards the parameters of {role}, but `shared_base` needs them whole; "
             problems.append(Problem(setting, text + "zero2, zero1 or ddp would fit"))
     return problems
 
@@ -198,7 +198,7 @@ def _quantize_problems(config: RunConfig, stage: Stage, device: Device) -> list[
 
 def _publish_problems(config: RunConfig, specs: Sequence[GroupSpec], device: Device) -> list[Problem]:
     """Transports that cannot work: NCCL refuses two ranks on one GPU; CUDA IPC reaches processes on the same GPU only."""
-    transport = config.publish.transport
+    transport = config.weight_sync.transport
     shared = any({"actor", "rollout"} <= set(spec.roles) for spec in specs)
     if transport in ("nccl", "ipc") and device == "cpu":
         text = f"{transport} works between GPUs only, but this run's device is cpu; object_store or auto would fit"
@@ -210,4 +210,4 @@ def _publish_problems(config: RunConfig, specs: Sequence[GroupSpec], device: Dev
         )
     else:
         return []
-    return [Problem("publish.transport", text)]
+    return [Problem("weight_sync.transport", text)]

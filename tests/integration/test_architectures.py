@@ -64,7 +64,7 @@ CONFIG = RunConfig.model_validate({
     },
     "rollout": {"max_new_tokens": 8, "kv_cache_gib": 0.03125, "max_sequences": 8},
     "placement": {"cpus_per_device": 1},
-    "deadlines": {"first": 240},
+    "deadlines": {"initial_timeout": 240},
 })  # fmt: skip
 
 

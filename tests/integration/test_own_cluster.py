@@ -141,7 +141,9 @@ def test_ctrl_c_and_then_a_closed_terminal_leave_a_checkpoint_and_no_process(con
     terminal = Terminal(command, ROOT, env)
     seen = look(terminal.process, config)
     terminal.press_ctrl_c()
-    terminal.wait_for("stopping after this step, or in 25 s within it (recovery.grace); a second signal stops at once")
+    terminal.wait_for(
+        "stopping after this step, or in 25 s within it (recovery.stop_grace); a second signal stops at once"
+    )
     terminal.close()
     os.killpg(terminal.process.pid, signal.SIGHUP)  # as a shell does
     assert terminal.process.wait(120) == 128 + signal.SIGINT

@@ -157,7 +157,7 @@ def test_other_settings_are_refused_with_the_difference(whole: Result, micro: Pa
     assert f"start_from={whole.folder}" in first
     assert differences == ["  ppo.steps: 6 in the run, 7 now", "  seed: 1 in the run, 5 now"]
     noted = (whole.folder / "config.yaml").read_text()
-    run_stages(load_config(micro, ["checkpoint.every=2", "deadlines.first=999"]))
+    run_stages(load_config(micro, ["checkpoint.every=2", "deadlines.initial_timeout=999"]))
     assert (whole.folder / "config.yaml").read_text() == noted, "nothing was run with these"
 
 
@@ -296,8 +296,8 @@ def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
         "ppo.actor_optimizer.lr=0.01",  # so far that the estimate of the KL is positive, whatever the answers
         f"ppo.rewards=[{{kind: model, path: {whole.models['rm']}}}, {sources}]",
         "ppo.max_unscored=0.9",
-        "ppo.refuse_kl=1e-6",
-        "recovery.refused_steps=9",
+        "ppo.max_kl_per_step=1e-6",
+        "recovery.max_skipped_steps=9",
         f"ppo.evaluation.judges=[{{name: never, function: '{functions}:never', timeout: 0.5}}]",
     )
     folder = tmp_path / "micro"

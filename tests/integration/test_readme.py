@@ -211,7 +211,7 @@ def test_the_advantages_and_the_loss_of_contributing_work() -> None:
     for kind in ("constant", "best", "unclipped"):
         exec(snippet(f'kind: Literal["{kind}"]'), vars(sys.modules["contributed"]))
     ppo = {"prompts": {"path": "p"}, "steps": 1, "actor_optimizer": {"lr": 1}, "critic": False, "loss": "unclipped"}
-    ppo |= {"advantage": "best", "kl": {"place": "loss", "estimator": "k3"}}
+    ppo |= {"advantage": "best", "kl": {"apply_to": "loss", "estimator": "k3"}}
     settings = load_config({"name": "run", "model": {"path": "m"}, "ppo": ppo}).ppo
     assert settings is not None
 

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = (
     TWO_ENGINES,
     "recovery.snapshot_every=2",
-    "recovery.restarts=9",
+    "recovery.max_restarts=9",
 )
 
 
@@ -115,9 +115,10 @@ def test_supervised_stages_are_as_without_the_faults(micro: Path, whole: Result,
 def test_a_fault_that_comes_again_ends_the_run(micro: Path, whole: Result, tmp_path: Path) -> None:
     fault(tmp_path, "reward-0", "score", 1)
     with pytest.raises(
-        WorkerError, match=r"not replaced again: 0 restarts in 3600 s, or in one step, are allowed \(recovery\.restarts"
+        WorkerError,
+        match=r"not replaced again: 0 restarts in 3600 s, or in one step, are allowed \(recovery\.max_restarts",
     ):
-        run(micro, whole, tmp_path, "ppo", "recovery.restarts=0")
+        run(micro, whole, tmp_path, "ppo", "recovery.max_restarts=0")
 
 
 def test_a_step_that_is_not_finite_is_not_applied_and_two_in_a_row_end_the_run(
@@ -128,7 +129,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_two_in_a_row_end_the_run(
     with pytest.raises(
         RefusedError, match=r"^ppo, step 5: a training step was refused in 2 steps in a row \(recovery\."
     ):
-        run(micro, whole, tmp_path, "ppo", "recovery.refused_steps=2")
+        run(micro, whole, tmp_path, "ppo", "recovery.max_skipped_steps=2")
     folder = tmp_path / "micro"
     found = lines(folder, "ppo")
     assert [line["refused/actor"] for line in found[1:]] == [0, 2, 0, 2]

@@ -50,7 +50,7 @@ def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
         load_config(config, [SETTINGS[0], "ppo.advantage=grpo", IN_LOSS])
     with pytest.raises(ConfigError, match=r"^ppo\.kl\.place: was reward, but an advantage per answer is made of"):
         load_config(config, SETTINGS)
-    assert load_config(config, [*SETTINGS, "ppo.kl.control={kind: fixed, coefficient: 0}"])
+    assert load_config(config, [*SETTINGS, "ppo.kl.controller={kind: fixed, coefficient: 0}"])
     chosen, unchosen = (
         load_config(config, [*SETTINGS, IN_LOSS, *more]).ppo for more in (["ppo.whiten_advantages=true"], [])
     )

@@ -31,7 +31,7 @@ from workers.process.worker import WorkerSpec, environment
 from workers.process.worker_process import WorkerProcess
 from workers.training.schedule import StageStep
 
-DEADLINES = Deadlines(DeadlineSettings(first=240.0, start=240.0))
+DEADLINES = Deadlines(DeadlineSettings(initial_timeout=240.0, start=240.0))
 
 
 def run_config(**settings: Any) -> RunConfig:
@@ -65,7 +65,7 @@ class Hosts:
         if key not in self.groups:
             plugin = "tests.support.learners" if kind.startswith("open") else "tests.support.faults"
             model = {"path": "model", "dtype": "float32", "lora": served}
-            config = run_config(plugins=[plugin], model=model, publish={"lora": "adapter" if served else "merged"})
+            config = run_config(plugins=[plugin], model=model, weight_sync={"lora": "adapter" if served else "merged"})
             env = {"env_vars": environment(config, role, "cpu", 1)}
             specs = [WorkerSpec(config, role, rank, ranks, "cpu", 1) for rank in range(ranks)]
             handles = [

@@ -86,10 +86,10 @@ def refuse_other_base(model: str, base: str) -> None:
     if adapter is None:
         raise ValueError(
             f"{model} has no adapter with a head ({FOLDER}/), so it cannot share its base with other roles; train the "
-            "reward model with lora, or leave critic and reward out of `share`"
+            "reward model with lora, or leave critic and reward out of `shared_base`"
         )
     if base_of(adapter) != real(base):
         raise ValueError(
-            f"{model} is an adapter on {base_of(adapter)}, and the roles of `share` have {base} as base; train the reward "
-            "model from that, or leave critic and reward out of `share`"
+            f"{model} is an adapter on {base_of(adapter)}, and the roles of `shared_base` have {base} as base; train the reward "
+            "model from that, or leave critic and reward out of `shared_base`"
         )

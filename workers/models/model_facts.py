@@ -64,7 +64,7 @@ def model_facts(
     heads: "language" for an actor, a reference or SFT; "scalar" for a critic or a reward model; both where it serves as both.
     learns: the model will be trained: also test its adapters, if the settings have some, and what an export writes beside the
     weights; a scalar head may be new where the folder holds a language model. served_on: device of the engines that will serve
-    it. adapter_served: engines get only its adapter (`publish.lora=adapter`).
+    it. adapter_served: engines get only its adapter (`weight_sync.lora=adapter`).
 
     Raises OSError or ValueError where the config cannot be read; the text names the path.
     """
@@ -89,7 +89,7 @@ def model_facts(
     if served_on and (reason := why_not_served(config, served_on)):
         problems.append(reason)
     if adapter_served and (reason := why_no_adapter(config)):
-        problems.append(f"publish.lora: was 'adapter', but {reason}; merged would fit")
+        problems.append(f"weight_sync.lora: was 'adapter', but {reason}; merged would fit")
     embeddings = built.get_input_embeddings().weight if built is not None else None
     return ModelFacts(
         model_type=config.model_type,

@@ -47,8 +47,8 @@ UNSERVED_ON_CPU: dict[str, str] = {
 """Model type -> why it is not served on CPU."""
 
 NO_ADAPTERS = ("bloom", "falcon", "glm4", "gpt2", "gpt_bigcode", "gptj", "stablelm")
-"""Model types for which publish.lora must be merged. The same holds for mixtures of experts: with adapters of any layer vLLM uses
-expert kernels that a CPU does not have."""
+"""Model types for which weight_sync.lora must be merged. The same holds for mixtures of experts: with adapters of any layer vLLM
+uses expert kernels that a CPU does not have."""
 
 
 def why_not_served(config: PreTrainedConfig, device: Device) -> str | None:

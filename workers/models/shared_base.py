@@ -67,7 +67,7 @@ class SharedBase:
             model._init_weights(model.score)
         if missing := [name for name, p in model.named_parameters() if p.is_meta]:
             raise ValueError(
-                f"share: {config.model_type} with a scalar head has weights beside its base and the head: {missing}"
+                f"shared_base: {config.model_type} with a scalar head has weights beside its base and the head: {missing}"
             )
         return model
 

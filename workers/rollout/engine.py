@@ -64,7 +64,7 @@ class RolloutWorker(Worker, RolloutApi):
             cleanup_dist_env_and_memory()
         self.longest = max_length
         settings, model = self.config.rollout, self.config.model
-        sends_adapter = self.config.publish.lora == "adapter"
+        sends_adapter = self.config.weight_sync.lora == "adapter"
         config = load_config(path, model, scalar=False)
         if reason := why_not_served(config, "cuda" if self.spec.device == "cuda" else "cpu"):
             raise ValueError(f"{path}: {reason}")
@@ -226,7 +226,7 @@ class RolloutWorker(Worker, RolloutApi):
         for lacking in self.engine.collective_rpc("layers_without_weights"):
             if lacking:
                 raise RuntimeError(f"vLLM did not load the new weights of {len(lacking)} layers, first {lacking[0]}")
-        if self.config.publish.lora == "adapter":
+        if self.config.weight_sync.lora == "adapter":
             assert self.config.model.lora is not None
             self.engine.collective_rpc("apply_adapter", kwargs={"config": _in_peft_words(self.config.model.lora)})
             self.adapter = LoRARequest("actor", ADAPTER_ID, "in memory")

@@ -200,9 +200,9 @@ class PolicyWorker(Trainer, PolicyApi):
 
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
         """Meet the engines over a transport: object_store, nccl or ipc."""
-        alone = LEARNS if self.config.publish.lora == "adapter" else None
+        alone = LEARNS if self.config.weight_sync.lora == "adapter" else None
         self.source = GatheredWeights(self.model.hf, self.backend, checked=self.rank == 0, alone=alone)
-        rollout, bucket_bytes = self.config.rollout, self.config.publish.bucket_mib * 2**20
+        rollout, bucket_bytes = self.config.rollout, self.config.weight_sync.bucket_mib * 2**20
         self.client = EngineClient(engines, self.source, rollout.tensor_parallel)
         engine_ranks = len(engines) * rollout.tensor_parallel
         self.sender = make_sender(transport, self.client, self.source, self.rank, bucket_bytes, engine_ranks, address)

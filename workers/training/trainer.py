@@ -110,7 +110,7 @@ class Trainer(Worker, TrainerApi):
         seed: draws the dropout of adapters; with the rank added, so that a step repeated is the same step.
         debug_batch: gives what the losses are computed from; called where the step is skipped.
 
-        A step whose loss or gradients are not finite, or whose gradients' norm is above `refuse_grad_norm`, is skipped on
+        A step whose loss or gradients are not finite, or whose gradients' norm is above `skip_grad_norm`, is skipped on
         all ranks: weights and optimizer stay as they are, bit for bit, `refused` is 1, and `skipped_batch` tells more.
         """
         assert self.optimizer_settings is not None
@@ -138,7 +138,7 @@ class Trainer(Worker, TrainerApi):
         """Whether a step is applied. The arguments are the same on every rank. A norm of gradients that are not finite may be
         negative (StepOutcome)."""
         assert self.optimizer_settings is not None
-        return math.isfinite(loss) and 0.0 <= norm <= self.optimizer_settings.refuse_grad_norm
+        return math.isfinite(loss) and 0.0 <= norm <= self.optimizer_settings.skip_grad_norm
 
     def _activations(self) -> AbstractContextManager[Any]:
         """Within it what autograd keeps goes to host memory, where the settings say so and there is another."""

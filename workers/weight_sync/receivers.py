@@ -200,7 +200,8 @@ class WeightVerifier:
         manager.add_adapter(adapter)
         if unsupported := adapter.loras.keys() - manager.modules.keys():
             raise ValueError(
-                f"publish.lora: was 'adapter', but vLLM applies none to {', '.join(sorted(unsupported)[:3])}; merged would fit"
+                f"weight_sync.lora: was 'adapter', but vLLM applies none to {', '.join(sorted(unsupported)[:3])}; merged would "
+                "fit"
             )
         manager.activate_adapter(ADAPTER_ID)
         self.weight_transfer_engine.tensors = {}  # type: ignore[attr-defined]

@@ -58,7 +58,7 @@ def test_file_interpolations_and_overrides(tmp_path: Path) -> None:
             "ppo.critic_optimizer.lr=2e-4",
             "model.path=${name}/model",
             "rollout.gpu_memory_share=0.9",
-            "ppo.kl.control={kind: adaptive, target: 0.2}",
+            "ppo.kl.controller={kind: adaptive, target: 0.2}",
             "cluster.address=",
         ],
     )
@@ -70,7 +70,7 @@ def test_file_interpolations_and_overrides(tmp_path: Path) -> None:
     assert config.ppo.critic_optimizer.betas == (0.9, 0.95)
     assert config.model.path == "run/model"
     assert config.rollout.gpu_memory_share == 0.9
-    assert config.ppo.kl.control.kind == "adaptive"
+    assert config.ppo.kl.controller.kind == "adaptive"
     assert config.cluster.address is None
 
 
@@ -264,10 +264,13 @@ BAD: list[tuple[str, str]] = [
     ("ppo.epoch=1", "ppo.epoch: no such setting; did you mean epochs?"),
     ("sed=3", "sed: no such setting; did you mean seed?"),
     ("temperature=1", "temperature: no such setting; did you mean rollout.temperature?"),
-    ("publish.zzz=1", "publish.zzz: no such setting; there are transport, bucket_mib, lora"),
+    ("weight_sync.zzz=1", "weight_sync.zzz: no such setting; there are transport, bucket_mib, lora"),
     ("ppo.rewards.0.wight=1", "ppo.rewards.0.wight: no such setting; did you mean weight?"),
     ("ppo.rewards.0.model=1", "ppo.rewards.0.model: no such setting; there are kind, name, path, tokenizer, weight"),
-    ("ppo.kl.control={kind: adaptive, horizn: 1}", "ppo.kl.control.horizn: no such setting; did you mean horizon?"),
+    (
+        "ppo.kl.controller={kind: adaptive, horizn: 1}",
+        "ppo.kl.controller.horizn: no such setting; did you mean horizon?",
+    ),
     ("placement.devices.actr=1", "placement.devices.actr: no such key; did you mean actor?"),
     ("strategies={acto: ddp}", "strategies.acto: no such key; did you mean actor?"),
     # missing
@@ -275,7 +278,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.critic_optimizer={betas: [0, 0]}", "ppo.critic_optimizer.lr: missing; must be number > 0"),
     (
         "sft={train: {path: x}}",
-        "sft.optimizer: missing; must be settings (lr, betas, weight_decay, warmup, schedule, max_grad_norm, refuse_grad_norm)",
+        "sft.optimizer: missing; must be settings (lr, betas, weight_decay, warmup, schedule, max_grad_norm, skip_grad_norm)",
     ),
     ("ppo.steps=???", "ppo.steps: has no value (???)"),
     ("seed=???", "seed: has no value (???)"),
@@ -295,7 +298,7 @@ BAD: list[tuple[str, str]] = [
     ("ppo.steps=2024-01-01", 'ppo.steps: was "2024-01-01"; must be integer > 0'),
     ("ppo.value_clip_range=0,2", 'ppo.value_clip_range: was "0,2"; must be number > 0'),
     ("ppo.target_kl=0", "ppo.target_kl: was 0; must be number > 0 or none"),
-    ("publish=none", "publish: was none; must be settings (transport, bucket_mib, lora)"),
+    ("weight_sync=none", "weight_sync: was none; must be settings (transport, bucket_mib, lora)"),
     ("runs=null", "runs: was null; must be path; quote it if it is text"),
     ("runs=none", "runs: was none; must be path; quote it if it is text"),
     ("runs=~", "runs: was ~; must be path; quote it if it is text"),
@@ -319,7 +322,7 @@ BAD: list[tuple[str, str]] = [
         'ppo.rewards: was "model"; must be list of at least 1 settings with kind: model | function | http',
     ),
     ("ppo.rewards.0=model", 'ppo.rewards.0: was "model"; must be settings with kind: model | function | http'),
-    ("ppo.kl.control=fixed", 'ppo.kl.control: was "fixed"; must be settings with kind: fixed | adaptive'),
+    ("ppo.kl.controller=fixed", 'ppo.kl.controller: was "fixed"; must be settings with kind: fixed | adaptive'),
     (
         "model.lora={targets: [q, [3]]}",
         'model.lora.targets: was ["q", [3]]; must be list of at least 1 text or all-linear',
@@ -356,10 +359,10 @@ BAD: list[tuple[str, str]] = [
     ),
     ("ppo.rewards.1.timeout=0", "ppo.rewards.1.timeout: was 0; must be number > 0 and <= 86400"),
     ("ppo.max_unscored=2", "ppo.max_unscored: was 2; must be number >= 0 and <= 1"),
-    ("ppo.kl.control={coefficient: 1}", "ppo.kl.control.kind: missing; must be fixed | adaptive"),
-    ("ppo.kl.control={kind: fixed, coefficient: -1}", "ppo.kl.control.coefficient: was -1; must be number >= 0"),
+    ("ppo.kl.controller={coefficient: 1}", "ppo.kl.controller.kind: missing; must be fixed | adaptive"),
+    ("ppo.kl.controller={kind: fixed, coefficient: -1}", "ppo.kl.controller.coefficient: was -1; must be number >= 0"),
     (
-        "ppo.kl.place=loss",
+        "ppo.kl.apply_to=loss",
         "ppo.kl: k1 in the loss has a gradient with mean 0, so it is no penalty. Use estimator=k2 or k3.",
     ),
     ("placement.devices={critic: 0}", "placement.devices.critic: was 0; must be integer > 0"),
@@ -378,8 +381,8 @@ BAD: list[tuple[str, str]] = [
         "placement.groups: the role actor is in more than one group",
     ),
     (
-        "publish.lora=adapter",
-        "publish.lora: was 'adapter', but model.lora is none, so there is no adapter; merged would fit",
+        "weight_sync.lora=adapter",
+        "weight_sync.lora: was 'adapter', but model.lora is none, so there is no adapter; merged would fit",
     ),
     (
         "model.quantize=4bit",
@@ -414,7 +417,7 @@ BAD: list[tuple[str, str]] = [
     (
         "ppo.critic_optimizer=none",
         "ppo.critic_optimizer: missing; must be settings (lr, betas, weight_decay, warmup, schedule, max_grad_norm, "
-        "refuse_grad_norm): critic is true",
+        "skip_grad_norm): critic is true",
     ),
     (
         "ppo={prompts: {path: p}, steps: 2, critic: false, advantage: gae, actor_optimizer: {lr: 1}}",
@@ -426,10 +429,10 @@ BAD: list[tuple[str, str]] = [
         "would fit, or false",
     ),
     (
-        "ppo={prompts: {path: p}, steps: 2, critic: false, refuse_kl: 0.1, kl: {control: {kind: adaptive}}, "
+        "ppo={prompts: {path: p}, steps: 2, critic: false, max_kl_per_step: 0.1, kl: {controller: {kind: adaptive}}, "
         "actor_optimizer: {lr: 1}}",
-        "ppo.refuse_kl: was 0.1, and kl.control.target is 0.1: a step at its target would not change the actor; a larger one "
-        "would fit",
+        "ppo.max_kl_per_step: was 0.1, and kl.controller.target is 0.1: a step at its target would not change the actor; a "
+        "larger one would fit",
     ),
     ("ppo.rewards.0.name=std", "ppo.rewards: the name std is the name of a metric; choose another"),
     ("ppo.rewards.0.name=short_std", "ppo.rewards: the name short_std is the name of a metric; choose another"),
@@ -528,14 +531,14 @@ def test_the_names_of_metrics_are_taken() -> None:
     ],
 )
 def test_an_adapter_that_no_engine_can_serve_is_refused(tmp_path: Path, model: str, reason: str) -> None:
-    errors = problems(write(tmp_path, GOOD), f"model={{path: m, {model}}}", "publish.lora=adapter")
-    assert errors == [f"publish.lora: was 'adapter', but {reason}; merged would fit"]
+    errors = problems(write(tmp_path, GOOD), f"model={{path: m, {model}}}", "weight_sync.lora=adapter")
+    assert errors == [f"weight_sync.lora: was 'adapter', but {reason}; merged would fit"]
     load_config(write(tmp_path, GOOD), [f"model={{path: m, {model}}}"])
 
 
 def test_circle_of_interpolations(tmp_path: Path) -> None:
     assert "settings: too many values, nested too deeply, or circular interpolations" in problems(
-        write(tmp_path, GOOD), "ppo.kl.control={kind: '${rollout}'}", "rollout.seed={a: '${ppo.kl.control}'}"
+        write(tmp_path, GOOD), "ppo.kl.controller={kind: '${rollout}'}", "rollout.seed={a: '${ppo.kl.controller}'}"
     )
 
 

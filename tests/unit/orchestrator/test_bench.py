@@ -141,10 +141,10 @@ def test_capacity_refuses_a_strategy_that_there_is_not_before_it_tries_one() -> 
 
 def test_capacity_compares_with_plain_ddp() -> None:
     asked = Benchmark(**DEFAULTS | {"strategy": "ddp,zero2", "lora_rank": 8, "precision": "bfloat16"})
-    found = variants(asked, ["publish.bucket_mib=8"])
+    found = variants(asked, ["weight_sync.bucket_mib=8"])
     assert list(found) == ["ddp float32", "ddp bfloat16 LoRA 8", "zero2 bfloat16 LoRA 8"]
     assert not any("lora" in flag for flag in found["ddp float32"])
-    assert all("publish.bucket_mib=8" in flags for flags in found.values())
+    assert all("weight_sync.bucket_mib=8" in flags for flags in found.values())
 
 
 # ---------------------------------------------------------------- memory, watched

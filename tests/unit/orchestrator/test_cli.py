@@ -203,8 +203,8 @@ def test_a_run_goes_on_where_it_began(micro: Path, tmp_path: Path, monkeypatch: 
 
 def test_an_adapter_of_a_model_that_vllm_applies_none_to_is_refused(micro: Path, tmp_path: Path) -> None:
     path = make_model(tmp_path / "gpt2", "gpt2")
-    said = refused("pipeline", micro, f"model.path={path}", "model.lora={}", "publish.lora=adapter")
-    assert said == "troupe: publish.lora: was 'adapter', but vLLM serves no adapters of gpt2 models; use merged\n"
+    said = refused("pipeline", micro, f"model.path={path}", "model.lora={}", "weight_sync.lora=adapter")
+    assert said == "troupe: weight_sync.lora: was 'adapter', but vLLM serves no adapters of gpt2 models; use merged\n"
 
 
 def test_all_wrong_settings_at_once(micro: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_phase_that_is_named_gets_what_it_says() -> None:
 
 
 def test_other_calls_go_by_what_they_took_before() -> None:
-    deadlines = Deadlines(DeadlineSettings(first=100, least=20, patience=10))
+    deadlines = Deadlines(DeadlineSettings(initial_timeout=100, min_timeout=20, timeout_factor=10))
     assert deadlines.seconds(VALUES, Cost(50, 1)) == 100
     deadlines.observe(VALUES, Cost(1000, 4), 4.0)
     assert deadlines.seconds(VALUES, Cost(1000, 4)) == 40
@@ -58,7 +58,7 @@ def test_other_calls_go_by_what_they_took_before() -> None:
 
 def test_a_call_that_does_what_none_did_before_is_a_first_call() -> None:
     """A critic's warm-up measures the actor's log-probabilities and updates nothing."""
-    deadlines = Deadlines(DeadlineSettings(first=100, least=1, patience=10))
+    deadlines = Deadlines(DeadlineSettings(initial_timeout=100, min_timeout=1, timeout_factor=10))
     deadlines.observe(TRAIN_ANSWERS, Cost(500, steps=0), 1.0)
     assert deadlines.seconds(TRAIN_ANSWERS, Cost(500, steps=0)) == 10
     assert deadlines.seconds(TRAIN_ANSWERS, Cost(6000, steps=4)) == 100
@@ -67,7 +67,7 @@ def test_a_call_that_does_what_none_did_before_is_a_first_call() -> None:
 
 
 def test_after_a_missed_deadline_the_next_attempt_has_twice_the_time() -> None:
-    deadlines = Deadlines(DeadlineSettings(first=100, least=60, patience=10))
+    deadlines = Deadlines(DeadlineSettings(initial_timeout=100, min_timeout=60, timeout_factor=10))
     deadlines.missed(VALUES)
     assert deadlines.seconds(VALUES, Cost()) == 100, "what a setting names stays"
     deadlines.observe(VALUES, Cost(), 1.0)
@@ -92,7 +92,7 @@ def test_whoever_works_as_fast_as_before_is_not_taken_for_hung(
     def seconds(work: tuple[float, float]) -> float:
         return fixed + token * work[0] + step * work[1]
 
-    deadlines = Deadlines(DeadlineSettings(first=1, least=1e-6, patience=3))
+    deadlines = Deadlines(DeadlineSettings(initial_timeout=1, min_timeout=1e-6, timeout_factor=3))
     for work in before:
         deadlines.observe(SCORES, Cost(*work), seconds(work))
     assert seconds(now) <= deadlines.seconds(SCORES, Cost(*now)) * (1 + 1e-9)
@@ -213,7 +213,7 @@ def test_an_error_of_its_own_is_not_survived(tmp_path: Path) -> None:
 
 def test_each_role_has_its_budget(tmp_path: Path) -> None:
     said: list[str] = []
-    recovery = FailurePolicy(RecoverySettings(restarts=2), FailureLog(tmp_path), said.append)
+    recovery = FailurePolicy(RecoverySettings(max_restarts=2), FailureLog(tmp_path), said.append)
     for role in ("critic", "actor"):
         recovery.consider(failure("died", role))
         recovery.consider(failure("hung", role))
@@ -226,7 +226,7 @@ def test_each_role_has_its_budget(tmp_path: Path) -> None:
 
 
 def test_what_was_lost_without_casualties_counts_too() -> None:
-    recovery = FailurePolicy(RecoverySettings(restarts=2))
+    recovery = FailurePolicy(RecoverySettings(max_restarts=2))
     for _ in range(2):
         recovery.consider(failure("lost", "reward"))
     with pytest.raises(WorkerError, match="not replaced again"):
@@ -234,7 +234,7 @@ def test_what_was_lost_without_casualties_counts_too() -> None:
 
 
 def test_restarts_are_counted_over_a_window() -> None:
-    recovery = FailurePolicy(RecoverySettings(restarts=1, window=0.2))
+    recovery = FailurePolicy(RecoverySettings(max_restarts=1, restart_window=0.2))
     recovery.consider(failure("died", "critic"))
     time.sleep(0.3)
     recovery.consider(failure("died", "critic"))
@@ -244,7 +244,7 @@ def test_restarts_are_counted_over_a_window() -> None:
 
 def test_a_step_is_not_tried_for_ever_though_each_attempt_outlasts_the_window(tmp_path: Path) -> None:
     log = FailureLog(tmp_path)
-    recovery = FailurePolicy(RecoverySettings(restarts=1, window=0.01), log)
+    recovery = FailurePolicy(RecoverySettings(max_restarts=1, restart_window=0.01), log)
     for step in (1, 2):
         log.where = f"ppo, step {step} of 5"
         recovery.consider(failure("hung", "actor"))

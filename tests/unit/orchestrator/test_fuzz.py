@@ -47,7 +47,7 @@ VALID: dict[str, Any] = {
         "prompts_per_step": 8,
         "mini_batches": 2,
         "rewards": [{"kind": "model"}, {"kind": "function", "name": "short", "function": "rewards:short"}],
-        "kl": {"control": {"kind": "adaptive", "target": 0.1}},
+        "kl": {"controller": {"kind": "adaptive", "target": 0.1}},
         "actor_optimizer": {"lr": 1e-4},
         "critic_optimizer": "${ppo.actor_optimizer}",
         "evaluation": {"prompts": {"path": "c.jsonl"}, "judges": [{"name": "j", "function": "rewards:judge"}]},

@@ -31,7 +31,7 @@ CONFIG = {
         "steps": 120,
         "actor_optimizer": ADAM,
         "critic_optimizer": ADAM,
-        "kl": {"control": {"kind": "adaptive", "target": 0.12}},
+        "kl": {"controller": {"kind": "adaptive", "target": 0.12}},
         "rewards": [{"kind": "model"}, {"kind": "function", "name": "brief", "function": "tests.support.micro:short"}],
         "evaluation": {"prompts": {"path": "data/held_out.jsonl"}, "samples": 6},
     },

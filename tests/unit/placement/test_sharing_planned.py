@@ -21,7 +21,7 @@ ALL = ["actor", "reference", "critic", "reward"]
 
 
 def shared(roles: list[str] = ALL, **settings: Any) -> dict[str, Any]:
-    return {"model": MODEL, "share": roles, **settings}
+    return {"model": MODEL, "shared_base": roles, **settings}
 
 
 @pytest.mark.parametrize("layout", ["separate", "paired", "colocated"])
@@ -59,7 +59,7 @@ def test_a_base_that_is_sharded_cannot_be_shared(roles: list[str]) -> None:
     result = problems("1x8cpu", **shared(roles, strategies={roles[0]: "zero3"}))
     assert list(result) == [f"strategies.{roles[0]}"]
     assert result[f"strategies.{roles[0]}"].startswith(
-        f"zero3 shards the parameters of {roles[0]}, but `share` needs them whole"
+        f"zero3 shards the parameters of {roles[0]}, but `shared_base` needs them whole"
     )
     assert list(problems("1x8cpu", **shared(roles, strategy="zero3"))) == ["strategy"]
     plan("1x8cpu", **shared(roles, strategies={roles[0]: "zero2"}))
@@ -69,23 +69,23 @@ def test_groups_of_ones_own_that_part_them_are_refused() -> None:
     groups = [{"roles": ["actor", "critic"]}, {"roles": ["reference", "reward"]}, {"roles": ["rollout"]}]
     result = problems("1x8cpu", **shared(placement={"groups": groups}))
     assert result == {
-        "share": "actor, critic, reference, reward are in one process and must be in one group, but placement.groups.0 holds "
-        "actor, critic, placement.groups.1 holds reference, reward"
+        "shared_base": "actor, critic, reference, reward are in one process and must be in one group, but placement.groups.0 "
+        "holds actor, critic, placement.groups.1 holds reference, reward"
     }
 
 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("share=[actor]", "share: actor alone shares nothing; name two roles or more, or none"),
-        ("share=[actor,actor]", "share: actor is listed more than once"),
-        ("model.lora=null", "share: needs model.lora, which is none"),
-        ("share=[actor,rollout]", "share.1: "),
+        ("shared_base=[actor]", "shared_base: actor alone shares nothing; name two roles or more, or none"),
+        ("shared_base=[actor,actor]", "share: actor is listed more than once"),
+        ("model.lora=null", "shared_base: needs model.lora, which is none"),
+        ("shared_base=[actor,rollout]", "shared_base.1: "),
         ("model.lora.dora=true", "share: includes critic and model.lora.dora is true"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, override: str, says: str) -> None:
-    config = write_micro(tmp_path, share=ALL)
+    config = write_micro(tmp_path, shared_base=ALL)
     with pytest.raises(ConfigError) as refused:
         load_config(config, ["model.lora.rank=4", override])
     assert says in str(refused.value)
@@ -105,7 +105,7 @@ def reward_model(folder: Path, base: Path | None) -> Path:
 
 def run_with(tmp_path: Path, *overrides: str) -> Run:
     config: RunConfig = load_config(
-        tmp_path / "config.yaml", ["model.lora.rank=4", "share=[critic,reward]", *overrides]
+        tmp_path / "config.yaml", ["model.lora.rank=4", "shared_base=[critic,reward]", *overrides]
     )
     return Run.begin(config, ["ppo"])
 
@@ -120,12 +120,12 @@ def test_a_reward_model_must_be_an_adapter_on_the_base(tmp_path: Path) -> None:
     check(run_with(tmp_path, f"ppo.rewards=[{{kind: model, path: {good}}}]"), ["ppo"])
     for model, says in (
         (full, "has no adapter with a head"),
-        (other, f"is an adapter on {good}, and the roles of `share`"),
+        (other, f"is an adapter on {good}, and the roles of `shared_base`"),
     ):
         rewards = f"ppo.rewards=[{{kind: model, path: {good}}},{{kind: model, path: {model}, name: second}}]"
         with pytest.raises(RunError, match=rf"^ppo\.rewards\.1\.path: {model} {says}"):
             check(run_with(tmp_path, rewards), ["ppo"])
-        check(run_with(tmp_path, rewards, "share=[actor,critic]"), ["ppo"])  # the critic starts from the first
+        check(run_with(tmp_path, rewards, "shared_base=[actor,critic]"), ["ppo"])  # the critic starts from the first
 
 
 def test_a_reward_model_of_its_own_must_become_one(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class Implementation(Api):
 
 
 def test_a_declaration_has_a_name_and_a_phase() -> None:
-    assert RemoteMethod.of(PolicyApi.publish) == RemoteMethod("publish", "publish")
+    assert RemoteMethod.of(PolicyApi.publish) == RemoteMethod("weight_sync", "weight_sync")
     assert RemoteMethod.of(ValueApi.save) == RemoteMethod("save", "save") == RemoteMethod.of(TrainerApi.save)
     with pytest.raises(ValueError, match=r"^no phase of a remote method: 'sing'; there are start, generate, "):
         remote(phase="sing")  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     result = facts(folder, "language", "scalar", learns=True, served_on="cpu", adapter_served=True)
     assert not result.has_scalar_head
     assert [problem for problem in result.problems if "no granitemoe with a scalar head" in problem]
-    assert [problem for problem in result.problems if problem.startswith("publish.lora: was 'adapter', but vLLM")]
+    assert [problem for problem in result.problems if problem.startswith("weight_sync.lora: was 'adapter', but vLLM")]
     assert len(result.problems) == 2
     result = facts(folder, "language", lora=LoraSettings(targets=["nothing"]), learns=True)
     assert [problem for problem in result.problems if problem.startswith("model.lora.targets: ")]

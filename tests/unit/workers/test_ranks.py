@@ -173,7 +173,7 @@ def run_config(folder: Path, strategy: Strategy, ranks: Ranks, micro_batch_token
         "rm": {"train": data, "optimizer": ADAM, "margin": 0.3, "center": 0.01},
         "ppo": ppo,
         "placement": {"devices": devices, "cpus_per_device": 0.5},
-        "deadlines": {"first": 240},
+        "deadlines": {"initial_timeout": 240},
     })  # fmt: skip
 
 

@@ -49,11 +49,11 @@ def run_config(folder: Path) -> RunConfig:
         "seed": 7,
         "plugins": ["tests.support.sharing"],
         "strategies": {"actor": "zero2", "critic": "zero1"},
-        "share": list(ROLES),
+        "shared_base": list(ROLES),
         "model": {"path": str(folder), "dtype": "float32", "lora": {"rank": 4}, "gradient_checkpointing": True},
         "ppo": ppo,
         "placement": {"devices": {"actor": 2}, "cpus_per_device": 1},
-        "deadlines": {"first": 240},
+        "deadlines": {"initial_timeout": 240},
     })  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_a_checkpoint_holds_the_roles_own_and_is_gone_on_from(
     for who, values in outputs(team, experience).items():
         np.testing.assert_array_equal(values, said[who], who)
 
-    load(team, reward_model, alone=True)  # `share` may change when a run is taken up again
+    load(team, reward_model, alone=True)  # `shared_base` may change when a run is taken up again
     for role in LEARNING:
         team.groups[role].call(TrainerApi.restore, str(tmp_path / role)).get()
     assert learn(team, experience, 2) == pytest.approx(wanted, rel=2e-4, abs=2e-5)
