@@ -16,15 +16,20 @@ SAMPLES = "samples"
 """Folder of the sampled answers: `<stage>.jsonl`."""
 VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
 
+RENAMED_METRICS: dict[str, str] = {}
+"""Old name -> new one, of metrics that runs before the latest release recorded."""
+
 
 class MetricsError(ValueError):
     """A JSON-lines file cannot be read: names the line and the reason."""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in file order; a non-finite value is None. Errors: see read_lines."""
+    """The lines of a run's metrics.jsonl, in file order; a non-finite value is None. Metrics that were written under an old name
+    have their new one. Errors: see read_lines."""
     path = folder / FILE
-    return read_lines(path) if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
+    return [{RENAMED_METRICS.get(name, name): value for name, value in line.items()} for line in lines]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
