@@ -34,7 +34,7 @@ from orchestrator.storage import read_metrics
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 41, 48
 WARM_UP, TIMED = 1, 3
-PHASES = ("generate", "score", "train", "publish")
+PHASES = ("generate", "score", "train", "weight_sync")
 
 # Runs in a subprocess, so that this process never has torch's threads.
 _RATE = """

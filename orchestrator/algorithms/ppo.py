@@ -118,15 +118,15 @@ class PPO(Algorithm):
 
         Beyond the limit of the KL neither learns; the actor only measures how far the engines are from it.
         """
-        metrics = {"updates": 0.0, "refused/actor": 0.0}
+        metrics = {"updates": 0.0, "skipped/actor": 0.0}
         if len(experience.scored):
             update_policy = within_kl_limit and step > self.ppo.warmup_steps
             actor, critic = run_concurrently(
                 self.team.train_actor(experience, step, self.steps, update_policy),
                 self.team.train_critic(experience, step, self.steps) if within_kl_limit else None,
             )
-            if not actor["refused/actor"]:
-                self._check_gap(step, actor["log_prob_gap"])
+            if not actor["skipped/actor"]:
+                self._check_gap(step, actor["logprob_mismatch"])
             metrics = actor | (critic or {})
         else:
             self.context.warn(
@@ -136,17 +136,17 @@ class PPO(Algorithm):
 
     def _skipped_by_kl(self, metrics: dict[str, float]) -> dict[str, float]:
         """The count of skipped updates with that of a step beyond `ppo.max_kl_per_step`, of every role that would have learnt."""
-        counts = {f"refused/{role}": metrics.get(f"refused/{role}", 0.0) for role in self.trained()}
+        counts = {f"skipped/{role}": metrics.get(f"skipped/{role}", 0.0) for role in self.trained()}
         return {name: count + 1.0 for name, count in counts.items()}
 
     def _sync_weights(self) -> dict[str, float]:
         """Give the engines the actor's new weights, under the next version."""
-        with self.context.phase("publish"):
+        with self.context.phase("weight_sync"):
             self.version += 1
             published = self.team.publish(self.version)
         self.context.seconds["prove"] = published.proof_seconds
-        self.context.seconds["publish"] -= published.proof_seconds
-        return {"published_mib": published.nbytes / 2**20, "probe_gap": published.gap}
+        self.context.seconds["weight_sync"] -= published.proof_seconds
+        return {"weight_sync_mib": published.nbytes / 2**20, "probe_gap": published.gap}
 
     def _prompts(self, step: int) -> np.ndarray:
         """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
@@ -175,13 +175,13 @@ class PPO(Algorithm):
         rollouts, results = scored.rollouts, scored.results
         return {
             **reward_metrics(scored.rewards, results),
-            "left_out": float(np.isnan(scored.rewards).sum()),
+            "unscored": float(np.isnan(scored.rewards).sum()),
             **{f"timeouts/{name}": float(result.timeouts) for name, result in results.items()},
             **{f"errors/{name}": float(result.errors) for name, result in results.items()},
             **({} if scored.kl is None else {"kl": scored.kl, "kl_coefficient": self.kl.coefficient}),
             "length/prompt": float(rollouts.prompt_lengths.mean()),
-            "length/answer": float(rollouts.answer_lengths.mean()),
-            "missing_eos": float(1 - rollouts.ended.mean()),
+            "length/response": float(rollouts.answer_lengths.mean()),
+            "truncated": float(1 - rollouts.ended.mean()),
             "policy_version": float(rollouts.max_versions.max()),
             "samples": float(len(rollouts)),
             "tokens": float(rollouts.trained_tokens.sum()),

@@ -330,7 +330,7 @@ class Runner:
 
     def _count_refusals(self, metrics: dict[str, float]) -> None:
         """Save what a refused training step saw. Raises RefusedError after too many in a row."""
-        refused = [role for role in self.trained() if metrics.get(f"refused/{role}", metrics.get("refused"))]
+        refused = [role for role in self.trained() if metrics.get(f"skipped/{role}", metrics.get("skipped"))]
         self.refused = self.refused + 1 if refused else 0
         for role in refused:
             self._record_refusal(role, metrics)

@@ -40,7 +40,7 @@ _MAKE_RANDOM_MODEL = (
     "runpy.run_module('workers.models.random_models', run_name='__main__', alter_sys=True)"
 )
 """Instead of `python -m workers.models.random_models`: a user's folder may have another module of that name."""
-PHASES = ("generate", "score", "train", "publish")
+PHASES = ("generate", "score", "train", "weight_sync")
 MODELS: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
 
 

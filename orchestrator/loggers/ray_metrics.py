@@ -20,7 +20,7 @@ from placement.stages import STAGES
 
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
 """Upper bounds of the buckets of a histogram."""
-_OF_ROLE = ("lr", "grad_norm", "refused")
+_OF_ROLE = ("lr", "grad_norm", "skipped")
 
 
 @loggers.register("ray")

@@ -76,17 +76,17 @@ TABLE = (
     ),
     counter("restarts/{role}", "troupe_restarts_total", "Worker processes of a role that replaced others."),
     counter(
-        "refused/{role}",
+        "skipped/{role}",
         "troupe_skipped_steps_total",
         "Optimizer steps that were not applied: loss, gradient or KL not finite or too large.",
     ),
     counter("updates", "troupe_actor_updates_total", "Optimizer steps of the actor that were applied."),
     counter(
-        "stopped_on_kl",
-        "troupe_stopped_on_kl_total",
+        "early_stop",
+        "troupe_early_stops_total",
         "Steps whose remaining mini-batches were dropped (ppo.target_kl).",
     ),
-    counter("left_out", "troupe_left_out_samples_total", "Answers that were not trained on."),
+    counter("unscored", "troupe_unscored_samples_total", "Answers that were not trained on."),
     counter(
         "timeouts/{source}", "troupe_reward_timeouts_total", "Answers that a source of rewards did not score in time."
     ),
@@ -95,7 +95,7 @@ TABLE = (
         "troupe_reward_errors_total",
         "Answers that a source of rewards did not score for another reason.",
     ),
-    counter("published_mib", "troupe_published_bytes_total", "Bytes of weights given to each engine.", 2**20),
+    counter("weight_sync_mib", "troupe_weight_sync_bytes_total", "Bytes of weights given to each engine.", 2**20),
     gauge(
         "policy_version",
         "troupe_policy_version",
@@ -116,7 +116,7 @@ TABLE = (
     gauge("kl", "troupe_kl_nats", "KL divergence of the policy from the reference, per token, in the latest step."),
     gauge("kl_coefficient", "troupe_kl_coefficient", "Weight of the KL penalty."),
     gauge(
-        "ratio_kl",
+        "approx_kl",
         "troupe_update_kl_nats",
         "KL divergence of the policy that sampled from the one that is updated, per token, mean over the updates.",
     ),
@@ -131,8 +131,8 @@ TABLE = (
         "Entropy of the policy, per token, in the first mini-batch of the latest step.",
     ),
     gauge(
-        "log_prob_gap",
-        "troupe_log_prob_gap_nats",
+        "logprob_mismatch",
+        "troupe_logprob_mismatch_nats",
         "Mean difference of engine and trainer in the log-probability of a token, in the first mini-batch.",
     ),
     gauge(
@@ -141,8 +141,8 @@ TABLE = (
         "Mean difference of engine and trainer in the log-probability of a probe's token, after the latest update.",
     ),
     gauge("length/prompt", "troupe_prompt_tokens_mean", "Mean length of the prompts of the latest step."),
-    gauge("length/answer", "troupe_answer_tokens_mean", "Mean length of the answers of the latest step."),
-    gauge("missing_eos", "troupe_cut_off_answers_ratio", "Share of answers that were cut off at the token limit."),
+    gauge("length/response", "troupe_response_tokens_mean", "Mean length of the answers of the latest step."),
+    gauge("truncated", "troupe_cut_off_answers_ratio", "Share of answers that were cut off at the token limit."),
     gauge("advantage/mean", "troupe_advantage_mean", "Mean advantage before whitening."),
     gauge("advantage/std", "troupe_advantage_std", "Standard deviation of the advantages before whitening."),
     gauge(

@@ -173,7 +173,7 @@ def _training_tiles(run: RunFiles) -> list[_Tile]:
         tiles.append(
             _Tile("Validation perplexity", f"{perplexity[-1]:,.1f}", f"SFT, after step {steps[-1]:,}{earlier}")
         )
-    if gap := run.curve("ppo", "log_prob_gap")[1]:
+    if gap := run.curve("ppo", "logprob_mismatch")[1]:
         detail = f"engine vs trainer, mean |Δ|, largest of {len(gap):,} steps"
         tiles.append(_Tile("Largest log-prob gap", f"{max(gap):.1e}", detail))
     if lines := [line for line in run.lines("ppo") if line.get("tokens_per_second") is not None]:

@@ -14,7 +14,7 @@ from orchestrator.report.charts import AFTER, SERIES, Chart, Series, curves, mov
 from orchestrator.report.run_files import Line, RunFiles
 from placement.stages import STAGES
 
-PHASES = ("generate", "score", "train", "publish", "prove")
+PHASES = ("generate", "score", "train", "weight_sync", "prove")
 """Phases of a PPO step. `seconds/step` also includes the time between them."""
 OVERHEAD = ("evaluate", "snapshot", "save")
 """Phases that `seconds/step` does not include."""
@@ -91,7 +91,7 @@ def _sft(run: RunFiles) -> Section | None:
             _chart(run, "sft", "Gradient norm", "Before clipping.", {"grad_norm": "model"}),
             _chart(run, "sft", "Tokens per second", "Prompt and completion tokens, all ranks.", speed),
         ],
-        _skipped(run, "sft", {"refused": "model"}),
+        _skipped(run, "sft", {"skipped": "model"}),
     )
 
 
@@ -106,7 +106,7 @@ def _rm(run: RunFiles) -> Section | None:
             _chart(run, "rm", "Preference accuracy", "Share of pairs; chance: 50%.", accuracy, percent=True, wide=True),
             _chart(run, "rm", "Pairwise loss", "Bradley-Terry, nats; chance: 0.693.", loss),
         ],
-        _skipped(run, "rm", {"refused": "model"}),
+        _skipped(run, "rm", {"skipped": "model"}),
     )
 
 
@@ -117,10 +117,10 @@ def _other(run: RunFiles, stage: str) -> Section | None:
     names = dict.fromkeys(name.removeprefix(validation) for name in recorded)
     charts = [_chart(run, stage, name, "", {name: "training", f"{validation}{name}": "held out"}) for name in names]
     last = {name: partial("{} {:.4g}".format, name) for name in recorded if name.startswith(validation)}
-    return _section(run, stage, last, charts, _skipped(run, stage, {"refused": "model"}))
+    return _section(run, stage, last, charts, _skipped(run, stage, {"skipped": "model"}))
 
 
-_TECHNICAL = ("stage", "step", "time", "refused", "seconds/", "memory_gib/", "samples", "tokens")
+_TECHNICAL = ("stage", "step", "time", "skipped", "seconds/", "memory_gib/", "samples", "tokens")
 
 
 def _skipped(run: RunFiles, stage: str, metrics: Mapping[str, str]) -> list[str]:
@@ -139,8 +139,8 @@ def _ppo(run: RunFiles) -> Section | None:
     def show(title: str, caption: str, metrics: Mapping[str, str], **options: Any) -> Chart | None:
         return _chart(run, "ppo", title, caption, metrics, **options)
 
-    notes = _skipped(run, "ppo", {"refused/actor": "actor", "refused/critic": "critic"})
-    if excluded := run.total("ppo", "left_out"):
+    notes = _skipped(run, "ppo", {"skipped/actor": "actor", "skipped/critic": "critic"})
+    if excluded := run.total("ppo", "unscored"):
         notes.append(f"{excluded:,.0f} responses excluded from training")
     memory = {f"memory_gib/{owner}": owner for owner in (*ROLES, "driver")}
     return _section(
@@ -175,13 +175,15 @@ def _policy_charts(config: RunConfig, settings: PPOSettings, show: Callable[...,
         show("KL coefficient", "Weight of the penalty.", {"kl_coefficient": "coefficient"}) if target else None,
         show("Reward by source", "Mean per step, before weights.", by_source) if len(by_source) > 1 else None,
         show("Entropy", f"Of the policy, nats per token, {first}.", {"entropy": "entropy"}),
-        show("Length", "Tokens, mean per step.", {"length/answer": "response", "length/prompt": "prompt"}),
-        show("Truncated responses", "Share that hit the token limit.", {"missing_eos": "truncated"}, percent=True),
+        show("Length", "Tokens, mean per step.", {"length/response": "response", "length/prompt": "prompt"}),
+        show("Truncated responses", "Share that hit the token limit.", {"truncated": "truncated"}, percent=True),
         show("Explained variance", explained, {"explained_variance": "critic"}),
         show("Value loss", "Of the critic.", {"loss/value": "critic"}),
         show("Clip fraction", "Share of tokens whose ratio is clipped.", {"clip_fraction": "tokens"}, percent=True),
         show("Gradient norms", "Of a step's last mini-batch, before clipping.", norms),
-        show("Log-prob gap", f"Engine vs trainer, mean |Δ| {first}.", {"log_prob_gap": "gap"}, line=bound, log=True),
+        show(
+            "Log-prob gap", f"Engine vs trainer, mean |Δ| {first}.", {"logprob_mismatch": "gap"}, line=bound, log=True
+        ),
     ]
 
 

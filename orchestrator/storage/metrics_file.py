@@ -16,7 +16,19 @@ SAMPLES = "samples"
 """Folder of the sampled answers: `<stage>.jsonl`."""
 VOLATILE = ("time", "tokens_per_second", "seconds/", "memory_gib/")
 
-RENAMED_METRICS: dict[str, str] = {}
+RENAMED_METRICS = {
+    "log_prob_gap": "logprob_mismatch",
+    "refused": "skipped",
+    "refused/actor": "skipped/actor",
+    "refused/critic": "skipped/critic",
+    "left_out": "unscored",
+    "length/answer": "length/response",
+    "ratio_kl": "approx_kl",
+    "stopped_on_kl": "early_stop",
+    "missing_eos": "truncated",
+    "seconds/publish": "seconds/weight_sync",
+    "published_mib": "weight_sync_mib",
+}
 """Old name -> new one, of metrics that runs before the latest release recorded."""
 
 

@@ -527,7 +527,7 @@ class Team:
 
         def done(results: list[dict[str, float]]) -> Cost:
             """Of the actor, which may stop before its last update (`ppo.target_kl`)."""
-            updates = results[0].get("updates", 0.0) + results[0].get("refused/actor", 0.0)
+            updates = results[0].get("updates", 0.0) + results[0].get("skipped/actor", 0.0)
             return Cost(asked.tokens * updates / asked.steps, updates) if role == "actor" and update else asked
 
         return self.groups[role].scatter(requests, asked, actual_cost=done).reduce(lambda results: results[0])

@@ -117,7 +117,7 @@ def ppo_step(team: Team, step: int) -> float:
     )
     numbers = {name: value for name, value in (actor | critic).items() if isinstance(value, int | float)}
     assert all(math.isfinite(value) for value in numbers.values()), numbers
-    assert actor["log_prob_gap"] <= 1e-3
+    assert actor["logprob_mismatch"] <= 1e-3
     assert actor["grad_norm/actor"] > 0
     assert critic["grad_norm/critic"] > 0
     team.publish(step)

@@ -34,8 +34,8 @@ def test_run_ppo_tells_what_it_achieved(micro: Path, ray_here: Cluster, capsys: 
     out = capsys.readouterr().out
     assert "nats per token" in out
     first, second = read_metrics(result.folder)[-2:]
-    assert (first["left_out"], first["updates"], first["errors/fails"]) == (1, 2, 1)
-    assert (second["left_out"], second["updates"], second["errors/fails"]) == (8, 0, 8)
+    assert (first["unscored"], first["updates"], first["errors/fails"]) == (1, 2, 1)
+    assert (second["unscored"], second["updates"], second["errors/fails"]) == (8, 0, 8)
     assert second["policy_version"] == 1
     assert "reward/mean" in first and "reward/mean" not in second and "reward/model" in second
     assert "warning: step 2: none of its 8 answers has a score: nothing is learnt from it" in out

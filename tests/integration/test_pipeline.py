@@ -82,7 +82,7 @@ def test_numbers_of_the_whole_run(whole: Result) -> None:
     assert [line["step"] for line in rm] == list(range(1, 10))
     assert [line["step"] for line in ppo] == list(range(7))  # 0: the evaluation before
     assert sft[-1]["loss"] < sft[0]["loss"]
-    assert all(line["log_prob_gap"] < 1e-3 for line in ppo[1:])
+    assert all(line["logprob_mismatch"] < 1e-3 for line in ppo[1:])
     assert [line["policy_version"] for line in ppo[1:]] == list(range(6))  # what wrote the step's answers
     assert ppo[1]["kl"] == pytest.approx(0, abs=1e-4)
     assert ppo[-1]["kl"] != pytest.approx(0, abs=1e-4)
@@ -104,7 +104,7 @@ def test_numbers_of_the_whole_run(whole: Result) -> None:
 
 def test_every_metric_has_a_name_of_its_own_on_rays_port(whole: Result) -> None:
     recorded = [line for stage in ("sft", "rm", "ppo") for line in lines(whole.folder, stage)]
-    alone = ("stage", "step", "lr", "grad_norm", "refused")  # the last three get their stage's role
+    alone = ("stage", "step", "lr", "grad_norm", "skipped")  # the last three get their stage's role
     unnamed = {name for line in recorded for name in line if row_of(name, line)[0].name == "troupe_metric"}
     assert unnamed <= {*alone}
 
@@ -124,7 +124,7 @@ def test_answers_of_training_are_kept(whole: Result, micro: Path) -> None:
         assert [line["rewards"] for line in mine] == [{"model": line["reward"]} for line in mine]
         kl = sum(line["kl"] * line["tokens"] for line in mine) / sum(tokens)
         assert kl == pytest.approx(metrics["kl"], abs=1e-6)
-        assert sum(not line["ended"] for line in mine) / 8 == metrics["missing_eos"]
+        assert sum(not line["ended"] for line in mine) / 8 == metrics["truncated"]
         assert all(line["ended"] or line["tokens"] == 8 for line in mine)
         assert len({line["answer"] for line in mine}) > 1
 
@@ -252,7 +252,7 @@ def test_where_roles_lie_changes_nothing_and_models_are_taken_from_another_run(
     assert "ppo: micro/models/sft, micro/models/rm" in (tmp_path / "micro" / "report.html").read_text()
     expected = lines(whole.folder, "ppo")
     assert [line["step"] for line in found] == [0, 1, 2]
-    for name in ("reward/mean", "kl", "entropy", "length/answer", "loss/policy", "loss/value"):
+    for name in ("reward/mean", "kl", "entropy", "length/response", "loss/policy", "loss/value"):
         assert [line[name] for line in found[1:]] == pytest.approx([line[name] for line in expected[1:3]], abs=1e-4), (
             name
         )
@@ -303,10 +303,10 @@ def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
     folder = tmp_path / "micro"
     for line in found[1:]:
         assert line["reward/half/even"] == 1.0, "of the answers that have a score"
-        assert 8 > line["left_out"] >= line["errors/half"]
+        assert 8 > line["unscored"] >= line["errors/half"]
     assert sum(line["errors/half"] for line in found[1:]) > 0
-    assert [line.get("refused/actor") for line in found[1:]] == [0, 1, 1]
-    assert [line.get("refused/critic") for line in found[1:]] == [0, 1, 1]
+    assert [line.get("skipped/actor") for line in found[1:]] == [0, 1, 1]
+    assert [line.get("skipped/critic") for line in found[1:]] == [0, 1, 1]
     assert ["loss/value" in line for line in found[1:]] == [True, False, False]
     assert [line["policy_version"] for line in found[1:]] == [0, 1, 1]
     assert not [name for line in found for name in line if "never" in name and line[name]]

@@ -132,7 +132,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_two_in_a_row_end_the_run(
         run(micro, whole, tmp_path, "ppo", "recovery.max_skipped_steps=2")
     folder = tmp_path / "micro"
     found = lines(folder, "ppo")
-    assert [line["refused/actor"] for line in found[1:]] == [0, 2, 0, 2]
+    assert [line["skipped/actor"] for line in found[1:]] == [0, 2, 0, 2]
     assert [line["policy_version"] for line in found[1:]] == [0, 1, 1, 2], "what was refused is not published"
     assert found[1] == lines(whole.folder, "ppo")[1]
     batches = {path.name: path for path in (folder / "failures").glob("*.npz")}

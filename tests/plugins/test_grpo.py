@@ -71,7 +71,7 @@ def test_a_run(tmp_path: Path, ray_here: Cluster) -> None:
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert step["updates"] == 2.0
-        assert step["left_out"] > 0
+        assert step["unscored"] > 0
         assert np.isfinite(step["loss/policy"])
         assert "loss/value" not in step
     assert any(step["advantage/std"] > 0 for step in steps)

@@ -151,7 +151,7 @@ def _check_training(report: Report) -> None:
     assert f"after step {perplexity[-1][0]:,}" in detail
     if len(perplexity) > 1:
         assert f"{perplexity[0][1]:,.1f} after step {perplexity[0][0]:,}" in detail
-    gaps = report.values("ppo", "log_prob_gap")
+    gaps = report.values("ppo", "logprob_mismatch")
     value, detail = report.tiles["Largest log-prob gap"]
     assert number(value) == pytest.approx(max(gap for _, gap in gaps), rel=0.06)
     assert f"largest of {len(gaps)} steps" in detail

@@ -92,8 +92,8 @@ class PolicyWorker(Trainer, PolicyApi):
     def train_answers(self, work: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """The policy's updates of one step: epochs x mini-batches, until `target_kl` is passed.
 
-        Returns means over the step's tokens. `log_prob_gap` compares the engine with this model before its first update.
-        Updates that were refused count in `refused/actor`, and in nothing else.
+        Returns means over the step's tokens. `logprob_mismatch` compares the engine with this model before its first update.
+        Updates that were refused count in `skipped/actor`, and in nothing else.
         """
         ppo = self.config.ppo
         assert ppo is not None
@@ -109,7 +109,7 @@ class PolicyWorker(Trainer, PolicyApi):
                 if work.update:
                     steps = self._update(loss, answers, mini, at, (*seed, epoch, k), found)
                     metrics |= {"lr/actor": steps["lr"], "grad_norm/actor": steps["grad_norm"]}
-                    refused = bool(steps["refused"])
+                    refused = bool(steps["skipped"])
                     updates, refusals = updates + (not refused), refusals + refused
                 elif first:
                     with self.evaluating():
@@ -121,7 +121,7 @@ class PolicyWorker(Trainer, PolicyApi):
                 means = {name: value / mini.tokens for name, value in totals.items()}
                 means["loss"] = totals["loss"] / self._divisor(loss, mini)
                 if first:
-                    metrics |= {"log_prob_gap": means["gap"], "entropy": means["entropy"]}
+                    metrics |= {"logprob_mismatch": means["gap"], "entropy": means["entropy"]}
                 if refused:
                     continue
                 for name, value in means.items():
@@ -133,10 +133,10 @@ class PolicyWorker(Trainer, PolicyApi):
     def _summary(
         self, metrics: dict[str, float], sums: dict[str, float], updates: int, refusals: int, stopped: bool
     ) -> dict[str, float]:
-        names = {"loss": "loss/policy", "approx_kl": "ratio_kl", "ptx": "loss/ptx"}
+        names = {"loss": "loss/policy", "approx_kl": "approx_kl", "ptx": "loss/ptx"}
         reported = sums.keys() - {"gap", "entropy"}  # those are of the first mini-batch
         means = {names.get(name, name): sums[name] / max(updates, 1) for name in reported}
-        counts = {"updates": float(updates), "refused/actor": float(refusals), "stopped_on_kl": float(stopped)}
+        counts = {"updates": float(updates), "skipped/actor": float(refusals), "early_stop": float(stopped)}
         return metrics | means | counts
 
     def _update(

@@ -111,7 +111,7 @@ class Trainer(Worker, TrainerApi):
         debug_batch: gives what the losses are computed from; called where the step is skipped.
 
         A step whose loss or gradients are not finite, or whose gradients' norm is above `skip_grad_norm`, is skipped on
-        all ranks: weights and optimizer stay as they are, bit for bit, `refused` is 1, and `skipped_batch` tells more.
+        all ranks: weights and optimizer stay as they are, bit for bit, `skipped` is 1, and `skipped_batch` tells more.
         """
         assert self.optimizer_settings is not None
         rate = learning_rate(self.optimizer_settings, at)
@@ -132,7 +132,7 @@ class Trainer(Worker, TrainerApi):
                 "loss": np.array(total),
                 "grad_norm": np.array(norm),
             }
-        return {"loss": total, "lr": rate, "grad_norm": norm, "refused": float(not applied)}
+        return {"loss": total, "lr": rate, "grad_norm": norm, "skipped": float(not applied)}
 
     def _accepts(self, loss: float, norm: float) -> bool:
         """Whether a step is applied. The arguments are the same on every rank. A norm of gradients that are not finite may be

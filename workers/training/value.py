@@ -64,7 +64,7 @@ class ValueWorker(Trainer, ValueApi):
         return RaggedArray.of(rows, np.float32), np.array([row[0] for row in rows])
 
     def train_values(self, work: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
-        """The critic's updates of one step: epochs x mini-batches. Those that were refused only count in `refused/critic`."""
+        """The critic's updates of one step: epochs x mini-batches. Those that were refused only count in `skipped/critic`."""
         ppo = self.config.ppo
         assert ppo is not None
         answers = experience.prepare(work, ppo, self.total, self.device)
@@ -81,12 +81,12 @@ class ValueWorker(Trainer, ValueApi):
                 seen = partial(answers.arrays, mini.micro_batches)
                 steps = self.optimize(losses, at, (*seed, epoch, k), seen)
                 metrics |= {"lr/critic": steps["lr"], "grad_norm/critic": steps["grad_norm"]}
-                if steps["refused"]:
+                if steps["skipped"]:
                     refusals += 1
                 else:
                     total, updates = total + steps["loss"], updates + 1
         mean = {"loss/value": total / updates} if updates else {}
-        return metrics | mean | {"refused/critic": float(refusals)}
+        return metrics | mean | {"skipped/critic": float(refusals)}
 
     def _value_loss(self, answers: experience.TrainingBatch, indices: Rows, tokens: int) -> Tensor:
         ppo = self.config.ppo

@@ -195,7 +195,7 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path) -> None:
     assert set(peak["roles"]) == {"actor", "critic", "reference", "reward", "rollout"}
     assert all(size > 100 * 2**20 for size in peak["roles"].values())
     assert peak["total"] == max(sizes["total"] for sizes in peak["phases"].values()) > max(peak["roles"].values())
-    assert {"load", "generate", "score", "train", "publish"} <= set(peak["phases"])
+    assert {"load", "generate", "score", "train", "weight_sync"} <= set(peak["phases"])
     for text in ("original formula", "cached generation", "peak memory", f"{shape.parameters:,}"):
         assert text in done.stdout
     assert PROMPTS == 1000

@@ -160,8 +160,8 @@ def test_a_warm_up_is_not_the_measure_of_a_training_step(team: Team) -> None:
     warm_up = team.train_actor(experience(), 1, 5, update=False)
     step = team.train_actor(experience(), 3, 5)
     tokens = SAMPLES * (PROMPT + ANSWER)
-    assert warm_up.cost == done(warm_up, {"updates": 0.0, "refused/actor": 0.0}) == Cost(tokens / 2, 0)
-    assert step.cost == done(step, {"updates": 3.0, "refused/actor": 1.0}) == Cost(3 * 2 * tokens, 4)
+    assert warm_up.cost == done(warm_up, {"updates": 0.0, "skipped/actor": 0.0}) == Cost(tokens / 2, 0)
+    assert step.cost == done(step, {"updates": 3.0, "skipped/actor": 1.0}) == Cost(3 * 2 * tokens, 4)
     critic = team.train_critic(experience(), 1, 5)
     assert critic is not None
     assert critic.cost == done(critic, {}) == step.cost
@@ -169,7 +169,7 @@ def test_a_warm_up_is_not_the_measure_of_a_training_step(team: Team) -> None:
 
 def test_a_step_cut_short_counts_for_what_it_did(team: Team) -> None:
     step = team.train_actor(experience(), 3, 5)
-    short = done(step, {"updates": 1.0, "refused/actor": 0.0})
+    short = done(step, {"updates": 1.0, "skipped/actor": 0.0})
     assert short == Cost(step.cost.tokens / 4, 1)
     assert step.cost.times(short) == 4
 

@@ -46,7 +46,7 @@ FIRST = {
     "samples": 8.0,
     "tokens": 80.0,
     "memory_gib/actor": 1.0,
-    "refused/critic": 2.0,
+    "skipped/critic": 2.0,
     "loss/of a plugin": 3.0,
 }
 SECOND = FIRST | {
@@ -58,7 +58,7 @@ SECOND = FIRST | {
     "seconds/step": 4.0,
     "seconds/generate": 0.2,
     "memory_gib/actor": 0.5,
-    "refused/critic": 0.0,
+    "skipped/critic": 0.0,
 }
 
 

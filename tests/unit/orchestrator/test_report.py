@@ -90,12 +90,12 @@ def record_ppo(folder: Path) -> None:
                 line |= {"entropy": 3.4 - part + noise.gauss(0, 0.05), "clip_fraction": 0.05 + 0.02 * noise.random()}
                 line |= {
                     "explained_variance": 0.6 * part + noise.gauss(0, 0.05),
-                    "length/answer": 21 + noise.gauss(0, 1),
+                    "length/response": 21 + noise.gauss(0, 1),
                 }
                 line |= {
                     "length/prompt": 4.2,
-                    "missing_eos": 0.2 - 0.1 * part,
-                    "log_prob_gap": 2e-6 * (1 + noise.random()),
+                    "truncated": 0.2 - 0.1 * part,
+                    "logprob_mismatch": 2e-6 * (1 + noise.random()),
                 }
                 line |= {
                     "loss/policy": -0.01,
@@ -103,7 +103,7 @@ def record_ppo(folder: Path) -> None:
                     "tokens_per_second": 800 + noise.gauss(0, 25),
                 }
                 line |= {"grad_norm/actor": 0.5 + noise.random() / 5, "grad_norm/critic": 1 + noise.random()}
-                line |= {"seconds/train": 0.8, "seconds/publish": 0.05, "seconds/score": 0.2}
+                line |= {"seconds/train": 0.8, "seconds/weight_sync": 0.05, "seconds/score": 0.2}
                 line |= {"seconds/generate": 0.9 + abs(noise.gauss(0, 0.1))}
                 line |= {
                     "seconds/step": (5.0 if step > 1 else 90.0) + line["seconds/generate"],
@@ -305,7 +305,7 @@ def test_what_is_drawn_over_steps_is_of_the_steps_of_the_stage(whole: Path, whol
     texts = Report(whole).texts
     ticks = [int(text) for text in texts["Seconds of a step"] if text.isdecimal()]
     assert max(ticks) == 120, "the sft stage has 200 steps"
-    labels = ["generate", "score", "train", "publish", "other", "evaluate"]
+    labels = ["generate", "score", "train", "weight_sync", "other", "evaluate"]
     assert [text for text in texts["Seconds of a step"] if text.isalpha() and text not in ("step", "seconds")] == labels
     assert [text for text in texts["Reward by source"] if text.isalpha() and text != "step"] == ["model", "brief"]
 
@@ -335,7 +335,7 @@ def test_what_was_refused_and_left_out_is_said(folder: Path) -> None:
     with recording(folder, "test-data", "ppo") as recorder:
         for step in (1, 2, 3):
             recorder.record(
-                step, {"kl": 0.1, "refused/actor": step // 2, "refused/critic": 0, "left_out": 3 * (step == 2)}
+                step, {"kl": 0.1, "skipped/actor": step // 2, "skipped/critic": 0, "unscored": 3 * (step == 2)}
             )
     _, page = page_of(folder)
     assert (

@@ -345,7 +345,7 @@ def test_the_jobs_learn(learned: Learn, folder: Path) -> None:
         assert float(moved.median()) > 3e-4, job
         assert all(np.isfinite(value) for step in result.steps for value in step.values()), job
     policy = learned(WHOLE).jobs["policy"].steps
-    assert 0.1 < policy[0]["log_prob_gap"] < 0.25, "the noise that was added, 0.2 * sqrt(2 / pi)"
+    assert 0.1 < policy[0]["logprob_mismatch"] < 0.25, "the noise that was added, 0.2 * sqrt(2 / pi)"
     assert 3 < policy[0]["loss/ptx"] < 10, "nats per token of demonstrations"
     assert all(step["clip_fraction"] > 0 for step in policy)
     assert [step["updates"] for step in policy] == [4, 4, 2], "one answer is one mini-batch"

@@ -50,14 +50,14 @@ def test_a_spoiled_step_is_as_if_it_had_never_been(group: WorkerGroup, model: Pa
     load(group, model, dtype=dtype)
     wanted = [train(group, step) for step in (1, 2, 3)]
     after: Held = group.call(OpenApi.held).get()
-    assert all(step["refused"] == 0.0 for step in wanted)
+    assert all(step["skipped"] == 0.0 for step in wanted)
 
     load(group, model, dtype=dtype)
-    assert train(group, 1, spoil="nan loss")["refused"] == 1.0, "before AdamW has any state"
+    assert train(group, 1, spoil="nan loss")["skipped"] == 1.0, "before AdamW has any state"
     found = [train(group, step) for step in (1, 2)]
     before: Held = group.call(OpenApi.held).get()
     for how in SPOILED:
-        assert train(group, 3, spoil=how)["refused"] == 1.0, how
+        assert train(group, 3, spoil=how)["skipped"] == 1.0, how
         same_held(group.call(OpenApi.held).get(), before)
     found.append(train(group, 3))
     assert found == wanted
@@ -115,10 +115,10 @@ def test_a_rank_without_rows_refuses_with_the_others(hosts: Hosts, model: Path) 
     ]
     requests = [request(PolicyApi.train_demonstrations, part, StageStep(1, 1), (1, 1)) for part in parts]
     good = group.scatter(requests).get()
-    assert good[0] == good[1] and good[0]["refused"] == 0.0 and good[0]["grad_norm"] > 0.0
+    assert good[0] == good[1] and good[0]["skipped"] == 0.0 and good[0]["grad_norm"] > 0.0
     group.scatter([request(OpenApi.spoil, how) for how in ("explosion", "")]).get()
     bad = group.scatter(requests).get()
-    assert bad[0] == bad[1] and bad[0]["refused"] == 1.0
+    assert bad[0] == bad[1] and bad[0]["skipped"] == 1.0
     first, second = skipped(group)
     assert first["micro_batch"].tolist() == [0, 1]
     assert second["losses"].tolist() == [0.0, 0.0]
@@ -128,10 +128,10 @@ def test_a_rank_without_rows_refuses_with_the_others(hosts: Hosts, model: Path) 
 def test_each_rank_keeps_the_pairs_it_saw(hosts: Hosts, model: Path) -> None:
     group = hosts.group("open_value", "reward", "ddp", 2)
     load(group, model, "preference")
-    assert train(group, 5, ValueApi.train_pairs, spoil="explosion")["refused"] == 1.0
+    assert train(group, 5, ValueApi.train_pairs, spoil="explosion")["skipped"] == 1.0
     for found in skipped(group):
         assert len(found["margins"]) == len(found["chosen_prompt_lengths"]) == len(found["rejected_offsets"]) - 1 == 4
-    assert train(group, 5, ValueApi.train_pairs)["refused"] == 0.0
+    assert train(group, 5, ValueApi.train_pairs)["skipped"] == 0.0
 
 
 def work(rank: int) -> TrainStepInput:
@@ -170,7 +170,7 @@ def test_a_spoiled_mini_batch_is_counted_and_the_others_are_learned(
 
     group.scatter([request(OpenApi.spoil, how) for how in ("", "nan loss")]).get()
     metrics = group.scatter(requests).get()[0]
-    assert metrics[f"refused/{role}"] == 1.0
+    assert metrics[f"skipped/{role}"] == 1.0
     assert metrics.get("updates", 1.0) == 1.0
     assert np.isfinite(metrics[loss]), "of the mini-batch that was applied"
     for one, found in zip(works, skipped(group), strict=True):
@@ -183,5 +183,5 @@ def test_a_spoiled_mini_batch_is_counted_and_the_others_are_learned(
         assert np.isnan(found["loss"])
 
     metrics = group.scatter(requests).get()[0]
-    assert metrics[f"refused/{role}"] == 0.0
+    assert metrics[f"skipped/{role}"] == 0.0
     assert metrics.get("updates", 2.0) == 2.0

@@ -82,11 +82,11 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
     """Weights that are drawn, not read: on CPU those of a file have no memory of their own that they could give back."""
     metrics, weights = whole
     begin(group, strategy, model, init="random")
-    assert train(group, 1, spoil="nan loss")["refused"] == 1.0, "before AdamW has any state"
+    assert train(group, 1, spoil="nan loss")["skipped"] == 1.0, "before AdamW has any state"
     found = steps(group, 1, 2)
     before: Held = group.call(OpenApi.held).get()
     for how in ("infinite loss, finite gradients", "explosion", "finite loss, nan gradients"):
-        assert train(group, 3, spoil=how)["refused"] == 1.0, how
+        assert train(group, 3, spoil=how)["skipped"] == 1.0, how
         same_held(group.call(OpenApi.held).get(), before)
     group.call(TrainerApi.save, str(tmp_path / "saved")).get()
     files: list[Any] = group.call(TrainerApi.snapshot).get()
@@ -193,10 +193,10 @@ def test_the_optimizer_in_bfloat16(group: WorkerGroup, model: Path, tmp_path: Pa
     strategies: tuple[Strategy, ...] = ("zero1", "zero2", "zero3")
     for strategy in strategies:
         begin(group, strategy, model, **narrow)
-        assert train(group, 1, spoil="nan loss")["refused"] == 1.0
+        assert train(group, 1, spoil="nan loss")["skipped"] == 1.0
         found = steps(group, 1, 2)
         before: Held = group.call(OpenApi.held).get()
-        assert train(group, 3, spoil="explosion")["refused"] == 1.0
+        assert train(group, 3, spoil="explosion")["skipped"] == 1.0
         same_held(group.call(OpenApi.held).get(), before)
         group.call(TrainerApi.save, str(tmp_path / strategy)).get()
         found += steps(group, 3)
@@ -229,11 +229,11 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
         begin(group, "zero3_nvme", large, {"nvme_path": str(disk)})
 
     reset_roles()
-    assert train(group, 1, spoil="nan loss")["refused"] == 1.0
+    assert train(group, 1, spoil="nan loss")["skipped"] == 1.0
     found = steps(group, 1, 2)
     group.call(TrainerApi.save, str(tmp_path / "saved")).get()
     before = saved_states(tmp_path / "saved")
-    assert train(group, 3, spoil="explosion")["refused"] == 1.0
+    assert train(group, 3, spoil="explosion")["skipped"] == 1.0
     group.call(TrainerApi.save, str(tmp_path / "again")).get()
     assert all(torch.equal(saved_states(tmp_path / "again")[name], before[name]) for name in before)
     found += steps(group, 3)

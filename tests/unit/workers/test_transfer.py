@@ -261,7 +261,7 @@ def test_one_adapter_of_two_is_merged_or_sent(tmp_path: Path, dora: bool) -> Non
 
 @IMPORTS
 def test_an_adapter_of_rank_8_is_a_small_part_of_the_model() -> None:
-    """Of SmolLM2-135M's shape at most 3%, what is counted in `published_mib`."""
+    """Of SmolLM2-135M's shape at most 3%, what is counted in `weight_sync_mib`."""
     from workers.weight_sync.gather import GatheredWeights
 
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}
