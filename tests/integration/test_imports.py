@@ -80,9 +80,7 @@ def test_a_module_command_is_troupes(theirs: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_vllm_spawns_finds_the_extension(theirs: Path) -> None:
-    code = (
-        "from vllm.utils.import_utils import resolve_obj_by_qualname as r; print(r('troupe.vllm.WeightVerifier').__module__)"
-    )
+    code = "from vllm.utils.import_utils import resolve_obj_by_qualname as r; print(r('troupe.vllm.WeightVerifier').__module__)"
     done = python(code, theirs)
     assert done.stdout.splitlines()[-1] == "workers.weight_sync.receivers", done.stderr
 
