@@ -226,11 +226,11 @@ def _print_table(console: Console, run: AttackedRun, plan: list[Fault], step: fl
 
 def _differences(quiet: Path, attacked: Path) -> list[str]:
     ours, theirs = (repeatable(folder, "ppo") for folder in (attacked, quiet))
-    found = [f"step {a['step']}: {_different(a, b)}" for a, b in zip(ours, theirs, strict=False) if a != b][:5]
+    differences = [f"step {a['step']}: {_different(a, b)}" for a, b in zip(ours, theirs, strict=False) if a != b][:5]
     if len(ours) != len(theirs):
-        found.append(f"{len(ours)} lines of metrics, but {len(theirs)} in the run without faults")
+        differences.append(f"{len(ours)} lines of metrics, but {len(theirs)} in the run without faults")
     a, b = (load_file(folder / "models" / "ppo" / "model.safetensors") for folder in (attacked, quiet))
-    return found + [f"weights differ: {name}" for name in a if a[name].tobytes() != b[name].tobytes()][:5]
+    return differences + [f"weights differ: {name}" for name in a if a[name].tobytes() != b[name].tobytes()][:5]
 
 
 def _different(a: dict[str, Any], b: dict[str, Any]) -> str:

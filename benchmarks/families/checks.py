@@ -45,7 +45,7 @@ LENGTH, NEW_TOKENS = 96, 8
 BUCKET = 20_000
 """Bytes; so small that an update has many buckets, which end within layers."""
 Kind = TypeVar("Kind", bound=Trainer)
-Found = dict[str, float]
+Differences = dict[str, float]
 """Check -> largest difference."""
 
 
@@ -91,10 +91,8 @@ def alone(folder: Path, scratch: Path) -> dict[str, Any]:
 def problems(folder: Path, heads: Any, adapter_served: bool = False) -> list[str]:
     """Problems that Troupe's own check reports for the family."""
     settings = ModelSettings(path=str(folder), dtype="float32", lora=LORA)
-    found = model_facts(
-        str(folder), settings, heads, learns=True, served_on="cpu", adapter_served=adapter_served
-    ).problems
-    return [problem.replace(f"{folder}: ", "") for problem in found]
+    facts = model_facts(str(folder), settings, heads, learns=True, served_on="cpu", adapter_served=adapter_served)
+    return [problem.replace(f"{folder}: ", "") for problem in facts.problems]
 
 
 def config(lora: LoraSettings | None = None, **settings: Any) -> RunConfig:
@@ -185,14 +183,14 @@ def _log_probs(worker: RolloutWorker) -> tuple[list[np.ndarray], list[np.ndarray
         engine.add_request(
             str(i), TokensPrompt(prompt_token_ids=prompt.tolist()), sampling, lora_request=worker.adapter
         )
-    found: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
     while engine.has_unfinished_requests():
-        found |= {int(output.request_id): output for output in engine.step() if output.finished}
+        outputs |= {int(output.request_id): output for output in engine.step() if output.finished}
     ids, log_probs = [], []
     for i, prompt in enumerate(PROMPTS):
-        answer = found[i].outputs[0]
+        answer = outputs[i].outputs[0]
         ids.append(np.array([*prompt, *answer.token_ids]))
-        at_each = [*found[i].prompt_logprobs[1:], *answer.logprobs]
+        at_each = [*outputs[i].prompt_logprobs[1:], *answer.logprobs]
         log_probs.append(np.array([at[token].logprob for at, token in zip(at_each, ids[-1][1:], strict=True)]))
     return ids, log_probs
 
@@ -227,16 +225,16 @@ def policy(
     lora: LoraSettings | None,
     settings: RunConfig | None = None,
     trains: bool = True,
-) -> Found:
+) -> Differences:
     """Training, publication and export of a policy."""
     actor = start(PolicyWorker, folder, lora, settings)
     plain = plain_model(folder)
-    found = {"load": engine.differs(plain)} if not engine.version else {}
+    differences = {"load": engine.differs(plain)} if not engine.version else {}
     if trains:
-        found["gradient"] = policy_gradient(actor, plain, lora)
+        differences["gradient"] = policy_gradient(actor, plain, lora)
     source = GatheredWeights(actor.model.hf, checked=True, alone=LEARNS if settings else None)
     engine.publish(source)
-    found["unchanged"] = engine.differs(plain)
+    differences["unchanged"] = engine.differs(plain)
     before = log_prob_rows(plain, PROMPTS[0])
     for update in ("first", "second"):
         if update == "first" and trains:
@@ -246,18 +244,18 @@ def policy(
             move(actor)
         actor.export(str(out / update))
         exported = plain_model(out / update)
-        found[f"export, {update}"] = max(
+        differences[f"export, {update}"] = max(
             float(np.abs(log_prob_rows(exported, row) - log_prob_rows(actor.model.hf, row)).max()) for row in PROMPTS
         )
         engine.publish(source)
-        found[f"{update} update"] = engine.differs(exported)
+        differences[f"{update} update"] = engine.differs(exported)
         after = log_prob_rows(exported, PROMPTS[0])
         if np.abs(after - before).max() < MOVED:
             raise RuntimeError(f"the {update} update changed no log-probability by {MOVED}: this could hide an error")
         before = after
     if lora:
-        found["adapter"] = adapter_differs(folder, out / "second" / "adapter", exported)
-    return found
+        differences["adapter"] = adapter_differs(folder, out / "second" / "adapter", exported)
+    return differences
 
 
 def plain_model(folder: Path) -> PreTrainedModel:
@@ -338,18 +336,18 @@ def as_plain(trainer: Trainer, plain: PreTrainedModel, lora: LoraSettings | None
 
 
 def gradients_differ(trainer: Trainer, model: nn.Module) -> float:
-    """Largest difference, of each tensor relative to its largest gradient, or to a thousandth of the largest of all where its own
-    are smaller: those of a bias of attention keys are rounding alone."""
+    """Largest difference, relative to a tensor's largest gradient, or to a thousandth of the model's largest gradient if that is
+    greater: gradients of a bias of attention keys are only rounding."""
     mine = dict(trainer.model.hf.named_parameters())
-    found, least = 0.0, 1e-3 * max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+    largest, least = 0.0, 1e-3 * max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         given = mine[name].grad if mine[name].grad is not None else torch.zeros_like(wanted)
-        found = max(found, float((given - wanted).abs().max() / wanted.abs().max().clamp(min=least)))
+        largest = max(largest, float((given - wanted).abs().max() / wanted.abs().max().clamp(min=least)))
     trainer.model.zero_grad()
-    return found
+    return largest
 
 
 def adapter_differs(base: Path, adapter: Path, exported: nn.Module) -> float:
@@ -362,23 +360,25 @@ def adapter_differs(base: Path, adapter: Path, exported: nn.Module) -> float:
 # ---------------------------------------------------------------- critics and reward models
 
 
-def scalar(folder: Path, out: Path, lora: LoraSettings | None) -> Found:
+def scalar(folder: Path, out: Path, lora: LoraSettings | None) -> Differences:
     """Values, their gradients, and a reward model's export."""
     critic = start(ValueWorker, folder, lora)
-    found = {"values": value_gradient(critic, folder, lora)}
+    differences = {"values": value_gradient(critic, folder, lora)}
     move(critic)
     critic.export(str(out))
     batch = Batch(DEMONSTRATIONS, torch.device("cpu"))
     with torch.no_grad():
         scores = critic.model.eval()(batch, per_token=False).numpy()
-        found["scalar export"] = float(np.abs(scores - last_scores(plain_scorer(out))).max())
+        differences["scalar export"] = float(np.abs(scores - last_scores(plain_scorer(out))).max())
         read = load_hf(ModelSettings(path=str(out), dtype="float32"), str(out), scalar=True, seed=0)
-        found["scalar export"] = max(found["scalar export"], float(np.abs(scores - last_scores(read)).max()))
+        differences["scalar export"] = max(
+            differences["scalar export"], float(np.abs(scores - last_scores(read)).max())
+        )
         if lora:
             with chdir("/"):
                 adapted = PeftModel.from_pretrained(plain_scorer(folder), str(out / "adapter"))
-            found["scalar adapter"] = float(np.abs(scores - last_scores(adapted)).max())
-    return found
+            differences["scalar adapter"] = float(np.abs(scores - last_scores(adapted)).max())
+    return differences
 
 
 def last_scores(model: nn.Module) -> np.ndarray:
@@ -396,10 +396,10 @@ def value_gradient(critic: ValueWorker, folder: Path, lora: LoraSettings | None)
     critic.backend.backward(values.square().sum(), last=False)
     torch.manual_seed(critic.config.seed)
     model: Any = as_plain(critic, plain_scorer(folder), lora)
-    found = 0.0
+    largest = 0.0
     for row, mine, mask in zip(DEMONSTRATIONS, values, batch.mask, strict=True):
         ids = torch.from_numpy(row.ids.astype(np.int64))[None]
         wanted = model.score(model.base_model(input_ids=ids)[0])[0, row.prompt_length - 1 : -1, 0]
         wanted.square().sum().backward()
-        found = max(found, float((mine[mask] - wanted).abs().max().detach()))
-    return max(found, gradients_differ(critic, model))
+        largest = max(largest, float((mine[mask] - wanted).abs().max().detach()))
+    return max(largest, gradients_differ(critic, model))
