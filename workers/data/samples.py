@@ -8,7 +8,7 @@ objects (shared memory, no copy on the same node) and reads its rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,9 +51,9 @@ class Sample:
     """[length] int32; end tokens included, unless they were cut off."""
     loss_mask: np.ndarray
     """[length] bool: which tokens are trained on. There may be gaps; nothing predicts the first token, whatever stands there."""
-    log_probs: np.ndarray = _NO_NUMBERS
+    log_probs: np.ndarray = field(default_factory=lambda: _NO_NUMBERS)
     """[trained] float32: the engine's, under the sampling temperature; empty where no engine wrote the tokens."""
-    versions: np.ndarray = _NO_VERSIONS
+    versions: np.ndarray = field(default_factory=lambda: _NO_VERSIONS)
     """[trained] int32: policy version that wrote each trained token; empty where no engine did."""
 
     @classmethod
