@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -41,6 +41,44 @@ def settings_kind(owner: type[Settings], field: str) -> Callable[[S], S]:
         return settings
 
     return add
+
+
+class Component:
+    """Base of what a setting chooses by `kind`: losses, advantages, loggers. A subclass with a `Config`, its settings, is
+    registered by being defined:
+
+        class MyLoss(PolicyLoss):
+            class Config(Settings):
+                kind: Literal["my_loss"] = "my_loss"
+
+    Outside of this repository, the setting `plugins` names the module.
+    """
+
+    Config: ClassVar[type[Settings]]
+    owner: ClassVar[type[Settings]]
+    setting: ClassVar[str]
+    """Field of `owner` that chooses among the components, or lists some."""
+    kinds: ClassVar[dict[str, type[Any]]]
+    """Kind -> component, of one family of components."""
+
+    def __init_subclass__(cls, owner: type[Settings] | None = None, setting: str = "") -> None:
+        """owner, setting: of the base class of a family. Raises ValueError where another component has the kind."""
+        super().__init_subclass__()
+        if owner is not None:
+            cls.owner, cls.setting, cls.kinds = owner, setting, {}
+        elif "Config" in vars(cls):
+            settings_kind(cls.owner, cls.setting)(cls.Config)
+            for kind in choices(kind_of_field(cls.Config, "kind")):
+                cls.kinds[kind] = cls
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    def of(cls, config: Any, *args: Any) -> Self:
+        """The component that the settings are of. args: what it takes beside them."""
+        component: Self = cls.kinds[config.kind](config, *args)
+        return component
 
 
 def add_section(name: str, settings: type[Settings]) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configs.extensions import Component
 from configs.schema import AnswerAdvantageSettings, PPOSettings
-from workers.rl.registry import Component
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AnswerScores:
     """By source of the reward, what it says, as it says it; nan: no score."""
 
 
-class AnswerAdvantage(Component, setting="advantage"):
+class AnswerAdvantage(Component, owner=PPOSettings, setting="advantage"):
     """Gives each answer one number. Its Config is of AnswerAdvantageSettings."""
 
     def __call__(self, scores: AnswerScores) -> np.ndarray:

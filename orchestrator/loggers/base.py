@@ -1,26 +1,23 @@
 """What a logger is: a place that the metrics of a stage go to, chosen by the setting `loggers`.
 
-A logger of one's own is a class of settings and a class of the logger, in a module that `plugins` names:
+A custom logger is a class with its settings, in a module that `plugins` names:
 
-    @settings_kind(RunConfig, "loggers")            # configs.extensions
-    class CSVSettings(Settings):
-        kind: Literal["csv"] = "csv"
-
-    @loggers.register("csv")
     class CSVLogger(Logger):
-        def __init__(self, settings: CSVSettings, stage: LoggedStage) -> None: ...
+        class Config(Settings):
+            kind: Literal["csv"] = "csv"
+
         def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Role
-from workers.rl.registry import Registry
+from configs.extensions import Component
+from configs.schema import Role, RunConfig
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,16 @@ class LoggedStage:
     """sft, rm or ppo."""
 
 
-class Logger:
+class Logger(Component, owner=RunConfig, setting="loggers"):
     """Where the metrics of one stage go. All methods are called by the driver, between the calls to workers: they should return
     at once. What they raise becomes a warning, and the run goes on (orchestrator.loggers.recorder).
 
     `log` is needed; the other methods do nothing unless they are overridden.
     """
+
+    def __init__(self, config: Any, stage: LoggedStage) -> None:
+        super().__init__(config)
+        self.stage = stage
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step. Step 0 is what was measured before the first step; values may be nan or infinite."""
@@ -65,7 +66,3 @@ class Logger:
 
     def close(self) -> None:
         """The stage has ended, well or not."""
-
-
-loggers: Registry[Callable[[Any, LoggedStage], Logger]] = Registry("loggers")
-"""`kind` of the settings -> makes the logger of a stage."""

@@ -21,7 +21,7 @@ class JsonlLogger(Logger):
     """
 
     def __init__(self, stage: LoggedStage) -> None:
-        self._stage = stage.name
+        super().__init__(None, stage)
         self._lines = AppendedFile(stage.folder / FILE)
         self._samples = AppendedFile(stage.folder / SAMPLES / f"{stage.name}.jsonl")
         self._most_sample_bytes: int | None = None
@@ -29,7 +29,7 @@ class JsonlLogger(Logger):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line, `{"stage", "step", "time", **metrics}`. JSON has no NaN or infinity: they become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **finite}
+        line = {"stage": self.stage.name, "step": step, "time": round(time.time(), 3), **finite}
         self._lines.add(step, (json.dumps(line, allow_nan=False) + "\n").encode())
         self._flush()
 
@@ -45,7 +45,7 @@ class JsonlLogger(Logger):
         """Drop this stage's lines of later steps, and torn last lines. Other stages' lines stay."""
         for file in (self._lines, self._samples):
             file.forget_after(step)
-        self._lines.cut(lambda line: line["stage"] != self._stage or line["step"] <= step)
+        self._lines.cut(lambda line: line["stage"] != self.stage.name or line["step"] <= step)
         self._samples.cut(lambda line: line["step"] <= step)
         self._flush()
 

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from configs.schema import RayMetricsSettings, Role
-from orchestrator.loggers.base import LoggedStage, Logger, loggers
+from orchestrator.loggers.base import LoggedStage, Logger
 from orchestrator.loggers.ray_table import Row, row_of
 from orchestrator.periodic import Repeating
 from placement.stages import STAGES
@@ -23,14 +23,16 @@ SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0,
 _OF_ROLE = ("lr", "grad_norm", "skipped")
 
 
-@loggers.register("ray")
 class RayMetrics(Logger):
     """What the metrics port shows of a stage until `close`; nothing where Ray is not initialised.
 
     Gauges show the latest finite values. Counters and histograms begin when the driver's process does.
     """
 
-    def __init__(self, settings: RayMetricsSettings, stage: LoggedStage) -> None:
+    Config = RayMetricsSettings
+
+    def __init__(self, config: RayMetricsSettings, stage: LoggedStage) -> None:
+        super().__init__(config, stage)
         self._labels = {"run": stage.run, "stage": stage.name}
         self._metrics: dict[str, Any] = {}
         self._lock = Lock()
@@ -69,7 +71,7 @@ class RayMetrics(Logger):
             self._gauges.clear()
 
     def _named(self, values: Mapping[str, float]) -> dict[str, float]:
-        trained = STAGES[self._labels["stage"]].trained
+        trained = STAGES[self.stage.name].trained
         role = trained[0] if len(trained) == 1 else None  # then it is recorded without the role's name
         return {f"{name}/{role}" if role and name in _OF_ROLE else name: value for name, value in values.items()}
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import orchestrator.loggers.ray_metrics
 import orchestrator.loggers.tensorboard  # noqa: F401  both register their loggers
 from configs.schema import LoggerSettings, Role
-from orchestrator.loggers.base import LoggedStage, Logger, loggers
+from orchestrator.loggers.base import LoggedStage, Logger
 from orchestrator.loggers.jsonl import JsonlLogger
 from orchestrator.run.stop_signal import Stopped
 from orchestrator.storage.atomic_files import DiskError
@@ -20,12 +20,6 @@ RESERVED = ("stage", "step", "time")
 
 OnError = Callable[[str, Exception], None]
 """Is told of a logger that failed: the setting that names it, and the error."""
-
-
-def check_loggers(settings: Sequence[LoggerSettings]) -> None:
-    """Raises UnknownNameError where a plugin has added settings of a kind that no logger is registered for."""
-    for chosen in settings:
-        loggers.get(chosen.kind)
 
 
 class Recorder:
@@ -66,7 +60,7 @@ class Recorder:
         for i, chosen in enumerate(settings):
             name = f"loggers.{i} ({chosen.kind})"
             with self._sparing(name):
-                self._others[name] = loggers.get(chosen.kind)(chosen, logged)
+                self._others[name] = Logger.of(chosen, logged)
         self._tell(lambda logger: logger.rewind(last_step))
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -13,22 +13,23 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from configs.schema import TensorBoardSettings
-from orchestrator.loggers.base import LoggedStage, Logger, loggers
+from orchestrator.loggers.base import LoggedStage, Logger
 from orchestrator.storage.metrics_file import AppendedFile
 
 _BEFORE_ALL = -1
 """Step of what no rewind drops."""
 
 
-@loggers.register("tensorboard")
 class TensorBoardLogger(Logger):
     """Writes events to tensorboard/<stage>/ of the run's folder, into a file of its own.
 
     A method raises DiskError where the disk is full or fails; what could not be written is written with the next step's.
     """
 
-    def __init__(self, settings: TensorBoardSettings, stage: LoggedStage) -> None:
-        self._stage = stage.name
+    Config = TensorBoardSettings
+
+    def __init__(self, config: TensorBoardSettings, stage: LoggedStage) -> None:
+        super().__init__(config, stage)
         # TensorBoard wants to know where a run begins anew; it then drops what stands from that step on in the same
         # folder, whatever the tag: hence a folder for each stage.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -36,7 +37,7 @@ class TensorBoardLogger(Logger):
         self._events.add(_BEFORE_ALL, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [Summary.Value(tag=f"{self._stage}/{name}", simple_value=value) for name, value in metrics.items()]
+        values = [Summary.Value(tag=f"{self.stage.name}/{name}", simple_value=value) for name, value in metrics.items()]
         self._events.add(step, _record(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
         self._events.flush()
 

@@ -23,7 +23,6 @@ from configs.schema import (
     PPOSettings,
     Reward,
 )
-from orchestrator.loggers.recorder import check_loggers
 from orchestrator.run import Run, RunError, address_of, in_copy, local
 from placement.stages import STAGES
 from placement.types import Stage
@@ -48,7 +47,6 @@ def settings_checks(run: Run, stages: Sequence[Stage]) -> Iterator[Check]:
     yield partial(_check_folder, run)
     yield partial(address_of, config)
     yield partial(check_offload, config)
-    yield partial(check_loggers, config.loggers)
     yield partial(_check_start_model, run, stages)
     if "rm" in stages and config.rm and config.rm.model:
         yield partial(_check_model, config.rm.model.path, "rm.model.path")

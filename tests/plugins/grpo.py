@@ -1,11 +1,8 @@
-"""Group relative policy optimization (Shao et al. 2024), as a plugin."""
+"""Group relative policy optimization (Shao et al. 2024)."""
 
 from typing import Literal
 
-import numpy as np
-
-from configs.schema import AnswerAdvantageSettings
-from orchestrator.algorithms.credit import AnswerAdvantage, AnswerScores, group_mean, group_std
+from troupe import AnswerAdvantage, AnswerAdvantageSettings, group_mean, group_std
 
 
 class GRPO(AnswerAdvantage):
@@ -13,8 +10,6 @@ class GRPO(AnswerAdvantage):
         kind: Literal["grpo"] = "grpo"
         epsilon: float = 1e-6
 
-    config: Config
-
-    def __call__(self, scores: AnswerScores) -> np.ndarray:
-        rewards, groups = scores.rewards, scores.groups
-        return (rewards - group_mean(rewards, groups)) / (group_std(rewards, groups) + self.config.epsilon)
+    def __call__(self, scores):
+        centered = scores.rewards - group_mean(scores.rewards, scores.groups)
+        return centered / (group_std(scores.rewards, scores.groups) + self.config.epsilon)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from configs.schema import GAEAdvantage, ReinforceAdvantage
-from workers.rl.registry import Component
+from configs.extensions import Component
+from configs.schema import GAEAdvantage, PPOSettings, ReinforceAdvantage
 
 EPSILON = 1e-8
 """Added to variances: what does not vary whitens to 0."""
@@ -29,7 +29,7 @@ def no_reduce(x: Tensor) -> Tensor:
     return x
 
 
-class TokenAdvantage(Component, setting="advantage"):
+class TokenAdvantage(Component, owner=PPOSettings, setting="advantage"):
     """Advantages and returns of every trained token. Those per answer are orchestrator.algorithms.credit.AnswerAdvantage.
 
     rewards [B, T] per token; values [B, T] of the critic, None where there is none; mask [B, T]; groups [B], long: the draws

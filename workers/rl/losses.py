@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from configs.schema import Aggregation, PPOClipLoss, ReinforceLoss
+from configs.extensions import Component
+from configs.schema import Aggregation, PPOClipLoss, PPOSettings, ReinforceLoss
 from workers.rl.advantages import masked, mean_and_variance
 from workers.rl.kl import kl_estimate
-from workers.rl.registry import Component, Registry
+from workers.rl.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class LossInputs:
         return masked(self.log_probs - self.proximal_log_probs, self.loss_mask)
 
 
-class PolicyLoss(Component, setting="loss"):
+class PolicyLoss(Component, owner=PPOSettings, setting="loss"):
     """A loss of the policy, and which mean over a mini-batch it is (workers.rl.aggregation)."""
 
     aggregation: Aggregation = "token_mean"

@@ -1,52 +1,12 @@
-"""What a setting chooses: components with settings of their own, by their kind, and functions by name."""
+"""Functions that a setting chooses by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any, ClassVar, Generic, Self, TypeVar
-
-from configs.annotations import choices, kind_of_field
-from configs.extensions import settings_kind
-from configs.schema import PPOSettings, Settings
+from typing import Generic, TypeVar
 
 Entry = TypeVar("Entry")
-
-
-class Component:
-    """Base of what a setting of PPO chooses by `kind`. A subclass with a `Config`, its settings, is registered by being defined:
-
-        class MyLoss(PolicyLoss):
-            class Config(Settings):
-                kind: Literal["my_loss"] = "my_loss"
-
-    Elsewhere than in this repository, the setting `plugins` names the module.
-    """
-
-    Config: ClassVar[type[Settings]]
-    setting: ClassVar[str]
-    """Name in PPOSettings."""
-    kinds: ClassVar[dict[str, type[Any]]]
-    """Kind -> component, of one family of components."""
-
-    def __init_subclass__(cls, setting: str = "") -> None:
-        """setting: of the base class of a family. Raises ValueError where another component has the kind."""
-        super().__init_subclass__()
-        if setting:
-            cls.setting, cls.kinds = setting, {}
-        elif "Config" in vars(cls):
-            settings_kind(PPOSettings, cls.setting)(cls.Config)
-            for kind in choices(kind_of_field(cls.Config, "kind")):
-                cls.kinds[kind] = cls
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @classmethod
-    def of(cls, config: Any) -> Self:
-        """The component that the settings are of."""
-        component: Self = cls.kinds[config.kind](config)
-        return component
 
 
 class UnknownNameError(LookupError):

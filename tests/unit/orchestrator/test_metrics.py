@@ -21,15 +21,14 @@ from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from configs.schema import LoggerSettings, RayMetricsSettings, TensorBoardSettings
-from orchestrator.loggers.base import Logger, loggers
+from orchestrator.loggers.base import Logger
 from orchestrator.loggers.console import Progress
 from orchestrator.loggers.ray_table import TABLE, markdown, row_of
-from orchestrator.loggers.recorder import Recorder, check_loggers
+from orchestrator.loggers.recorder import Recorder
 from orchestrator.number_text import age, clock, percent, signed
 from orchestrator.run.stop_signal import Stopped
 from orchestrator.storage.metrics_file import FILE, MetricsError, read_metrics
 from tests.support.recording import recording
-from workers.rl.registry import UnknownNameError
 
 
 def steps_of(folder: Path, stage: str) -> list[int]:
@@ -162,7 +161,7 @@ def test_a_logger_that_raises_stops_neither_the_stage_nor_other_loggers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     failing, told = Failing(method), list[str]()
-    monkeypatch.setitem(loggers._entries, "ray", lambda settings, stage: failing)
+    monkeypatch.setitem(Logger.kinds, "ray", lambda config, stage: failing)
     chosen: list[LoggerSettings] = [RayMetricsSettings(), TensorBoardSettings()]
     with Recorder(
         tmp_path, "demo", "sft", None, chosen, lambda name, error: told.append(f"{name}: {error}")
@@ -184,17 +183,12 @@ def test_a_logger_does_not_swallow_that_the_run_is_to_stop(tmp_path: Path, monke
         def log(self, step: int, metrics: Mapping[str, float]) -> None:
             raise Stopped("stopped in step 1", 15)
 
-    monkeypatch.setitem(loggers._entries, "ray", lambda settings, stage: Interrupted())
+    monkeypatch.setitem(Logger.kinds, "ray", Interrupted)
     with (
         pytest.raises(Stopped),
         Recorder(tmp_path, "demo", "sft", None, [RayMetricsSettings()], lambda name, error: None) as recorder,
     ):
         recorder.record(1, {"loss": 1})
-
-
-def test_settings_without_a_logger_are_refused() -> None:
-    with pytest.raises(UnknownNameError, match="loggers: 'other' is not registered; it may be ray, tensorboard"):
-        check_loggers([RayMetricsSettings.model_construct(kind="other")])
 
 
 def test_a_stage_rewinds(tmp_path: Path) -> None:
