@@ -258,7 +258,7 @@ def test_where_roles_lie_changes_nothing_and_models_are_taken_from_another_run(
         )
 
 
-def test_without_critic_with_an_estimator_of_ones_own_pretraining_mix_and_two_rewards(
+def test_without_critic_with_a_custom_advantage_pretraining_mix_and_two_rewards(
     whole: Result, micro: Path, tmp_path: Path
 ) -> None:
     folder = micro.parent
@@ -269,8 +269,8 @@ def test_without_critic_with_an_estimator_of_ones_own_pretraining_mix_and_two_re
         tmp_path,
         "placement.layout=paired",
         "ppo.critic=false",
-        "plugins=[tests.support.plugin]",
-        "ppo.advantage={kind: tests_scaled, factor: 0.25}",
+        "plugins=[tests.plugins.token_advantage]",
+        "ppo.advantage={kind: whole_reward, factor: 0.25}",
         f"ppo.ptx={{coefficient: 5, batch_size: 60, data: {{path: {folder / 'sft.jsonl'}}}}}",
         f"ppo.rewards={rewards}",
     )

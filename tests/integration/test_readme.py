@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -199,34 +198,13 @@ def snippet(containing: str) -> str:
     return found
 
 
-def test_the_advantages_and_the_loss_of_contributing_work() -> None:
-    import numpy as np
-    import torch
-
-    from configs.load import load_config
-    from orchestrator.algorithms import credit
-    from workers.rl import advantages, losses
-
-    sys.modules["contributed"] = types.ModuleType("contributed")  # where the settings look for what they name
-    for kind in ("constant", "best", "unclipped"):
-        exec(snippet(f'kind: Literal["{kind}"]'), vars(sys.modules["contributed"]))
-    ppo = {"prompts": {"path": "p"}, "steps": 1, "actor_optimizer": {"lr": 1}, "critic": False, "loss": "unclipped"}
-    ppo |= {"advantage": "best", "kl": {"apply_to": "loss", "estimator": "k3"}}
-    settings = load_config({"name": "run", "model": {"path": "m"}, "ppo": ppo}).ppo
-    assert settings is not None
-
-    scores = credit.AnswerScores(np.array([1.0, 3.0, np.nan]), np.zeros(3, int), np.ones(3), {})
-    found = credit.answer_advantages(settings, scores)
-    assert found is not None and found.tolist() == [0.0, 1.0, 0.0]
-
-    mask, rewards = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, torch.nan]])
-    constant = advantages.TokenAdvantage.kinds["constant"](None)
-    spread, _ = constant(rewards, None, mask, 1.0, 1.0, torch.tensor([0]))
-    assert spread.tolist() == [[3.0, 3.0, 0.0]]
-    log_probs, old = torch.tensor([[-1.0, -2.0, torch.nan]]), torch.tensor([[-1.5, -2.0, torch.nan]])
-    inputs = losses.LossInputs(log_probs, old, old, None, spread, mask)
-    output = losses.PolicyLoss.of(settings.loss)(inputs)
-    assert torch.allclose(output.loss, torch.where(mask, -3.0 * (log_probs - old).exp(), 0.0))
+@pytest.mark.parametrize("name", ["gspo", "grpo", "token_advantage", "dpo", "reward", "logger"])
+def test_the_programs_of_the_guide_are_those_that_tests_run(name: str) -> None:
+    guide = (ROOT / "docs" / "algorithms.md").read_text()
+    assert (
+        f"`tests/plugins/{name}.py`:\n\n```python\n{(ROOT / 'tests' / 'plugins' / name).with_suffix('.py').read_text()}```"
+        in guide
+    )
 
 
 def test_the_reward_of_the_readme_works() -> None:
@@ -270,6 +248,7 @@ def test_settings_and_files_that_are_named_exist(path: Path) -> None:
 
 def test_the_python_api_is_documented() -> None:
     import orchestrator
+    import troupe
 
-    text = (ROOT / "docs" / "driver.md").read_text()
-    assert [name for name in orchestrator.__all__ if not re.search(rf"\b{name}\b", text)] == []
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("driver.md", "algorithms.md"))
+    assert [name for name in {*orchestrator.__all__, *troupe.__all__} if not re.search(rf"\b{name}\b", text)] == []

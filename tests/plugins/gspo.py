@@ -1,13 +1,11 @@
-"""Group sequence policy optimization (Zheng et al. 2025), as a plugin: the ratio of a whole sequence, per token."""
+"""Group sequence policy optimization (Zheng et al. 2025): the ratio of a whole sequence, applied to each of its tokens."""
 
 from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
 
-from configs.schema import Settings
-from workers.rl.advantages import masked
-from workers.rl.losses import LossInputs, LossOutput, PolicyLoss
+from troupe import LossInputs, LossOutput, PolicyLoss, Settings, masked
 
 
 class GSPO(PolicyLoss):
@@ -16,7 +14,6 @@ class GSPO(PolicyLoss):
         clip_low: PositiveFloat = 3e-4
         clip_high: PositiveFloat = 4e-4
 
-    config: Config
     aggregation = "sequence_mean"
 
     def __call__(self, inputs: LossInputs) -> LossOutput:

@@ -13,11 +13,11 @@ import pytest
 from configs import ConfigError, load_config
 from orchestrator import run_stages
 from orchestrator.algorithms.credit import AnswerScores, answer_advantages
-from placement import Cluster
+from placement import Cluster, make_plan
 from tests.support.micro import write_micro
 
 SETTINGS = ["plugins=[tests.plugins.grpo]", "ppo.critic=false", "ppo.advantage=grpo"]
-IN_LOSS = "ppo.kl={place: loss, estimator: k3}"
+IN_LOSS = "ppo.kl={apply_to: loss, estimator: k3}"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
     config = write_micro(tmp_path)
     with pytest.raises(ConfigError, match=r"^ppo\.critic: was true, but an advantage per answer uses no values"):
         load_config(config, [SETTINGS[0], "ppo.advantage=grpo", IN_LOSS])
-    with pytest.raises(ConfigError, match=r"^ppo\.kl\.place: was reward, but an advantage per answer is made of"):
+    with pytest.raises(ConfigError, match=r"^ppo\.kl\.apply_to: was reward, but an advantage per answer is made of"):
         load_config(config, SETTINGS)
     assert load_config(config, [*SETTINGS, "ppo.kl.controller={kind: fixed, coefficient: 0}"])
     chosen, unchosen = (
@@ -58,17 +58,29 @@ def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
     assert unchosen and not unchosen.whiten_advantages
 
 
+def test_roles_that_it_does_not_ask_for_are_not_placed(tmp_path: Path) -> None:
+    config = write_micro(tmp_path)
+    cluster = Cluster.parse("1x8cpu,host=16GB")
+    without_kl = load_config(config, [*SETTINGS, "ppo.kl.controller={kind: fixed, coefficient: 0}"])
+    assert list(make_plan(without_kl, "ppo", cluster).roles) == ["actor", "reward", "rollout"]
+    with_kl = load_config(config, [*SETTINGS, IN_LOSS])
+    assert list(make_plan(with_kl, "ppo", cluster).roles) == ["actor", "reference", "reward", "rollout"]
+
+
 @pytest.mark.slow
 def test_a_run(tmp_path: Path, ray_here: Cluster) -> None:
-    """Two steps with two ranks of the actor, of which some answers have no score."""
+    """Two steps with two ranks of the actor and no reference; some answers have no score."""
     rewards = "[{kind: function, name: half, function: 'tests.support.reward_functions:half_of_them', batch_size: 1}]"
-    overrides = [*SETTINGS, IN_LOSS, f"ppo.rewards={rewards}", "ppo.max_unscored=0.9", "ppo.samples_per_prompt=4"]
-    config = load_config(
-        write_micro(tmp_path), [*overrides, "ppo.steps=2", "ppo.evaluation=none", "placement.devices.actor=2"]
-    )
+    overrides = [*SETTINGS, f"ppo.rewards={rewards}", "ppo.max_unscored=0.9", "ppo.samples_per_prompt=4"]
+    overrides += ["ppo.kl.controller={kind: fixed, coefficient: 0}"]
+    config = load_config(write_micro(tmp_path), [*overrides, "ppo.steps=2", "placement.devices.actor=2"])
     folder = run_stages(config, ["ppo"]).folder
     steps: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [1, 2]
+    before, *steps = steps
+    assert before["step"] == 0 and [step["step"] for step in steps] == [1, 2]
+    assert not [name for step in (before, *steps) for name in step if "kl" in name.split("/")[-1].split("_")[:1]]
+    assert '"kl": null' in (folder / "evaluation" / "after.jsonl").read_text()
+    assert "KL to the reference" not in (folder / "report.html").read_text()
     for step in steps:
         assert step["updates"] == 2.0
         assert step["unscored"] > 0

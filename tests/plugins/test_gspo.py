@@ -62,12 +62,16 @@ def test_its_own_clip_and_mean(gspo: ModuleType) -> None:
 @pytest.mark.slow
 def test_a_run(tmp_path: Path, ray_here: Cluster) -> None:
     """Two steps: the clip, so narrow, takes tokens that PPO's would leave; its KL penalty is in the loss."""
-    overrides = ["plugins=[tests.plugins.gspo]", "ppo.loss=gspo", "ppo.kl={place: loss, estimator: k3}"]
-    overrides += ["ppo.rewards=[{kind: function, name: short, function: 'tests.support.micro:short'}]"]
+    overrides = ["plugins=[tests.plugins.gspo]", "ppo.loss=gspo", "ppo.kl={apply_to: loss, estimator: k3}"]
+    overrides += ["ppo.rewards=[{kind: function, name: brief, function: 'tests.plugins.reward:brevity'}]"]
     config = load_config(write_micro(tmp_path), [*overrides, "ppo.steps=2", "ppo.evaluation=none"])
     folder = run_stages(config, ["ppo"]).folder
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     assert all(np.isfinite(step["loss/policy"]) and step["updates"] == 2.0 for step in steps)
     assert max(step["clip_fraction"] for step in steps) > 0.1
+    for step in steps:  # of the reward, which reads token ids and whether an answer ended
+        assert step["reward/brief/ended"] == pytest.approx(1 - step["truncated"])
+        assert step["reward/mean"] == pytest.approx(step["reward/brief/ended"] - step["length/response"] / 10, abs=1e-6)
+        assert 0 < step["reward/brief/distinct_tokens"] <= 1
     assert "kind: gspo" in (folder / "config.yaml").read_text()
