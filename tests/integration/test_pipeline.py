@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -256,6 +257,16 @@ def test_where_roles_lie_changes_nothing_and_models_are_taken_from_another_run(
         assert [line[name] for line in found[1:]] == pytest.approx([line[name] for line in expected[1:3]], abs=1e-4), (
             name
         )
+
+
+def test_every_metric_is_documented(whole: Result) -> None:
+    """In docs/metrics.md, where a part in braces stands for any name."""
+    table = (ROOT / "docs" / "metrics.md").read_text()
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    named = [re.escape(name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    patterns = [re.sub(r"\\{\w+\\}", ".+", name) for name in named]
+    recorded = {name for line in read_metrics(whole.folder) for name in line} - {"stage", "step", "time"}
+    assert [name for name in sorted(recorded) if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
 
 
 def test_without_critic_with_a_custom_advantage_pretraining_mix_and_two_rewards(
