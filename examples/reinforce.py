@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from orchestrator import Experience, KLTerm, evaluate, load_config, read_rows, run_concurrently, run_stages, start_team
+from troupe import Experience, KLTerm, evaluate, load_config, read_rows, run_concurrently, run_stages, start_team
 
 KL_PENALTY = KLTerm(reward_coefficient=0.1)
 

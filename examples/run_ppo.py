@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from orchestrator import Result, load_config, run_stages
+from troupe import Result, load_config, run_stages
 
 
 def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> Result:

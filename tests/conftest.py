@@ -26,6 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("shared") is not None)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_plugins_of_other_files() -> Iterator[None]:
+    """What the plugins of a file's fixtures add to the settings ends with the file."""
+    from tests.support.settings import take_back
+
+    restore = take_back()
+    yield
+    restore()
+
+
 @pytest.fixture(autouse=True)
 def without_plugins_of_other_tests() -> Iterator[None]:
     """What a test's plugins add to the settings ends with it. A plugin is therefore imported by a test, not by its module."""

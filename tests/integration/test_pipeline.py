@@ -261,7 +261,12 @@ def test_where_roles_lie_changes_nothing_and_models_are_taken_from_another_run(
 
 def test_every_metric_is_documented(whole: Result) -> None:
     """In docs/metrics.md, where a part in braces stands for a name."""
-    names = {"source": "model", "judge": "short", "role": "actor|critic|reference|reward|rollout|driver", "phase": r"\w+"}
+    names = {
+        "source": "model",
+        "judge": "short",
+        "role": "actor|critic|reference|reward|rollout|driver",
+        "phase": r"\w+",
+    }
     table = (ROOT / "docs" / "metrics.md").read_text()
     rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
     named = [re.escape(name) for row in rows for name in re.findall(r"`([^`]+)`", row)]

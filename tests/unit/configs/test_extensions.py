@@ -59,7 +59,7 @@ def test_a_field_and_the_items_of_a_list_get_a_further_kind(owner: type[Settings
 def test_a_kind_that_is_there_is_not_replaced(owner: type[Settings], field: str) -> None:
     taken = type("Taken", (Settings,), {"__annotations__": {"kind": Literal["round"]}, "kind": "round"})
     taken.__module__ = "elsewhere"
-    with pytest.raises(ValueError, match=rf"{field}: the kind 'round' is taken by .*\.Round"):
+    with pytest.raises(ValueError, match=rf"{field}: the kind 'round' is already used by .*\.Round"):
         settings_kind(owner, field)(taken)
 
 
