@@ -169,7 +169,7 @@ class Team:
     def _start_process(self, process_roles: tuple[Role, ...], rank: int) -> ActorHandle:
         """The process of a rank of one role, or of several that share one."""
         plans = [self.plan.roles[role] for role in process_roles]
-        first, device = plans[0], self.plan.device
+        first, device = plans[0], "cuda" if any(planned.gpus for planned in plans) else "cpu"
         place, bundle = bundle_of(self.plan, first.role, rank)
         started = self._starts[process_roles[0], rank]
         self._starts.update((role, rank) for role in process_roles)

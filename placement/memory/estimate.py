@@ -31,7 +31,7 @@ from placement.models.shapes import SIZES, Shapes, longest_row, min_kv_cache, mo
 from placement.plan.layout import strategy_in
 from placement.plan.time_sharing import time_shared
 from placement.stages import STAGES, Phase
-from placement.types import GIB, MIB, GroupPlan, Plan, transport_of
+from placement.types import GIB, MIB, Device, GroupPlan, Plan, transport_of
 
 BUSY: dict[Phase, tuple[Role, ...]] = {
     "load": ROLES,
@@ -149,12 +149,15 @@ def _role(role: Role, config: RunConfig, plan: Plan, shapes: Shapes, offloads: b
         strategy_in(plan.stage, role, config),
     )
     assert strategy is not None
-    sharding = Sharding(strategy, planned.ranks, plan.device, SIZES[settings.optimizer_dtype])
+    device: Device = "cuda" if planned.gpus else "cpu"
+    sharding = Sharding(strategy, planned.ranks, device, SIZES[settings.optimizer_dtype])
     pass_size, on_shared_base = _largest_pass(role, config, plan), role != planned.process_roles[0]
     if role not in STAGES[plan.stage].trained:
         uses = _frozen(role, settings, sharding, pass_size, shapes, len(planned.process_roles) > 1, on_shared_base)
-        model = _model(shapes.policy if role == "reference" else shapes.scalars[0], settings, role == "reward", False)
-        return RoleMemory(_with_offload(uses, model, sharding) if offloads else uses)
+        shape = shapes.policy if role == "reference" else next(iter(shapes.scalars), None)
+        if shape is None or not offloads:
+            return RoleMemory(uses)
+        return RoleMemory(_with_offload(uses, _model(shape, settings, role == "reward", False), sharding))
     scalar = role in ("critic", "reward")
     shape = (shapes.scalars or (shapes.policy,))[0] if scalar else shapes.policy
     model = _model(shape, settings, scalar, with_adapters=True, on_shared_base=on_shared_base)
@@ -363,6 +366,8 @@ def _devices(plan: Plan, roles: dict[Role, RoleMemory], offload_idle: bool) -> l
         return []
     places = []
     for group in plan.groups:
+        if "GPU" not in group.bundles[0]:
+            continue
         parts = {}
         for phase in STAGES[plan.stage].phases:
             busy = {role: roles[role].uses[phase].device for role in group.roles}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from configs import ZERO
-from configs.schema import PlacementSettings, Role, RunConfig, Strategy
+from configs.schema import ModelReward, PlacementSettings, Role, RunConfig, Strategy
 from placement.cluster.bin_packing import Packing, Request
 from placement.stages import STAGES
 from placement.types import Device, Problem, Stage
@@ -27,6 +27,7 @@ class GroupSpec:
     packing: Packing
     setting: str
     tensor_parallel: int = 1
+    needs_gpu: bool = True
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ class GroupSpec:
 
     def request(self, device: Device, cpus_per_device: float) -> Request:
         bundle = {"CPU": round(cpus_per_device * self.devices_per_bundle, 4)}
-        if device == "cuda":
+        if device == "cuda" and self.needs_gpu:
             bundle["GPU"] = float(self.devices_per_bundle)
         return Request(bundle, self.devices // self.devices_per_bundle, self.packing)
 
@@ -62,6 +63,12 @@ def roles_by_process(config: RunConfig, roles: tuple[Role, ...]) -> list[tuple[R
     sharing = tuple(role for role in roles if role in config.shared_base)
     alone: list[tuple[Role, ...]] = [(role,) for role in roles if role not in config.shared_base]
     return [sharing, *alone] if sharing else alone
+
+
+def needs_gpu(spec: GroupSpec, stage: Stage, config: RunConfig) -> bool:
+    """Whether a group asks for GPUs, in a run on GPUs. The reward role alone does not if no reward is a model."""
+    frozen_reward = spec.roles == ("reward",) and "reward" not in STAGES[stage].trained
+    return not (frozen_reward and config.ppo and not any(isinstance(r, ModelReward) for r in config.ppo.rewards))
 
 
 def strategy_in(stage: Stage, role: Role, config: RunConfig) -> Strategy | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from configs import ZERO
@@ -16,7 +17,7 @@ from placement.models.architecture import Architecture
 from placement.models.shapes import NO_MODELS, longest_row, min_kv_cache, model_settings
 from placement.plan.batch import plan_batch
 from placement.plan.fit import Assignment, ClusterFit, floor_to
-from placement.plan.layout import GroupSpec, partition, roles_by_process, roles_of, strategy_in, with_engines
+from placement.plan.layout import GroupSpec, needs_gpu, partition, roles_by_process, roles_of, strategy_in, with_engines
 from placement.stages import STAGES
 from placement.types import GIB, Device, GroupPlan, Plan, PlanError, Problem, RolePlan, Stage
 
@@ -32,6 +33,7 @@ def make_plan(config: RunConfig, stage: Stage, cluster: Cluster, reused: Mapping
     roles = roles_of(config, stage)
     processes = tuple(roles_by_process(config, roles))
     specs, problems = partition(config.placement, roles, processes)
+    specs = [replace(spec, needs_gpu=needs_gpu(spec, stage, config)) for spec in specs]
     problems += _sharing_problems(config, stage, processes)
     if not specs:
         raise PlanError(stage, problems)

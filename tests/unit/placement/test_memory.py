@@ -426,3 +426,15 @@ def test_a_large_cluster_is_predicted(tmp_path: Path) -> None:
     devices = dict.fromkeys(("actor", "critic", "reference", "reward", "rollout"), 128)
     plan = planned(tmp_path, "64x16xA100-1GB,host=1TB", placement={"devices": devices}, ppo={"prompts_per_step": 1024})
     assert estimate_of(plan).missing
+
+
+@pytest.mark.parametrize(("cluster", "gpus"), [("1x5xA100-80GB,host=1TB", 4), ("1x8cpu,host=64GB", 0)])
+def test_rewards_that_are_functions_alone_ask_for_no_gpu(tmp_path: Path, cluster: str, gpus: int) -> None:
+    rewards = [{"kind": "function", "name": "brief", "function": "rewards:brief"}]
+    report = planned(tmp_path, cluster, ppo={"rewards": rewards})
+    assert sum(bundle.get("GPU", 0) for group in report.plan.groups for bundle in group.bundles) == gpus
+    assert report.plan.roles["reward"].gpus == 0
+    memory = estimate_of(report)
+    assert not any("GPU of reward" in place.name for place in memory.places)
+    assert memory.roles["reward"].uses["score"].device.total == 0
+    assert memory.roles["reward"].uses["score"].host.parameters == 0
