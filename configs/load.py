@@ -84,7 +84,7 @@ def load_config(
             except ConfigError as error:
                 problems[override] = str(error)
         values = _Resolved(tree, problems)
-    _rename_loss(values.tree)
+    _rename_loss(values.tree, tell=not saved)
     if failed := import_plugins(_plugins(values.tree)):  # the check of the settings needs what they register
         raise ConfigError([*problems.values(), *failed])
     try:
@@ -100,14 +100,15 @@ def load_config(
     return config
 
 
-def _rename_loss(tree: dict[str, Any]) -> None:
+def _rename_loss(tree: dict[str, Any], tell: bool) -> None:
     """`ppo.policy_loss: NAME` and `ppo.clip_range: WIDTH` of earlier versions become `ppo.loss`, over what that holds."""
     ppo = tree.get("ppo")
     names = [name for name in ("policy_loss", "clip_range") if isinstance(ppo, dict) and name in ppo]
     if not (isinstance(ppo, dict) and names):
         return
     old = {name: value for name in names if (value := ppo.pop(name)) is not None}
-    _warn_of(" and ".join(f"ppo.{name}" for name in names))
+    if tell:
+        _warn_of(" and ".join(f"ppo.{name}" for name in names))
     given = ppo.get("loss") or {}
     loss = {"kind": given} if isinstance(given, str) else dict(given)
     if loss.get("kind") != old.get("policy_loss", loss.get("kind")):

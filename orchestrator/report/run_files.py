@@ -48,7 +48,7 @@ class RunFiles:
         summary = folder / "summary.json"
         return cls(
             folder=folder,
-            config=load_config(folder / "config.yaml"),
+            config=load_config(folder / "config.yaml", saved=True),
             config_text=text,
             metrics=read_metrics(folder),
             summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
