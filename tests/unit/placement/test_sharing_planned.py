@@ -78,10 +78,10 @@ def test_groups_of_ones_own_that_part_them_are_refused() -> None:
     ("override", "says"),
     [
         ("shared_base=[actor]", "shared_base: actor alone shares nothing; name two roles or more, or none"),
-        ("shared_base=[actor,actor]", "share: actor is listed more than once"),
+        ("shared_base=[actor,actor]", "shared_base: actor is listed more than once"),
         ("model.lora=null", "shared_base: needs model.lora, which is none"),
         ("shared_base=[actor,rollout]", "shared_base.1: "),
-        ("model.lora.dora=true", "share: includes critic and model.lora.dora is true"),
+        ("model.lora.dora=true", "shared_base: includes critic and model.lora.dora is true"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, override: str, says: str) -> None:
@@ -131,7 +131,7 @@ def test_a_reward_model_must_be_an_adapter_on_the_base(tmp_path: Path) -> None:
 def test_a_reward_model_of_its_own_must_become_one(tmp_path: Path) -> None:
     write_micro(tmp_path)
     for path, lora, says in (
-        ("model", "null", r"rm\.model\.lora: none"),
+        ("model", "null", r"rm\.model\.lora: not set"),
         ("other", "{rank: 4}", r"rm\.model\.path: was "),
     ):
         run = run_with(tmp_path, f"rm.model={{path: {tmp_path / path}, lora: {lora}}}")

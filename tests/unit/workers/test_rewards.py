@@ -386,7 +386,7 @@ def test_a_sum_beyond_float32_is_no_score_and_counts() -> None:
     ppo = settings.model_copy(update={"max_unscored": 0.5})
     given = {"length": RewardResult.of([1e38, 1e38, 1.0]), "vowels": RewardResult.of([0.0, 9e37, 1.0])}
     np.testing.assert_allclose(weighted_sum(given, ppo), [np.nan, 1e38, 0.0], rtol=1e-6)
-    with pytest.raises(RewardError, match=r"^1 of 3 answers have no score .*the weighted sum is beyond float32"):
+    with pytest.raises(RewardError, match=r"^1 of 3 answers have no score .*the weighted sum exceeds float32"):
         weighted_sum(given, settings)
 
 
@@ -542,9 +542,9 @@ def test_two_workers_score_their_answers_and_leave_no_process(ray_here: Cluster,
 @pytest.mark.parametrize(
     ("names", "judges", "error"),
     [
-        (("mean", "f"), (), "rewards: the name mean is that of a metric"),
-        (("f", "f_std"), (), "rewards: the name f_std is that of a metric"),
-        (("f",), ("kl",), "evaluation.judges: the name kl is that of a metric"),
+        (("mean", "f"), (), "rewards: the name mean is the name of a metric"),
+        (("f", "f_std"), (), "rewards: the name f_std is the name of a metric"),
+        (("f",), ("kl",), "evaluation.judges: the name kl is the name of a metric"),
     ],
 )
 def test_names_that_would_give_two_metrics_one_name_are_refused(
