@@ -131,10 +131,13 @@ def _plugins(tree: Any) -> list[str]:
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Writes all settings, with defaults; `load_config` returns an equal config. The file is written whole or not at all."""
+    """Writes all settings, with defaults and without absent sections; `load_config` returns an equal config. The file is
+    written whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = write_yaml(_escaped(config.model_dump(mode="json")))
+    # A section that a plugin added is unknown to a process without the plugin.
+    values = {name: value for name, value in config.model_dump(mode="json").items() if value is not None}
+    text = write_yaml(_escaped(values))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:

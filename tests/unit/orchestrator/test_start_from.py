@@ -135,8 +135,8 @@ def test_refused_before_anything_starts(runs: Path, stages: list[Stage], named: 
 def test_a_circle_of_runs_is_refused(runs: Path) -> None:
     finished("b", ["ppo"], "start_from=runs/a")
     Run.begin(settings("c", "start_from=runs/b"), ["ppo"]).save()
-    text = (runs / "a" / "config.yaml").read_text().replace("start_from: null", "start_from: runs/b")
-    (runs / "a" / "config.yaml").write_text(text)
+    with (runs / "a" / "config.yaml").open("a") as file:
+        file.write("start_from: runs/b\n")
     (runs / "a" / "run.json").write_text('{"stages": []}')
     assert "leads back" in refusal("d", ["ppo"], "start_from=runs/b", "model.path=preset:m")
 
