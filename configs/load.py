@@ -62,20 +62,20 @@ def load_config(
     style. `none`, `null` and an empty value mean none, unless they are quoted. Interpolations `${a.b}` are resolved;
     `${oc.env:NAME}` is refused: settings are saved and shown, and the environment holds secrets.
 
-    Old names of settings (configs.renamed) become new ones, with a notice. saved: the file was written by `save_config`; its old
-    names are not told.
+    Old names of settings (configs.renamed) become new ones, with a notice. saved: the file was written by `save_config`;
+    its old names cause no notice.
 
     Raises:
         ConfigError: with all problems at once.
     """
-    names = OldNames(tell=not saved)
+    names = OldNames(notify=not saved)
     if isinstance(source, Mapping):
         given, where = dict(source), "settings"
     else:
         path = Path(source).expanduser()
         given, where = _read(path), str(path)
     tree = _tree(given, where, names)
-    names.tell = True
+    names.notify = True
     problems: dict[str, str] = {}
     with _environment_refused():
         for override in overrides:

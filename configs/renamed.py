@@ -1,4 +1,4 @@
-"""Settings that have a new name. The old one is understood for one release, with a line of notice."""
+"""Settings that have a new name. The old name is accepted for one release, with a line of notice."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Renamed:
-    """A setting or a section under its old and its new path, dotted, `[]` for an index. `[]` stands in both or in neither, and
-    what comes before it is the same in both."""
+    """The old and the new path of a setting or section: dotted, with `[]` for an index. A `[]` is in both paths or in neither,
+    and the part before it is the same in both."""
 
     old: str
     new: str
     value: Callable[[Any], Any] = lambda value: value
-    """Old value -> new value. Where it alone is new, `old` and `new` are equal. Scalars come as text."""
+    """Old value -> new value. `old` and `new` are equal if only the value is new. Scalars are given as text."""
 
 
 OPTIMIZERS = ("sft.optimizer", "rm.optimizer", "ppo.actor_optimizer", "ppo.critic_optimizer")
@@ -39,88 +39,88 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("ppo.max_log_prob_gap", "ppo.max_logprob_mismatch"),
     *(Renamed(f"{optimizer}.refuse_grad_norm", f"{optimizer}.skip_grad_norm") for optimizer in OPTIMIZERS),
 )
-"""In the order in which they are applied."""
+"""Applied in this order."""
 
 
 class OldNames:
-    """Gives settings their new names, and keeps by which old ones they were given.
+    """Replaces old names of settings by the new ones, and records which old names were used.
 
     Args:
-        tell: Log a line for each old name that is used, once in a process.
-        renamed: The table.
+        notify: Log a line for each old name that is used, once in a process.
+        renamed: The table of names.
     """
 
-    def __init__(self, tell: bool = True, renamed: Sequence[Renamed] = ()) -> None:
-        self.tell = tell
+    def __init__(self, notify: bool = True, renamed: Sequence[Renamed] = ()) -> None:
+        self.notify = notify
         self._renamed = renamed or RENAMED
         self._given: dict[str, str] = {}  # new path -> old path
         self._overrides: dict[str, str] = {}  # new path -> path on the command line
 
     def in_tree(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """A copy of settings with new names. Raises ValueError where a setting is there by both names."""
+        """A copy of the settings with new names. Raises ValueError if a setting is given by both names."""
         tree: dict[str, Any] = self._copy(settings)
-        for one in self._renamed:
-            self._rename(tree, _parts(one.old), _parts(one.new), one, ())
+        for renamed in self._renamed:
+            self._rename(tree, _parts(renamed.old), _parts(renamed.new), renamed, ())
         return tree
 
     def in_override(self, key: str, value: Any) -> tuple[str, Any]:
-        """An override's path and value with new names. Raises ValueError where a setting is there by both names."""
-        asked, path, value = key, tuple(key.split(".")), self._copy(value)
+        """An override's path and value with new names. Raises ValueError if a setting is given by both names."""
+        given, path, value = key, tuple(key.split(".")), self._copy(value)
         self._given.pop(key, None)
-        for one in self._renamed:
-            old, new = _parts(one.old), _parts(one.new)
+        for renamed in self._renamed:
+            old, new = _parts(renamed.old), _parts(renamed.new)
             depth = min(len(old), len(path))
             if not all(a == b or (a == "[]" and b.isdecimal()) for a, b in zip(old, path, strict=False)):
                 continue
             if len(path) < len(old):
-                if old[:depth] == new[:depth]:  # else it would leave what the override gives
-                    self._rename(value, old[depth:], new[depth:], one, path)
+                if old[:depth] == new[:depth]:  # otherwise the new path is outside of the override's value
+                    self._rename(value, old[depth:], new[depth:], renamed, path)
                 continue
             at, rest = path[:depth], path[depth:]
-            changed = value if rest else one.value(value)
+            changed = value if rest else renamed.value(value)
             path = (*_filled(new, at), *rest)
-            if one.old != one.new or changed is not value:
-                self._note(one, at, _filled(new, at))
+            if renamed.old != renamed.new or changed is not value:
+                self._note(renamed, at, _filled(new, at))
             value = changed
         key = ".".join(path)
-        if (before := self._overrides.setdefault(key, asked)) != asked:
-            raise ValueError(f"{key}: is given by its old name {asked if before == key else before} too")
+        if (before := self._overrides.setdefault(key, given)) != given:
+            raise ValueError(f"{key}: is given by its old name {given if before == key else before} too")
         return key, value
 
     def explained(self, path: str, text: str) -> str:
-        """The text of a problem with a setting, with the old name by which it was given."""
+        """The text of a problem with a setting; adds the old name if the setting was given by it."""
         for new, old in self._given.items():
             if path == new or path.startswith(f"{new}."):
                 return f"{text} (given as {old}{path.removeprefix(new)})"
         return text
 
     def _copy(self, value: Any) -> Any:
-        """With new names in interpolations."""
+        """A copy with new names in interpolations."""
         if isinstance(value, dict):
             return {key: self._copy(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._copy(item) for item in value]
         if isinstance(value, str) and "${" in value:
-            for one in self._renamed:
-                pattern = r"\$\{" + re.escape(one.old).replace(r"\[\]", r"\.(\d+)") + r"(?=[.}\[])"
-                value = re.sub(pattern, partial(_with_indices, one.new), value)
+            for renamed in self._renamed:
+                pattern = r"\$\{" + re.escape(renamed.old).replace(r"\[\]", r"\.(\d+)") + r"(?=[.}\[])"
+                value = re.sub(pattern, partial(_with_indices, renamed.new), value)
         return value
 
     def _rename(
-        self, node: Any, old: tuple[str, ...], new: tuple[str, ...], one: Renamed, path: tuple[str, ...]
+        self, node: Any, old: tuple[str, ...], new: tuple[str, ...], renamed: Renamed, path: tuple[str, ...]
     ) -> None:
-        """In the container `node`, which stands at `path`."""
+        """Rename in the container `node`, whose path is `path`."""
         if old[0] == "[]":
             for index, item in enumerate(node if isinstance(node, list) else ()):
-                self._rename(item, old[1:], new[1:], one, (*path, str(index)))
+                self._rename(item, old[1:], new[1:], renamed, (*path, str(index)))
         elif isinstance(node, dict) and old[0] in node:
             if len(old) > 1 and old[0] == new[0]:
-                self._rename(node[old[0]], old[1:], new[1:], one, (*path, old[0]))
+                self._rename(node[old[0]], old[1:], new[1:], renamed, (*path, old[0]))
             else:
-                self._move(node, old, new, one, path)
+                self._move(node, old, new, renamed, path)
 
     def _move(
-        self, node: dict[str, Any], old: tuple[str, ...], new: tuple[str, ...], one: Renamed, path: tuple[str, ...]
+        self, node: dict[str, Any], old: tuple[str, ...], new: tuple[str, ...], renamed: Renamed, path: tuple[str, ...]
     ) -> None:
         source: Any = node
         for part in old[:-1]:
@@ -128,7 +128,7 @@ class OldNames:
         if not isinstance(source, dict) or old[-1] not in source:
             return
         value = source.pop(old[-1])
-        changed = one.value(value)
+        changed = renamed.value(value)
         target: Any = node
         for part in new[:-1]:
             target = target.setdefault(part, {}) if isinstance(target, dict) else None
@@ -136,12 +136,12 @@ class OldNames:
             raise ValueError(f"{'.'.join((*path, *new))}: is given by its old name {'.'.join((*path, *old))} too")
         target[new[-1]] = changed
         if old != new or changed is not value:
-            self._note(one, (*path, *old), (*path, *new))
+            self._note(renamed, (*path, *old), (*path, *new))
 
-    def _note(self, one: Renamed, old: Sequence[str], new: Sequence[str]) -> None:
+    def _note(self, renamed: Renamed, old: Sequence[str], new: Sequence[str]) -> None:
         self._given[".".join(new)] = ".".join(old)
-        if self.tell:
-            _told(one.old, one.new)
+        if self.notify:
+            log_rename(renamed.old, renamed.new)
 
 
 def _parts(path: str) -> tuple[str, ...]:
@@ -153,19 +153,15 @@ def _filled(pattern: tuple[str, ...], path: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(path[i] if part == "[]" else part for i, part in enumerate(pattern))
 
 
-def _with_indices(path: str, found: re.Match[str]) -> str:
-    """The beginning of an interpolation of that path, with the indices that were found."""
-    for index in found.groups():
+def _with_indices(path: str, match: re.Match[str]) -> str:
+    """The start of an interpolation of this path, with the indices of the match."""
+    for index in match.groups():
         path = path.replace("[]", f".{index}", 1)
     return "${" + path
 
 
 @cache
-def _told(old: str, new: str) -> None:
-    """Said once."""
-    if old == new:
-        logging.getLogger("troupe").warning(
-            "%s: values are written otherwise now; the old ones go with the next release", old
-        )
-    else:
-        logging.getLogger("troupe").warning("%s is now %s; the old name goes with the next release", old, new)
+def log_rename(old: str, new: str) -> None:
+    """Log a line of notice, once in a process."""
+    change = f"{old} has a new form; the old one" if old == new else f"{old} is now {new}; the old name"
+    logging.getLogger("troupe").warning("%s goes with the next release", change)

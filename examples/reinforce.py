@@ -39,7 +39,7 @@ def main(path: str = "configs/movies/tiny.yaml", *overrides: str) -> list[float]
             reward = scores["model"].values
             experience = Experience(rollouts, reference, None, reward.clip(-3, 3), KL_PENALTY)
             metrics = team.train_actor(experience, step, ppo.steps).get()
-            team.publish(version=step)
+            team.sync_weights(version=step)
             rewards.append(float(reward.mean()))
             kl = reference.per_answer.sum() / rollouts.trained_tokens.sum()
             print(f"step {step}: reward {rewards[-1]:+.3f}, KL {kl:.3f}, entropy {metrics['entropy']:.2f}")

@@ -223,7 +223,7 @@ class PolicyApi(TrainerApi):
 
     @remote(phase="weight_sync")
     @abstractmethod
-    def publish(self, version: int) -> tuple[int, Probe]:
+    def sync_weights(self, version: int) -> tuple[int, Probe]:
         """Send the weights to every engine. Returns the bytes of one copy, and what the engines must compute now."""
 
 

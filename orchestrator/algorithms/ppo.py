@@ -143,7 +143,7 @@ class PPO(Algorithm):
         """Give the engines the actor's new weights, under the next version."""
         with self.context.phase("weight_sync"):
             self.version += 1
-            published = self.team.publish(self.version)
+            published = self.team.sync_weights(self.version)
         self.context.seconds["prove"] = published.proof_seconds
         self.context.seconds["weight_sync"] -= published.proof_seconds
         return {"weight_sync_mib": published.nbytes / 2**20, "probe_gap": published.gap}
@@ -272,7 +272,7 @@ class PPO(Algorithm):
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.version = state["version"]
         self.kl.load(state["kl"])
-        self.team.publish(self.version)
+        self.team.sync_weights(self.version)
 
     def state(self) -> dict[str, Any]:
         return {"version": self.version, "kl": self.kl.state()}

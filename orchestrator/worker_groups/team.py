@@ -6,7 +6,7 @@
     rollouts = team.generate("prompts", picked, step).get()               # references and lengths, no tokens
     reference, values, scores = together(team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"]))
     together(team.train_actor(...), team.train_critic(...))
-    team.publish(version)
+    team.sync_weights(version)
 
 `generate`, `log_probs`, `values`, `scores` and `train_...` give a Call, to be run alone (`.get()`) or with others (`together`).
 """
@@ -30,6 +30,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs import ZERO
+from configs.renamed import log_rename
 from configs.schema import ModelReward, ModelSettings, Role, RunConfig
 from orchestrator.run.run_dir import local
 from orchestrator.worker_groups.calls import Call, WorkerGroup, run_concurrently
@@ -252,7 +253,7 @@ class Team:
         if "rollout" in self.groups and lost.keys() & {"actor", "rollout"}:
             self._connect()
             if not self.version:
-                self.publish(0)
+                self.sync_weights(0)
 
     def _due(self, error: WorkerError) -> list[Rank]:
         """The casualties that were not replaced since, because of another error that named them too."""
@@ -268,7 +269,7 @@ class Team:
         if due := self._due(error):
             self.replace(error)
             if self.version and any(role == "rollout" for role, _ in due):
-                self.publish(self.version)
+                self.sync_weights(self.version)
 
     def snapshot(self, step: int, state: dict[str, Any], roles: Sequence[Role]) -> Snapshot:
         """Copy what roles have learned into the object store; where there are several nodes, onto another node too."""
@@ -342,7 +343,7 @@ class Team:
         if not self.config.model.quantize:  # then the actor has other weights than the folder
             self._prove(0, groups["actor"].call(PolicyApi.probe, 0).get()[0])
         # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
-        self.publish(0)
+        self.sync_weights(0)
 
     @property
     def _longest(self) -> int:
@@ -560,7 +561,7 @@ class Team:
         """Let every engine show that it computes what the actor does; the largest gap. Raises WorkerError."""
         return max(self.groups["rollout"].call(RolloutApi.prove, version, probe).get())
 
-    def publish(self, version: int) -> Publication:
+    def sync_weights(self, version: int) -> Publication:
         """Give the actor's weights to every engine under a version, and let them show that they compute with them.
 
         Engines that die meanwhile are replaced; weights that do not arrive as they were sent, or do not compute as the actor's
@@ -569,7 +570,7 @@ class Team:
         damaged = 0
         while True:
             try:
-                size, probe = self.groups["actor"].call(PolicyApi.publish, version).get()[0]
+                size, probe = self.groups["actor"].call(PolicyApi.sync_weights, version).get()[0]
                 started = time.monotonic()
                 gap = self._prove(version, probe)
             except WorkerError as error:
@@ -583,6 +584,11 @@ class Team:
             else:
                 self.version = version
                 return Publication(size, gap, probe.seconds + time.monotonic() - started)
+
+    def publish(self, version: int) -> Publication:
+        """The old name of `sync_weights`, for one release."""
+        log_rename("Team.publish", "Team.sync_weights")
+        return self.sync_weights(version)
 
     def _only_engines(self, error: WorkerError) -> bool:
         """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""

@@ -120,7 +120,7 @@ def ppo_step(team: Team, step: int) -> float:
     assert actor["logprob_mismatch"] <= 1e-3
     assert actor["grad_norm/actor"] > 0
     assert critic["grad_norm/critic"] > 0
-    team.publish(step)
+    team.sync_weights(step)
     return float(reference.per_answer.sum() / rollouts.trained_tokens.sum())
 
 
@@ -152,13 +152,13 @@ def test_an_engine_that_computes_something_else_after_an_update_is_an_error(team
     team.recovery.on_failure = lambda role, kind: told.append((role, kind))
     engine = team.groups["rollout"]
     engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 2).get()
-    refused(1, lambda: team.publish(1))
+    refused(1, lambda: team.sync_weights(1))
     assert told == [("rollout", "error")], "the first time"
     with pytest.raises(WorkerError, match=r"StaleWeights: rollout-0 holds no published weights"):
         team.generate("prompts", np.arange(2), 1).get()
 
     engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 1).get()
-    assert team.publish(1).gap < 1e-5, "it is mended by sending them once more"
+    assert team.sync_weights(1).gap < 1e-5, "it is mended by sending them once more"
     assert len(told) == 2
     assert set(team.generate("prompts", np.arange(2), 1).get().max_versions) == {1}
 

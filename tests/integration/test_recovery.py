@@ -43,7 +43,7 @@ def records(folder: Path) -> list[str]:
 PPO_FAULTS = [
     ("rollout-0", "generate", 12),  # in the evaluation before the first step
     ("actor-0", "forward", 2),  # in the first step: nothing is kept yet
-    ("actor-0", "publish", 2),
+    ("actor-0", "sync_weights", 2),
     ("reward-0", "score", 5),
     ("critic-0", "backward", 7),
 ]

@@ -72,9 +72,9 @@ class DyingPolicy(_DyingTrainer, PolicyWorker):
         self.reach("score")
         return super().log_probs(*args)
 
-    def publish(self, version: int) -> tuple[int, Probe]:
-        self.reach("publish")
-        return super().publish(version)
+    def sync_weights(self, version: int) -> tuple[int, Probe]:
+        self.reach("sync_weights")
+        return super().sync_weights(version)
 
 
 class DyingValue(_DyingTrainer, ValueWorker):
@@ -126,7 +126,7 @@ class DyingRollout(_Dying, RolloutWorker, DyingRolloutApi):
             self.generating = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.reach("publish")
+        self.reach("sync_weights")
         super().update_weights(update_info)
 
 

@@ -46,7 +46,7 @@ class PolicyWorker(Trainer, PolicyApi):
         kl = [float((sample.log_probs - row).sum()) for sample, row in zip(samples, rows, strict=True)]
         return RaggedArray.of(rows, np.float32), np.array(kl)
 
-    def says(self, ids: np.ndarray) -> np.ndarray:
+    def probe_outputs(self, ids: np.ndarray) -> np.ndarray:
         """Log-probabilities [rows, length - 1] of the tokens after the first."""
         with self.evaluating():
             log_probs, _ = self.module(Batch(sequences(ids), self.device))
@@ -207,7 +207,7 @@ class PolicyWorker(Trainer, PolicyApi):
         engine_ranks = len(engines) * rollout.tensor_parallel
         self.sender = make_sender(transport, self.client, self.source, self.rank, bucket_bytes, engine_ranks, address)
 
-    def publish(self, version: int) -> tuple[int, Probe]:
+    def sync_weights(self, version: int) -> tuple[int, Probe]:
         """Send the weights to every engine under this version. Collective. Returns the bytes of one copy, and what the engines
         must compute now."""
         self.client.version = version

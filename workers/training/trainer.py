@@ -180,9 +180,9 @@ class Trainer(Worker, TrainerApi):
         longest = context_length(self.model.hf.config)
         ids = draw(vocabulary, LENGTH if longest is None else min(LENGTH, longest), self.config.seed, version)
         started = time.monotonic()
-        return Probe(ids, self.says(ids), time.monotonic() - started)
+        return Probe(ids, self.probe_outputs(ids), time.monotonic() - started)
 
-    def says(self, ids: np.ndarray) -> np.ndarray:
+    def probe_outputs(self, ids: np.ndarray) -> np.ndarray:
         """What the model says of rows of tokens [rows, length], as a Probe has it. Collective."""
         raise NotImplementedError
 

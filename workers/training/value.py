@@ -40,7 +40,7 @@ class ValueWorker(Trainer, ValueApi):
 
     scalar = True
 
-    def says(self, ids: np.ndarray) -> np.ndarray:
+    def probe_outputs(self, ids: np.ndarray) -> np.ndarray:
         """Scores [rows] at the last tokens."""
         return score(self.module, sequences(ids), [np.arange(len(ids))], self.device)
 

@@ -1,6 +1,6 @@
 """Weight updates: the actor's weights reach all engines, and each engine proves that it has them before it serves.
 
-    driver         Team.publish(v): all actor ranks run PolicyWorker.publish(v)
+    driver         Team.sync_weights(v): all actor ranks run PolicyWorker.sync_weights(v)
     all ranks      sender.send_weights(): gathering is collective under ZeRO-3
     rank 0           client.start_weight_update()                  waits until no engine serves
                      for bucket in GatheredWeights:                gathers one layer at a time, takes checksums
@@ -16,8 +16,8 @@
 4. Proof: the engine's log-probabilities of random tokens must be close to the actor's, which checksums alone do not show.
    Otherwise it raises DifferentModel and serves nothing.
 
-After an error `Team.publish` repeats the whole update: once after StaleWeights or DifferentModel, and after it has replaced dead
-engines, unless the actor's ranks wait for one another (ZeRO-3). Other errors are raised.
+After an error `Team.sync_weights` repeats the whole update: once after StaleWeights or DifferentModel, and after it has replaced
+dead engines, unless the actor's ranks wait for one another (ZeRO-3). Other errors are raised.
 
 Modules: gather (GatheredWeights, EngineClient), senders (make_sender), receivers (the engine's side, in vLLM's processes),
 reloading and engine_fixes (corrections to vLLM), checksums, probe (Probe).

@@ -10,7 +10,7 @@ import pytest
 
 from configs import ConfigError, load_config, save_config
 from configs.reference import describe
-from configs.renamed import RENAMED, OldNames, Renamed, _told
+from configs.renamed import RENAMED, OldNames, Renamed, log_rename
 
 TABLE = (
     Renamed("old", "new"),
@@ -22,8 +22,8 @@ TABLE = (
 
 
 @pytest.fixture(autouse=True)
-def _unsaid() -> None:
-    _told.cache_clear()
+def _no_notices_yet() -> None:
+    log_rename.cache_clear()
 
 
 def names() -> OldNames:
@@ -96,7 +96,7 @@ def test_a_notice_for_each_old_name_once(caplog: pytest.LogCaptureFixture) -> No
         given = names()
         given.in_tree({"old": {}, "new2": 1, "a": {"list": [{"x": 1}, {"x": 2}]}, "mode": {"kind": "m"}})
         given.in_override("old.z", 1)
-    OldNames(tell=False, renamed=TABLE).in_tree({"speed": "fast"})
+    OldNames(notify=False, renamed=TABLE).in_tree({"speed": "fast"})
     assert [record.getMessage() for record in caplog.records] == [
         "old is now new; the old name goes with the next release",
         "a.list[].x is now a.list[].y; the old name goes with the next release",

@@ -91,7 +91,7 @@ class Pair:
 
     def publish(self) -> int:
         self.version += 1
-        size, _ = self.actor.call(PolicyApi.publish, self.version).get()[0]
+        size, _ = self.actor.call(PolicyApi.sync_weights, self.version).get()[0]
         return size
 
     def differences(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from abc import abstractmethod
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from configs.renamed import log_rename
+from orchestrator.worker_groups.team import Publication, Team
 from workers import api
 from workers.api import PolicyApi, RemoteMethod, Request, TrainerApi, ValueApi, WorkerApi, is_remote, remote, request
 
@@ -40,10 +43,10 @@ class Judge(JudgeApi):
 
 
 def calls(group: WorkerGroup) -> None:
-    sizes: list[int] = [size for size, _ in group.call(PolicyApi.publish, 1).get()]
-    group.call(PolicyApi.publisch, 1)  # attr-defined: misspelled
-    group.call(PolicyApi.publish, "one")  # arg-type: an int is wanted
-    group.call(PolicyApi.publish)  # call-arg: it lacks the version
+    sizes: list[int] = [size for size, _ in group.call(PolicyApi.sync_weights, 1).get()]
+    group.call(PolicyApi.sync_weight, 1)  # attr-defined: misspelled
+    group.call(PolicyApi.sync_weights, "one")  # arg-type: an int is wanted
+    group.call(PolicyApi.sync_weights)  # call-arg: it lacks the version
     group.setup_call(TrainerApi.save, folder=1)  # arg-type: a str is wanted
     group.to([0], WorkerApi.join, "host")  # arg-type: host and port are wanted
     group.first(JudgeApi.judge, [], strict=True)
@@ -90,7 +93,7 @@ class Implementation(Api):
 
 
 def test_a_declaration_has_a_name_and_a_phase() -> None:
-    assert RemoteMethod.of(PolicyApi.publish) == RemoteMethod("weight_sync", "weight_sync")
+    assert RemoteMethod.of(PolicyApi.sync_weights) == RemoteMethod("sync_weights", "weight_sync")
     assert RemoteMethod.of(ValueApi.save) == RemoteMethod("save", "save") == RemoteMethod.of(TrainerApi.save)
     with pytest.raises(ValueError, match=r"^no phase of a remote method: 'sing'; there are start, generate, "):
         remote(phase="sing")  # type: ignore[arg-type]
@@ -117,3 +120,22 @@ def test_arguments_that_are_named_travel_in_order() -> None:
 def test_a_worker_that_lacks_a_declared_method_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Implementation()  # type: ignore[abstract]
+
+
+class UnconnectedTeam(Team):
+    """A team without processes."""
+
+    def __init__(self) -> None: ...
+
+    def sync_weights(self, version: int) -> Publication:
+        return Publication(version, 0.0, 0.0)
+
+
+def test_the_old_name_of_sync_weights_works_with_one_notice(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "troupe")
+    log_rename.cache_clear()
+    for version in (3, 4):
+        assert UnconnectedTeam().publish(version) == Publication(version, 0.0, 0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Team.publish is now Team.sync_weights; the old name goes with the next release"
+    ]

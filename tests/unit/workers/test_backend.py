@@ -49,8 +49,8 @@ def test_it_skips_steps_and_is_taken_up_again(hosts: Hosts, tmp_path: Path) -> N
 
     load(group, model)
     group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
-    assert train(group, 2, spoil="nan loss")["refused"] == 1.0
-    assert train(group, 2, spoil="finite loss, nan gradients")["refused"] == 1.0
+    assert train(group, 2, spoil="nan loss")["skipped"] == 1.0
+    assert train(group, 2, spoil="finite loss, nan gradients")["skipped"] == 1.0
     assert (batch := group.first(TrainerApi.skipped_batch)) and batch["ids"].size
     assert steps(group, 2) == wanted[0]
     weights = exported(group, tmp_path / "again")
