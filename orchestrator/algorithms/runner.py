@@ -33,12 +33,12 @@ from workers.api import TrainerApi, WorkerApi
 from workers.process.inspection import proportional_memory
 from workers.process.remote_error import summary
 
-MOST_BATCHES = 20
-"""Refused batches that are kept in a run's folder."""
+MAX_SKIPPED_BATCHES = 20
+"""Files with the batches of skipped optimizer steps in a run's folder."""
 
 
-class RefusedError(RuntimeError):
-    """Training steps were refused again and again: the run has nothing left to learn from."""
+class SkippedStepsError(RuntimeError):
+    """Optimizer steps were skipped in too many steps in a row: the run learns nothing more."""
 
 
 class Callback:
@@ -71,8 +71,8 @@ class Runner:
         """Whether the team has all that it needs to begin."""
         self.snapshots: list[Snapshot] = []
         """The newest first; after it those that are needed until its copies on other nodes have arrived."""
-        self.refused = 0
-        """Steps in a row, up to now, in which a training step was refused."""
+        self.skipped = 0
+        """Latest steps in a row in which an optimizer step was skipped."""
         self.first_state: dict[str, Any] = {}
         self.recovery: FailurePolicy
         self.status: Status
@@ -99,11 +99,11 @@ class Runner:
 
     def state(self) -> dict[str, Any]:
         """What steers the run and is not a function of the step."""
-        return {"refused": self.refused, **self.algorithm.state()}
+        return {"skipped": self.skipped, **self.algorithm.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
-        self.refused = state["refused"]
+        self.skipped = state["skipped"] if "skipped" in state else state["refused"]  # its name in older checkpoints
         self.algorithm.set_state(state)
 
     # ------------------------------------------------------------ the stage
@@ -220,7 +220,9 @@ class Runner:
             self._restore()
 
     def _start_again(self, error: WorkerError) -> None:
-        self.recovery.consider(error)
+        decision = self.recovery.decide(error)
+        if isinstance(decision, WorkerError):
+            raise decision
         self._end_team()
         self._start()
 
@@ -307,7 +309,7 @@ class Runner:
         """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
         self.done = step
         self.seconds = {}
-        self._count_refusals(metrics)
+        self._count_skipped(metrics)
         with self.run.tolerating(self.warn):
             self.recorder.record(step, metrics)
         self.recorder.spent(self.team.deadlines.taken())
@@ -328,33 +330,33 @@ class Runner:
                 break
         self.stop.raise_if_requested(f"after step {step} of {self.steps} of {self.name}")
 
-    def _count_refusals(self, metrics: dict[str, float]) -> None:
-        """Save what a refused training step saw. Raises RefusedError after too many in a row."""
-        refused = [role for role in self.trained() if metrics.get(f"skipped/{role}", metrics.get("skipped"))]
-        self.refused = self.refused + 1 if refused else 0
-        for role in refused:
-            self._record_refusal(role, metrics)
-        if self.refused >= self.config.recovery.max_skipped_steps:
-            raise RefusedError(
-                f"{self.name}, step {self.done}: a training step was refused in {self.refused} steps in a row "
-                "(recovery.max_skipped_steps): loss, gradient or KL are not finite or beyond all measure "
-                f"(skip_grad_norm, ppo.max_kl_per_step); what they saw is in {self.run.failures.folder}"
+    def _count_skipped(self, metrics: dict[str, float]) -> None:
+        """Record skipped optimizer steps, with their batches. Raises SkippedStepsError after too many in a row."""
+        roles = [role for role in self.trained() if metrics.get(f"skipped/{role}", metrics.get("skipped"))]
+        self.skipped = self.skipped + 1 if roles else 0
+        for role in roles:
+            self._record_skipped(role, metrics)
+        if self.skipped >= self.config.recovery.max_skipped_steps:
+            raise SkippedStepsError(
+                f"{self.name}, step {self.done}: optimizer steps were skipped in {self.skipped} steps in a row "
+                "(recovery.max_skipped_steps): loss, gradient or KL are not finite or too large "
+                f"(skip_grad_norm, ppo.max_kl_per_step); their batches are in {self.run.failures.folder}"
             )
 
-    def _record_refusal(self, role: Role, metrics: dict[str, float]) -> None:
-        """A text, and the batch that each rank refused, where it was the rank that refused it."""
+    def _record_skipped(self, role: Role, metrics: dict[str, float]) -> None:
+        """Write a failure record and, where the ranks skipped the step themselves, each rank's batch."""
         folder = self.run.failures.folder
         loss = {"actor": "loss/policy", "critic": "loss/value"}.get(role, "loss")
         names = dict.fromkeys(("kl", "loss", loss, "grad_norm", f"grad_norm/{role}"))
         numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
-        text = f"train: {role}: a training step was refused and not applied: {numbers}"
-        self.run.failures.write(f"{role}-refused", text, key=("refused", role))
+        text = f"train: {role}: an optimizer step was skipped: {numbers}"
+        self.run.failures.write(f"{role}-skipped", text, key=("skipped", role))
         for rank, batch in enumerate(self.team.groups[role].call(TrainerApi.skipped_batch).get()):
-            if batch is not None and len(list(folder.glob("*.npz"))) < MOST_BATCHES:
-                path = folder / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
-                with self.sparing(f"what {role} saw in step {self.done} was not written"):
+            if batch is not None and len(list(folder.glob("*.npz"))) < MAX_SKIPPED_BATCHES:
+                path = folder / f"{self.name}-{self.done}-skipped-{role}-{rank}.npz"
+                with self.sparing(f"the batch of {role}'s skipped optimizer step in step {self.done} was not written"):
                     np.savez(path, **dict[str, Any](batch))
-                    self.warn(f"step {self.done}: {role} refused a training step; what it saw: {path}")
+                    self.warn(f"step {self.done}: {role} skipped an optimizer step; its batch: {path}")
 
     # ------------------------------------------------------------ saving
 

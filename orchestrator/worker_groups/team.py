@@ -227,11 +227,10 @@ class Team:
 
         Raises the error where it is not to be survived, PlacementError where a lost node leaves no room.
         """
-        try:
-            self.recovery.consider(error)
-        except WorkerError:
+        decision = self.recovery.decide(error)
+        if isinstance(decision, WorkerError):
             end(error.failure.locations)  # a stopped process would outlive the run
-            raise
+            raise decision
         lost: dict[Role, list[int]] = {}
         for role, rank in self._due(error):
             lost.setdefault(role, []).append(rank)

@@ -315,8 +315,8 @@ def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
     assert failures.keys() == {
         "reward-never.txt",
         "reward-half.txt",
-        "actor-refused.txt",
-        "critic-refused.txt",
+        "actor-skipped.txt",
+        "critic-skipped.txt",
     }
     assert "never gave no score for 6 of 6 answers: no answer in 0.5 s" in failures["reward-never.txt"]
     assert "2 times so far" in failures["reward-never.txt"], "before and after"

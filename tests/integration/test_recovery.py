@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator import Result, WorkerError, load_config, run_stages
-from orchestrator.algorithms.runner import RefusedError
+from orchestrator.algorithms.runner import SkippedStepsError
 from orchestrator.periodic import Repeating
 from orchestrator.storage.metrics_file import repeatable as lines
 from placement.types import Stage
@@ -127,15 +127,17 @@ def test_a_step_that_is_not_finite_is_not_applied_and_two_in_a_row_end_the_run(
     for count in (3, 4, 7, 8, 9, 10):  # both mini-batches of the second, fourth and fifth step
         fault(tmp_path, "actor-0", "loss", count, 0)
     with pytest.raises(
-        RefusedError, match=r"^ppo, step 5: a training step was refused in 2 steps in a row \(recovery\."
+        SkippedStepsError, match=r"^ppo, step 5: optimizer steps were skipped in 2 steps in a row \(recovery\."
     ):
         run(micro, whole, tmp_path, "ppo", "recovery.max_skipped_steps=2")
     folder = tmp_path / "micro"
     found = lines(folder, "ppo")
     assert [line["skipped/actor"] for line in found[1:]] == [0, 2, 0, 2]
-    assert [line["policy_version"] for line in found[1:]] == [0, 1, 1, 2], "what was refused is not published"
+    assert [line["policy_version"] for line in found[1:]] == [0, 1, 1, 2], (
+        "a skipped step changes no weights: nothing to publish"
+    )
     assert found[1] == lines(whole.folder, "ppo")[1]
     batches = {path.name: path for path in (folder / "failures").glob("*.npz")}
-    assert batches.keys() == {f"ppo-{step}-refused-actor-0.npz" for step in (2, 4, 5)}
-    assert {"ids", "offsets", "prompt_lengths"} <= set(np.load(batches["ppo-2-refused-actor-0.npz"]).files)
+    assert batches.keys() == {f"ppo-{step}-skipped-actor-0.npz" for step in (2, 4, 5)}
+    assert {"ids", "offsets", "prompt_lengths"} <= set(np.load(batches["ppo-2-skipped-actor-0.npz"]).files)
     assert not (folder / "models" / "ppo").exists()

@@ -35,7 +35,7 @@ with _errors(), StopSignal(run, console) as stop, Progress("rm", steps, console)
         progress.update(step, {"loss": 1.0})
         if step % every == 0:  # the end of what cannot be interrupted
             (folder / f"saved-{step}").touch()
-            stop.heed(f"after step {step}")
+            stop.raise_if_requested(f"after step {step}")
 print("the end")
 """
 

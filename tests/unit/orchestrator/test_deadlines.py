@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from configs.schema import DeadlineSettings, RecoverySettings, Role, RunConfig
 from orchestrator.storage.failure_log import FailureLog
 from orchestrator.worker_groups.calls import Call, WorkerGroup
 from orchestrator.worker_groups.deadlines import Cost, Deadlines
-from orchestrator.worker_groups.failure_policy import FailurePolicy
+from orchestrator.worker_groups.failure_policy import FailurePolicy, Restart
 from orchestrator.worker_groups.failures import Failure, Kind, WorkerError
 from orchestrator.worker_groups.rollouts import Experience, Rollouts, TokenColumn
 from orchestrator.worker_groups.team import Team
@@ -201,11 +202,16 @@ def failure(kind: Kind, role: Role, ranks: tuple[int, ...] = (0,)) -> WorkerErro
     return WorkerError(Failure(kind, role, ranks, "values", "score", f"{role} failed", failed_ranks=failed_ranks))
 
 
-def test_an_error_of_its_own_is_not_survived(tmp_path: Path) -> None:
+def final_error(recovery: FailurePolicy, error: WorkerError) -> WorkerError:
+    decision = recovery.decide(error)
+    assert isinstance(decision, WorkerError) and decision.final
+    return decision
+
+
+def test_an_error_that_a_worker_raised_ends_the_run(tmp_path: Path) -> None:
     error = failure("error", "critic")
-    with pytest.raises(WorkerError) as raised:
-        FailurePolicy(RecoverySettings(), FailureLog(tmp_path)).consider(error)
-    assert raised.value is error
+    assert FailurePolicy(RecoverySettings(), FailureLog(tmp_path)).decide(error) is error
+    assert error.final
     [record] = tmp_path.iterdir()
     assert record.name == "0001-critic-error.txt"
     assert record.read_text().endswith("not survivable\n")
@@ -215,39 +221,43 @@ def test_each_role_has_its_budget(tmp_path: Path) -> None:
     said: list[str] = []
     recovery = FailurePolicy(RecoverySettings(max_restarts=2), FailureLog(tmp_path), said.append)
     for role in ("critic", "actor"):
-        recovery.consider(failure("died", role))
-        recovery.consider(failure("hung", role))
-    with pytest.raises(
-        WorkerError, match=r"actor failed\n  not replaced again: 2 restarts in 3600 s, or in one step, are"
-    ):
-        recovery.consider(failure("died", "actor"))
+        assert recovery.decide(failure("died", role)) == Restart(1)
+        assert recovery.decide(failure("hung", role)) == Restart(0)
+    error = failure("died", "actor")
+    final = final_error(recovery, error)
+    assert final.__cause__ is error and not error.final
+    assert str(final).startswith("actor failed\n  not replaced again: 2 restarts in 3600 s, or in one step, are")
     assert len(list(tmp_path.iterdir())) == 5
-    assert said == ["critic failed"] * 2 + ["actor failed"] * 2, "the last is raised"
+    assert said == ["critic failed"] * 2 + ["actor failed"] * 2, "the last one is raised instead"
 
 
-def test_what_was_lost_without_casualties_counts_too() -> None:
+def test_a_lost_reply_without_failed_ranks_counts_too() -> None:
     recovery = FailurePolicy(RecoverySettings(max_restarts=2))
-    for _ in range(2):
-        recovery.consider(failure("lost", "reward"))
-    with pytest.raises(WorkerError, match="not replaced again"):
-        recovery.consider(failure("lost", "reward"))
+    assert [recovery.decide(failure("lost", "reward")) for _ in range(2)] == [Restart(1), Restart(0)]
+    assert "not replaced again" in str(final_error(recovery, failure("lost", "reward")))
+
+
+def test_a_failure_of_two_roles_counts_for_both() -> None:
+    recovery = FailurePolicy(RecoverySettings(max_restarts=3))
+    assert recovery.decide(failure("died", "critic")) == Restart(2)
+    both = replace(failure("died", "actor").failure, failed_ranks=(("actor", 0), ("critic", 0)))
+    assert recovery.decide(WorkerError(both)) == Restart(1), "of the role that has the fewest"
+    assert recovery.decide(failure("died", "actor")) == Restart(1)
 
 
 def test_restarts_are_counted_over_a_window() -> None:
     recovery = FailurePolicy(RecoverySettings(max_restarts=1, restart_window=0.2))
-    recovery.consider(failure("died", "critic"))
+    assert recovery.decide(failure("died", "critic")) == Restart(0)
     time.sleep(0.3)
-    recovery.consider(failure("died", "critic"))
-    with pytest.raises(WorkerError, match="not replaced again"):
-        recovery.consider(failure("died", "critic"))
+    assert recovery.decide(failure("died", "critic")) == Restart(0)
+    assert "not replaced again" in str(final_error(recovery, failure("died", "critic")))
 
 
-def test_a_step_is_not_tried_for_ever_though_each_attempt_outlasts_the_window(tmp_path: Path) -> None:
+def test_a_step_is_not_repeated_for_ever_if_each_attempt_takes_longer_than_the_window(tmp_path: Path) -> None:
     log = FailureLog(tmp_path)
     recovery = FailurePolicy(RecoverySettings(max_restarts=1, restart_window=0.01), log)
     for step in (1, 2):
         log.where = f"ppo, step {step} of 5"
-        recovery.consider(failure("hung", "actor"))
+        assert recovery.decide(failure("hung", "actor")) == Restart(0)
         time.sleep(0.02)
-    with pytest.raises(WorkerError, match="not replaced again"):
-        recovery.consider(failure("hung", "actor"))
+    assert "not replaced again" in str(final_error(recovery, failure("hung", "actor")))

@@ -184,7 +184,7 @@ def test_a_process_killed_from_outside_leaves_a_trace(dashboard: str, tmp_path: 
         os.kill(place.pid, signal.SIGKILL)
         with pytest.raises(WorkerError) as caught:
             call.collect(0)
-        recovery.consider(caught.value)
+        recovery.decide(caught.value)
         for restarts in (0, 1, 0, 2):  # a team; a new process; another team, which begins anew; two new processes
             recorder.workers([{"role": "critic", "restarts": restarts}, {"role": "actor", "restarts": 0}])
 
