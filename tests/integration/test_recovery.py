@@ -83,7 +83,7 @@ def test_stopped_processes_are_found_by_their_deadline(micro: Path, whole: Resul
     }, "what `troupe status` says while it hangs"
     assert lines(folder, "ppo") == lines(whole.folder, "ppo")
     engine, actor = records(folder)
-    assert "rollout rank 0: no answer to generate in 10 s (deadlines.generate)" in engine
+    assert "rollout rank 0: no reply to generate in 10 s (deadlines.generate)" in engine
     assert "process stopped" in engine
     assert "_Dying.reach (dying_workers.py" in actor, "its stack"
 
