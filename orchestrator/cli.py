@@ -393,7 +393,7 @@ REFUSED = (
     "RunError",
     "UnknownNameError",
 )
-FAILED = ("DifferentModel", "DiskError", "LogProbGapError", "PlacementError", "RefusedError", "WorkerError")
+FAILED = ("DifferentModel", "DiskError", "LogProbGapError", "PlacementError", "SkippedStepsError", "WorkerError")
 EXIT_CODES = dict.fromkeys(REFUSED, 2) | dict.fromkeys(FAILED, 1)
 """Keyed by name, so that only the commands that need an error's module import it."""
 

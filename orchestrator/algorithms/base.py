@@ -1,12 +1,12 @@
-"""What an algorithm is: the data and models that it needs, its roles, and what one step does.
+"""The interface of an algorithm: its data, models and roles, and one step.
 
     class Mine(Algorithm):
-        spec = StageSpec("mine", ...)      # roles, and what plan and report must know
+        spec = StageSpec("mine", ...)      # roles, and facts for plan and report
         Config = MySettings                # of a plugin: the section `mine:` of the settings
         def step(self, step): ...
 
-A subclass that names a spec is entered under its name, and a run whose settings have the section goes through it. Everything
-around the steps (workers, recovery, checkpoints, metrics, export) is the Runner's.
+A subclass with a spec is registered under the spec's name; a run whose settings have that section includes the stage. The
+Runner does everything around the steps: workers, recovery, checkpoints, metrics, export.
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ ALGORITHMS: dict[str, type[Algorithm]] = {}
 
 
 class Context(Protocol):
-    """What the Runner gives an algorithm while its stage runs."""
+    """The Runner as an algorithm sees it while its stage runs."""
 
     team: Team
-    """The worker groups; others after a restart."""
+    """The worker groups; a new team after a restart."""
     seconds: dict[str, float]
     """Seconds of each phase since the last recorded step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times a part of a step as `seconds/<name>`."""
+        """Time a part of a step as `seconds/<name>`."""
 
     def show(self, text: str) -> None:
-        """Say what goes on outside of steps, in the progress line."""
+        """Show the current work outside of steps in the progress line."""
 
     def spent(self) -> dict[str, float]:
         """Metrics: seconds of the phases, memory of the roles."""
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics that are not those of a step that ends: of an evaluation before the first."""
+        """Record metrics outside of a step, such as those of the evaluation before the first step."""
 
     def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
-        """Keep sampled answers of a step in samples/<stage>.jsonl."""
+        """Write sampled responses of a step to samples/<stage>.jsonl."""
 
     def warn(self, text: str) -> None:
-        """Say something that the user should know."""
+        """Show a warning to the user."""
 
     def sparing(self, consequence: str) -> AbstractContextManager[None]:
-        """For what the trained model does not depend on: an error in the block is recorded, and the stage goes on without it."""
+        """For work that the trained model does not depend on: an error in the block is recorded, and the stage goes on."""
 
 
 class Algorithm(ABC):
-    """One stage of a run: what is trained, on what, how."""
+    """One stage of a run: what is trained, on which data, and how."""
 
     spec: ClassVar[StageSpec]
     Config: ClassVar[type[Settings] | None] = None
-    """Settings of its section, where Troupe's own do not have it."""
+    """Settings of its section, if the section is not one of Troupe's own."""
     context: Context
     """Set by the Runner."""
 
@@ -82,7 +82,7 @@ class Algorithm(ABC):
         self.data: dict[str, Any] = {}
         """Tokenised datasets by name."""
         self.counts: dict[str, Counts] = {}
-        """How many of their rows were read, kept, cut and dropped."""
+        """Number of rows read, kept, cut and dropped, by dataset."""
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class Algorithm(ABC):
         return self.context.team
 
     def trained(self) -> list[Role]:
-        """The roles that learn; the first one's model is the stage's result."""
+        """The trained roles; the model of the first one is the result of the stage."""
         roles = self.spec.roles(self.config)
         return [role for role in self.spec.trained if role in roles]
 
@@ -106,12 +106,12 @@ class Algorithm(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """How many steps there are."""
+        """Number of steps."""
 
     @property
     @abstractmethod
     def learns_from(self) -> str:
-        """Name of the dataset that the stage learns from."""
+        """Name of the training dataset."""
 
     @abstractmethod
     def inputs(self) -> list[Input]:
@@ -119,18 +119,18 @@ class Algorithm(ABC):
 
     @abstractmethod
     def models(self) -> list[ModelUse]:
-        """The models that it needs and that are there before the run starts."""
+        """The models that it needs and that exist before the run starts."""
 
     def text_model(self) -> tuple[str, str, ModelSettings]:
         """Setting, path and settings of the model whose tokenizer reads the data."""
         return "model", self.run.text_model(self.name), self.config.model
 
     def readers(self) -> list[ModelUse]:
-        """The models that are to read the policy's tokens, or will be trained from these."""
+        """The models that read the policy's tokens, or the models that those will be trained from."""
         return []
 
     def start_use(self, heads: Iterable[Head], **needs: Any) -> ModelUse:
-        """What is needed of the model that the stage starts from, or that one before it will have been trained from."""
+        """Requirements on the starting model of the stage. If an earlier stage trains it, on that stage's starting model."""
         setting, path, settings = self.text_model()
         if path != local(settings.path):  # a finished stage's model, which has weights
             settings = settings.model_copy(update={"init": "pretrained"})
@@ -141,33 +141,33 @@ class Algorithm(ABC):
         self.data[name], self.counts[name] = encoded, counts
 
     def data_checks(self) -> Iterable[Check]:
-        """Further checks of the datasets, once all are kept; each raises an error that says what is wrong."""
+        """Further checks of the datasets, after all of them are tokenised; a failed check raises an error."""
         return ()
 
     # ------------------------------------------------------------ the stage
 
     @abstractmethod
     def load(self) -> None:
-        """Load models and data into the workers. Done again when all of them had to be started anew."""
+        """Load models and data into the workers. Repeated after a restart of all workers."""
 
     def begin(self) -> None:  # noqa: B027  most have none
-        """What comes before the first step."""
+        """Work before the first step."""
 
     @abstractmethod
     def step(self, step: int) -> dict[str, float]:
-        """Do a step; its metrics. A function of the step and of what `state`, models and optimizers hold: after a fault the
-        steps since the latest snapshot are done again, and must give the same."""
+        """Do a step; its metrics. It must depend only on the step, `state`, models and optimizers: after a failure the steps
+        since the latest snapshot are repeated, and must have the same results."""
 
     def complete(self) -> None:  # noqa: B027  most have none
-        """What the trained model still needs before it is exported."""
+        """Work between the last step and the export."""
 
     @abstractmethod
     def result(self) -> dict[str, float]:
-        """Final numbers, for the summary; the model is exported."""
+        """Final numbers for the summary; called after the export."""
 
     def state(self) -> dict[str, Any]:
-        """What steers the algorithm and is not a function of the step; JSON."""
+        """State of the algorithm that is not a function of the step; JSON."""
         return {}
 
     def set_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  most have none
-        """Take up what `state` gave."""
+        """Restore a result of `state`."""

@@ -1,10 +1,10 @@
-"""Advantages per answer: numpy on the driver, over whole groups. A group is the answers to one draw of a prompt.
+"""Advantages per response: numpy on the driver, over whole groups. A group is the responses to one draw of a prompt.
 
-The worker gives each trained token of an answer the answer's number. Advantages per token (gae, reinforce) are made in the
+The worker gives each trained token the advantage of its response. Advantages per token (gae, reinforce) are computed in the
 worker: workers.rl.advantages.TokenAdvantage.
 
-Answers without a score are nan: they count in no mean, get no advantage and are not trained on. The others of their group are.
-Mini-batches are cut afterwards, also through a group, which changes no advantage.
+A response without a score is nan: it counts in no mean, has no advantage and is not trained on; the others of its group are.
+Mini-batches are cut afterwards. They may divide a group, which changes no advantage.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from configs.schema import AnswerAdvantageSettings, PPOSettings
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """A step's answers as advantages are made of them. Arrays are [samples]."""
+    """A step's scores, from which advantages are computed. Arrays are [samples]."""
 
     rewards: np.ndarray
-    """float64, as they are trained on; nan: no score."""
+    """float64, after reward shaping; nan: no score."""
     groups: np.ndarray
     """Ids of the groups, from 0."""
     tokens: np.ndarray
     """Trained tokens."""
     sources: Mapping[str, np.ndarray]
-    """By source of the reward, what it says, as it says it; nan: no score."""
+    """Reward source -> its unchanged scores; nan: no score."""
 
 
 class AnswerAdvantage(Component, owner=PPOSettings, setting="advantage"):
-    """Gives each answer one number. Its Config is of AnswerAdvantageSettings."""
+    """Gives each response one advantage. Its Config is a subclass of AnswerAdvantageSettings."""
 
     def __call__(self, scores: AnswerScores) -> np.ndarray:
-        """[samples]; nan where an answer has no score, a number elsewhere."""
+        """[samples]; nan for a response without a score, finite for the others."""
         raise NotImplementedError
 
 
 def answer_advantages(ppo: PPOSettings, scores: AnswerScores) -> np.ndarray | None:
-    """Advantages [samples] of the scored answers, 0 for the others; None where they are estimated per token, in the worker.
+    """Advantages [samples] of the scored responses, 0 for the others. None: workers estimate advantages per token.
 
-    Raises ValueError where an answer has a score and its advantage is not finite.
+    Raises ValueError if a response has a score and no finite advantage.
     """
     if not isinstance(ppo.advantage, AnswerAdvantageSettings):
         return None
@@ -54,22 +54,22 @@ def answer_advantages(ppo: PPOSettings, scores: AnswerScores) -> np.ndarray | No
 
 
 def group_mean(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """[samples] mean of x [samples] over the numbers of each answer's group; nan where the group has none.
+    """[samples] mean of x [samples] over each response's group, without nan; nan if the whole group is nan.
 
-    nan in x is no number. groups: [samples] ids from 0.
+    groups: [samples] ids from 0.
     """
-    known = ~np.isnan(x)
-    counts = np.bincount(groups, known)
+    scored = ~np.isnan(x)
+    counts = np.bincount(groups, scored)
     with np.errstate(invalid="ignore"):
-        return (np.bincount(groups, np.where(known, x, 0.0)) / counts)[groups]
+        return (np.bincount(groups, np.where(scored, x, 0.0)) / counts)[groups]
 
 
 def group_std(x: np.ndarray, groups: np.ndarray, ddof: int = 1) -> np.ndarray:
-    """[samples] deviation of x [samples] over the numbers of each answer's group; 0 where there are no more than ddof.
+    """[samples] standard deviation of x [samples] over each response's group, without nan; 0 for a group of ddof or fewer.
 
-    ddof: 1: the unbiased one, 0: the biased one.
+    ddof: 1 for the unbiased estimator, 0 for the biased one.
     """
-    known = ~np.isnan(x)
-    squares = np.square(np.where(known, x - group_mean(x, groups), 0.0))
-    degrees = np.bincount(groups, known) - ddof
+    scored = ~np.isnan(x)
+    squares = np.square(np.where(scored, x - group_mean(x, groups), 0.0))
+    degrees = np.bincount(groups, scored) - ddof
     return np.sqrt(np.bincount(groups, squares) / np.maximum(degrees, 1))[groups]

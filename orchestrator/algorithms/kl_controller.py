@@ -1,4 +1,4 @@
-"""The KL penalty: controllers of its coefficient, fixed and adaptive, and the step's term."""
+"""KL penalty controllers, fixed and adaptive, and the penalty term of a step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from workers.data.step_inputs import KLTerm
 
 
 class KLController(Protocol):
-    """Chooses the coefficient of the KL penalty, step by step."""
+    """Sets the coefficient of the KL penalty for each step."""
 
     coefficient: float
 
     def update(self, kl: float, samples: int) -> None:
-        """Take note of a step's mean KL in nats per token, measured on so many samples."""
+        """Adapt to a step. kl: its mean in nats per token. samples: of the step."""
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
 
     def load(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
 
 
 class FixedController:
-    """The same coefficient throughout, whatever a checkpoint was made with."""
+    """A constant coefficient, always that of the settings: checkpoints do not contain it."""
 
     def __init__(self, coefficient: float) -> None:
         self.coefficient = coefficient
@@ -44,7 +44,7 @@ class AdaptiveController:
     """Proportional control in log space towards a target KL (Ziegler et al. 2019, section 2.2)."""
 
     def __init__(self, coefficient: float, target: float, horizon: int) -> None:
-        """target: nats per token. horizon: samples over which the coefficient follows."""
+        """target: nats per token. horizon: time constant of the coefficient, in samples."""
         self.coefficient = coefficient
         self.target = target
         self.horizon = horizon
@@ -71,7 +71,7 @@ def make_controller(settings: FixedKL | AdaptiveKL) -> KLController:
 
 
 def kl_term(settings: KLSettings, coefficient: float) -> KLTerm:
-    """The step's penalty, where the settings place it."""
+    """The penalty term of a step, in the reward or in the loss (`ppo.kl.apply_to`)."""
     if settings.apply_to == "reward":
         return KLTerm(settings.estimator, reward_coefficient=coefficient)
     return KLTerm(settings.estimator, loss_coefficient=coefficient)

@@ -32,30 +32,30 @@ from workers.rewards.result import RewardResult
 
 
 class LogProbGapError(RuntimeError):
-    """The engines do not compute what the trainer computes."""
+    """Engine and trainer compute different log-probabilities."""
 
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """A step's rollouts, and what the reference, the critic and the sources of the reward say of them."""
+    """A step's rollouts with the reference's log-probabilities, the critic's values and the scores of the reward sources."""
 
     rollouts: Rollouts
     reference: TokenColumn | None
     values: TokenColumn | None
     results: dict[str, RewardResult]
-    """By source of the reward."""
+    """By reward source."""
     rewards: np.ndarray
     """[samples] weighted sums of the sources' scores; nan: no score."""
     kl: float | None
     """Mean KL to the reference, nats per token; None: there is no reference."""
 
     def within_kl_limit(self, limit: float) -> bool:
-        """Whether the KL is at most `limit`; a KL that is not a number is not."""
+        """Whether the KL is at most `limit`; False for nan."""
         return self.kl is None or self.kl <= limit
 
 
 class PPO(Algorithm):
-    """Reinforcement learning against the reward, held near the reference by a KL penalty."""
+    """Reinforcement learning on the reward; a KL penalty keeps the policy near the reference."""
 
     spec = stages.PPO
     learns_from = "prompts"
@@ -98,7 +98,7 @@ class PPO(Algorithm):
         return ScoredRollouts(rollouts, reference, values, results, weighted_sum(results, self.ppo), kl)
 
     def _assign_credit(self, step: int, scored: ScoredRollouts) -> Experience:
-        """The rewards as they are trained on, and advantages where they are per answer."""
+        """Shape the rewards, and compute the advantages if they are per response."""
         rollouts = scored.rollouts
         shaped = shape_scored(scored.rewards, rollouts.ended, self.ppo)
         by_source = {name: result.values for name, result in scored.results.items()}
@@ -114,9 +114,9 @@ class PPO(Algorithm):
         )
 
     def _train(self, step: int, experience: Experience, within_kl_limit: bool) -> dict[str, float]:
-        """What actor and critic report of their updates. Where no answer has a score there is none, and the step says so.
+        """Metrics of the updates of actor and critic. If no response has a score, there are no updates, and a warning.
 
-        Beyond the limit of the KL neither learns; the actor only measures how far the engines are from it.
+        Beyond the KL limit neither is trained; the actor only measures the mismatch with the engines.
         """
         metrics = {"updates": 0.0, "skipped/actor": 0.0}
         if len(experience.scored):
@@ -135,12 +135,12 @@ class PPO(Algorithm):
         return metrics if within_kl_limit else metrics | self._skipped_by_kl(metrics)
 
     def _skipped_by_kl(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The count of skipped updates with that of a step beyond `ppo.max_kl_per_step`, of every role that would have learnt."""
+        """Counts of skipped updates by trained role, with one more each for the step beyond `ppo.max_kl_per_step`."""
         counts = {f"skipped/{role}": metrics.get(f"skipped/{role}", 0.0) for role in self.trained()}
         return {name: count + 1.0 for name, count in counts.items()}
 
     def _sync_weights(self) -> dict[str, float]:
-        """Give the engines the actor's new weights, under the next version."""
+        """Send the actor's new weights to the engines, under the next version."""
         with self.context.phase("weight_sync"):
             self.version += 1
             published = self.team.sync_weights(self.version)
@@ -149,14 +149,14 @@ class PPO(Algorithm):
         return {"weight_sync_mib": published.nbytes / 2**20, "probe_gap": published.gap}
 
     def _prompts(self, step: int) -> np.ndarray:
-        """Rows of the step's prompts: epoch after epoch, each in its own order. A function of the step: nothing to save."""
+        """Rows of the step's prompts: each epoch in its own order. A function of the step, so not part of `state`."""
         first, count, n = (step - 1) * self.ppo.prompts_per_step, self.ppo.prompts_per_step, self.counts["prompts"].kept
         epochs = range(first // n, (first + count - 1) // n + 1)
         stream = np.concatenate([epoch_order(n, self.config.seed, epoch) for epoch in epochs])
         return stream[first - epochs[0] * n :][:count]
 
     def _demonstrations(self, step: int) -> list[np.ndarray]:
-        """Rows of demonstrations beside each mini-batch (PPO-ptx); likewise a function of the step."""
+        """Rows of the demonstrations for each mini-batch (PPO-ptx); a function of the step too."""
         if self.ppo.ptx is None:
             return []
         first = (step - 1) * self.ppo.mini_batches
@@ -188,7 +188,7 @@ class PPO(Algorithm):
             **self.context.spent(),
         }
 
-    # ------------------------------------------------------------ before and after
+    # ------------------------------------------------------------ setup, evaluation and result
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -201,9 +201,9 @@ class PPO(Algorithm):
     def inputs(self) -> list[Input]:
         ppo, sft = self.ppo, self.config.sft
         prompts = partial(encode_prompts, max_tokens=ppo.max_prompt_tokens, overlong=ppo.overlong)
-        wanted = [Input("prompts", "ppo.prompts", ppo.prompts, "prompt", prompts)]
+        inputs = [Input("prompts", "ppo.prompts", ppo.prompts, "prompt", prompts)]
         if ppo.evaluation:
-            wanted.append(Input(DATA, "ppo.evaluation.prompts", ppo.evaluation.prompts, "prompt", prompts))
+            inputs.append(Input(DATA, "ppo.evaluation.prompts", ppo.evaluation.prompts, "prompt", prompts))
         if ppo.ptx:
             data = ppo.ptx.data or (sft.train if sft else None)
             assert data is not None  # RunConfig refuses it
@@ -211,25 +211,28 @@ class PPO(Algorithm):
             encode = partial(
                 encode_demonstrations, max_length=longest, overlong="cut", turns=sft.turns if sft else "all"
             )
-            wanted.append(Input("sft", "ppo.ptx.data", data, "demonstration", encode))
-        return wanted
+            inputs.append(Input("sft", "ppo.ptx.data", data, "demonstration", encode))
+        return inputs
 
     def models(self) -> list[ModelUse]:
         longest = self.ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
-        said = "ppo.max_prompt_tokens + rollout.max_new_tokens"
+        longest_settings = "ppo.max_prompt_tokens + rollout.max_new_tokens"
         rewards = self.readers()
         heads: list[Head] = ["language"]
         if self.ppo.critic and all(use.reads_text for use in rewards):
             heads.append("scalar")  # the critic starts from it
-        policy = self.start_use(heads, served=True, longest=longest, longest_settings=said)
-        there = [use for use in rewards if use.heads]
+        policy = self.start_use(heads, served=True, longest=longest, longest_settings=longest_settings)
+        existing = [use for use in rewards if use.heads]
         return [
             policy,
-            *(use if use.reads_text else replace(use, longest=longest, longest_settings=said) for use in there),
+            *(
+                use if use.reads_text else replace(use, longest=longest, longest_settings=longest_settings)
+                for use in existing
+            ),
         ]
 
     def readers(self) -> list[ModelUse]:
-        """The reward models; one that this run is about to train as what it is trained from, with no head needed yet."""
+        """The reward models. For one that this run will train: its starting model, with no head needed yet."""
         uses = []
         paths = self.run.reward_models()
         for i, source in enumerate(self.ppo.rewards):
@@ -284,16 +287,16 @@ class PPO(Algorithm):
         return self._evaluate(f"step-{step}") if every and step % every == 0 else {}
 
     def _evaluate(self, when: str) -> dict[str, float]:
-        """Metrics of an evaluation; none where one during or after the training failed, which goes on without it."""
+        """Metrics of an evaluation. None if it failed during or after the training: the stage goes on without it."""
         metrics: dict[str, float] = {}
         if DATA not in self.data:
             return metrics
         with self.context.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
             with self.context.phase("evaluate"):
-                found = evaluate(self.team, self.counts[DATA].kept)
-            self._record_faults(found.scores)
-            found.write(self.run.folder / "evaluation" / f"{when}.jsonl")
-            metrics = found.metrics() | {"seconds/evaluate": self.context.seconds.pop("evaluate")}
+                evaluation = evaluate(self.team, self.counts[DATA].kept)
+            self._record_faults(evaluation.scores)
+            evaluation.write(self.run.folder / "evaluation" / f"{when}.jsonl")
+            metrics = evaluation.metrics() | {"seconds/evaluate": self.context.seconds.pop("evaluate")}
         if when == "before":
             self.context.record(0, metrics)
         return metrics
@@ -307,14 +310,14 @@ class PPO(Algorithm):
 
 
 def reward_metrics(reward: np.ndarray, scores: Mapping[str, RewardResult]) -> dict[str, float]:
-    """Mean and deviation of the reward and of each source over the answers [samples] that it has a number for (nan: it has
-    none), and the means of the other numbers that sources measure; nothing of one that has no number at all."""
+    """Mean and standard deviation of the reward and of each source's scores [samples] without nan, and the means of the other
+    numbers that sources return. A source without any score has no metrics."""
     columns = [("mean", "std", reward), *((name, f"{name}_std", scored.values) for name, scored in scores.items())]
     metrics: dict[str, float] = {}
     for mean, deviation, values in columns:
-        known = values[~np.isnan(values)]
-        if len(known):
-            metrics |= {f"reward/{mean}": float(known.mean()), f"reward/{deviation}": float(known.std())}
+        finite = values[~np.isnan(values)]
+        if len(finite):
+            metrics |= {f"reward/{mean}": float(finite.mean()), f"reward/{deviation}": float(finite.std())}
     for name, scored in scores.items():
         metrics |= scored.means(f"reward/{name}")
     return metrics

@@ -1,4 +1,4 @@
-"""From what the rewards say to what is trained on."""
+"""Reward shaping: from the scores of the reward sources to the rewards that are trained on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy.typing as npt
 from configs.schema import PPOSettings
 
 EPSILON = 1e-8
-"""Added to the variance: scores that do not vary whiten to 0."""
+"""Added to the variance: whitened constant scores are 0."""
 
 
 def shape_scores(
     scores: npt.NDArray[np.floating], has_eos: npt.NDArray[np.bool_], settings: PPOSettings
 ) -> npt.NDArray[np.float32]:
-    """The scores [B] of a whole step as they are trained on; has_eos [B] says which answers ended by themselves.
+    """Shaped scores [B] of a step. scores: [B], of all its responses. has_eos: [B], whether a response ended by itself.
 
-    Whitened, then clipped, then less the penalty for a missing end. The penalty comes last so that it is always worth
-    what the setting says: whitening would take it back where all answers lack their end, the clip where scores are low.
+    Whiten, clip, then subtract the penalty for a missing end. The penalty comes last to keep the value of its setting:
+    whitening would remove it if all responses lack their end, the clip would remove it if scores are low.
     """
     shaped = scores.astype(np.float64)
     if settings.whiten_rewards:
@@ -30,7 +30,7 @@ def shape_scores(
 def shape_scored(
     rewards: npt.NDArray[np.floating], has_eos: npt.NDArray[np.bool_], settings: PPOSettings
 ) -> npt.NDArray[np.float32]:
-    """`shape_scores` of the answers that have a score; nan for the others, which count in no mean."""
+    """`shape_scores` of the responses with a score; nan for the others, which count in no mean."""
     scored = ~np.isnan(rewards)
     shaped = np.full(len(rewards), np.nan, np.float32)
     shaped[scored] = shape_scores(rewards[scored], has_eos[scored], settings)

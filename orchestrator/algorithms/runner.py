@@ -1,4 +1,4 @@
-"""The runner: what every stage does around its steps. It starts, recovers, checkpoints, records, exports and stops."""
+"""The runner: everything around the steps of a stage. It starts, recovers, checkpoints, records, exports and stops."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from workers.api import TrainerApi, WorkerApi
 from workers.process.inspection import proportional_memory
 from workers.process.remote_error import summary
 
-MOST_BATCHES = 20
-"""Refused batches that are kept in a run's folder."""
+MAX_SKIPPED_BATCHES = 20
+"""Files with the batches of skipped optimizer steps in a run's folder."""
 
 
-class RefusedError(RuntimeError):
-    """Training steps were refused again and again: the run has nothing left to learn from."""
+class SkippedStepsError(RuntimeError):
+    """Optimizer steps were skipped in too many steps in a row: the run learns nothing more."""
 
 
 class Callback:
-    """What else is to happen around a stage: measurements, for example. Each method may be left out."""
+    """Hooks around a stage, for measurements for example. All methods are optional."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Around the phases `start` and `load`, and those of a step."""
+        """Context of the phases `start` and `load`, and of each phase of a step."""
         return nullcontext()
 
     def workers_changed(self, team: Team) -> None:
-        """There are new workers."""
+        """Called when there are new workers."""
 
 
 class Runner:
@@ -68,11 +68,11 @@ class Runner:
         self.seconds: dict[str, float] = {}
         self.team: Team = None  # type: ignore[assignment]  # until it is started
         self.loaded = False
-        """Whether the team has all that it needs to begin."""
+        """Whether models and data are loaded."""
         self.snapshots: list[Snapshot] = []
-        """The newest first; after it those that are needed until its copies on other nodes have arrived."""
-        self.refused = 0
-        """Steps in a row, up to now, in which a training step was refused."""
+        """Newest first. Older ones are kept until the newest is replicated to a second node."""
+        self.skipped = 0
+        """Latest steps in a row in which an optimizer step was skipped."""
         self.first_state: dict[str, Any] = {}
         self.recovery: FailurePolicy
         self.status: Status
@@ -80,7 +80,7 @@ class Runner:
         self.recorder: Recorder
         self.stop: StopSignal
         self.done = 0
-        """Steps that are done."""
+        """Finished steps."""
 
     @property
     def config(self) -> RunConfig:
@@ -98,20 +98,20 @@ class Runner:
         return self.algorithm.trained()
 
     def state(self) -> dict[str, Any]:
-        """What steers the run and is not a function of the step."""
-        return {"refused": self.refused, **self.algorithm.state()}
+        """State of the run that is not a function of the step."""
+        return {"skipped": self.skipped, **self.algorithm.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
-        self.refused = state["refused"]
+        """Restore a result of `state`."""
+        self.skipped = state["skipped"] if "skipped" in state else state["refused"]  # its name in older checkpoints
         self.algorithm.set_state(state)
 
     # ------------------------------------------------------------ the stage
 
     def execute(self, plan: Plan, stop: StopSignal) -> None:
-        """Run the stage from its latest checkpoint, or from the start, to its end; export the model, note the numbers.
+        """Run the stage to its end, from its latest checkpoint if there is one; export the model, write the numbers.
 
-        Raises Stopped after the step in which the run was asked to stop, with a checkpoint where a step was done.
+        Raises Stopped after the step in which a stop was requested, with a checkpoint if a step was finished.
         """
         self.plan, self.stop = plan, stop
         self.done = self.run.sound_checkpoint(self.name, lambda text: self.console.print(f"warning: {text}")) or 0
@@ -141,7 +141,7 @@ class Runner:
         return Recorder(self.run.folder, self.config.name, self.name, resume_step, self.config.loggers, on_error=failed)
 
     def _carry_out(self) -> None:
-        """All of the stage; where it fails, the latest snapshot is kept."""
+        """The whole stage. If it fails, the latest snapshot becomes a checkpoint."""
         try:
             self._survive()
             self._finish()
@@ -155,13 +155,13 @@ class Runner:
             self._end_team()
 
     def _survive(self) -> None:
-        """Start, work and export the model; after a fault go back and do again what it undid, for as long as the policy
-        allows."""
-        todo: Callable[[], None] = self._start
+        """Start, run the steps and export the model. After a failure go back and repeat the lost steps, as often as the failure
+        policy allows."""
+        prepare: Callable[[], None] = self._start
         self.run.failures.where = f"{self.name}, before step {self.done + 1}"
         while True:
             try:
-                todo()
+                prepare()
                 self._work()
                 self.run.failures.where = f"{self.name}, after step {self.steps} of {self.steps}"
                 self.algorithm.complete()
@@ -171,10 +171,10 @@ class Runner:
             except WorkerError as error:
                 if error.final:
                     raise
-                todo = partial(self._go_back if self.loaded else self._start_again, error)
+                prepare = partial(self._go_back if self.loaded else self._start_again, error)
 
     def _finish(self) -> None:
-        """What is done once the model is exported. None of it may end the stage, which is finished."""
+        """Work after the export. Its errors must not end the run: the stage is finished."""
         with self.sparing("its numbers in summary.json are left out"):
             self.run.summarize(self.name, self.algorithm.result())
         with self.sparing("its checkpoints, which are no longer needed, were not removed"):
@@ -182,10 +182,10 @@ class Runner:
 
     @contextmanager
     def sparing(self, consequence: str) -> Iterator[None]:
-        """For what the trained model does not depend on: an error in the block is recorded, and the stage goes on without it.
+        """For work that the trained model does not depend on: an error in the block is recorded, and the stage goes on.
 
-        Raises the WorkerError of a worker that is to be replaced, and of the role that learns, whose ranks may wait for one
-        another: the model could not be exported then.
+        Raises the WorkerError of a worker that has to be replaced, or of a trained role: its ranks may wait for one another,
+        and the model could then not be exported.
         """
         try:
             yield
@@ -204,7 +204,7 @@ class Runner:
             self.warn(f"{self.name}: {consequence}: {reason}")
 
     def _start(self) -> None:
-        """Workers, models and data; the latest checkpoint, where there is one."""
+        """Start workers, load models and data, and the latest checkpoint if there is one."""
         with self._called_back("start"):
             self.progress.phase("starting workers")
             self.team = Team.start(
@@ -220,19 +220,21 @@ class Runner:
             self._restore()
 
     def _start_again(self, error: WorkerError) -> None:
-        self.recovery.consider(error)
+        decision = self.recovery.decide(error)
+        if isinstance(decision, WorkerError):
+            raise decision
         self._end_team()
         self._start()
 
     def _go_back(self, error: WorkerError) -> None:
-        """Replace what failed, and go on from the latest snapshot or checkpoint, or from the stage's start."""
+        """Replace failed workers and go on from the latest snapshot or checkpoint, or from the start of the stage."""
         snapshot = self._latest_snapshot()
         saved = None if snapshot else self.run.sound_checkpoint(self.name, self.warn)
         self.progress.phase("replacing workers")
         self.team.replace(error, reset_roles=[] if snapshot or saved else self.trained())
         self.seconds = {}
         if snapshot:
-            del self.snapshots[0]  # it may turn out to be lost
+            del self.snapshots[0]  # restoring it may show that it is lost
             self.done = snapshot.step
             self.team.restore(snapshot)
             self.set_state(snapshot.state)
@@ -295,19 +297,19 @@ class Runner:
         self.recorder.keep_answers(step, answers, most_bytes)
 
     def spent(self) -> dict[str, float]:
-        """Seconds of the phases since the step before was recorded, a snapshot or checkpoint of that one among them; memory
-        of each role and of this process."""
+        """Seconds of the phases since the previous step was recorded, its snapshot and checkpoint included; memory of each role
+        and of this process."""
         memory = self.team.memory() | {"driver": proportional_memory()}
         return {
             **{f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()},
-            **{f"memory_gib/{who}": size / 2**30 for who, size in memory.items()},
+            **{f"memory_gib/{process}": size / 2**30 for process, size in memory.items()},
         }
 
     def _finish_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record a step; save where it is due. Raises Stopped where the run was asked to stop."""
+        """Record a step, and save if a checkpoint or snapshot is due. Raises Stopped if a stop was requested."""
         self.done = step
         self.seconds = {}
-        self._count_refusals(metrics)
+        self._count_skipped(metrics)
         with self.run.tolerating(self.warn):
             self.recorder.record(step, metrics)
         self.recorder.spent(self.team.deadlines.taken())
@@ -315,7 +317,7 @@ class Runner:
         self.status.update(step=step, version=self.team.version)
         every = self.config.checkpoint.every
         if step == self.steps:
-            return  # the model is about to be exported, and the stage is over
+            return  # the stage ends with the export, so no checkpoint is needed
         if self.stop.asked or (every and step % every == 0):
             with self.phase("save"), self.run.tolerating(self.warn):
                 self.save()
@@ -328,33 +330,33 @@ class Runner:
                 break
         self.stop.raise_if_requested(f"after step {step} of {self.steps} of {self.name}")
 
-    def _count_refusals(self, metrics: dict[str, float]) -> None:
-        """Save what a refused training step saw. Raises RefusedError after too many in a row."""
-        refused = [role for role in self.trained() if metrics.get(f"skipped/{role}", metrics.get("skipped"))]
-        self.refused = self.refused + 1 if refused else 0
-        for role in refused:
-            self._record_refusal(role, metrics)
-        if self.refused >= self.config.recovery.max_skipped_steps:
-            raise RefusedError(
-                f"{self.name}, step {self.done}: a training step was refused in {self.refused} steps in a row "
-                "(recovery.max_skipped_steps): loss, gradient or KL are not finite or beyond all measure "
-                f"(skip_grad_norm, ppo.max_kl_per_step); what they saw is in {self.run.failures.folder}"
+    def _count_skipped(self, metrics: dict[str, float]) -> None:
+        """Record skipped optimizer steps, with their batches. Raises SkippedStepsError after too many in a row."""
+        roles = [role for role in self.trained() if metrics.get(f"skipped/{role}", metrics.get("skipped"))]
+        self.skipped = self.skipped + 1 if roles else 0
+        for role in roles:
+            self._record_skipped(role, metrics)
+        if self.skipped >= self.config.recovery.max_skipped_steps:
+            raise SkippedStepsError(
+                f"{self.name}, step {self.done}: optimizer steps were skipped in {self.skipped} steps in a row "
+                "(recovery.max_skipped_steps): loss, gradient or KL are not finite or too large "
+                f"(skip_grad_norm, ppo.max_kl_per_step); their batches are in {self.run.failures.folder}"
             )
 
-    def _record_refusal(self, role: Role, metrics: dict[str, float]) -> None:
-        """A text, and the batch that each rank refused, where it was the rank that refused it."""
+    def _record_skipped(self, role: Role, metrics: dict[str, float]) -> None:
+        """Write a failure record and, where the ranks skipped the step themselves, each rank's batch."""
         folder = self.run.failures.folder
         loss = {"actor": "loss/policy", "critic": "loss/value"}.get(role, "loss")
         names = dict.fromkeys(("kl", "loss", loss, "grad_norm", f"grad_norm/{role}"))
         numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
-        text = f"train: {role}: a training step was refused and not applied: {numbers}"
-        self.run.failures.write(f"{role}-refused", text, key=("refused", role))
+        text = f"train: {role}: an optimizer step was skipped: {numbers}"
+        self.run.failures.write(f"{role}-skipped", text, key=("skipped", role))
         for rank, batch in enumerate(self.team.groups[role].call(TrainerApi.skipped_batch).get()):
-            if batch is not None and len(list(folder.glob("*.npz"))) < MOST_BATCHES:
-                path = folder / f"{self.name}-{self.done}-refused-{role}-{rank}.npz"
-                with self.sparing(f"what {role} saw in step {self.done} was not written"):
+            if batch is not None and len(list(folder.glob("*.npz"))) < MAX_SKIPPED_BATCHES:
+                path = folder / f"{self.name}-{self.done}-skipped-{role}-{rank}.npz"
+                with self.sparing(f"the batch of {role}'s skipped optimizer step in step {self.done} was not written"):
                     np.savez(path, **dict[str, Any](batch))
-                    self.warn(f"step {self.done}: {role} refused a training step; what it saw: {path}")
+                    self.warn(f"step {self.done}: {role} skipped an optimizer step; its batch: {path}")
 
     # ------------------------------------------------------------ saving
 
@@ -372,13 +374,13 @@ class Runner:
         self.run.prune(self.name, self.config.checkpoint.keep)
 
     def _latest_snapshot(self) -> Snapshot | None:
-        """The newest that is whole; newer ones are given up."""
-        while self.snapshots and not self.snapshots[0].whole():
+        """The newest available one; newer ones that are lost are dropped."""
+        while self.snapshots and not self.snapshots[0].available():
             del self.snapshots[0]
         return self.snapshots[0] if self.snapshots else None
 
     def _keep_snapshot(self) -> None:
-        """Where the run ends before its time: what is in memory becomes a checkpoint."""
+        """Write the latest snapshot as a checkpoint when the run fails."""
         saved = max(self.run.checkpoints(self.name), default=0)
         while (snapshot := self._latest_snapshot()) and snapshot.step > saved:
             try:
@@ -405,7 +407,7 @@ class Runner:
         self.set_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
     def _export(self) -> None:
-        """Write the trained model. Where that cannot be done, its state becomes a checkpoint: a resumed run only exports."""
+        """Write the trained model. If that fails, its state becomes a checkpoint: a resumed run then only exports."""
         self.progress.phase("exporting")
         try:
             with atomic_directory(self.run.model(self.name)) as folder:
@@ -424,18 +426,18 @@ class Runner:
         except (DiskError, RunError, WorkerError) as error:
             self.warn(f"the trained state was not kept either: {summary(error)}")
         else:
-            self.warn(f"not exported, but what was trained is kept: `troupe resume {self.run.folder}` exports it")
+            self.warn(f"not exported, but the trained state is kept: `troupe resume {self.run.folder}` exports it")
 
     def _check_folder(self) -> None:
-        """Whether the driver sees what workers write in the run's folder: else no checkpoint and no model can be had."""
+        """Check that the driver sees files that workers write in the run's folder: checkpoints and models need it."""
         for role in self.trained():
             for name in self.team.groups[role].call(WorkerApi.mark, str(self.run.folder.absolute())).get():
                 self._must_see(self.run.folder / name)
                 (self.run.folder / name).unlink()
 
     def _must_see(self, path: Path) -> None:
-        """A worker on another node may have written elsewhere."""
+        """Raise RunError if the driver does not see a worker's file: on another node the folder may be another one."""
         if not path.exists():
             raise RunError(
-                f"runs: was {self.config.runs!r}, where the driver does not see what the workers wrote ({path.name})"
+                f"runs: was {self.config.runs!r}, where the driver does not see the files of the workers ({path.name})"
             )

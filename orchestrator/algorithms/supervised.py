@@ -31,7 +31,7 @@ class Supervised(Algorithm):
     kind: RowKind
     learns_from = "train"
     methods: tuple[Callable[..., dict[str, float]], Callable[..., dict[str, float]]]
-    """The worker's: (part, *extra, at, seed) for an optimizer step on a rank's part, and (part, *extra) for its metrics alone."""
+    """Of the worker: an optimizer step on a rank's part (part, *extra, at, seed), and its metrics alone (part, *extra)."""
     settings: BatchSettings
     dropout = 0.0
 
@@ -41,16 +41,16 @@ class Supervised(Algorithm):
 
     @property
     def role(self) -> Role:
-        """The role that learns."""
+        """The trained role."""
         return self.spec.trained[0]
 
     @property
     def model_settings(self) -> ModelSettings:
-        """Not kept: what `auto` stands for is known once there is a cluster."""
+        """A property, not a field: `auto` is resolved later, when the cluster is known."""
         return self.config.model
 
     def encode(self) -> Callable[..., Any]:
-        """What makes token ids of the stage's rows."""
+        """The function that tokenises the stage's rows."""
         raise NotImplementedError
 
     def inputs(self) -> list[Input]:
@@ -70,7 +70,7 @@ class Supervised(Algorithm):
         return max(1, math.ceil(self.settings.epochs * rows / self.settings.batch_size - 1e-9))
 
     def load(self) -> None:
-        """The model that learns and, of roles that do not, the same model frozen; all of them get the data."""
+        """Load the trained model, the same model frozen for the other roles, and the data for all of them."""
         path = self.run.starting_model(self.name)
         settings = pretrained(self.model_settings) if path == str(self.run.trained("sft")) else self.model_settings
         counts = {}
@@ -100,17 +100,17 @@ class Supervised(Algorithm):
 
     def validate(self) -> dict[str, float]:
         """Metrics of all validation rows."""
-        found = self.call(self.methods[1], "validation", np.arange(len(self.data["validation"]))).get()
-        return {f"validation/{name}": value for name, value in self.shown(found).items()}
+        metrics = self.call(self.methods[1], "validation", np.arange(len(self.data["validation"]))).get()
+        return {f"validation/{name}": value for name, value in self.shown(metrics).items()}
 
     def extra(self, data: str, rows: Rows) -> tuple[Any, ...]:
-        """What both methods get beside a rank's rows: numbers that another role has computed, for example."""
+        """Further arguments of both methods: numbers that another role has computed, for example."""
         return ()
 
     def call(
         self, method: Callable[..., dict[str, float]], data: str, rows: Rows, *args: Any
     ) -> Call[dict[str, float]]:
-        """A call of one of the two methods with each rank's part of some rows."""
+        """A call of one of the two methods on some rows, with each rank's part."""
         parts = self.team.parts(self.role, data, rows, self.settings.micro_batch_tokens // self.spec.sequences_per_row)
         extra = self.extra(data, rows)
         passes = BACKWARD if method == self.methods[0] else 1.0
@@ -125,10 +125,10 @@ class Supervised(Algorithm):
         return {"parameters": self.parameters, "steps": self.steps, **self._last_validation()}
 
     def _last_validation(self) -> dict[str, float]:
-        """From the metrics, where it is too for a process that only exports what another has trained."""
+        """Read from metrics.jsonl, because a process that only exports has no validation of its own."""
         lines = [line for line in read_metrics(self.run.folder) if line["stage"] == self.name]
-        found = [{k: v for k, v in line.items() if k.startswith("validation/") and v is not None} for line in lines]
-        return next(filter(None, reversed(found)), {})
+        by_step = [{k: v for k, v in line.items() if k.startswith("validation/") and v is not None} for line in lines]
+        return next(filter(None, reversed(by_step)), {})
 
 
 class SFT(Supervised):
@@ -191,7 +191,7 @@ class RewardModel(Supervised):
         return [*super().inputs(), Input("demonstrations", "rm.normalize_on", data, "demonstration", encode)]
 
     def complete(self) -> None:
-        """Give the scores mean 0 and deviation 1 on the demonstrations: the exported config says how."""
+        """Normalise the scores to mean 0 and standard deviation 1 on the demonstrations; the exported config has the numbers."""
         self.normalization: dict[str, float] = {}
         if "demonstrations" not in self.data:
             return

@@ -1,6 +1,6 @@
-"""What a logger is: a place that the metrics of a stage go to, chosen by the setting `loggers`.
+"""The interface of loggers, which write the metrics of a stage. The setting `loggers` selects them.
 
-A custom logger is a class with its settings, in a module that `plugins` names:
+A custom logger is a class with its settings class, in a module that `plugins` names:
 
     class CSVLogger(Logger):
         class Config(Settings):
@@ -33,8 +33,8 @@ class LoggedStage:
 
 
 class Logger(Component, owner=RunConfig, setting="loggers"):
-    """Where the metrics of one stage go. All methods are called by the driver, between the calls to workers: they should return
-    at once. What they raise becomes a warning, and the run goes on (orchestrator.loggers.recorder).
+    """Writes the metrics of one stage. The driver calls all methods between the calls to workers: they should return at once.
+    An exception becomes a warning, and the run goes on (orchestrator.loggers.recorder).
 
     `log` is needed; the other methods do nothing unless they are overridden.
     """
@@ -44,25 +44,25 @@ class Logger(Component, owner=RunConfig, setting="loggers"):
         self.stage = stage
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a step. Step 0 is what was measured before the first step; values may be nan or infinite."""
+        """Log the metrics of a step. Step 0: measured before the first step. Values may be nan or infinite."""
         raise NotImplementedError
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged of the stage's steps after `step`: they are about to be done, or done again. Called before the
-        first step too, also by the process that resumes a run; -1: the stage begins anew."""
+        """Drop the stage's logged steps after `step`: they will be repeated. Also called when a run starts or resumes, before
+        the first step; -1: the stage starts from the beginning."""
 
     def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
-        """Take answers that were generated in a step (orchestrator.evaluation.sample_log); its metrics follow. most_bytes: the
-        largest size of a file of them."""
+        """Log sampled responses of a step (orchestrator.evaluation.sample_log); its metrics follow. most_bytes: maximum size of
+        a file of them."""
 
     def failed(self, role: str, kind: str) -> None:
-        """Take note of a failed call to a worker of a role. kind: error, died, hung or lost."""
+        """Log a failed call to a worker of a role. kind: error, died, hung or lost."""
 
     def spent(self, seconds: Mapping[tuple[Role, str], float]) -> None:
-        """Take the seconds of the latest step's calls to workers: (role, method) -> seconds."""
+        """Log the seconds of the latest step's calls to workers: (role, method) -> seconds."""
 
     def workers(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take note of new workers. rows: `role` and `restarts` so far, among others, of every worker of the stage."""
+        """Log new workers. rows: one for every worker of the stage, with `role`, `restarts` so far and others."""
 
     def close(self) -> None:
-        """The stage has ended, well or not."""
+        """Called at the end of the stage, also after an error."""

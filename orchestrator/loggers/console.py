@@ -17,7 +17,7 @@ from rich.text import Text
 from orchestrator.number_text import clock, percent
 
 PLAIN_INTERVAL = 2.0
-"""Least seconds between two plain step lines."""
+"""Minimum seconds between two plain step lines."""
 
 _HEADLINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("reward/mean", "reward", lambda value: f"{value:+z.3f}"),
@@ -28,11 +28,11 @@ _HEADLINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("validation/accuracy", "val. accuracy", percent),
     ("tokens_per_second", "tokens/s", lambda value: f"{value:,.0f}"),
 )
-"""(metric, label, format) of what is shown beside the step, where the stage has it."""
+"""(metric, label, format) of the numbers shown beside the step, if the stage has them."""
 
 
 BAR, BAR_FROM = 24, 90
-"""Characters of the bar, and the width of a terminal from which on there is room for it."""
+"""Width of the bar, and minimum width of a terminal that shows it, in characters."""
 
 
 class Progress:
@@ -42,8 +42,8 @@ class Progress:
         stage: Name of the stage.
         steps: Step at which the stage ends.
         console: Where to; none: standard output.
-        start: Step after which the stage goes on, when it was resumed.
-        on_phase: Is told what `phase` is told.
+        start: Last finished step of a resumed stage.
+        on_phase: Called with each phase's name.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Progress:
             self._pending = None
 
     def phase(self, name: str) -> None:
-        """Say what is going on, e.g. "starting workers"; the next phase or step takes its place."""
+        """Show the current phase, e.g. "starting workers"; the next phase or step replaces it."""
         self._on_phase(name)
         if self._console.is_terminal:
             self._line.details = [name]
@@ -92,10 +92,10 @@ class Progress:
         self._print(text)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that `step` is done. Numbers that `metrics` lacks keep their last value."""
+        """Show that `step` is finished. Numbers that are not in `metrics` keep their last value."""
         now = time.monotonic()
         if step <= self._step:
-            self._first = None  # steps are done again: what was lost meanwhile says nothing of those to come
+            self._first = None  # repeated steps: the time lost by a failure says nothing about the next steps
         self._step = step
         self._latest.update(metrics)
         left = self._time_left(step, now)
@@ -114,7 +114,7 @@ class Progress:
         return [f"{label} {show(self._latest[name])}" for name, label, show in _HEADLINES if name in self._latest]
 
     def _time_left(self, step: int, now: float) -> str:
-        """h:mm:ss or m:ss by the mean time per step since the first; empty where nothing is known, and at the end."""
+        """h:mm:ss or m:ss by the mean time per step since the first; empty before the second step, and at the end."""
         if self._first is None:
             self._first = step, now
         first_step, first_time = self._first
@@ -127,8 +127,8 @@ class Progress:
 
 
 class _LiveLine:
-    """One line, however narrow the terminal: stage and step, then the details, of which the last ones are left out where there
-    is no room for them. The bar and the time so far are there in wide terminals only."""
+    """One line in a terminal of any width: stage and step, then the details that fit. Wide terminals also show the bar and the
+    elapsed time."""
 
     def __init__(self, stage: str, steps: int, step: int) -> None:
         self.stage, self.steps, self.step = stage, steps, step
@@ -138,7 +138,7 @@ class _LiveLine:
         self._took: str | None = None
 
     def end(self, details: list[str] | None) -> None:
-        """Show no more movement. details: of a stage that ended well."""
+        """Stop the animation. details: of a successful stage; None: the stage failed."""
         self._took = clock(time.monotonic() - self._began)
         self._mark = Text("-" if details is None else "✓", style="red" if details is None else "green")
         if details is not None:

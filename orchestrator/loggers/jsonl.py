@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, and the sampled answers."""
+"""The record of a run: metrics.jsonl and the sampled responses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from orchestrator.storage.metrics_file import FILE, SAMPLES, AppendedFile
 
 
 class JsonlLogger(Logger):
-    """Writes metrics.jsonl and samples/<stage>.jsonl of a run's folder, which is made where it does not exist.
+    """Writes metrics.jsonl and samples/<stage>.jsonl in the run's folder, which is created if needed.
 
-    Resume, recovery and report read them, so that this logger is always there, and `loggers` does not name it. All methods raise
-    DiskError where the disk is full or fails; the files end with the last step that was written whole, and what could not be
-    written is written with the next step's.
+    Resume, recovery and report read these files, so this logger is always active and not in `loggers`. All methods raise
+    DiskError if the disk is full or fails; the files then end with the last complete step, and the missing lines are written
+    with the next step.
     """
 
     def __init__(self, stage: LoggedStage) -> None:
@@ -34,7 +34,7 @@ class JsonlLogger(Logger):
         self._flush()
 
     def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
-        """Write `{"step", **answer}` for each of a step's answers, with the step's next metrics. Where the file grows beyond
+        """Write `{"step", **answer}` for each of a step's responses, with the step's next metrics. If the file grows beyond
         `most_bytes`, its oldest steps are dropped."""
         self._most_sample_bytes = most_bytes
         for answer in answers:
@@ -42,7 +42,7 @@ class JsonlLogger(Logger):
             self._samples.add(step, (line + "\n").encode())
 
     def rewind(self, step: int) -> None:
-        """Drop this stage's lines of later steps, and torn last lines. Other stages' lines stay."""
+        """Drop this stage's lines of later steps, and incomplete last lines. Other stages' lines stay."""
         for file in (self._lines, self._samples):
             file.forget_after(step)
         self._lines.cut(lambda line: line["stage"] != self.stage.name or line["step"] <= step)

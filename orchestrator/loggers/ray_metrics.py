@@ -1,7 +1,7 @@
-"""Metrics of a running stage on Ray's metrics port, where Prometheus finds them.
+"""Metrics of a running stage on Ray's metrics port, for Prometheus.
 
-orchestrator.loggers.ray_table says what becomes of each metric that a stage records, and of what happens to its workers. Ray
-puts `ray_` before the names. Every metric has the labels `run` and `stage`.
+orchestrator.loggers.ray_table maps recorded metrics and worker events to names. Ray puts `ray_` before the names. Every metric
+has the labels `run` and `stage`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _OF_ROLE = ("lr", "grad_norm", "skipped")
 
 
 class RayMetrics(Logger):
-    """What the metrics port shows of a stage until `close`; nothing where Ray is not initialised.
+    """Shows a stage's metrics on the metrics port until `close`; does nothing if Ray is not initialised.
 
-    Gauges show the latest finite values. Counters and histograms begin when the driver's process does.
+    Gauges show the latest finite values. Counters and histograms start at 0 with the driver's process.
     """
 
     Config = RayMetricsSettings
@@ -41,7 +41,7 @@ class RayMetrics(Logger):
         self._restarts: Counter[str] = Counter()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show what a step recorded. A gauge is not on the port while it has no finite value."""
+        """Show the metrics of a step. A gauge is not on the port while it has no finite value."""
         self._show({"step": float(step), **self._named(metrics)})
 
     def failed(self, role: str, kind: str) -> None:
@@ -57,12 +57,12 @@ class RayMetrics(Logger):
         now: Counter[str] = Counter()
         for row in rows:
             now[row["role"]] += row["restarts"]
-        new = now - self._restarts  # of another team, which has begun anew, there are fewer
+        new = now - self._restarts  # a new team counts from 0 again
         self._restarts = now
         self._show({f"restarts/{role}": float(count) for role, count in new.items()})
 
     def close(self) -> None:
-        """Take the gauges off the port: what they say is over."""
+        """Remove the gauges from the port: their values are no longer current."""
         if self._refreshing is not None:
             self._refreshing.stop()
         with self._lock:
@@ -72,16 +72,16 @@ class RayMetrics(Logger):
 
     def _named(self, values: Mapping[str, float]) -> dict[str, float]:
         trained = STAGES[self.stage.name].trained
-        role = trained[0] if len(trained) == 1 else None  # then it is recorded without the role's name
+        role = trained[0] if len(trained) == 1 else None  # then the recorded name is without the role
         return {f"{name}/{role}" if role and name in _OF_ROLE else name: value for name, value in values.items()}
 
     def _show(self, values: Mapping[str, float]) -> None:
-        import ray  # half a second, which readers of metrics.jsonl need not spend
+        import ray  # the import takes half a second; readers of metrics.jsonl do not need it
 
         if not ray.is_initialized():
             return
         if self._refreshing is None:
-            # Ray takes a gauge off the port that was not set for two of its reports.
+            # Ray removes a gauge that was not set during two of its reports.
             self._refreshing = Repeating(self._refresh, max(ray._config.metrics_report_interval_ms() / 1000, 1.0) / 2)
         with self._lock:
             for metric, value in values.items():
@@ -90,7 +90,7 @@ class RayMetrics(Logger):
 
     def _set(self, row: Row, labels: dict[str, str], value: float) -> None:
         if row.name not in self._metrics:
-            self._metrics[row.name] = _made(row)
+            self._metrics[row.name] = _make_metric(row)
         metric, key = self._metrics[row.name], (row.name, tuple(labels.items()))
         if row.kind == "gauge":
             if math.isfinite(value):
@@ -109,7 +109,7 @@ class RayMetrics(Logger):
                 self._metrics[name].set(value, tags=dict(labels))
 
 
-def _made(row: Row) -> Any:
+def _make_metric(row: Row) -> Any:
     from ray.util import metrics
 
     if row.kind == "histogram":

@@ -1,6 +1,6 @@
-"""What Prometheus gets of the metrics that a stage records: a table of names, kinds and help texts.
+"""Table of the metrics for Prometheus: names, kinds and help texts, for each recorded metric.
 
-Names follow Prometheus: base units, `_total` for what only grows. `python -m orchestrator.loggers.ray_table >
+Names follow Prometheus: base units, `_total` for counters. `python -m orchestrator.loggers.ray_table >
 docs/ray_metrics.md` writes the table as a document.
 """
 
@@ -17,15 +17,15 @@ Kind = Literal["gauge", "counter", "histogram"]
 
 @dataclass(frozen=True)
 class Row:
-    """A metric as it is recorded, and what Prometheus gets of it."""
+    """A recorded metric and its form for Prometheus."""
 
     kind: Kind
     metric: str
-    """Its name in metrics.jsonl. A part in braces may be anything, and becomes the label of that name."""
+    """Name in metrics.jsonl. A part in braces matches any text, which becomes the label of that name."""
     name: str
     help: str
     scale: float = 1.0
-    """Base units in one of the recorded units: bytes in a GiB."""
+    """Base units per recorded unit, for example bytes per GiB."""
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ class Row:
 gauge, counter, histogram = (partial(Row, kind) for kind in ("gauge", "counter", "histogram"))
 
 TABLE = (
-    gauge("step", "troupe_step", "Steps of the stage that are done."),
+    gauge("step", "troupe_step", "Finished steps of the stage."),
     counter(
         "samples",
         "troupe_samples_total",
@@ -72,7 +72,7 @@ TABLE = (
     counter(
         "failures/{role}/{kind}",
         "troupe_failures_total",
-        "Calls to workers that failed: the worker raised (error), died, hung, or its answer was lost.",
+        "Calls to workers that failed: the worker raised (error), died, hung, or its reply was lost.",
     ),
     counter("restarts/{role}", "troupe_restarts_total", "Worker processes of a role that replaced others."),
     counter(
@@ -155,14 +155,14 @@ TABLE = (
     gauge("loss/value", "troupe_value_loss", "Value loss of the latest step."),
     gauge("loss/ptx", "troupe_pretraining_loss", "Loss on demonstrations beside the policy loss (ppo.ptx)."),
     gauge("perplexity", "troupe_perplexity", "exp of the training loss of the latest step."),
-    gauge("accuracy", "troupe_accuracy_ratio", "Share of the latest step's pairs that the reward model ranks right."),
+    gauge("accuracy", "troupe_accuracy_ratio", "Preference accuracy on the pairs of the latest step."),
     gauge("lr/{role}", "troupe_learning_rate", "Learning rate of the latest step."),
     gauge(
         "grad_norm/{role}", "troupe_gradient_norm", "Norm of the gradients before clipping, in the last optimizer step."
     ),
     gauge("validation/loss", "troupe_validation_loss", "Loss on held-out rows at the latest validation."),
     gauge("validation/perplexity", "troupe_validation_perplexity", "exp of the loss on held-out demonstrations."),
-    gauge("validation/accuracy", "troupe_validation_accuracy_ratio", "Share of held-out pairs that are ranked right."),
+    gauge("validation/accuracy", "troupe_validation_accuracy_ratio", "Preference accuracy on held-out pairs."),
     gauge("evaluation/reward", "troupe_evaluation_reward_mean", "Mean reward of the answers to held-out prompts."),
     gauge("evaluation/reward_ci_low", "troupe_evaluation_reward_low", "Lower end of its 95% interval."),
     gauge("evaluation/reward_ci_high", "troupe_evaluation_reward_high", "Upper end of its 95% interval."),
@@ -185,24 +185,24 @@ TABLE = (
     gauge("evaluation/{source}", "troupe_evaluation_judge_mean", "Mean score by a judge on held-out prompts."),
     gauge("{metric}", "troupe_metric", "A metric that has no name of its own here, as metrics.jsonl has it."),
 )
-"""The first row that fits a metric's name is its own."""
+"""A metric has the first row that matches its name."""
 
 
 def row_of(metric: str, among: Mapping[str, float]) -> tuple[Row, dict[str, str]]:
-    """The row of the table for a metric and the labels that its name gives. among: what was recorded with it.
+    """The row of the table for a metric, and the labels in its name. among: the metrics recorded with it.
 
     >>> row, labels = row_of("reward/brief_std", {"reward/brief": 0.0, "reward/brief_std": 0.0})
     >>> row.name, labels
     ('troupe_reward_source_std', {'source': 'brief'})
     """
     for row in TABLE:
-        found = row.pattern.fullmatch(metric)
-        # A source may be named x_std: a deviation has a mean beside it.
-        if found and not (
+        match = row.pattern.fullmatch(metric)
+        # A source may be named x_std: only with a metric x beside it is x_std a standard deviation.
+        if match and not (
             row.metric.endswith("_std") and "{" in row.metric and metric.removesuffix("_std") not in among
         ):
-            return row, found.groupdict()
-    raise AssertionError("the last row fits every name")
+            return row, match.groupdict()
+    raise AssertionError("the last row matches every name")
 
 
 def markdown() -> str:

@@ -1,4 +1,4 @@
-"""What a run records step by step: the record in its folder, and all other loggers that the settings name."""
+"""Gives each step's metrics to the loggers: the record in the run's folder, and the loggers of the settings."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from orchestrator.storage.atomic_files import DiskError
 RESERVED = ("stage", "step", "time")
 
 OnError = Callable[[str, Exception], None]
-"""Is told of a logger that failed: the setting that names it, and the error."""
+"""Called when a logger fails: (setting that names it, error)."""
 
 
 class Recorder:
     """Gives the metrics of one stage of a run to its loggers; one process at a time writes to a run folder.
 
-    Only the record (JsonlLogger) can end a run, by a DiskError. Of another logger the first error is told, and it still gets the
-    next steps; one that cannot be made is left out.
+    Only the record (JsonlLogger) can end a run, by a DiskError. The first error of another logger is reported, and the logger
+    still gets the next steps; a logger that cannot be created is left out.
 
     Args:
-        folder: The run's folder; made where it does not exist.
+        folder: The run's folder; created if needed.
         run: Name of the run.
         stage: sft, rm or ppo.
-        resume_step: The stage goes on after this step: what was recorded of later ones is dropped, so that they are not there
-            twice. None: the stage begins anew, and all that was recorded of it is dropped. Other stages' lines stay.
-        settings: Of the loggers beside the record.
-        on_error: Is told of loggers that fail.
+        resume_step: The stage goes on after this step; recorded later steps are dropped, because they will be repeated. None:
+            the stage starts from the beginning, and all its recorded steps are dropped. Other stages' lines stay.
+        settings: Of the loggers other than the record.
+        on_error: Called for loggers that fail.
 
     Raises:
         DiskError: the disk is full or fails.
@@ -53,7 +53,7 @@ class Recorder:
         logged = LoggedStage(folder, run, stage)
         last_step = -1 if resume_step is None else resume_step
         self._on_error = on_error
-        self._told: set[str] = set()
+        self._failed: set[str] = set()
         self._record = JsonlLogger(logged)
         self._record.rewind(last_step)
         self._others: dict[str, Logger] = {}
@@ -61,14 +61,14 @@ class Recorder:
             name = f"loggers.{i} ({chosen.kind})"
             with self._sparing(name):
                 self._others[name] = Logger.of(chosen, logged)
-        self._tell(lambda logger: logger.rewind(last_step))
+        self._for_others(lambda logger: logger.rewind(last_step))
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Give a step's metrics to all loggers.
 
         Raises:
             ValueError: a metric is named stage, step or time.
-            DiskError: the disk is full or fails. The record ends with the last step that was written whole.
+            DiskError: the disk is full or fails. The record ends with the last complete step.
         """
         for name in RESERVED:
             if name in metrics:
@@ -77,36 +77,36 @@ class Recorder:
         try:
             self._record.log(step, values)
         finally:
-            self._tell(lambda logger: logger.log(step, values))
+            self._for_others(lambda logger: logger.log(step, values))
 
     def keep_answers(self, step: int, answers: Sequence[Mapping[str, Any]], most_bytes: int) -> None:
-        """Give some of a step's answers to all loggers; they are written with the step's next metrics."""
+        """Give sampled responses of a step to all loggers; they are written with the step's next metrics."""
         self._record.keep_answers(step, answers, most_bytes)
-        self._tell(lambda logger: logger.keep_answers(step, answers, most_bytes))
+        self._for_others(lambda logger: logger.keep_answers(step, answers, most_bytes))
 
     def rewind(self, step: int) -> None:
-        """Forget this stage's steps after `step`, which are about to be done again. Raises DiskError."""
+        """Drop this stage's steps after `step`: they will be repeated. Raises DiskError."""
         self._record.rewind(step)
-        self._tell(lambda logger: logger.rewind(step))
+        self._for_others(lambda logger: logger.rewind(step))
 
     def failed(self, role: str, kind: str) -> None:
-        """Tell of a call to a worker that failed."""
-        self._tell(lambda logger: logger.failed(role, kind))
+        """Log a failed call to a worker."""
+        self._for_others(lambda logger: logger.failed(role, kind))
 
     def spent(self, seconds: Mapping[tuple[Role, str], float]) -> None:
-        """Tell how long calls to workers took: (role, method) -> seconds."""
-        self._tell(lambda logger: logger.spent(seconds))
+        """Log the seconds of calls to workers: (role, method) -> seconds."""
+        self._for_others(lambda logger: logger.spent(seconds))
 
     def workers(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell of new workers. rows: see Logger.workers."""
-        self._tell(lambda logger: logger.workers(rows))
+        """Log new workers. rows: see Logger.workers."""
+        self._for_others(lambda logger: logger.workers(rows))
 
     def close(self) -> None:
-        """Raises DiskError where something of the record is left that cannot be written."""
+        """Raises DiskError if a part of the record cannot be written."""
         try:
             self._record.close()
         finally:
-            self._tell(lambda logger: logger.close())
+            self._for_others(lambda logger: logger.close())
 
     def __enter__(self) -> Self:
         return self
@@ -117,22 +117,22 @@ class Recorder:
         try:
             self.close()
         except DiskError:
-            if error is None:  # else the error that ended the block says more
+            if error is None:  # otherwise the error that ended the block is more useful
                 raise
 
-    def _tell(self, tell: Callable[[Logger], None]) -> None:
+    def _for_others(self, call: Callable[[Logger], None]) -> None:
         for name, logger in self._others.items():
             with self._sparing(name):
-                tell(logger)
+                call(logger)
 
     @contextmanager
     def _sparing(self, name: str) -> Iterator[None]:
-        """An error in the block is told, the first of each logger, and goes no further."""
+        """Report the first error of each logger in the block; further errors are ignored."""
         try:
             yield
         except Stopped:
             raise
         except Exception as error:
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._failed:
+                self._failed.add(name)
                 self._on_error(name, error)

@@ -1,4 +1,4 @@
-"""Metrics as events that TensorBoard shows."""
+"""Metrics as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from orchestrator.loggers.base import LoggedStage, Logger
 from orchestrator.storage.metrics_file import AppendedFile
 
 _BEFORE_ALL = -1
-"""Step of what no rewind drops."""
+"""Step of the events that no rewind drops."""
 
 
 class TensorBoardLogger(Logger):
-    """Writes events to tensorboard/<stage>/ of the run's folder, into a file of its own.
+    """Writes events to a new file in tensorboard/<stage>/ of the run's folder.
 
-    A method raises DiskError where the disk is full or fails; what could not be written is written with the next step's.
+    Methods raise DiskError if the disk is full or fails; the missing events are written with the next step.
     """
 
     Config = TensorBoardSettings
 
     def __init__(self, config: TensorBoardSettings, stage: LoggedStage) -> None:
         super().__init__(config, stage)
-        # TensorBoard wants to know where a run begins anew; it then drops what stands from that step on in the same
-        # folder, whatever the tag: hence a folder for each stage.
+        # At a START event TensorBoard drops all steps from that step on in the same folder, whatever their tag: so each
+        # stage has its own folder.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._events = AppendedFile(stage.folder / "tensorboard" / stage.name / name)
         self._events.add(_BEFORE_ALL, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
@@ -55,8 +55,8 @@ class TensorBoardLogger(Logger):
 
 
 def _record(event: Event) -> bytes:
-    """An event as it stands in TensorBoard's files. Written by itself: their writer's thread prints a traceback when the
-    disk is full, and leaves half a record, after which nothing can be read."""
+    """An event in TensorBoard's file format. TensorBoard's own writer is not used: when the disk is full, its thread prints a
+    traceback and leaves half a record, after which the file is unreadable."""
     file = io.BytesIO()
     RecordWriter(file).write(event.SerializeToString())
     return file.getvalue()

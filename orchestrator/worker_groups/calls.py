@@ -1,4 +1,4 @@
-"""Calls to worker groups: to all ranks at once, with a deadline each, and errors that say which rank failed and why."""
+"""Calls to worker groups: sent to all ranks at once, each with a deadline. Errors say which rank failed and why."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ R = TypeVar("R")
 
 @dataclass
 class WorkerGroup:
-    """All ranks of a role. Methods are named by their declarations: see workers.api."""
+    """All ranks of a role. Methods are declared in workers.api."""
 
     role: Role
     handles: list[ActorHandle]
-    """Rank -> its process, which may be that of other roles too."""
+    """Rank -> its process; roles may share a process."""
     placement_group: str
-    """Its name. Roles in one placement group share devices: `run_concurrently` runs calls to them in turn."""
+    """Name. Roles in one placement group share devices: `run_concurrently` runs calls to them in turn."""
     deadlines: Deadlines
     collective: bool = True
-    """Whether its ranks compute together, so that none can continue without the others."""
+    """Whether the ranks compute together: then none can continue without the others."""
     locations: dict[int, ProcessLocation] = field(default_factory=dict)
-    """Rank -> its process, as far as known."""
+    """Rank -> where its process runs; ranks that have not reported it are missing."""
     all_groups: list[WorkerGroup] = field(default_factory=list)
-    """All groups of the team: the cause of an error that one reports may be in another."""
+    """All worker groups of the run: a failure in another group may cause an error in this one."""
     replace_failed: Callable[[WorkerError], None] | None = None
-    """Replaces the failed ranks of a role without state, so that a call can continue; none: the error is raised."""
+    """Replaces failed ranks, for roles without state, so that a call can continue. None: the error is raised."""
     _setup: list[Request[Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.handles)
 
     def call(self, method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs) -> Call[list[T]]:
-        """The same call to every rank; the list of their results."""
+        """The same call to every rank. Its result: the ranks' results in a list."""
         return Call(self, dict.fromkeys(range(len(self)), request(method, *args, **kwargs)))
 
     def first(self, method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -58,13 +58,13 @@ class WorkerGroup:
     def to(
         self, ranks: Sequence[int], method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> Call[list[T]]:
-        """The same call to ranks that have just started, which are not replaced if they fail in it."""
+        """The same call to ranks that have just started. They are not replaced if they fail in it."""
         return Call(self, dict.fromkeys(ranks, request(method, *args, **kwargs)), retryable=False)
 
     def setup_call(
         self, method: Callable[Concatenate[Any, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> Call[list[T]]:
-        """The same call to every rank, which is repeated for a rank that is replaced later."""
+        """The same call to every rank. It is repeated for ranks that are replaced later."""
         call = self.call(method, *args, **kwargs)
         call.replayed_on_restart = True
         return call
@@ -95,17 +95,17 @@ class WorkerGroup:
         stored_returns: int = 0,
         actual_cost: Callable[[list[Any]], Cost] | None = None,
     ) -> Call[Any]:
-        """requests[rank] to each rank; the list of their results.
+        """requests[rank] to each rank. Its result: the ranks' results in a list.
 
-        Of the values that a rank returns, the first `stored_returns` stay in the object store and come as references; the last
-        one is fetched. cost: the most that the whole call may cost, for its deadline. actual_cost: what it did cost, from the
-        list of the results; none: all of `cost`.
+        Each rank returns `stored_returns` values that stay in the object store, as references, and one that is fetched.
+        cost: upper bound of the cost of the whole call, for its deadline. actual_cost: its actual cost, computed from the
+        results; none: `cost`.
         """
-        each = {rank: mine for rank, (_, mine) in enumerate(zip(self.handles, requests, strict=True))}
-        return Call(self, each, cost, stored_returns, actual_cost)
+        by_rank = {rank: asked for rank, (_, asked) in enumerate(zip(self.handles, requests, strict=True))}
+        return Call(self, by_rank, cost, stored_returns, actual_cost)
 
     def setup_calls(self, ranks: Sequence[int]) -> list[Call[list[Any]]]:
-        """The setup calls that the group has had, to ranks that were replaced."""
+        """The group's setup calls so far, again for ranks that were replaced."""
         return [Call(self, dict.fromkeys(ranks, asked), retryable=False) for asked in self._setup]
 
     def record_setup(self, asked: Request[Any]) -> None:
@@ -120,39 +120,39 @@ class WorkerGroup:
 class Call(Generic[T]):
     """A call of one method to ranks of a worker group. `get` runs it; `run_concurrently` runs several.
 
-    To do something else meanwhile, start it, poll it, and ask for its result:
+    To do something else while it runs:
 
         call.start()
-        while not call.poll():                       # takes replies, notices failures and passed deadlines; does not wait
+        while not call.poll():                       # collects replies, checks for failures and deadlines; does not wait
             ...
-        results = call.result()                      # waits for what is missing
+        results = call.result()                      # waits for the missing replies
 
-    The time until a reply is taken counts as the rank's: rare polls make calls look long, and later deadlines longer. Nothing but
-    `run_concurrently` keeps apart calls to groups that share devices.
+    A call lasts until its last reply is collected: rare polls make calls look long, and make later deadlines longer. Only
+    `run_concurrently` keeps calls to groups that share devices from running at the same time.
     """
 
     group: WorkerGroup
     requests: dict[int, Request[Any]]
-    """Rank -> what it is asked; all name the same method."""
+    """Rank -> its request; all are of the same method."""
     cost: Cost = Cost()  # noqa: RUF009  it is frozen
-    """The most that it may cost."""
+    """Upper bound."""
     stored_returns: int = 0
     actual_cost: Callable[[list[Any]], Cost] | None = None
-    """What it did cost, from the list of the ranks' results; none: `cost`."""
+    """Computes the actual cost from the list of the ranks' results; none: `cost`."""
     reduced_by: Callable[[list[Any]], Any] | None = None
-    """Makes the result of the list of the ranks' results; none: the list is the result."""
+    """Computes the result from the list of the ranks' results; none: the list is the result."""
     retryable: bool = True
-    """Whether ranks without state that fail in it may be replaced, and asked again."""
+    """Whether failed ranks without state may be replaced and called again."""
     replayed_on_restart: bool = False
     allowance: float = 0.0
-    """Seconds that it may take on top, by deadlines of its own."""
+    """Seconds added to the deadline, for timeouts that the method itself applies."""
     method: RemoteMethod = field(init=False)
     deadline: float = field(default=0.0, init=False)
     _began: float = field(default=0.0, init=False)
     _ended: float = field(default=0.0, init=False)
     """When the last reply came."""
     _retried: bool = field(default=False, init=False)
-    """Whether some ranks were asked again: its time then tells nothing about its cost."""
+    """Whether some ranks were called again: the time of two attempts says nothing about the cost."""
     _recorded: bool = field(default=False, init=False)
     _refs: dict[int, list[ObjectRef]] = field(default_factory=dict, init=False)
     _fetched: dict[int, Any] = field(default_factory=dict, init=False)
@@ -162,24 +162,22 @@ class Call(Generic[T]):
         methods = {asked.method for asked in self.requests.values()}
         if len(methods) != 1:
             names = sorted(method.name for method in methods)
-            raise ValueError(
-                f"a call to {self.group.role} is a call of one method, not of {', '.join(names) or 'none'}"
-            )
+            raise ValueError(f"a call to {self.group.role} needs one method, not {', '.join(names) or 'none'}")
         [self.method] = methods
 
     def reduce(self, function: Callable[[T], R]) -> Call[R]:
-        """The same call, not started, with a result that the function makes of the list of the ranks' results."""
+        """The same call, not started, whose result is function(list of the ranks' results)."""
         assert self.reduced_by is None
         return replace(self, reduced_by=function)  # type: ignore[return-value, arg-type]
 
-    # ------------------------------------------------------------ its course
+    # ------------------------------------------------------------ start, poll, result
 
     def get(self) -> T:
         """Start it and wait for its result."""
         return run_concurrently(self)[0]
 
     def start(self) -> None:
-        """Send it to its ranks. Raises RuntimeError where that was done before."""
+        """Send it to its ranks. Raises RuntimeError if it was started before."""
         if self._refs:
             raise RuntimeError(f"{self.group.role}: this call of {self.method} was started before")
         self._send(list(self.requests))
@@ -190,9 +188,9 @@ class Call(Generic[T]):
         return bool(self._refs) and not self._failed and not self.pending()
 
     def poll(self) -> bool:
-        """Take the replies that are there, and replace failed ranks where that can be done; whether all ranks have replied.
+        """Collect the replies so far and replace failed ranks if possible; whether all ranks have replied.
 
-        Raises WorkerError where a rank failed, or the deadline has passed, and the call cannot continue.
+        Raises WorkerError if a rank failed or the deadline has passed, and the call cannot continue.
         """
         self._require_started()
         while not self.finished and _take_reply([self], timeout=0.0):
@@ -200,7 +198,7 @@ class Call(Generic[T]):
         return self.finished
 
     def result(self) -> T:
-        """Its result, once all ranks have replied. Raises WorkerError as `poll` does."""
+        """Wait until all ranks have replied; the result. Raises WorkerError as `poll` does."""
         self._require_started()
         while not self.finished:
             _take_reply([self])
@@ -234,19 +232,19 @@ class Call(Generic[T]):
             self._refs[rank] = list(refs) if self.stored_returns else [refs]
 
     def pending(self) -> dict[ObjectRef, int]:
-        """The replies that are missing -> the rank of each."""
-        done = self._fetched.keys() | self._failed.keys()
-        return {refs[-1]: rank for rank, refs in self._refs.items() if rank not in done}
+        """Missing replies -> their ranks."""
+        finished = self._fetched.keys() | self._failed.keys()
+        return {refs[-1]: rank for rank, refs in self._refs.items() if rank not in finished}
 
     def awaited(self, now: float) -> Awaited:
-        """What `troupe status` says of it. now: time.monotonic()."""
+        """The call as `troupe status` shows it. now: time.monotonic()."""
         role, method, epoch = self.group.role, self.method, time.time() - now
         ranks, setting = tuple(sorted(self.pending().values())), self.group.deadlines.setting(method)
         return Awaited(role, ranks, method.name, self._began + epoch, self.deadline + epoch, setting)
 
     def collect(self, rank: int) -> None:
-        """Take a rank's reply, which is there. Raises WorkerError at once where the rank failed and cannot be replaced: the
-        others may then hang."""
+        """Collect the reply of a rank that has replied. Raises WorkerError at once if the rank failed and cannot be replaced:
+        the other ranks may hang then."""
         try:
             self._fetched[rank] = ray.get(self._refs[rank][-1])
         except RayError as error:
@@ -257,32 +255,32 @@ class Call(Generic[T]):
                 self.group.deadlines.busy[self.group.role, self.method.name] += self._ended - self._began
 
     def miss_deadline(self) -> None:
-        """Its deadline has passed. Raises WorkerError where the ranks that did not reply cannot be replaced."""
+        """Handle a passed deadline. Raises WorkerError if the ranks that did not reply cannot be replaced."""
         seconds = self.deadline - self._began
         states = probe_processes(self._everyone(), stacks=self._ranks(list(self.pending().values())))
-        owed = self.pending()
-        replied, _ = ray.wait(list(owed), num_returns=len(owed), timeout=0)
-        ranks = [rank for ref, rank in owed.items() if ref not in replied]
+        pending = self.pending()
+        replied, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        ranks = [rank for ref, rank in pending.items() if ref not in replied]
         if not ranks:
             return  # the last replies came while the processes were probed
         self.group.deadlines.missed(self.method)
-        text = f"{self._who(ranks)}: no answer to {self.method} in {seconds:.0f} s ({self.group.deadlines.setting(self.method)})"
+        text = f"{self._who(ranks)}: no reply to {self.method} in {seconds:.0f} s ({self.group.deadlines.setting(self.method)})"
         failed_ranks = _failed_ranks(states) or self._ranks(ranks)
         self._fail(ranks, self._failure("hung", ranks, text, "", failed_ranks, states), None)
 
     def _fail(self, ranks: Sequence[int], failure: Failure, cause: Exception | None) -> None:
         error = WorkerError(failure)
-        # Without failed ranks there is nobody to replace, and the same call would have the same result: what was lost must be
-        # made again.
-        mine = bool(failure.failed_ranks) and all(role == self.group.role for role, _ in failure.failed_ranks)
-        if self.group.replace_failed is None or not self.retryable or not mine:
+        # Without failed ranks there is nothing to replace, and the same call would fail again: a lost object must first be
+        # computed again.
+        only_ours = bool(failure.failed_ranks) and all(role == self.group.role for role, _ in failure.failed_ranks)
+        if self.group.replace_failed is None or not self.retryable or not only_ours:
             raise error from cause
         if self.group.collective:
-            ranks = list(self.pending().values())  # they wait for the one that failed
+            ranks = list(self.pending().values())  # the others wait for the failed rank
         self._failed |= dict.fromkeys(ranks, error)
 
     def replace_failed(self) -> None:
-        """Where ranks failed and all others have replied: replace those, and ask them again."""
+        """Replace the failed ranks, if any, and call them again, once all other ranks have replied."""
         if not self._failed or self.pending():
             return
         assert self.group.replace_failed is not None
@@ -292,10 +290,10 @@ class Call(Generic[T]):
         self._retried = True
         self._send(sorted(failed))
 
-    # ------------------------------------------------------------ what failed
+    # ------------------------------------------------------------ failures
 
     def _failure_of(self, rank: int, error: RayError) -> Failure:
-        """The cause of an error that a rank reports: perhaps another rank died."""
+        """The failure behind an error that a rank reports: another rank may have died."""
         states = probe_processes(self._everyone())
         failed_ranks = _failed_ranks(states)
         who = f"{self._who([rank])} failed in {self.method}"
@@ -308,7 +306,7 @@ class Call(Generic[T]):
         elif failed_ranks:
             kind, text = "died", f"{who} because of {named(failed_ranks)} ({states[failed_ranks[0]].state})"
         elif isinstance(cause, LOST):
-            kind, text = "lost", f"{who}: {summary(cause) if raised else 'its answer was lost'}"
+            kind, text = "lost", f"{who}: {summary(cause) if raised else 'its reply was lost'}"
         else:
             kind, text = "error", f"{who}: {_line(cause)}"
         return self._failure(kind, [rank], text, str(error), failed_ranks, states, cause if raised else None)
@@ -353,17 +351,17 @@ class Call(Generic[T]):
 
 
 def _line(cause: Exception) -> str:
-    """What happened, in a line. Where Ray could not send or read an object, its error quotes a traceback."""
+    """The error in one line. Ray's error quotes a traceback if Ray could not send or read an object."""
     quoted = headline_of_traceback(str(cause)) if isinstance(cause, RayError) else ""
     return quoted or summary(cause)
 
 
 def _failed_ranks(states: dict[Rank, ProcessState]) -> list[Rank]:
-    return [rank for rank, found in states.items() if found.state != "running"]
+    return [rank for rank, process in states.items() if process.state != "running"]
 
 
 def run_concurrently(*calls: Call[Any] | None) -> list[Any]:
-    """Run calls at the same time, but those to groups in one placement group in turn. Results in order; None stays None."""
+    """Run calls at the same time; calls to groups in the same placement group run in turn. Results in order; None stays None."""
     waiting = [call for call in calls if call is not None]
     running: list[Call[Any]] = []
     while waiting or running:
@@ -380,20 +378,19 @@ def run_concurrently(*calls: Call[Any] | None) -> list[Any]:
 
 
 def _take_reply(running: Sequence[Call[Any]], timeout: float | None = None) -> bool:
-    """Wait for the next reply of any rank of any of these calls, until the nearest deadline or for `timeout` seconds; whether
-    one came."""
-    owed = {ref: (call, rank) for call in running for ref, rank in call.pending().items()}
+    """Wait for the next reply to any of these calls, until the nearest deadline or for `timeout` seconds; whether one came."""
+    pending = {ref: (call, rank) for call in running for ref, rank in call.pending().items()}
     nearest = min(running, key=lambda call: call.deadline)
     deadlines, now = nearest.group.deadlines, time.monotonic()
     left = max(nearest.deadline - now, 0.0)
     wait = left if timeout is None else min(left, timeout)
     deadlines.awaited = nearest.awaited(now)
-    ready, _ = ray.wait(list(owed), timeout=wait)
+    ready, _ = ray.wait(list(pending), timeout=wait)
     deadlines.awaited = None
     if not ready and wait == left:
         nearest.miss_deadline()
     for ref in ready:
-        call, rank = owed[ref]
+        call, rank = pending[ref]
         call.collect(rank)
     for call in running:
         call.replace_failed()

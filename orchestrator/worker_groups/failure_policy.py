@@ -1,4 +1,4 @@
-"""Which failures a run survives: a policy that decides and counts. What is done then is the team's and the stage's affair."""
+"""Which failures a run survives. The policy decides and counts; Team and Runner act on its decision."""
 
 from __future__ import annotations
 
@@ -18,13 +18,25 @@ class _Restart:
     """Stage and step."""
 
 
+@dataclass(frozen=True)
+class Restart:
+    """Decision: replace the failed workers and go on."""
+
+    left: int
+    """Further restarts in the budget of the role that has the fewest."""
+
+
+Decision = Restart | WorkerError
+"""Go on after a restart, or raise this final error: the run ends."""
+
+
 class FailurePolicy:
     """The budget of restarts, and the record of every failure.
 
     Args:
-        settings: what may be spent.
+        settings: the budget.
         log: where each failure is written; none: nowhere.
-        say: is told of each failure that the run goes on from, in a line.
+        say: called with one line for each failure that the run survives.
     """
 
     def __init__(
@@ -38,38 +50,35 @@ class FailurePolicy:
         self._say = say
         self._spent: dict[Role, list[_Restart]] = {}
         self.on_failure: Callable[[str, str], None] = lambda role, kind: None
-        """Is told of every failure: the role, and what kind of failure."""
+        """Called for every failure: (role, kind of failure)."""
 
     @property
     def where(self) -> str:
-        """Stage and step; empty where nobody says so."""
+        """Stage and step; empty without a log."""
         return self._log.where if self._log else ""
 
-    def consider(self, error: WorkerError) -> None:
-        """Record a failure; return where the run may go on. Raises it as final where nothing is to be replaced or the budget is
-        spent."""
+    def decide(self, error: WorkerError) -> Decision:
+        """Record and count a failure. The decision is a final error if no restart helps, or if the budget is spent."""
         failure = error.failure
-        left = self._left(failure)
-        self.record(
-            failure, "not survivable" if left is None else f"restarts left: {left}" if left >= 0 else "no restart left"
-        )
-        if left is None:
-            error.final = True
-            raise error
-        if left < 0:
-            note = (
-                f"not replaced again: {self._settings.max_restarts} restarts in {self._settings.restart_window:g} s, or in one "
-                "step, are allowed (recovery.max_restarts, recovery.restart_window)"
-            )
-            spent = WorkerError(replace(failure, text=f"{failure.text}\n  {note}"))
-            spent.final = True
-            raise spent from error
-        self._say(f"{self.where}: {failure.text}".removeprefix(": "))
-
-    def _left(self, failure: Failure) -> int | None:
-        """Restarts left to the role that has the fewest, those now due taken off; none where nothing is due."""
         if not failure.survivable:
-            return None
+            self.record(failure, "not survivable")
+            error.final = True
+            return error
+        left = self._spend(failure)
+        self.record(failure, f"restarts left: {left}" if left >= 0 else "no restart left")
+        if left >= 0:
+            self._say(f"{self.where}: {failure.text}".removeprefix(": "))
+            return Restart(left)
+        note = (
+            f"not replaced again: {self._settings.max_restarts} restarts in {self._settings.restart_window:g} s, or in one "
+            "step, are allowed (recovery.max_restarts, recovery.restart_window)"
+        )
+        final = WorkerError(replace(failure, text=f"{failure.text}\n  {note}"))
+        final.final, final.__cause__ = True, error
+        return final
+
+    def _spend(self, failure: Failure) -> int:
+        """Count a restart for each failed role; the restarts left to the role that has the fewest, negative if over budget."""
         now, left = _Restart(time.monotonic(), self.where), []
         for role in {role for role, _ in failure.failed_ranks} or {failure.role}:
             self._spent[role] = [r for r in (*self._spent.get(role, ()), now) if self._counts(r, now)]
@@ -77,14 +86,14 @@ class FailurePolicy:
         return min(left)
 
     def _counts(self, restart: _Restart, now: _Restart) -> bool:
-        """Whether it lies in the window, or in the step that is being tried: a step whose every attempt takes longer than the
-        window would be tried for ever."""
+        """Whether a restart is in the window or in the current step. By the window alone, a step whose attempts each take
+        longer than the window would be repeated for ever."""
         return now.time - restart.time <= self._settings.restart_window or bool(
             now.where and restart.where == now.where
         )
 
     def record(self, failure: Failure, consequence: str) -> None:
-        """Write a failure, and what came of it, to a file of its own."""
+        """Write a failure and its consequence to a file of its own."""
         self.on_failure(failure.role, failure.kind)
         if self._log:
             self._log.write(f"{failure.role}-{failure.kind}", f"{failure.phase}: {failure}\n{consequence}")

@@ -1,4 +1,4 @@
-"""What went wrong in a worker: which rank, on which node, in which method, and the state of its process."""
+"""Failures of workers: which rank, on which node, in which method, and the state of its process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from workers.process.inspection import ProcessLocation, ProcessState, State
 
 LOG_LINES = 30
 PROBE_TIMEOUT = 60.0
-"""Seconds for probing, or ending, the processes of a node."""
+"""Seconds to probe or kill the processes of a node."""
 
 LOST = (
     LocalRayletDiedError,
@@ -38,8 +38,8 @@ LOST = (
     RpcError,
     WorkerCrashedError,
 )
-"""What Ray itself loses, so that the same call may succeed another time. Its other errors (a result that cannot be read, no
-memory in the object store, an exception that could not be pickled) come again."""
+"""Ray's errors for lost processes and objects: the same call may succeed at the next attempt. Its other errors (a result that
+cannot be read, no memory in the object store, an exception that could not be pickled) would come again."""
 
 Kind = Literal["error", "died", "hung", "lost"]
 
@@ -51,57 +51,57 @@ class Failure:
     """A call to a worker that failed."""
 
     kind: Kind
-    """error: it raised. died: its process is gone. hung: it did not reply in time. lost: Ray lost its reply or its arguments,
-    though all processes live."""
+    """error: the worker raised. died: its process is dead. hung: it did not reply in time. lost: Ray lost its reply or its
+    arguments, though all processes are alive."""
     role: Role
     ranks: tuple[int, ...]
     method: str
     phase: Phase
     text: str
-    """What happened, in a line."""
+    """The failure in one line."""
     cause: Exception | None = None
-    """What the worker raised, where it did."""
+    """The exception that the worker raised."""
     detail: str = ""
     """Ray's message: a traceback, or why the process died."""
     failed_ranks: tuple[Rank, ...] = ()
-    """Workers that must be replaced, of whatever role: another than the one that reports the error may have caused it."""
+    """Workers that must be replaced, of any role: the worker that reports the error need not be its cause."""
     locations: dict[Rank, ProcessLocation] = field(default_factory=dict)
     states: dict[Rank, ProcessState] = field(default_factory=dict)
-    """Of the failed ranks; where there are none, of those that raised."""
+    """Of the failed ranks; if there are none, of the ranks that raised."""
 
     @property
     def survivable(self) -> bool:
-        """Whether the same call may succeed once failed workers are replaced: an error raised by a worker itself comes again."""
+        """Whether the same call may succeed after failed workers are replaced. An error that a worker raised would come again."""
         return bool(self.failed_ranks) or self.kind == "lost"
 
     def __str__(self) -> str:
         parts = [self.text]
         if self.detail:
             parts.append(_indent(self.detail))
-        for rank, found in self.states.items():
+        for rank, process in self.states.items():
             place = self.locations[rank]
             parts.append(
-                f"  {_named(rank)}: node {place.host} ({place.node[:6]}), pid {place.pid}, process {found.state}"
+                f"  {_named(rank)}: node {place.host} ({place.node[:6]}), pid {place.pid}, process {process.state}"
             )
-            if found.stack:
-                parts.append(f"  its stack:\n{_indent(found.stack)}")
-            if found.log:
-                parts.append(f"  the end of its output:\n{_indent(found.log)}")
+            if process.stack:
+                parts.append(f"  its stack:\n{_indent(process.stack)}")
+            if process.log:
+                parts.append(f"  the end of its output:\n{_indent(process.log)}")
         return "\n".join(parts)
 
 
 class WorkerError(RuntimeError):
-    """A worker failed, died or did not reply in time; the message says all that could be found out."""
+    """A worker failed, died or did not reply in time. The message has all that is known about the failure."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(str(failure))
         self.failure = failure
         self.final = False
-        """Whether it was decided that the run ends because of it."""
+        """Whether the failure policy decided that this error ends the run."""
 
 
 def probe_processes(locations: dict[Rank, ProcessLocation], stacks: Collection[Rank] = ()) -> dict[Rank, ProcessState]:
-    """Examine workers' processes, on their nodes. stacks: those whose Python stacks are wanted too, which takes seconds."""
+    """Inspect workers' processes on their nodes. stacks: ranks to get Python stacks of, which takes seconds."""
     nodes = _by_node(locations)
     tasks = {
         node: on_node(
@@ -109,33 +109,32 @@ def probe_processes(locations: dict[Rank, ProcessLocation], stacks: Collection[R
         )
         for node, ranks in nodes.items()
     }
-    found: dict[Rank, ProcessState] = {}
+    states: dict[Rank, ProcessState] = {}
     for node, ranks in nodes.items():
         try:
-            found |= zip(ranks, ray.get(tasks[node], timeout=PROBE_TIMEOUT), strict=True)
+            states |= zip(ranks, ray.get(tasks[node], timeout=PROBE_TIMEOUT), strict=True)
         except GetTimeoutError:
-            # A node without a free moment is not lost: its workers are healthy as far as anybody knows.
+            # A busy node is not lost: nothing says that its workers are not healthy.
             state: State = "running" if node in alive_nodes() else "node lost"
-            found |= dict.fromkeys(
-                ranks, ProcessState(state, f"(the node could not be looked at in {PROBE_TIMEOUT:.0f} s)")
-            )
-        except RayError:  # the task cannot be run there
-            found |= dict.fromkeys(ranks, ProcessState("node lost"))
-    return {rank: found[rank] for rank in locations}
+            note = f"(the node did not reply within {PROBE_TIMEOUT:.0f} s)"
+            states |= dict.fromkeys(ranks, ProcessState(state, note))
+        except RayError:  # the task cannot run there
+            states |= dict.fromkeys(ranks, ProcessState("node lost"))
+    return {rank: states[rank] for rank in locations}
 
 
 def alive_nodes() -> set[str]:
-    """Ray's ids of the nodes that live."""
+    """Ray's ids of the nodes that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def end(locations: dict[Rank, ProcessLocation]) -> None:
-    """Kill workers' processes, which Ray cannot do with a stopped one."""
+    """Kill workers' processes. ray.kill does not end a stopped process."""
     for node, ranks in _by_node(locations).items():
         try:
             ray.get(on_node(node, inspection.end, [locations[rank] for rank in ranks]), timeout=PROBE_TIMEOUT)
         except RayError:
-            continue  # with the node they are gone too
+            continue  # the node is lost, and its processes with it
 
 
 def _by_node(locations: dict[Rank, ProcessLocation]) -> dict[str, list[Rank]]:
@@ -144,9 +143,9 @@ def _by_node(locations: dict[Rank, ProcessLocation]) -> dict[str, list[Rank]]:
 
 
 def on_node(node: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a function of a module of ours as a Ray task on a node, beside whatever else runs there; the result's reference."""
-    where = NodeAffinitySchedulingStrategy(node, soft=False)
-    options = {"name": function.__name__, "num_cpus": 0, "max_retries": 0, "scheduling_strategy": where}
+    """Run a function of one of our modules as a Ray task on a node, whatever else runs there; reference to the result."""
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"name": function.__name__, "num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
     return ray.remote(call).options(**options).remote(f"{function.__module__}:{function.__name__}", *args)
 
 

@@ -1,4 +1,4 @@
-"""What the driver holds of a step: references to where answers and numbers lie, and one or two numbers per answer."""
+"""What the driver holds of a step: references to objects in the object store, and a few numbers per response."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from workers.data.step_inputs import KLTerm
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A step's answers: where they lie, and what the driver may know of them. Arrays are [samples]."""
+    """A step's responses: references to their tokens, and the numbers that the driver needs. Arrays are [samples]."""
 
     data: str
+    """Name of the dataset."""
     prompts: np.ndarray
     """Rows of the dataset."""
     groups: np.ndarray
-    """Which of the step's draws of prompts each answers, from 0. A prompt that is drawn twice makes two groups."""
+    """Index of the prompt among the step's prompts, from 0. A prompt that is drawn twice has two groups."""
     numbers: np.ndarray
-    """Of the answers to its prompt, which one each is, from 0."""
+    """Index among the responses to the prompt, from 0."""
     step: int
-    """0: of an evaluation."""
+    """0: an evaluation."""
     refs: SampleRefs
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray
     """Tokens after the prompt."""
     trained_tokens: np.ndarray
-    """Of these, tokens that are trained on: those that the policy wrote."""
+    """Of these, the tokens that the policy wrote; only they are trained on."""
     ended: np.ndarray
-    """Which answers ended by themselves."""
+    """Whether the response ended by itself, not at the token limit."""
     min_versions: np.ndarray
-    """Oldest policy version that wrote a token of the answer."""
+    """Oldest policy version that wrote a token of the response."""
     max_versions: np.ndarray
     """Newest one."""
 
@@ -46,7 +47,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class TokenColumn:
-    """A value per answer token, where it lies, and one number per answer."""
+    """References to a value per response token, and one number per response."""
 
     refs: SampleRefs
     per_answer: np.ndarray
@@ -60,10 +61,10 @@ class Experience:
     reference: TokenColumn | None
     values: TokenColumn | None
     scores: np.ndarray
-    """[samples] as they are trained on; nan: no score, so that nothing is learnt from the sample."""
+    """[samples] as they are trained on; nan: no score, the sample is not trained on."""
     kl: KLTerm
     advantages: np.ndarray | None = None
-    """[samples] per answer; None: workers estimate them per token."""
+    """[samples] per response; None: workers estimate them per token."""
     ptx: list[np.ndarray] = field(default_factory=list)
     """Rows of demonstrations beside each mini-batch."""
 
@@ -74,7 +75,7 @@ class Experience:
 
 
 def kl_per_token(rollouts: Rollouts, reference: TokenColumn | None) -> np.ndarray:
-    """[samples] each answer's KL to the reference, k1, in nats per token; nan where there is no reference."""
+    """[samples] each response's KL to the reference (estimator k1), in nats per token; nan without a reference."""
     if reference is None:
         return np.full(len(rollouts), np.nan)
     return np.asarray(reference.per_answer / rollouts.trained_tokens)

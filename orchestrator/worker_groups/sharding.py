@@ -1,6 +1,7 @@
-"""Which samples and rows each rank gets, and in which micro-batches. Pure: lengths in, indices out; no Ray is needed.
+"""Which samples and rows each rank gets, and in which micro-batches. Pure: lengths in, indices out; no Ray.
 
-Every sample or row is in exactly one micro-batch of one rank. All ranks get equally many (workers.data.batching).
+Every sample or row is in exactly one micro-batch of one rank. All ranks have the same number of micro-batches
+(workers.data.batching).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from workers.data.step_inputs import MiniBatch, SupervisedBatch, TrainStepInput
 
 
 def share_prompts(prompt_lengths: np.ndarray, engines: int, max_new_tokens: int) -> list[Rows]:
-    """The prompts of each engine: the longest first, each to the engine with the fewest tokens outstanding.
+    """The prompts of each engine. The longest prompt is assigned first, each to the engine with the fewest tokens so far.
 
-    prompt_lengths: [prompts]. Each engine's prompts are in ascending order; there may be none.
+    prompt_lengths: [prompts]. Each engine's prompts are in ascending order; an engine may have none.
     """
     outstanding = [0] * engines
     shares: list[list[int]] = [[] for _ in range(engines)]
@@ -61,15 +62,14 @@ def train_step_inputs(
     update: bool = True,
     ptx: Sequence[Sequence[SupervisedBatch]] = (),
 ) -> list[TrainStepInput]:
-    """Each rank's part of a step. Which samples make up a mini-batch does not depend on the number of ranks.
+    """Each rank's part of a step. The samples of a mini-batch do not depend on the number of ranks.
 
-    Samples without a score are left out; the others of their group are trained on. A mini-batch may hold a part of a group:
-    advantages per answer are made of the whole group before, `prompt_mean` is over what the mini-batch holds.
+    Samples without a score are left out; the others of their group are trained on. A mini-batch may have only a part of a
+    group: advantages per response come from the whole group, computed before; `prompt_mean` is over the part in the mini-batch.
 
-    seed: of the order of the samples. ptx: of each mini-batch, each rank's part of the demonstrations beside it; empty: there
-    are none.
+    seed: for the order of the samples. ptx: per mini-batch, each rank's part of its demonstrations; empty: no demonstrations.
 
-    Raises ValueError where no sample has a score.
+    Raises ValueError if no sample has a score.
     """
     rollouts = experience.rollouts
     if not len(experience.scored):
@@ -88,8 +88,8 @@ def train_step_inputs(
         counts = int(trained.sum()), len(samples), int(np.count_nonzero(tokens_of_groups))
         for rank, (shard, micro) in enumerate(zip(shards, micro_batches, strict=True)):
             before = sum(map(len, samples_of[rank]))
-            beside = ptx[k][rank] if ptx else None
-            mini_batches_of[rank].append(MiniBatch([before + m for m in micro], *counts, ptx=beside))
+            demonstrations = ptx[k][rank] if ptx else None
+            mini_batches_of[rank].append(MiniBatch([before + m for m in micro], *counts, ptx=demonstrations))
             samples_of[rank].append(samples[shard])
     return [
         _train_step_input(experience, np.concatenate(samples), prompt_tokens, minis, update)

@@ -1,4 +1,4 @@
-"""The state of the trained roles in the object store, from which lost steps are repeated."""
+"""Snapshots: the state of the trained roles in the object store. After a failure, lost steps are repeated from it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Snapshot:
                 write_files(folder / role, ray.get(rank.copy_on(alive)))
 
     def safe(self) -> bool:
-        """Whether a node may be lost: all is where it was taken, and the copies on other nodes have arrived."""
+        """Whether a node may be lost: all nodes that it was taken on are alive, and all copies have arrived."""
         alive = alive_nodes()
         return all(rank.node in alive and len(rank.arrived()) == len(rank.copies) for rank in self._ranks())
 
-    def whole(self) -> bool:
-        """Whether each rank's files are on some node that lives."""
+    def available(self) -> bool:
+        """Whether each rank's files are on a node that is alive."""
         alive = alive_nodes()
         return all(alive & rank.arrived() for rank in self._ranks())
 
@@ -49,18 +49,17 @@ class RankFiles:
 
     names: list[str]
     node: str
-    """The node that it was taken on."""
+    """The rank's node when the snapshot was taken."""
     copies: dict[str, ray.ObjectRef]
-    """Node -> the files there, or on their way there."""
+    """Node -> the files there, or still in transfer."""
 
     def arrived(self) -> set[str]:
-        """The nodes that have the files, or had them."""
+        """The nodes that have received the files; some may be lost since."""
         refs = list(self.copies.values())
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
         return {node for node, ref in self.copies.items() if ref in ready}
 
     def copy_on(self, nodes: set[str]) -> ray.ObjectRef:
-        """A copy on one of these nodes, the first one made if it can be; any, where there is none: reading it will say that it
-        is lost."""
-        there = [ref for node, ref in self.copies.items() if node in nodes]
-        return (there or list(self.copies.values()))[0]
+        """The first copy that is on one of these nodes; without one, a copy that is lost: reading it raises the error."""
+        on_nodes = [ref for node, ref in self.copies.items() if node in nodes]
+        return (on_nodes or list(self.copies.values()))[0]

@@ -1,14 +1,16 @@
-"""The worker groups of a stage, and what the driver asks of them.
+"""The worker groups of a stage, and the calls that the driver makes to them.
 
     team = Team.start(config, plan)
     team.load(model, {"model": reward_model})
     team.add_prompts("prompts", rows)
     rollouts = team.generate("prompts", picked, step).get()               # references and lengths, no tokens
-    reference, values, scores = together(team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"]))
-    together(team.train_actor(...), team.train_critic(...))
+    reference, values, scores = run_concurrently(
+        team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"])
+    )
+    run_concurrently(team.train_actor(...), team.train_critic(...))
     team.sync_weights(version)
 
-`generate`, `log_probs`, `values`, `scores` and `train_...` give a Call, to be run alone (`.get()`) or with others (`together`).
+`generate`, `log_probs`, `values`, `scores` and `train_...` return a Call: run one by `.get()`, several by `run_concurrently`.
 """
 
 from __future__ import annotations
@@ -72,14 +74,14 @@ from workers.weight_sync.probe import Probe
 
 @dataclass(frozen=True)
 class Publication:
-    """What came of an update of the engines."""
+    """Result of an update of the engines."""
 
     nbytes: int
     """Bytes of one copy of the weights."""
     gap: float
-    """Mean |difference| of the probe's log-probabilities between the actor and the engine that is furthest from it."""
+    """Mean |difference| of the probe's log-probabilities between the actor and the engine that differs most."""
     proof_seconds: float
-    """Seconds that the comparison took."""
+    """Seconds of the comparison."""
 
 
 Changed = Callable[["Team"], None]
@@ -106,9 +108,9 @@ class Team:
     ) -> None:
         self.config = config
         self.started = started or datetime.now()
-        """The time that chat templates may write."""
+        """The time that chat templates may use."""
         self.model = config.model.path
-        """What the actor starts from."""
+        """The model that the actor starts from."""
         self.plan = plan
         self._changed = changed or (lambda team: None)
         self.recovery = recovery or FailurePolicy(config.recovery)
@@ -121,7 +123,7 @@ class Team:
         self._starts: Counter[tuple[Role, int]] = Counter()
         self.transport = transport_of(config, plan)
 
-    # ------------------------------------------------------------ life
+    # ------------------------------------------------------------ start and stop
 
     @classmethod
     def start(
@@ -135,9 +137,9 @@ class Team:
     ) -> Team:
         """Reserve the placement groups and start every worker; nothing is loaded yet.
 
-        recovery: which failures are survived, and where they are written; none: as the config says, and nowhere.
-        changed: called with the team when there are new workers. started: when the run began; none: now.
-        say: called with a line that says who holds the room that the run waits for.
+        recovery: the failure policy; none: the config's budget, without a log. changed: called with the team when there are
+        new workers. started: when the run began; none: now. say: called with a line that names who holds the resources that
+        the run waits for.
         """
         team = cls(config, plan, recovery, changed, started)
         try:
@@ -146,20 +148,20 @@ class Team:
             for role, planned in plan.roles.items():
                 group = WorkerGroup(role, [], planned.group, team.deadlines, all_groups=all_groups)
                 if role not in STAGES[plan.stage].trained:
-                    # With a process that serves others too, what those had learned is gone.
+                    # A process shared with a trained role also holds that role's state, so it cannot be replaced on its own.
                     group.replace_failed = team._replace_failed if planned.process_roles == (role,) else None
                     group.collective = role == "reference" or len(planned.process_roles) > 1
                 team.groups[role] = group
                 all_groups.append(group)
             team._spawn({role: range(planned.ranks) for role, planned in plan.roles.items()})
-            team._meet({role: list(range(len(group))) for role, group in team.groups.items()})
+            team._join({role: list(range(len(group))) for role, group in team.groups.items()})
         except BaseException:
             team.stop()
             raise
         return team
 
     def _spawn(self, ranks: Mapping[Role, Sequence[int]]) -> None:
-        """Start the processes of these ranks of roles; roles that share a process stand there with the same ranks."""
+        """Start the processes of these ranks of roles; roles that share a process have the same ranks in `ranks`."""
         for process_roles in dict.fromkeys(self.plan.roles[role].process_roles for role in ranks):
             for rank in ranks[process_roles[0]]:
                 handle = self._start_process(process_roles, rank)
@@ -168,7 +170,7 @@ class Team:
                     handles[rank : rank + 1] = [handle]
 
     def _start_process(self, process_roles: tuple[Role, ...], rank: int) -> ActorHandle:
-        """The process of a rank of one role, or of several that share one."""
+        """Start the process of a rank: of one role, or of several that share the process."""
         plans = [self.plan.roles[role] for role in process_roles]
         first, device = plans[0], "cuda" if any(planned.gpus for planned in plans) else "cpu"
         place, bundle = bundle_of(self.plan, first.role, rank)
@@ -200,39 +202,40 @@ class Team:
         ]
         return ray.remote(Actor).options(**options).remote("workers.process.worker_process:WorkerProcess", hosted)
 
-    def _meet(self, new: Mapping[Role, Sequence[int]]) -> None:
-        """Find out where new workers are, and tell the ranks of each role where they meet."""
-        found = run_concurrently(*(self.groups[role].to(ranks, WorkerApi.location) for role, ranks in new.items()))
-        for (role, ranks), locations in zip(new.items(), found, strict=True):
+    def _join(self, new: Mapping[Role, Sequence[int]]) -> None:
+        """Record where new workers run, and give the ranks of each role the address at which they join."""
+        locations_of = run_concurrently(
+            *(self.groups[role].to(ranks, WorkerApi.location) for role, ranks in new.items())
+        )
+        for (role, ranks), locations in zip(new.items(), locations_of, strict=True):
             self.groups[role].locations |= dict(zip(ranks, locations, strict=True))
         self._changed(self)
         addresses = run_concurrently(*(self.groups[role].to(ranks, WorkerApi.address) for role, ranks in new.items()))
-        meet = {role: each[0] for role, each in zip(new, addresses, strict=True)}
-        run_concurrently(*(self.groups[role].to(ranks, WorkerApi.join, meet[role]) for role, ranks in new.items()))
+        address = {role: each[0] for role, each in zip(new, addresses, strict=True)}
+        run_concurrently(*(self.groups[role].to(ranks, WorkerApi.join, address[role]) for role, ranks in new.items()))
 
     def stop(self) -> None:
-        """End the workers and give their placement groups back."""
+        """Stop the workers and release their placement groups."""
         for handle in {handle for group in self.groups.values() for handle in group.handles}:
             ray.kill(handle)
         try:
             remove_groups(self._places)
-        except PlacementError as error:  # an end that is slow must not hide why it came
+        except PlacementError as error:  # a slow end must not hide its reason
             logging.getLogger("troupe").warning("%s", error)
         self.groups, self._places = {}, {}
 
     # ------------------------------------------------------------ recovery
 
     def replace(self, error: WorkerError, reset_roles: Sequence[Role] = ()) -> None:
-        """Replace the casualties of a failure, all ranks of a role that compute together, and tell the new ones all that the
-        old ones were told. What those had learned since is gone: see `restore`. `anew`: roles that begin anew as well.
+        """Replace the failed ranks, for a role whose ranks compute together all of them, and repeat the setup calls for the new
+        ranks. The state that they had learned is lost: see `restore`. reset_roles: roles that start again as well.
 
-        Raises the error where it is not to be survived, PlacementError where a lost node leaves no room.
+        Raises the final error if the run does not survive the failure; PlacementError if a lost node leaves too few resources.
         """
-        try:
-            self.recovery.consider(error)
-        except WorkerError:
+        decision = self.recovery.decide(error)
+        if isinstance(decision, WorkerError):
             end(error.failure.locations)  # a stopped process would outlive the run
-            raise
+            raise decision
         lost: dict[Role, list[int]] = {}
         for role, rank in self._due(error):
             lost.setdefault(role, []).append(rank)
@@ -240,14 +243,14 @@ class Team:
             if role in reset_roles or self.groups[role].collective:
                 lost |= {other: list(range(len(self.groups[other]))) for other in self.plan.roles[role].process_roles}
         lost = {role: lost[role] for role in self.groups if role in lost}  # they load in the order of a start
-        gone = [(role, rank) for role, ranks in lost.items() for rank in ranks]
-        known = {place: where for role in lost for place, where in self.groups[role].by_rank().items()}
-        end({rank: known[rank] for rank in gone if rank in known})
-        for role, rank in gone:
+        lost_ranks = [(role, rank) for role, ranks in lost.items() for rank in ranks]
+        locations = {rank: location for role in lost for rank, location in self.groups[role].by_rank().items()}
+        end({rank: locations[rank] for rank in lost_ranks if rank in locations})
+        for role, rank in lost_ranks:
             ray.kill(self.groups[role].handles[rank])
         await_groups(self.plan, self.config.name, self._places, self.config.recovery.node_timeout)
         self._spawn(lost)
-        self._meet(lost)
+        self._join(lost)
         for calls in zip_longest(*(self.groups[role].setup_calls(ranks) for role, ranks in lost.items())):
             run_concurrently(*calls)
         if "rollout" in self.groups and lost.keys() & {"actor", "rollout"}:
@@ -256,30 +259,30 @@ class Team:
                 self.sync_weights(0)
 
     def _due(self, error: WorkerError) -> list[Rank]:
-        """The casualties that were not replaced since, because of another error that named them too."""
-        known = error.failure.locations
+        """The failed ranks that still have to be replaced: another error that names them may have led to it already."""
+        failed_at = error.failure.locations
         return [
             (role, rank)
             for role, rank in error.failure.failed_ranks
-            if (role, rank) not in known or known[role, rank] == self.groups[role].locations.get(rank)
+            if (role, rank) not in failed_at or failed_at[role, rank] == self.groups[role].locations.get(rank)
         ]
 
     def _replace_failed(self, error: WorkerError) -> None:
-        """Replace workers without state. New engines get the weights that the others have."""
+        """Replace workers without state. New engines get the same weights as the others."""
         if due := self._due(error):
             self.replace(error)
             if self.version and any(role == "rollout" for role, _ in due):
                 self.sync_weights(self.version)
 
     def snapshot(self, step: int, state: dict[str, Any], roles: Sequence[Role]) -> Snapshot:
-        """Copy what roles have learned into the object store; where there are several nodes, onto another node too."""
+        """Copy the state of trained roles into the object store, and onto a second node if there are several."""
         groups = [self.groups[role] for role in roles]
-        found = run_concurrently(
+        states = run_concurrently(
             *(group.scatter([request(TrainerApi.snapshot)] * len(group), stored_returns=1) for group in groups)
         )
         nodes = sorted(alive_nodes())
         files: dict[Role, list[RankFiles]] = {role: [] for role in roles}
-        for group, ranks in zip(groups, found, strict=True):
+        for group, ranks in zip(groups, states, strict=True):
             for rank, (ref, names) in enumerate(ranks):
                 node = group.locations[rank].node
                 others = [other for other in nodes if other != node]
@@ -291,7 +294,7 @@ class Team:
         return Snapshot(step, state, files)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Give roles back what they had learned."""
+        """Load the state of trained roles from a snapshot."""
         calls: list[Call[Any]] = []
         alive = alive_nodes()
         for role, ranks in snapshot.files.items():
@@ -315,10 +318,10 @@ class Team:
     # ------------------------------------------------------------ models and data
 
     def load(self, model: str, reward_models: Mapping[str, str]) -> None:
-        """Load every role of the PPO stage at the same time, and let the actor meet the engines. May be done again.
+        """Load all roles of the PPO stage at the same time, and connect the actor to the engines. May be repeated.
 
         model: folder that the actor, the reference and the engines start from. reward_models: name in `ppo.rewards` ->
-        folder; the critic starts from the first that reads the policy's tokens, or from `model` where there is none.
+        folder; the critic starts from the first that reads the policy's tokens, else from `model`.
         """
         groups, ppo = self.groups, self.config.ppo
         assert ppo is not None
@@ -342,23 +345,23 @@ class Team:
         self._connect()
         if not self.config.model.quantize:  # then the actor has other weights than the folder
             self._prove(0, groups["actor"].call(PolicyApi.probe, 0).get()[0])
-        # Published once before anything is learnt: a family whose weights engines cannot take shows it now.
+        # One weight sync before any training: if engines cannot load the weights of a model family, it fails now.
         self.sync_weights(0)
 
     @property
     def _longest(self) -> int:
-        """Tokens of the longest sequence that an engine takes."""
+        """Maximum tokens of an engine's sequence."""
         assert self.config.ppo is not None
         return self.config.ppo.max_prompt_tokens + self.config.rollout.max_new_tokens
 
     def export(self, role: Role, folder: str | Path) -> None:
-        """Write a role's model as a plain Hugging Face folder: adapters merged, and the adapter beside it."""
+        """Write a role's model as a plain Hugging Face folder with adapters merged, and the adapter in a folder beside it."""
         self.groups[role].call(TrainerApi.export, str(Path(folder).absolute())).get()
 
     def add_prompts(self, name: str, rows: Sequence[Row]) -> None:
         """Tokenise prompts and give them to the engines, and to the reward role, whose functions get the rows' other columns.
 
-        Raises DataError where a prompt is longer than `ppo.max_prompt_tokens` and `ppo.overlong` refuses it.
+        Raises DataError if a prompt is longer than `ppo.max_prompt_tokens` and `ppo.overlong` does not allow it.
         """
         assert self.config.ppo is not None
         codec = Codec.load(self.model, self.config, self.config.model, self.started)
@@ -366,36 +369,38 @@ class Team:
         self.add_encoded_prompts(name, prompts)
 
     def add_encoded_prompts(self, name: str, prompts: Prompts) -> None:
-        """The same for prompts that are tokenised already."""
+        """The same for tokenised prompts."""
         self._give(name, prompts.ids, "rollout")
         self._give(name, prompts.rows, "reward")
         self.lengths[name] = (prompts.lengths, np.zeros_like(prompts.lengths))
 
     def add_data(self, name: str, rows: Sequences | Preferences, role: Role) -> None:
-        """Give tokenised demonstrations or preferences to a role's workers, which `parts` then refers to."""
+        """Give tokenised demonstrations or preferences to a role's workers; `parts` refers to them by `name`."""
         self._give(name, rows, role)
         self.lengths[name] = (rows.lengths, rows.learnt)
 
     def _give(self, name: str, data: Any, role: Role) -> None:
-        """Through the object store, and to those that replace its workers too."""
+        """Give data to a role's workers through the object store; workers that replace them get it too."""
         self.groups[role].setup_call(WorkerApi.add_rows, name, ray.put(data)).get()
 
     def memory(self) -> dict[Role, int]:
-        """Bytes of each role's workers, proportional set size; of a process that serves several roles, each has an equal part."""
+        """Bytes of each role's workers, proportional set size. Roles that share a process have equal parts of it."""
         roles = list(self.groups)
-        found = run_concurrently(*(self.groups[role].call(WorkerApi.memory) for role in roles))
+        sizes = run_concurrently(*(self.groups[role].call(WorkerApi.memory) for role in roles))
         return {
-            role: sum(each) // len(self.plan.roles[role].process_roles) for role, each in zip(roles, found, strict=True)
+            role: sum(each) // len(self.plan.roles[role].process_roles) for role, each in zip(roles, sizes, strict=True)
         }
 
     # ------------------------------------------------------------ rollouts
 
     def generate(self, data: str, rows: np.ndarray, step: int, samples: int = 1) -> Call[Rollouts]:
-        """Answer each of the dataset's rows `samples` times; answers to one prompt stand side by side."""
+        """Generate `samples` responses to each of the dataset's rows; responses to one prompt are adjacent."""
         group = self.groups["rollout"]
-        times = [int((rows[:i] == row).sum()) for i, row in enumerate(rows)]  # a prompt may come twice in a step
+        earlier_draws = [
+            int((rows[:i] == row).sum()) for i, row in enumerate(rows)
+        ]  # a prompt may come twice in a step
         prompts, groups = np.repeat(rows, samples), np.repeat(np.arange(len(rows)), samples)
-        numbers = np.concatenate([np.arange(samples) + samples * before for before in times])
+        numbers = np.concatenate([np.arange(samples) + samples * before for before in earlier_draws])
         shares = share_prompts(self.lengths[data][0][prompts], len(group), self.config.rollout.max_new_tokens)
 
         def gather(results: list[tuple[Any, RolloutInfo]]) -> Rollouts:
@@ -421,24 +426,26 @@ class Team:
         requests = [
             request(RolloutApi.generate, data, prompts[share], numbers[share], step, self.version) for share in shares
         ]
-        longest, asked = self.config.rollout.max_new_tokens, float(self.lengths[data][0][prompts].sum())
-        turns = -(-max(map(len, shares)) // self.config.rollout.max_sequences)  # an engine's answers, so many at a time
-        cost = Cost(asked + len(prompts) * longest, turns * longest)
+        longest, prompt_tokens = self.config.rollout.max_new_tokens, float(self.lengths[data][0][prompts].sum())
+        turns = -(
+            -max(map(len, shares)) // self.config.rollout.max_sequences
+        )  # an engine generates max_sequences at a time
+        cost = Cost(prompt_tokens + len(prompts) * longest, turns * longest)
 
-        def done(results: list[tuple[Any, RolloutInfo]]) -> Cost:
+        def actual_cost(results: list[tuple[Any, RolloutInfo]]) -> Cost:
             lengths = np.concatenate([written.answer_lengths for _, written in results])
-            return Cost(asked + float(lengths.sum()), float(turns * lengths.max(initial=0)))
+            return Cost(prompt_tokens + float(lengths.sum()), float(turns * lengths.max(initial=0)))
 
-        return group.scatter(requests, cost, stored_returns=1, actual_cost=done).reduce(gather)
+        return group.scatter(requests, cost, stored_returns=1, actual_cost=actual_cost).reduce(gather)
 
     # ------------------------------------------------------------ scores
 
     def log_probs(self, rollouts: Rollouts) -> Call[TokenColumn] | None:
-        """The reference's log-probabilities; per answer, the sum of log(actor / reference). None: there is no reference."""
+        """The reference's log-probabilities; per response, the sum of log(actor / reference). None: there is no reference."""
         return self._column("reference", PolicyApi.log_probs, rollouts) if "reference" in self.groups else None
 
     def values(self, rollouts: Rollouts) -> Call[TokenColumn] | None:
-        """The critic's values, where there is a critic."""
+        """The critic's values. None: there is no critic."""
         return self._column("critic", ValueApi.values, rollouts) if "critic" in self.groups else None
 
     def _column(
@@ -460,7 +467,7 @@ class Team:
         return self.groups[role].scatter(requests, cost, stored_returns=1).reduce(gather)
 
     def scores(self, rollouts: Rollouts, names: Sequence[str]) -> Call[dict[str, RewardResult]]:
-        """What each of the named sources (rewards or judges) says of the answers: of each a score, a timeout or an error."""
+        """Results of the named sources (rewards or judges): for each response a score, a timeout or an error."""
         shards, micro_batches = self._shard("reward", rollouts)
 
         def gather(results: list[dict[str, RewardResult]]) -> dict[str, RewardResult]:
@@ -484,7 +491,7 @@ class Team:
         )
 
     def texts(self, rollouts: Rollouts, samples: np.ndarray | None = None) -> list[tuple[str, str]]:
-        """(prompt, answer) as text, for people to read: of each sample, or of some."""
+        """(prompt, response) as text, of all samples or of some, for people to read."""
         samples = np.arange(len(rollouts)) if samples is None else samples
         cost = Cost(float(rollouts.lengths[samples].sum()))
         asked = request(RewardsApi.texts, rollouts.refs.take(samples))
@@ -497,15 +504,15 @@ class Team:
     # ------------------------------------------------------------ training
 
     def train_actor(self, experience: Experience, step: int, steps: int, update: bool = True) -> Call[dict[str, float]]:
-        """The policy's updates of a step, counted from 1, of as many as the learning rate's schedule is to have.
+        """The policy's updates of a step. step: from 1. steps: of the stage, for the learning rate's schedule.
 
-        Each sample that has a score is trained on once per epoch. Without `update` the weights stay and only the log-prob gap
-        is measured. Raises ValueError where no sample has a score.
+        Each sample with a score is trained on once per epoch. Without `update` the weights stay as they are and only the
+        log-probability mismatch is measured. Raises ValueError if no sample has a score.
         """
         return self._train("actor", PolicyApi.train_answers, experience, StageStep(step, steps), update)
 
     def train_critic(self, experience: Experience, step: int, steps: int) -> Call[dict[str, float]] | None:
-        """The critic's updates of a step, where there is a critic. See `train_actor`."""
+        """The critic's updates of a step. None: there is no critic. See `train_actor`."""
         if "critic" not in self.groups:
             return None
         return self._train("critic", ValueApi.train_values, experience, StageStep(step, steps), True)
@@ -524,17 +531,17 @@ class Team:
         ptx = [self.parts("actor", "sft", rows, ppo.micro_batch_tokens) for rows in demonstrations]
         inputs = train_step_inputs(experience, ppo, len(self.groups[role]), seed, update, ptx)
         requests = [request(method, each, at, seed) for each in inputs]
-        asked = self._training_work(role, experience, update)
+        cost = self._training_cost(role, experience, update)
 
-        def done(results: list[dict[str, float]]) -> Cost:
-            """Of the actor, which may stop before its last update (`ppo.target_kl`)."""
+        def actual_cost(results: list[dict[str, float]]) -> Cost:
+            """The actor may stop before its last update (`ppo.target_kl`)."""
             updates = results[0].get("updates", 0.0) + results[0].get("skipped/actor", 0.0)
-            return Cost(asked.tokens * updates / asked.steps, updates) if role == "actor" and update else asked
+            return Cost(cost.tokens * updates / cost.steps, updates) if role == "actor" and update else cost
 
-        return self.groups[role].scatter(requests, asked, actual_cost=done).reduce(lambda results: results[0])
+        return self.groups[role].scatter(requests, cost, actual_cost=actual_cost).reduce(lambda results: results[0])
 
-    def _training_work(self, role: Role, experience: Experience, update: bool) -> Cost:
-        """All updates of a step; without `update` the one forward pass, over the first mini-batch, that measures the gap."""
+    def _training_cost(self, role: Role, experience: Experience, update: bool) -> Cost:
+        """All updates of a step; without `update` one forward pass over the first mini-batch, which measures the mismatch."""
         ppo, rollouts = self.config.ppo, experience.rollouts
         assert ppo is not None
         tokens = float(rollouts.lengths[experience.scored].sum())
@@ -552,20 +559,20 @@ class Team:
     # ------------------------------------------------------------ weights
 
     def _connect(self) -> None:
-        """Let the actor's ranks meet the engines."""
+        """Connect the actor's ranks to the engines."""
         actor, engines = self.groups["actor"], list(self.groups["rollout"].handles)
         address = actor.call(WorkerApi.address).get()[0]
         actor.call(PolicyApi.connect, engines, self.transport, address).get()
 
     def _prove(self, version: int, probe: Probe) -> float:
-        """Let every engine show that it computes what the actor does; the largest gap. Raises WorkerError."""
+        """Check that every engine computes the actor's log-probabilities; the largest gap. Raises WorkerError."""
         return max(self.groups["rollout"].call(RolloutApi.prove, version, probe).get())
 
     def sync_weights(self, version: int) -> Publication:
-        """Give the actor's weights to every engine under a version, and let them show that they compute with them.
+        """Send the actor's weights to every engine under a version, and check that the engines compute with them.
 
-        Engines that die meanwhile are replaced; weights that do not arrive as they were sent, or do not compute as the actor's
-        do, are sent once more.
+        Engines that die meanwhile are replaced. If weights arrive damaged, or an engine computes other log-probabilities than
+        the actor, they are sent once more.
         """
         damaged = 0
         while True:
@@ -591,12 +598,12 @@ class Team:
         return self.sync_weights(version)
 
     def _only_engines(self, error: WorkerError) -> bool:
-        """Whether nothing but engines is to be replaced: the actor's ranks are not left waiting for one another."""
-        alone = len(self.groups["actor"]) == 1 or ZERO[self.config.strategy_of("actor")].stage < 3
+        """Whether only engines have to be replaced: all of them failed ranks, and no rank of the actor waits for another."""
+        no_collective = len(self.groups["actor"]) == 1 or ZERO[self.config.strategy_of("actor")].stage < 3
         roles = {role for role, _ in error.failure.failed_ranks}
-        return alone and roles == {"rollout"}
+        return no_collective and roles == {"rollout"}
 
 
 def pretrained(settings: ModelSettings) -> ModelSettings:
-    """The same for a model that has weights."""
+    """The same settings, for a model folder with weights."""
     return settings.model_copy(update={"init": "pretrained"})

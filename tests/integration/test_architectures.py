@@ -54,7 +54,7 @@ CONFIG = RunConfig.model_validate({
         "prompts_per_step": 8,
         "mini_batches": 2,
         "max_prompt_tokens": 16,
-        "value_clip_range": 10,  # so wide that all values learn in all updates
+        "value_clip_range": 10,  # so wide that no value is clipped in any update
         "rewards": [
             {"kind": "model"},
             {"kind": "function", "name": "letters", "function": "tests.support.reward_functions:letters", "weight": 0.5},
@@ -94,7 +94,7 @@ def test_ppo_runs_on(team: Team, tmp_path: Path, kind: str) -> None:
     before, after = load_file(start / "model.safetensors"), load_file(trained / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == set(before), "every weight has learnt"
+    assert moved == set(before), "every weight has changed"
 
 
 def ppo_step(team: Team, step: int) -> float:
@@ -138,7 +138,7 @@ def begin(team: Team, start: Path) -> None:
 
 
 def refused(version: int, action: Callable[[], Any]) -> None:
-    """An error that names what the engine is off by, and what is allowed."""
+    """An error with the engine's difference and the allowed one."""
     with pytest.raises(WorkerError) as caught:
         action()
     found = re.search(DIFFERS.format(version), str(caught.value))
@@ -148,18 +148,18 @@ def refused(version: int, action: Callable[[], Any]) -> None:
 def test_an_engine_that_computes_something_else_after_an_update_is_an_error(team: Team, tmp_path: Path) -> None:
     """Its weights arrived as they were sent, and are sent once more; it answers nothing, and no evaluation uses it."""
     begin(team, make_model(tmp_path / "model", "llama", seed=1))
-    told: list[tuple[str, str]] = []
-    team.recovery.on_failure = lambda role, kind: told.append((role, kind))
+    failures: list[tuple[str, str]] = []
+    team.recovery.on_failure = lambda role, kind: failures.append((role, kind))
     engine = team.groups["rollout"]
     engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 2).get()
     refused(1, lambda: team.sync_weights(1))
-    assert told == [("rollout", "error")], "the first time"
+    assert failures == [("rollout", "error")], "the first time"
     with pytest.raises(WorkerError, match=r"StaleWeights: rollout-0 holds no published weights"):
         team.generate("prompts", np.arange(2), 1).get()
 
     engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 1).get()
-    assert team.sync_weights(1).gap < 1e-5, "it is mended by sending them once more"
-    assert len(told) == 2
+    assert team.sync_weights(1).gap < 1e-5, "sending them once more repairs it"
+    assert len(failures) == 2
     assert set(team.generate("prompts", np.arange(2), 1).get().max_versions) == {1}
 
 
@@ -170,8 +170,8 @@ def test_an_engine_that_computes_something_else_from_the_start_is_an_error(team:
     begin(team, start)
 
 
-def test_an_exported_folder_that_was_changed_is_not_what_was_trained(team: Team, tmp_path: Path) -> None:
-    """By the proof beside it, which chat and generate ask for."""
+def test_a_changed_export_folder_is_detected(team: Team, tmp_path: Path) -> None:
+    """By the probe in the folder, which chat and generate check."""
     begin(team, make_model(tmp_path / "model", "llama", seed=1))
     team.export("actor", trained := tmp_path / "trained")
     engine, probe = team.groups["rollout"], Probe.load(trained)

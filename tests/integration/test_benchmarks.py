@@ -36,9 +36,9 @@ def benchmark(name: str, argument: str) -> Result:
 
 def refused(result: Result, option: str, message: str) -> None:
     assert result.exit_code == 2, result.output
-    said = " ".join(result.stderr.replace("\u2502", " ").split())
-    assert message in said
-    assert option in said
+    output = " ".join(result.stderr.replace("\u2502", " ").split())
+    assert message in output
+    assert option in output
 
 
 @pytest.mark.parametrize(("name", "argument", "message"), REFUSED)
@@ -49,7 +49,7 @@ def test_what_a_benchmark_cannot_do_is_refused_at_once(
     refused(benchmark(name, argument), argument.partition("=")[0], message)
 
 
-def test_data_that_a_benchmark_lacks_are_missed_at_once(tmp_path: Path) -> None:
+def test_missing_data_of_a_benchmark_is_an_error_at_once(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((ROOT / "configs/movies/tiny.yaml").read_text().replace("data/movies", f"{tmp_path}/movies"))
     refused(

@@ -45,7 +45,7 @@ def codec_of(name: str, **settings: Any) -> Codec:
 
 
 def learnt(codec: Codec, row: Row, turns: Any = "all", max_length: int = 1000) -> str:
-    """The learnt text of a row; a dot stands for what lies between."""
+    """The trained text of a row; a dot stands for the text between."""
     sequences, counts = encode_demonstrations(codec, [row], max_length, "cut", turns)
     assert counts.kept == 1
     return shown(codec, sequences[0])
@@ -90,7 +90,7 @@ def test_a_template_that_ends_turns_otherwise_needs_the_setting() -> None:
         base.sequence([user("a")], "b")
 
 
-# ---------------------------------------------------------------- what is learnt
+# ---------------------------------------------------------------- trained tokens
 
 THREE_TURNS = Row([user("one"), assistant("yes"), user("two"), assistant("no"), user("three")], completion="well")
 THOUGHT = "<think>long thought</think> fine "
@@ -119,8 +119,8 @@ def test_a_template_that_writes_the_latest_turn_otherwise() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_sequence_begins_with_what_an_engine_gets(name: str) -> None:
-    """The ids before each learnt turn are those of the conversation up to that turn as a prompt."""
+def test_a_sequence_begins_with_the_prompt_of_the_engine(name: str) -> None:
+    """The ids before each trained turn are those of the conversation up to that turn as a prompt."""
     codec = codec_of(name)
     row = Row([user("one")], completion=THOUGHT) if name == "r1" else THREE_TURNS
     sequence = encode_demonstrations(codec, [row], 1000, "refuse", "all")[0][0]
@@ -138,7 +138,7 @@ WORDS = st.text("ab c\n", max_size=8)
 
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4), st.sampled_from(["llama3", "qwen2.5", "gemma"]))
 def test_masks_by_tokens_are_those_of_a_slow_oracle(exchanges: list[tuple[str, str]], name: str) -> None:
-    """The oracle reads the rendered text: the text between an assistant's header and the end of its turn is learnt."""
+    """The oracle reads the rendered text: the text between an assistant's header and the end of its turn is trained on."""
     codec = CODECS[name]
     messages = [message for question, answer in exchanges for message in (user(question), assistant(answer))]
     row = Row(messages[:-1], completion=messages[-1]["content"])
@@ -324,7 +324,9 @@ def test_pairs_that_are_equal_are_left_out() -> None:
     ]
     limit = len(codec.prompt_ids([user("a")])) + 20
     pairs, counts = encode_preferences(codec, rows, limit, "cut")
-    assert (len(pairs), counts.kept, counts.equal) == (1, 1, 2), "the second pair differs only in what was cut off"
+    assert (len(pairs), counts.kept, counts.equal) == (1, 1, 2), (
+        "the second pair differs only in the part that was cut off"
+    )
     assert "2 left out with two equal answers" in counts.describe()
 
 

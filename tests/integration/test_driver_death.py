@@ -1,5 +1,5 @@
-"""The driver killed at moments drawn at random, in both kinds of stages: the run that was resumed is the run. More often it is
-killed by `python -m benchmarks.chaos`."""
+"""The driver is killed at random moments, in both kinds of stages: the resumed run has the results of an uninterrupted one. For
+more kills: `python -m benchmarks.chaos`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOMENT: dict[Stage, float] = {"sft": 0.1, "ppo": 0.5}
 
 
 def test_the_driver_killed_at_random(micro: Path, whole: Result) -> None:
-    """At last the newest checkpoint is damaged too, so that the one before serves."""
+    """At the end the newest checkpoint is damaged too, and the one before is used."""
     import ray
 
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -63,7 +63,7 @@ def test_the_driver_killed_at_random(micro: Path, whole: Result) -> None:
         assert lines(folder, stage) == lines(whole.folder, stage), stage
         assert_same_model(folder / "models" / stage, whole.models[stage])
     answers = Path("samples") / "ppo.jsonl"
-    assert (folder / answers).read_text() == (whole.folder / answers).read_text(), "no step stands there twice"
+    assert (folder / answers).read_text() == (whole.folder / answers).read_text(), "no step is there twice"
     assert sum(stage_seconds(folder).values()) > spent, "of sessions whose driver was killed, too"
 
 

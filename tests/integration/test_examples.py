@@ -23,9 +23,9 @@ def test_reinforce_raises_the_reward_and_leaves_a_model(
     assert "reward on held-out prompts: " in capsys.readouterr().out
 
 
-def test_run_ppo_tells_what_it_achieved(micro: Path, ray_here: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_ppo_prints_its_result(micro: Path, ray_here: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the first step lacks a score, and the second has none."""
-    # The example before has trained the stages before PPO.
+    # The test of the other example has trained the stages before PPO.
     fails = "{kind: function, name: fails, function: 'tests.support.reward_functions:fewer_and_fewer'}"
     rewards = ["ppo.max_unscored=1", f"ppo.rewards=[{{kind: model}}, {fails}]"]
     result = run_ppo.main(str(micro), "name=reinforce", "ppo.steps=2", *rewards)

@@ -1,4 +1,4 @@
-"""A user's folder with modules named like Troupe's: in the driver, in the processes of reward functions, in processes of vLLM's.
+"""A user's folder with modules named like Troupe's: in the driver, in the processes of reward functions, in processes of vLLM.
 Ray's actors are in tests/integration/test_job.py."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OURS = ("configs", "placement", "workers", "orchestrator")
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A folder with a module for each name of Troupe's packages, none of which can be imported, and some of its own."""
+    """A folder with broken modules named like Troupe's packages, and some modules of its own."""
     for name in OURS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not of Troupe')\n")
@@ -29,7 +29,7 @@ def theirs(tmp_path: Path) -> Path:
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a folder which comes first where modules are looked for; Troupe is installed further down."""
+    """Run code in a folder that is first in the module search path; Troupe is installed further down."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=120
@@ -65,7 +65,7 @@ process.close()
 
 @pytest.mark.parametrize("package", ["orchestrator", "placement"])
 def test_each_package_finds_the_others(theirs: Path, package: str) -> None:
-    """A program that lies elsewhere, and begins with either."""
+    """A program in another folder that imports either package first."""
     code = f"import sys, {package}; sys.path.insert(0, {str(theirs)!r}); import configs, placement, workers.process.state_files"
     done = python(code, theirs.parent)
     assert done.returncode == 0, done.stderr

@@ -78,7 +78,7 @@ def client(address: str) -> JobSubmissionClient:
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working folder that is sent along: a config and its data by relative paths, and the house."""
+    """The working folder that is sent along: a config and its data by relative paths, and the source code."""
     folder = tmp_path_factory.mktemp("sent")
     config = write_micro(folder / "data", placement={})
     (folder / "config.yaml").write_text(config.read_text().replace(f"{folder}/", "").replace("data/runs", "runs"))

@@ -1,4 +1,4 @@
-"""Nodes of the cluster are lost in the middle of a run: on a simulated cluster of several nodes on this machine."""
+"""Nodes are lost during a run, on a simulated cluster of several nodes on one machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STORE = {"object_store_memory": 150 * 2**20}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     """The head has room for two of the five workers; each node added to it for three."""
-    quick = {"enable_worker_prestart": False, "health_check_period_ms": 500}  # a lost node is known sooner
+    quick = {"enable_worker_prestart": False, "health_check_period_ms": 500}  # a lost node is detected sooner
     with simulated_cluster(STORE | {"num_cpus": 2, "_system_config": quick}, namespace="troupe") as started:
         yield started
 
@@ -46,8 +46,8 @@ def room(cluster: RayCluster) -> Any:
 
 
 def test_nodes_are_lost(cluster: RayCluster, micro: Path, settings: list[str]) -> None:
-    """Workers of the first are placed elsewhere; after the second there is no room, so that the run waits, and stops with a
-    checkpoint. Taken up again it is the run in which nothing was lost."""
+    """Workers of the first node move to another. After the second loss there are too few nodes: the run waits, then stops with a
+    checkpoint. The resumed run has the results of a run without losses."""
     other = room(cluster)
     quiet = run_stages(load_config(micro, [*settings, "name=still"]))
 

@@ -40,10 +40,10 @@ def environment(ray_here: Cluster) -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
-# ---------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------- files of a run
 
 
-def test_a_run_leaves_what_it_promises(whole: Result) -> None:
+def test_a_run_leaves_the_documented_files(whole: Result) -> None:
     from safetensors.torch import load_file
 
     files = (
@@ -84,7 +84,7 @@ def test_numbers_of_the_whole_run(whole: Result) -> None:
     assert [line["step"] for line in ppo] == list(range(7))  # 0: the evaluation before
     assert sft[-1]["loss"] < sft[0]["loss"]
     assert all(line["logprob_mismatch"] < 1e-3 for line in ppo[1:])
-    assert [line["policy_version"] for line in ppo[1:]] == list(range(6))  # what wrote the step's answers
+    assert [line["policy_version"] for line in ppo[1:]] == list(range(6))  # the version that wrote the step's answers
     assert ppo[1]["kl"] == pytest.approx(0, abs=1e-4)
     assert ppo[-1]["kl"] != pytest.approx(0, abs=1e-4)
 
@@ -207,7 +207,7 @@ def test_sft_stopped_by_a_signal_goes_on(whole: Result, micro: Path, tmp_path: P
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """Of a run that has not begun: the folder of its checkpoints is a disk that is smaller than one of them."""
+    """A checkpoint folder for a new run, on a disk that is smaller than one checkpoint."""
     folder = tmp_path / "micro" / "checkpoints"
     folder.mkdir(parents=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True).returncode:
@@ -216,7 +216,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_training_goes_on_though_no_checkpoint_finds_room(
+def test_training_goes_on_though_the_disk_is_too_small_for_checkpoints(
     whole: Result, micro: Path, tmp_path: Path, full_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = [TWO_ENGINES, f"runs={tmp_path}", "checkpoint.every=5"]
@@ -244,7 +244,7 @@ def ppo_alone(whole: Result, micro: Path, folder: Path, *overrides: str) -> list
 def test_where_roles_lie_changes_nothing_and_models_are_taken_from_another_run(
     whole: Result, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """colocated with one engine and with the models of the run that it is compared with, against separate with two."""
+    """Colocated with one engine, against separate with two engines; both from the same models."""
     found = ppo_alone(whole, micro, tmp_path, "placement.layout=colocated")
     models = f"{whole.folder}/models/sft, {whole.folder}/models/rm"
     assert f"models of other runs (start_from): {models}\n" in capsys.readouterr().out
@@ -298,11 +298,11 @@ def test_without_critic_with_a_custom_advantage_pretraining_mix_and_two_rewards(
     assert found[1]["loss/ptx"] > found[2]["loss/ptx"]
 
 
-def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
+def test_failures_outside_of_the_training_leave_a_record_and_the_model(
     whole: Result, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A judge that never answers, a reward function of which some answers have no score, and steps too far from the reference,
-    which change neither the actor nor the critic."""
+    """A judge that never replies, a reward function that gives some answers no score, and steps too far from the reference, which
+    change neither the actor nor the critic."""
     functions = "tests.support.reward_functions"
     sources = f"{{kind: function, name: half, function: '{functions}:half_of_them', batch_size: 1, weight: 0.5}}"
     found = ppo_alone(
@@ -332,8 +332,8 @@ def test_what_fails_beside_the_training_leaves_a_record_and_the_model(
     assert failures.keys() == {
         "reward-never.txt",
         "reward-half.txt",
-        "actor-refused.txt",
-        "critic-refused.txt",
+        "actor-skipped.txt",
+        "critic-skipped.txt",
     }
     assert "never gave no score for 6 of 6 answers: no answer in 0.5 s" in failures["reward-never.txt"]
     assert "2 times so far" in failures["reward-never.txt"], "before and after"

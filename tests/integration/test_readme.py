@@ -1,4 +1,4 @@
-"""What the documents tell people to type and to write: every command is one that exists, every snippet runs as far as it can."""
+"""Commands and snippets of the documents: every command exists, every snippet runs as far as possible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 STAGES = ("sft", "rm", "ppo", "pipeline")
 SYSTEM = ("cd", "docker", "export", "git", "source")
-"""Commands that are not ours and take no parser of ours to check."""
+"""Commands of other projects, which are not parsed here."""
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
@@ -130,7 +130,7 @@ def check(words: tuple[str, ...]) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own parser
 @pytest.mark.parametrize("words", sorted(set(commands())), ids=shlex.join)
-def test_a_command_is_one_that_exists(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_exists(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     check(words)
 

@@ -1,4 +1,4 @@
-"""Workers killed or stopped in the middle of a run, for real: the run goes on, and its result is that of a quiet run."""
+"""Real workers are killed or stopped during a run: the run goes on, and its result is that of a run without failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator import Result, WorkerError, load_config, run_stages
-from orchestrator.algorithms.runner import RefusedError
+from orchestrator.algorithms.runner import SkippedStepsError
 from orchestrator.periodic import Repeating
 from orchestrator.storage.metrics_file import repeatable as lines
 from placement.types import Stage
@@ -42,12 +42,12 @@ def records(folder: Path) -> list[str]:
 
 PPO_FAULTS = [
     ("rollout-0", "generate", 12),  # in the evaluation before the first step
-    ("actor-0", "forward", 2),  # in the first step: nothing is kept yet
+    ("actor-0", "forward", 2),  # in the first step: there is no snapshot yet
     ("actor-0", "sync_weights", 2),
     ("reward-0", "score", 5),
     ("critic-0", "backward", 7),
 ]
-"""A role's points come one after the other, each in the life of the next process. More of them: `benchmarks.chaos`."""
+"""Faults of a role happen one after the other, each in the process that replaces the last. More: `benchmarks.chaos`."""
 
 
 @pytest.mark.long
@@ -60,7 +60,7 @@ def test_ppo_is_as_without_the_faults(micro: Path, whole: Result, tmp_path: Path
     assert_same_model(folder / "models" / "ppo", whole.models["ppo"])
     assert len(records(folder)) == len(PPO_FAULTS)
     kept = Path("samples") / "ppo.jsonl"
-    assert (folder / kept).read_text() == (whole.folder / kept).read_text(), "no step stands there twice"
+    assert (folder / kept).read_text() == (whole.folder / kept).read_text(), "no step is there twice"
 
 
 def test_stopped_processes_are_found_by_their_deadline(micro: Path, whole: Result, tmp_path: Path) -> None:
@@ -80,16 +80,16 @@ def test_stopped_processes_are_found_by_their_deadline(micro: Path, whole: Resul
     assert waited >= {
         ("rollout", "generate", "deadlines.generate", 10),
         ("actor", "train_answers", "deadlines.train", 10),
-    }, "what `troupe status` says while it hangs"
+    }, "`troupe status` shows it during the hang"
     assert lines(folder, "ppo") == lines(whole.folder, "ppo")
     engine, actor = records(folder)
-    assert "rollout rank 0: no answer to generate in 10 s (deadlines.generate)" in engine
+    assert "rollout rank 0: no reply to generate in 10 s (deadlines.generate)" in engine
     assert "process stopped" in engine
     assert "_Dying.reach (dying_workers.py" in actor, "its stack"
 
 
 def test_supervised_stages_are_as_without_the_faults(micro: Path, whole: Result, tmp_path: Path) -> None:
-    """At last the export is refused: what was trained is kept, and a resumed run does nothing but export it."""
+    """At the end the export fails: the trained state is kept, and a resumed run only exports it."""
     fault(tmp_path, "actor-0", "backward", 8)
     fault(tmp_path, "actor-0", "save", 1)
     fault(tmp_path, "actor-0", "export", 1, 0)
@@ -127,15 +127,17 @@ def test_a_step_that_is_not_finite_is_not_applied_and_two_in_a_row_end_the_run(
     for count in (3, 4, 7, 8, 9, 10):  # both mini-batches of the second, fourth and fifth step
         fault(tmp_path, "actor-0", "loss", count, 0)
     with pytest.raises(
-        RefusedError, match=r"^ppo, step 5: a training step was refused in 2 steps in a row \(recovery\."
+        SkippedStepsError, match=r"^ppo, step 5: optimizer steps were skipped in 2 steps in a row \(recovery\."
     ):
         run(micro, whole, tmp_path, "ppo", "recovery.max_skipped_steps=2")
     folder = tmp_path / "micro"
-    found = lines(folder, "ppo")
-    assert [line["skipped/actor"] for line in found[1:]] == [0, 2, 0, 2]
-    assert [line["policy_version"] for line in found[1:]] == [0, 1, 1, 2], "what was refused is not published"
-    assert found[1] == lines(whole.folder, "ppo")[1]
+    metrics = lines(folder, "ppo")
+    assert [line["skipped/actor"] for line in metrics[1:]] == [0, 2, 0, 2]
+    assert [line["policy_version"] for line in metrics[1:]] == [0, 1, 1, 2], (
+        "a skipped step changes no weights: nothing to publish"
+    )
+    assert metrics[1] == lines(whole.folder, "ppo")[1]
     batches = {path.name: path for path in (folder / "failures").glob("*.npz")}
-    assert batches.keys() == {f"ppo-{step}-refused-actor-0.npz" for step in (2, 4, 5)}
-    assert {"ids", "offsets", "prompt_lengths"} <= set(np.load(batches["ppo-2-refused-actor-0.npz"]).files)
+    assert batches.keys() == {f"ppo-{step}-skipped-actor-0.npz" for step in (2, 4, 5)}
+    assert {"ids", "offsets", "prompt_lengths"} <= set(np.load(batches["ppo-2-skipped-actor-0.npz"]).files)
     assert not (folder / "models" / "ppo").exists()

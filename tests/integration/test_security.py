@@ -1,4 +1,4 @@
-"""What is not trusted does not run; what is secret is not written."""
+"""Untrusted code does not run; secrets are not written."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

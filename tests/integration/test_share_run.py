@@ -37,7 +37,7 @@ def test_the_four_roles_are_one_process(quiet: Result) -> None:
     assert len(set(pids.values())) == 2
 
 
-def test_a_killed_process_takes_all_its_roles_and_all_come_back(micro: Path, quiet: Result, tmp_path: Path) -> None:
+def test_all_roles_of_a_killed_process_are_replaced(micro: Path, quiet: Result, tmp_path: Path) -> None:
     fault(tmp_path, "critic-0", "backward", 7)  # in the fourth step, after the snapshot
     folder = begun(quiet, tmp_path, ("ppo",))
     run_stages(load_config(micro, [*SETTINGS, f"runs={tmp_path}"]), ["ppo"])

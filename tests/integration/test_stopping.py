@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or whose terminal or reader goes: in small processes without Ray."""
+"""Stop requests, closed terminals and closed pipes, in small processes without Ray."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with _errors(), StopSignal(run, console) as stop, Progress("rm", steps, console)
     for step in range(1, steps + 1):
         time.sleep(0.02)
         progress.update(step, {"loss": 1.0})
-        if step % every == 0:  # the end of what cannot be interrupted
+        if step % every == 0:  # the end of a part that is not interrupted
             (folder / f"saved-{step}").touch()
             stop.raise_if_requested(f"after step {step}")
 print("the end")
@@ -45,7 +45,7 @@ def command(folder: Path, steps: int, every: int) -> list[str]:
 
 
 def test_a_closed_terminal_stops_the_run_after_its_step(tmp_path: Path) -> None:
-    """What it writes until then goes nowhere, and does not end it."""
+    """Its later output is lost, and does not end it."""
     terminal = Terminal(command(tmp_path, 10_000, 25), ROOT)
     wait_for(lambda: (tmp_path / "saved-25").exists())
     terminal.close()
@@ -65,12 +65,12 @@ def test_ctrl_c_twice_says_what_is_kept(tmp_path: Path) -> None:
     terminal.wait_for("a second signal stops at once")
     terminal.press_ctrl_c()
     assert terminal.process.wait(60) == 130
-    said = " ".join(terminal.shown.split())
+    output = " ".join(terminal.shown.split())
     assert (
         "stopping at once; kept: the model of sft, the checkpoint of rm after step 40; "
-        f"resume with: troupe resume {tmp_path}" in said
+        f"resume with: troupe resume {tmp_path}" in output
     )
-    assert "Traceback" not in said and "Error" not in said
+    assert "Traceback" not in output and "Error" not in output
     terminal.close()
 
 
@@ -85,7 +85,7 @@ def test_ctrl_c_once_ends_after_the_step_though_the_terminal_is_closed_then(tmp_
 
 
 @pytest.mark.parametrize("reader", ["true", "head -c 1"])
-def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path, reader: str) -> None:
+def test_a_closed_pipe_does_not_end_the_run(tmp_path: Path, reader: str) -> None:
     read, write = os.pipe()
     run = subprocess.Popen(command(tmp_path, 50, 50), cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
     with subprocess.Popen(reader.split(), stdin=read, stdout=subprocess.DEVNULL):
@@ -96,8 +96,8 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path, reader: str) 
     assert (tmp_path / "saved-50").exists()
 
 
-def test_nohup_is_heeded(tmp_path: Path) -> None:
-    """Who started the run by nohup wants it to go on."""
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    """A run started by nohup goes on after a hangup."""
     run = subprocess.Popen(
         ["nohup", *command(tmp_path, 60, 20)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

@@ -29,21 +29,21 @@ pytestmark = pytest.mark.slow
 
 
 class Unloadable(Exception):
-    """Can be pickled, and not be loaded again: its arguments are others than its constructor's."""
+    """Can be pickled but not unpickled: its arguments are not those of its constructor."""
 
     def __init__(self, a: int, b: int) -> None:
         super().__init__(f"of {a} and {b}\nand more")
 
 
 class Unreadable:
-    """A result that the driver cannot load."""
+    """A result that the driver cannot unpickle."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, ("not a number",)
 
 
 class Rank:
-    """What a group needs of an actor: `call`. Here the role does not matter."""
+    """The actor method that a group uses: `call`. The role is ignored."""
 
     def call(self, role: Role, method: str, *args: Any) -> Any:
         return getattr(self, method)(*args)
@@ -62,7 +62,7 @@ class Rank:
 
     @remote(phase="train")
     def nap(self, seconds: float) -> tuple[float, float]:
-        """When it began and ended."""
+        """Start and end."""
         began = time.time()
         time.sleep(seconds)
         return began, time.time()
@@ -107,7 +107,7 @@ class Rank:
 
     @remote(phase="train")
     def die_as(self, pid: int) -> int:
-        """Only the process with this id dies."""
+        """Die only in the process with this id."""
         if os.getpid() == pid:
             os.kill(pid, signal.SIGKILL)
         return os.getpid()
@@ -118,12 +118,12 @@ class Rank:
         print(f"err: {words}", file=sys.stderr, flush=True)
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("it lives")
+        raise AssertionError("still alive")
 
 
 @pytest.fixture(scope="module")
 def cluster(ray_here: Cluster) -> None:
-    """Ranks ask for no CPUs, so that there may be many."""
+    """Ranks request no CPUs: there may be many."""
 
 
 Start = Callable[..., WorkerGroup]
@@ -132,7 +132,7 @@ Handles = list[ray.actor.ActorHandle]
 
 @pytest.fixture(scope="module")
 def idle(cluster: None) -> Handles:
-    """Ranks that wait for work: a process takes a second to start."""
+    """Idle ranks for reuse: a process takes a second to start."""
     return []
 
 
@@ -151,7 +151,7 @@ def group_of(idle: Handles, taken: Handles) -> Start:
 
 @pytest.fixture
 def start(idle: Handles) -> Iterator[Start]:
-    """start(role, ranks, place, timeout): a group whose ranks are up; others use them afterwards."""
+    """start(role, ranks, place, timeout): a group of running ranks; later tests reuse them."""
     taken: Handles = []
     yield group_of(idle, taken)
     idle += taken
@@ -159,7 +159,7 @@ def start(idle: Handles) -> Iterator[Start]:
 
 @pytest.fixture
 def spend(idle: Handles) -> Iterator[Start]:
-    """The same for groups that hang or die."""
+    """The same for groups that hang or die; their ranks are killed."""
     taken: Handles = []
     yield group_of(idle, taken)
     for handle in taken:
@@ -171,7 +171,7 @@ def overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
     return min(a[1], b[1]) - max(a[0], b[0])
 
 
-# ---------------------------------------------------------------- what calls give
+# ---------------------------------------------------------------- results
 
 
 def test_every_rank_gets_its_arguments(start: Start) -> None:
@@ -184,12 +184,12 @@ def test_every_rank_gets_its_arguments(start: Start) -> None:
     assert group.first(Rank.ping) == group.call(Rank.ping).get()[0]
     with pytest.raises(ValueError, match="shorter"):
         group.scatter([request(Rank.echo, 0)]).get()
-    with pytest.raises(ValueError, match=r"^a call to actor is a call of one method, not of echo, ping$"):
+    with pytest.raises(ValueError, match=r"^a call to actor needs one method, not echo, ping$"):
         group.scatter([request(Rank.echo), request(Rank.ping), request(Rank.echo)])
 
 
-def test_kept_values_stay_in_the_store(start: Start) -> None:
-    """Results are in the order of the ranks, not of their answers."""
+def test_stored_values_stay_in_the_store(start: Start) -> None:
+    """Results are in the order of the ranks, not of their replies."""
     requests = [request(Rank.two, 0.3, 5), request(Rank.two, 0.0, 7)]
     (first, small), (second, large) = start("actor", ranks=2).scatter(requests, stored_returns=1).get()
     assert (small, large) == (5, 7)
@@ -197,13 +197,13 @@ def test_kept_values_stay_in_the_store(start: Start) -> None:
     assert (ray.get(first).tolist(), ray.get(second).tolist()) == ([5] * 5, [7] * 7)
 
 
-def test_the_ranks_of_a_group_run_at_once(start: Start) -> None:
+def test_the_ranks_of_a_group_run_at_the_same_time(start: Start) -> None:
     spans = start("actor", ranks=3).call(Rank.nap, 0.5).get()
     assert overlap(spans[0], spans[1]) > 0.2
     assert overlap(spans[1], spans[2]) > 0.2
 
 
-def test_groups_on_other_devices_run_at_once_and_on_the_same_in_turn(start: Start) -> None:
+def test_groups_on_other_devices_run_at_the_same_time_and_on_the_same_in_turn(start: Start) -> None:
     actor, reference, critic = start("actor", place="a"), start("reference", 2, place="a"), start("critic", place="b")
     calls: list[Call[Any] | None] = [
         actor.call(Rank.nap, 0.6),
@@ -211,15 +211,15 @@ def test_groups_on_other_devices_run_at_once_and_on_the_same_in_turn(start: Star
         reference.call(Rank.nap, 0.3),
         critic.call(Rank.nap, 0.6),
     ]
-    [mine], nothing, theirs, [other] = run_concurrently(*calls)
-    assert nothing is None
-    assert overlap(mine, other) > 0.3
-    for span in theirs:
-        assert mine[1] <= span[0], "the second call on the same devices waits for the first"
-    assert overlap(*theirs) > 0.1, "ranks of one group do not"
+    [actor_span], none, reference_spans, [critic_span] = run_concurrently(*calls)
+    assert none is None
+    assert overlap(actor_span, critic_span) > 0.3
+    for span in reference_spans:
+        assert actor_span[1] <= span[0], "the second call on the same devices waits for the first"
+    assert overlap(*reference_spans) > 0.1, "ranks of one group do not wait for each other"
 
 
-def test_a_place_goes_on_when_it_is_free_though_others_are_not(start: Start) -> None:
+def test_a_call_starts_when_its_placement_group_is_free_though_others_are_busy(start: Start) -> None:
     groups = [start("actor", place="a"), start("reference", place="a"), start("critic", place="b")]
     [first], [second], [long] = run_concurrently(
         *(g.call(Rank.nap, s) for g, s in zip(groups, (0.2, 0.2, 1.5), strict=True))
@@ -228,7 +228,7 @@ def test_a_place_goes_on_when_it_is_free_though_others_are_not(start: Start) -> 
     assert second[1] < long[1]
 
 
-def test_what_is_waited_for_can_be_seen_from_outside(start: Start) -> None:
+def test_the_awaited_call_is_visible_to_other_threads(start: Start) -> None:
     group = start("actor", ranks=2, timeout=50)
     deadlines = group.deadlines
     thread = threading.Thread(target=group.scatter([request(Rank.nap, 0.0), request(Rank.nap, 2.0)]).get)
@@ -249,7 +249,7 @@ def test_what_is_waited_for_can_be_seen_from_outside(start: Start) -> None:
 
 
 def test_a_call_runs_while_the_driver_does_something_else(start: Start) -> None:
-    """Another call too, to processes of their own; each result is there whenever it is asked for."""
+    """It may run another call, to other processes; each result can be read at any time."""
     group, other = start("rollout", ranks=2), start("actor")
     call = group.scatter([request(Rank.nap, 0.2), request(Rank.nap, 1.5)])
     call.start()
@@ -262,10 +262,10 @@ def test_a_call_runs_while_the_driver_does_something_else(start: Start) -> None:
     assert call.result() == [short, long]
     seconds = group.deadlines.taken()["rollout", "nap"]
     assert seconds > 1.4
-    assert len(group.deadlines._seen["nap"]) == 1, "a result that is asked for twice is one call"
+    assert len(group.deadlines._seen["nap"]) == 1, "reading a result twice is one call"
 
 
-def test_a_result_waits_for_what_is_missing(start: Start) -> None:
+def test_a_result_waits_for_the_missing_replies(start: Start) -> None:
     call = start("actor", ranks=2).call(Rank.nap, 0.5)
     call.start()
     assert not call.finished
@@ -285,17 +285,17 @@ def test_a_call_is_started_once(start: Start) -> None:
     assert call.result()
 
 
-def test_a_poll_tells_of_a_failure_and_of_a_passed_deadline(spend: Start) -> None:
+def test_a_poll_raises_a_failure_and_a_passed_deadline(spend: Start) -> None:
     failing, late = spend("critic").call(Rank.fail), spend("reward", timeout=0.5).call(Rank.nap, 600.0)
     failing.start()
     late.start()
     with pytest.raises(WorkerError, match=r"^critic rank 0 failed in fail: LookupError: "):
         wait_for(failing.poll, 30)
-    with pytest.raises(WorkerError, match=r"^reward rank 0: no answer to nap in 0 s \(deadlines\.train\)"):
+    with pytest.raises(WorkerError, match=r"^reward rank 0: no reply to nap in 0 s \(deadlines\.train\)"):
         wait_for(late.poll, 30)
 
 
-def test_ranks_without_state_are_replaced_and_asked_again_in_flight(spend: Start, start: Start) -> None:
+def test_ranks_without_state_are_replaced_and_called_again_in_flight(spend: Start, start: Start) -> None:
     group, spare = spend("rollout", ranks=2), start("rollout")
     replaced: list[WorkerError] = []
 
@@ -310,7 +310,7 @@ def test_ranks_without_state_are_replaced_and_asked_again_in_flight(spend: Start
     wait_for(call.poll, 60)
     assert len(replaced) == 1
     assert call.result()[0] == spare.first(Rank.ping) != pid
-    assert "die_as" not in group.deadlines._seen, "the time of two attempts says nothing"
+    assert "die_as" not in group.deadlines._seen, "the time of two attempts says nothing about the cost"
 
 
 def test_a_setup_call_is_repeated_for_new_ranks(start: Start) -> None:
@@ -321,14 +321,14 @@ def test_a_setup_call_is_repeated_for_new_ranks(start: Start) -> None:
     [again] = group.setup_calls([1])
     assert list(again.requests) == [1] and not again.retryable
     assert again.get() == [("model", 1)]
-    assert len(group.setup_calls([0])) == 1, "what is repeated is not recorded again"
+    assert len(group.setup_calls([0])) == 1, "a repeated call is not recorded again"
 
 
-# ---------------------------------------------------------------- what fails
+# ---------------------------------------------------------------- failures
 
 
 def never(error: WorkerError) -> None:
-    pytest.fail(f"replaced because of: {error}")
+    pytest.fail(f"replaced after: {error}")
 
 
 @pytest.mark.parametrize(
@@ -340,10 +340,10 @@ def never(error: WorkerError) -> None:
         (Rank.lose, "lost", "ObjectLostError: Failed to retrieve object"),
     ],
 )
-def test_what_would_come_again_is_told_once_and_not_asked_again(
+def test_an_error_that_would_come_again_is_raised_without_another_attempt(
     start: Start, method: Callable[[Rank], Any], kind: str, text: str
 ) -> None:
-    """In a role whose ranks are replaced in the middle of a call: these are not, and asked again they would answer the same."""
+    """Even for a role whose failed ranks are replaced during a call: the error would be the same."""
     group = start("reference")
     group.replace_failed = never
     with pytest.raises(WorkerError) as e:
@@ -353,7 +353,7 @@ def test_what_would_come_again_is_told_once_and_not_asked_again(
     assert e.value.failure.survivable == (kind == "lost")
 
 
-def test_a_process_that_raises_has_its_first_line_shown(start: Start) -> None:
+def test_the_first_line_of_an_exception_is_in_the_headline(start: Start) -> None:
     with pytest.raises(WorkerError) as e:
         start("actor").call(Rank.fail_with_a_lock).get()
     assert str(e.value).splitlines()[0] == "actor rank 0 failed in fail_with_a_lock: ValueError: holds a lock"
@@ -365,10 +365,10 @@ def test_an_error_names_role_rank_and_call(start: Start) -> None:
         WorkerError, match=r"^actor rank 0 failed in fail: LookupError: 'no such thing as 42'|42\n"
     ) as e:
         start("actor", ranks=2).call(Rank.fail).get()
-    assert 'raise LookupError("no such thing as 42")' in str(e.value), "it shows where"
+    assert 'raise LookupError("no such thing as 42")' in str(e.value), "the traceback"
 
 
-def test_a_rank_that_fails_is_told_of_at_once_though_the_other_hangs(spend: Start) -> None:
+def test_a_failed_rank_is_reported_at_once_though_another_hangs(spend: Start) -> None:
     group = spend("reference", ranks=2)
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"^reference rank 1 failed in fail_or_hang: LookupError: "):
@@ -376,7 +376,7 @@ def test_a_rank_that_fails_is_told_of_at_once_though_the_other_hangs(spend: Star
     assert time.monotonic() - began < 10
 
 
-def test_a_failure_of_one_group_is_told_of_though_another_hangs(spend: Start) -> None:
+def test_a_failed_group_is_reported_at_once_though_another_hangs(spend: Start) -> None:
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"^critic rank 0 failed in fail: LookupError: "):
         run_concurrently(spend("actor").call(Rank.nap, 600.0), spend("critic").call(Rank.fail))
@@ -403,10 +403,10 @@ def test_a_call_to_a_dead_process_says_so(spend: Start) -> None:
         group.call(Rank.ping).get()
 
 
-def test_a_passed_deadline_names_who_did_not_answer(spend: Start) -> None:
+def test_a_passed_deadline_names_the_ranks_that_did_not_reply(spend: Start) -> None:
     group = spend("rollout", ranks=3, timeout=1.0)
     began = time.monotonic()
-    with pytest.raises(WorkerError, match=r"^rollout rank 1, 2: no answer to hang in 1 s \(deadlines\.train\)") as e:
+    with pytest.raises(WorkerError, match=r"^rollout rank 1, 2: no reply to hang in 1 s \(deadlines\.train\)") as e:
         group.scatter([request(Rank.hang, f"rank {rank}", 600.0 if rank else 0.0) for rank in range(3)]).get()
     assert time.monotonic() - began < 20
     assert "out: rank 1" in str(e.value)
@@ -415,12 +415,12 @@ def test_a_passed_deadline_names_who_did_not_answer(spend: Start) -> None:
 
 
 def test_a_deadline_begins_when_the_call_does(start: Start) -> None:
-    """A call that waits for its turn is not late."""
+    """The time that a call waits for its turn does not count."""
     first, second = start("actor", place="a", timeout=2.0), start("reference", place="a", timeout=2.0)
     run_concurrently(first.call(Rank.nap, 1.2), second.call(Rank.nap, 1.2))
 
 
 def test_each_call_has_its_own_deadline(spend: Start) -> None:
     patient, hasty = spend("critic", timeout=60.0), spend("reward", timeout=1.0)
-    with pytest.raises(WorkerError, match=r"^reward rank 0: no answer to nap in 1 s"):
+    with pytest.raises(WorkerError, match=r"^reward rank 0: no reply to nap in 1 s"):
         run_concurrently(patient.call(Rank.nap, 600.0), hasty.call(Rank.nap, 600.0))

@@ -82,7 +82,7 @@ def test_resuming_cuts_later_steps_of_this_stage_only(tmp_path: Path) -> None:
     assert [line["kl"] for line in read_metrics(tmp_path) if line["stage"] == "ppo"] == [1, 2, 3, 40]
 
 
-def test_a_stage_that_begins_anew_leaves_no_old_lines(tmp_path: Path) -> None:
+def test_a_stage_that_starts_from_the_beginning_leaves_no_old_lines(tmp_path: Path) -> None:
     for _ in range(2):
         with recording(tmp_path, "demo", "rm") as recorder:
             recorder.record(0, {"accuracy": 0.5})
@@ -114,7 +114,7 @@ def test_reserved_names_are_refused(tmp_path: Path, name: str) -> None:
     assert read_metrics(tmp_path) == []
 
 
-def test_tensorboard_has_the_same_numbers_and_forgets_what_was_cut(tmp_path: Path) -> None:
+def test_tensorboard_has_the_same_numbers_and_drops_cut_steps(tmp_path: Path) -> None:
     with recording(tmp_path, "demo", "sft") as recorder:
         for step in (1, 2, 3, 4):
             recorder.record(step, {"loss": step})
@@ -135,7 +135,7 @@ def test_tensorboard_has_the_same_numbers_and_forgets_what_was_cut(tmp_path: Pat
 
 
 class Failing(Logger):
-    """Raises in one method, and keeps the steps that it got."""
+    """Raises in one method; stores the logged steps."""
 
     def __init__(self, method: str) -> None:
         self.steps: list[int] = []
@@ -176,8 +176,8 @@ def test_a_logger_that_raises_stops_neither_the_stage_nor_other_loggers(
     assert [event.step for event in events.Tensors("sft/loss")] == [1, 2, 3]
 
 
-def test_a_logger_does_not_swallow_that_the_run_is_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal's handler raises wherever the driver is."""
+def test_a_stop_request_in_a_logger_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal handler raises in whatever code the driver runs."""
 
     class Interrupted(Logger):
         def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -246,7 +246,7 @@ def test_kept_answers_are_those_of_the_steps_that_count(tmp_path: Path) -> None:
         keep(recorder, 3)
     assert kept(tmp_path) == ["é 1.0", "é 1.1", "again 2.0", "again 2.1", "é 3.0", "é 3.1"]
     with recording(tmp_path, "demo", "ppo"):
-        assert kept(tmp_path) == [], "the stage has begun anew"
+        assert kept(tmp_path) == [], "the stage starts from the beginning"
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["ppo.jsonl"]
 
 
@@ -257,9 +257,9 @@ def test_the_file_of_kept_answers_does_not_grow_without_end(tmp_path: Path) -> N
             keep(recorder, step, most_bytes=most)
             assert path.stat().st_size <= most
         steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
-        assert steps == sorted([*range(steps[0], 101)] * 2), "the newest steps, whole"
+        assert steps == sorted([*range(steps[0], 101)] * 2), "the newest steps, complete"
         keep(recorder, 101, count=60, most_bytes=most)
-    assert {json.loads(line)["step"] for line in path.read_text().splitlines()} == {101}, "a step stays whole"
+    assert {json.loads(line)["step"] for line in path.read_text().splitlines()} == {101}, "a step stays complete"
 
 
 def test_the_last_kept_answers(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_the_last_kept_answers(tmp_path: Path) -> None:
         ("loss/of a plugin", "troupe_metric", {"metric": "loss/of a plugin"}),
     ],
 )
-def test_what_prometheus_gets_of_a_metric(metric: str, name: str, labels: dict[str, str]) -> None:
+def test_a_metric_has_a_name_and_labels_for_prometheus(metric: str, name: str, labels: dict[str, str]) -> None:
     row, found = row_of(metric, {metric: 1.0, "reward/brief": 1.0})
     assert (row.name, found) == (name, labels)
 
@@ -395,7 +395,7 @@ with Progress("ppo", 12000) as shown:
 
 
 def frames(columns: int) -> list[str]:
-    """What a terminal so wide shows, line after line."""
+    """Lines that a terminal of this width shows."""
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm-256color"}
@@ -427,7 +427,7 @@ def test_the_step_and_the_time_left_stay_in_a_narrow_terminal(columns: int) -> N
     assert ("━" in third) == (columns == 140)
 
 
-def test_the_time_left_does_not_count_what_a_fault_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_does_not_count_the_time_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("orchestrator.loggers.console.time.monotonic", lambda: now[0])
     console, out = plain_console()

@@ -111,7 +111,7 @@ def dashboard() -> Iterator[str]:
 
 
 def shown() -> str:
-    """What the metrics port of the only node says."""
+    """Text of the metrics port of the only node."""
     (node,) = ray.nodes()
     return fetch(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
 
@@ -136,7 +136,7 @@ def test_the_metrics_port_shows_a_stage_while_it_lasts(dashboard: str, tmp_path:
             "step": {("ppo",): 2.0},
             "reward_mean": {("ppo",): 0.625},
             "gradient_norm": {("actor", "ppo"): 1.5, ("critic", "ppo"): 2.5},
-            "kl_nats": {},  # its last value is not a number, and the one before no longer true
+            "kl_nats": {},  # its last value is nan, and the one before is outdated
         }
         assert of_run(text, "reward_source_mean", "demo") == {("brief", "ppo"): 0.5}
         assert of_run(text, "memory_bytes", "demo") == {("actor", "ppo"): 2**29}
@@ -164,7 +164,7 @@ def test_the_metrics_port_shows_a_stage_while_it_lasts(dashboard: str, tmp_path:
 
 
 class Mortal:
-    """What a worker group needs of an actor: `call`."""
+    """The actor method that a worker group uses: `call`."""
 
     def call(self, role: Role, method: str) -> ProcessLocation:
         if method == "memory":
@@ -184,8 +184,8 @@ def test_a_process_killed_from_outside_leaves_a_trace(dashboard: str, tmp_path: 
         os.kill(place.pid, signal.SIGKILL)
         with pytest.raises(WorkerError) as caught:
             call.collect(0)
-        recovery.consider(caught.value)
-        for restarts in (0, 1, 0, 2):  # a team; a new process; another team, which begins anew; two new processes
+        recovery.decide(caught.value)
+        for restarts in (0, 1, 0, 2):  # a team; a new process; another team, which counts from 0; two new processes
             recorder.workers([{"role": "critic", "restarts": restarts}, {"role": "actor", "restarts": 0}])
 
         def counted() -> str | None:

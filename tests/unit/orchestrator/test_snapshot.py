@@ -1,4 +1,4 @@
-"""Which snapshots a lost node would take along: of objects in a real object store."""
+"""Which snapshots survive the loss of a node: objects in a real object store."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def arrives_with(file: Path, files: Files) -> Files:
 def test_a_snapshot_is_safe_once_its_copies_have_arrived(ray_here: Cluster, tmp_path: Path) -> None:
     [here] = alive_nodes()
     files = {"state.pt": np.arange(9, dtype=np.uint8)}
-    taken, under_way = ray.put(files), arrives_with.remote(tmp_path / "go", files)
-    kept = snapshot(RankFiles([*files], here, {here: taken, "other": under_way}))
-    lost = snapshot(RankFiles([*files], "lost", {"lost": taken, here: under_way}))
-    assert kept.whole() and not kept.safe()
-    assert not lost.whole() and not lost.safe()
+    local, in_transfer = ray.put(files), arrives_with.remote(tmp_path / "go", files)
+    kept = snapshot(RankFiles([*files], here, {here: local, "other": in_transfer}))
+    lost = snapshot(RankFiles([*files], "lost", {"lost": local, here: in_transfer}))
+    assert kept.available() and not kept.safe()
+    assert not lost.available() and not lost.safe()
 
     (tmp_path / "go").touch()
     wait_for(kept.safe)
-    assert lost.whole() and not lost.safe(), "one copy is left"
+    assert lost.available() and not lost.safe(), "one copy is left"
     lost.write(tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint" / "actor" / "state.pt").read_bytes() == bytes(range(9))
 

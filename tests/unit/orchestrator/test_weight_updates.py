@@ -1,6 +1,6 @@
 """New weights in a real vLLM engine: after every update it must compute what the trainer computes.
 
-Each care of workers/weight_sync/receivers.py is also left out once, so that it is seen that the comparison notices.
+Each precaution of workers/weight_sync/receivers.py is also left out once, to show that the comparison detects it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from workers.training.schedule import StageStep
 pytestmark = pytest.mark.slow
 
 AGREES = 1e-4  # nats, mean and largest difference; seen: 1e-6 and 1e-5
-DIFFERS = 0.03  # nats, mean difference: what an update changes at least, and a fault too
+DIFFERS = 0.03  # nats, mean difference: the minimum effect of an update, and of a fault
 SMALL_BUCKET = (
     130_000  # bytes: an update has several buckets, and the first ends between two matrices that vLLM makes one of
 )
@@ -173,7 +173,7 @@ def test_an_adapter_alone_computes_what_the_trainer_computes(
     assert_follows(pair)
 
 
-def test_an_adapter_that_did_not_arrive_is_not_served_and_a_new_engine_gets_it_anew(
+def test_an_adapter_that_did_not_arrive_is_not_served_and_a_new_engine_gets_it_again(
     hosts: Hosts, tmp_path: Path
 ) -> None:
     pair = Pair(hosts, served=RSLORA)
@@ -201,7 +201,7 @@ def test_an_adapter_that_did_not_arrive_is_not_served_and_a_new_engine_gets_it_a
 
 
 def test_weights_that_vllm_loads_past_its_layers_are_noticed(hosts: Hosts, tmp_path: Path) -> None:
-    """As its load_weights does with gpt_oss's experts of a layer in one: they arrive, and the old ones go on computing."""
+    """vLLM's load_weights does this with gpt_oss's experts in one tensor: the engine keeps computing with the old ones."""
     pair = Pair(hosts)
     pair.load(make(tmp_path, "gpt_oss"), transport="faulty")
     pair.connect_with(SMALL_BUCKET)
@@ -228,7 +228,7 @@ def served(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture
 def pair(served: Pair) -> Iterator[Pair]:
-    """The same, without faults and up to date when a test begins; whatever a test does to it, the next update mends it."""
+    """The same, without faults and up to date when a test begins; whatever a test does to it, the next update repairs it."""
     served.publish()
     assert served.agrees()
     yield served
@@ -265,7 +265,7 @@ def test_an_update_that_broke_off_leaves_nothing_to_the_next(pair: Pair) -> None
 
 
 def test_without_a_fresh_start_an_update_would_fail(pair: Pair) -> None:
-    """Layers that an update which broke off left half loaded do not begin anew by themselves."""
+    """After an interrupted update, half-loaded layers do not restart their loading by themselves."""
     pair.leave_out("fresh start")
     pair.disturb("break off")
     with pytest.raises(WorkerError, match="ConnectionError"):
@@ -333,7 +333,7 @@ def test_updates_leave_nothing_in_the_object_store(pair: Pair) -> None:
         else:
             pair.publish()
     deadline = time.monotonic() + 20  # Ray frees a little later
-    few = 2**13  # what looks into a failure leaves some kilobytes; no bucket is that small
+    few = 2**13  # the inspection of a failure leaves some kilobytes; every bucket is larger
     while stored() > before + few and time.monotonic() < deadline:
         time.sleep(0.1)
     assert stored() <= before + few
@@ -351,8 +351,8 @@ def test_an_engine_listens_on_no_more_interfaces_than_a_trainer(pair: Pair) -> N
 
 
 def test_what_an_engine_refuses_is_an_error_with_its_text(pair: Pair, tmp_path: Path) -> None:
-    """vLLM's configs refuse by exceptions that pickle cannot carry."""
-    pair.engine.replace_failed = lambda error: pytest.fail(f"replaced because of: {error}")
+    """The exceptions of vLLM's configs cannot be pickled."""
+    pair.engine.replace_failed = lambda error: pytest.fail(f"replaced after: {error}")
     short = make_model(tmp_path / "short", "gpt2")
     try:
         with pytest.raises(WorkerError) as e:

@@ -1,4 +1,4 @@
-"""What each rank gets of a step: every sample with a score is trained on once, however many ranks there are."""
+"""Each rank's part of a step: every sample with a score is trained on once, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_one_missing_score_costs_one_sample(ranks: int, mini_batches: int) -> No
     st.integers(1, 6),
     st.sampled_from([10, 60, 1000]),
 )
-def test_what_is_trained_on_does_not_depend_on_the_ranks(
+def test_the_trained_samples_do_not_depend_on_the_number_of_ranks(
     scores: list[float], mini_batches: int, ranks: int, micro_batch_tokens: int
 ) -> None:
     mini_batches = min(mini_batches, len(scores))
@@ -155,7 +155,7 @@ def test_fewer_samples_than_mini_batches_are_fewer_mini_batches() -> None:
     assert [mini.ptx.count for mini in works[3].mini_batches if mini.ptx] == [3, 3]
 
 
-def test_a_rank_without_samples_takes_part_in_sums_and_brings_nothing() -> None:
+def test_a_rank_without_samples_takes_part_in_sums_with_zeros() -> None:
     ppo, summed = ppo_settings(samples=2), 0
 
     def total(x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def test_every_prompt_goes_to_the_engine_with_the_fewest_tokens(lengths: list[in
 
 @quick
 @given(st.permutations(range(9)), st.integers(0, 9))
-def test_what_ranks_report_is_put_back_in_order(samples: list[int], cut: int) -> None:
+def test_results_of_ranks_are_put_back_in_order(samples: list[int], cut: int) -> None:
     shards = [np.array(rows, int) for rows in (samples[:cut], samples[cut:])]
     assert in_order(shards, [shard * 2 for shard in shards], 9).tolist() == [2 * i for i in range(9)]
 

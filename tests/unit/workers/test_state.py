@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from configs.schema import AdaptiveKL, FixedKL
 from orchestrator.algorithms.kl_controller import make_controller
+from orchestrator.algorithms.runner import Runner
 
 ROOT = Path(__file__).parents[3]
 
 SAVED = {
-    "Runner": {"done", "refused"},
+    "Runner": {"done", "skipped"},
     "PPO": {"version", "kl"},
     "AdaptiveController": {"coefficient"},
     "Trainer": {"backend", "model", "module", "peft"},
@@ -103,3 +106,23 @@ def test_a_controller_goes_on_where_it_was() -> None:
             first.update(kl, 50)
         second.load(first.state())
         assert vars(second) == vars(first)
+
+
+class Stateless:
+    """What a Runner asks of an algorithm for its state: nothing of its own."""
+
+    name, run = "ppo", None
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("key", ["skipped", "refused"])
+def test_the_count_of_skipped_steps_is_read_under_its_old_name_too(key: str) -> None:
+    """Checkpoints of Troupe before this name have `refused`."""
+    runner = Runner(Stateless(), Console())  # type: ignore[arg-type]
+    runner.set_state({key: 3})
+    assert runner.state() == {"skipped": 3}
