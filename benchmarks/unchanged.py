@@ -11,6 +11,7 @@ every stage. The last line is the number of values that differ; the exit status 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -67,9 +68,9 @@ def _runs(checkout: Path, folder: Path) -> list[Path]:
 
 
 def _pipeline(checkout: Path, *args: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "troupe", "pipeline", *args], cwd=checkout, check=True, stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "troupe", "pipeline", *args]
+    env = os.environ | {"PYTHONPATH": str(checkout)}
+    subprocess.run(command, cwd=checkout, env=env, check=True, stdout=subprocess.DEVNULL)
 
 
 def _compare(then: Path, now: Path) -> list[tuple[str, bool]]:
