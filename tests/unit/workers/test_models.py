@@ -228,7 +228,7 @@ def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
 def test_an_answer_after_no_prompt_begins_with_a_token_that_nothing_predicts(folder: Path) -> None:
     rows = [*sequences([(0, 5)], seed=4), ROWS[3], *sequences([(0, 1)], seed=5)]
     batch = Batch(rows, CPU)
-    assert batch.mask[0].tolist() == [False] + [True] * 4 + [False] * 7
+    assert batch.mask[0].tolist() == [True] * 4 + [False] * 8
     assert not batch.mask[2].any()
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():

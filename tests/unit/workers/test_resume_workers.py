@@ -124,7 +124,7 @@ def test_another_strategy_is_refused_by_name(hosts: Hosts, model: Path, tmp_path
     whole.call(TrainerApi.save, str(tmp_path / "saved")).get()
     sharded = hosts.group("open_policy", "actor", "zero3")
     load(sharded, model)
-    with pytest.raises(WorkerError, match="saved was saved with ddp, and cannot go on with zero3"):
+    with pytest.raises(WorkerError, match="saved was saved with ddp, and cannot continue with zero3"):
         sharded.call(TrainerApi.restore, str(tmp_path / "saved")).get()
 
 
