@@ -198,7 +198,7 @@ def measure(case: Case) -> tuple[int, int]:
 
 def run(kind: str, spec: WorkerSpec, port: int, end: Any) -> None:
     """Run one rank in this process."""
-    malloc.suit(spec.role)
+    malloc.configure(spec.role)
     import torch
 
     torch.set_num_threads(spec.threads)

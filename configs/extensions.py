@@ -1,6 +1,6 @@
-"""How plugins add settings: new kinds of a component, and sections for their own stages.
+"""Settings of plugins: new kinds of a component, and sections for their own stages.
 
-A plugin's settings behave like all others: they are checked when they are read, with the same error texts, and shown by
+A plugin's settings behave like all others: they are checked at loading, with the same error texts, and shown by
 `troupe config`. Importing the module registers them; the setting `plugins` lists the modules.
 """
 
@@ -94,7 +94,7 @@ def add_section(name: str, settings: type[Settings]) -> None:
 
 
 def _with_member(annotation: Any, member: type[Settings]) -> Any:
-    """The annotation of a union, or of a list of one, with a member more."""
+    """The annotation of a union, or of a list of a union, with one more member."""
     if get_origin(annotation) is list:
         (item,) = get_args(annotation)
         return list[_with_member(item, member)]  # type: ignore[misc]  # a value, not a type

@@ -1,8 +1,8 @@
-"""The first module of Troupe in every process: after it, Troupe's packages are found before other modules of the same names.
+"""The first module of Troupe in every process: after it, Python finds Troupe's packages before other modules of the same names.
 
 Python searches the folders of a user's script, config and job before the folder where Troupe is installed, and users often
-have a file `workers.py` or a folder `configs` there. So every process imports this module first, whose name nobody else
-uses: the command `troupe`, Ray's actors and tasks, the processes of reward functions, and each of the packages.
+have a file `workers.py` or a folder `configs` there. So every process imports this module first, because its name is unique:
+the command `troupe`, Ray's actors and tasks, the processes of reward functions, and each of the packages.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class OwnPackages:
 
 
 def lazy(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package: it imports a module when one of its names is first used, so the package costs nothing.
+    """The `__getattr__` of a package: imports a module at the first use of one of its names, so the package itself loads fast.
 
-    modules: module -> the names that it defines. A name must not be that of a module of the package: Python sets the module
-    as an attribute when it is imported.
+    modules: module -> the names that it defines. A name must not equal a module of the package: Python sets an imported module
+    as an attribute of the package.
     """
     homes = {name: module for module, names in modules.items() for name in names}
 
@@ -50,14 +50,16 @@ def main() -> None:
 
 
 def call(path: str, *args: Any) -> Any:
-    """Call the function or class named module:name. Run as a Ray task in place of that function: Ray imports this module
-    before it unpickles the arguments."""
+    """Call the function or class named module:name. Used as the Ray task instead of that function, so that Ray imports this
+    module before it unpickles the arguments."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)(*args)
 
 
 class Actor:
     """A Ray actor that wraps an object of the class module:name, for the same reason as `call`."""
+
+    _wrapped: Any = None  # if the object cannot be made: Ray asks for the name all the same, to report the error
 
     def __init__(self, path: str, *args: Any) -> None:
         self._wrapped = call(path, *args)
@@ -70,7 +72,7 @@ class Actor:
         return self._wrapped.call(*args)
 
 
-def _refuse_foreign() -> None:
+def _reject_foreign() -> None:
     """Raises ImportError if a foreign module with the name of one of Troupe's packages was imported before."""
     for name in PACKAGES:
         file = getattr(sys.modules.get(name), "__file__", None)
@@ -80,5 +82,5 @@ def _refuse_foreign() -> None:
             )
 
 
-_refuse_foreign()
+_reject_foreign()
 sys.meta_path.insert(0, OwnPackages)

@@ -1,9 +1,9 @@
-"""The remote methods: what the driver, and a trainer that sends weights, may call in a worker's process.
+"""The remote methods of workers: called by the driver, and by a trainer that sends weights.
 
-A kind of worker is declared by a class whose methods are marked with `remote`; the worker's class implements it. Callers name
-the declared function, so that a type checker sees a misspelled name and a wrong argument:
+A class whose methods are marked with `remote` declares a kind of worker; the worker's class implements it. Callers pass the
+declared function, so a type checker finds misspelled names and wrong arguments:
 
-    class JudgeApi(WorkerApi):                                      # in a plugin too: nothing needs to be registered
+    class JudgeApi(WorkerApi):                                      # also in a plugin: no registration is needed
         @remote(phase="score")
         @abstractmethod
         def judge(self, rollouts: SampleRefs) -> list[float]: ...
@@ -12,8 +12,8 @@ the declared function, so that a type checker sees a misspelled name and a wrong
 
     group.call(JudgeApi.judge, rollouts)
 
-A worker's class may mark its own methods instead, where callers can import it. Arguments and results travel through Ray. The
-process of a worker refuses a method that is not declared. Nothing heavy is imported here: drivers do without torch and vLLM.
+A worker's class may mark its own methods instead if callers can import it. Ray transports arguments and results. A worker's
+process rejects methods that are not declared. This module imports nothing heavy: drivers run without torch and vLLM.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from workers.weight_sync.probe import Probe
 
 Phase = Literal["start", "generate", "score", "train", "weight_sync", "save"]
-"""What a call belongs to. The settings `deadlines.<phase>` bound the calls of a phase."""
+"""Phase of a call. The settings `deadlines.<phase>` limit the time of a phase's calls."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,9 +51,9 @@ _PHASE = "_remote_phase"
 
 
 def remote(phase: Phase) -> Callable[[F], F]:
-    """Declare a method of a worker as remote. Raises ValueError where there is no such phase."""
+    """Declare a method of a worker as remote. Raises ValueError for an unknown phase."""
     if phase not in get_args(Phase):
-        raise ValueError(f"no phase of a remote method: {phase!r}; there are {', '.join(get_args(Phase))}")
+        raise ValueError(f"phase of a remote method: was {phase!r}; must be {', '.join(get_args(Phase))}")
 
     def declare(method: F) -> F:
         setattr(method, _PHASE, phase)
@@ -64,14 +64,14 @@ def remote(phase: Phase) -> Callable[[F], F]:
 
 @dataclass(frozen=True)
 class RemoteMethod:
-    """The name and the phase of a declared method."""
+    """Name and phase of a declared method."""
 
     name: str
     phase: Phase
 
     @classmethod
     def of(cls, method: Callable[..., Any]) -> RemoteMethod:
-        """Raises TypeError where the method is not declared: one that overrides a declared method is not."""
+        """Raises TypeError if the method is not declared. An override of a declared method is not declared itself."""
         phase = getattr(method, _PHASE, None)
         if phase is None:
             raise TypeError(
@@ -84,13 +84,13 @@ class RemoteMethod:
 
 
 def is_remote(worker: type, name: str) -> bool:
-    """Whether a worker's class, or one that it derives from, declares a method of this name."""
+    """Whether a worker's class or one of its bases declares a method of this name."""
     return any(hasattr(vars(base).get(name), _PHASE) for base in worker.__mro__)
 
 
 @dataclass(frozen=True)
 class Request(Generic[T]):
-    """What one rank is asked: a declared method and its arguments. `T` is what the method returns."""
+    """A call for one rank: a declared method and its arguments. `T` is the method's return type."""
 
     method: RemoteMethod
     args: tuple[Any, ...]
@@ -99,13 +99,13 @@ class Request(Generic[T]):
 def request(method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Request[T]:
     """A request with these arguments, which a type checker compares with the method's parameters.
 
-    Raises TypeError where the method is not declared remote, or has parameters that only a keyword can give.
+    Raises TypeError if the method is not declared remote, or has keyword-only parameters.
     """
-    if kwargs:  # only positional arguments travel
+    if kwargs:  # only positional arguments are sent
         bound = signature(method).bind(None, *args, **kwargs)
         bound.apply_defaults()
         if bound.kwargs:
-            raise TypeError(f"{method.__qualname__} takes {', '.join(bound.kwargs)} by keyword alone")
+            raise TypeError(f"{method.__qualname__} has keyword-only parameters: {', '.join(bound.kwargs)}")
         return Request(RemoteMethod.of(method), bound.args[1:])
     return Request(RemoteMethod.of(method), args)
 
@@ -114,12 +114,12 @@ def request(method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P
 
 
 class WorkerApi(ABC):
-    """What every worker can be asked."""
+    """Methods of every worker."""
 
     @remote(phase="start")
     @abstractmethod
     def location(self) -> ProcessLocation:
-        """Where its process is."""
+        """Location of its process."""
 
     @remote(phase="start")
     @abstractmethod
@@ -129,7 +129,7 @@ class WorkerApi(ABC):
     @remote(phase="start")
     @abstractmethod
     def join(self, address: tuple[str, int]) -> None:
-        """Get ready for a process group whose first rank listens at this address."""
+        """Prepare for a process group whose first rank listens at this address."""
 
     @remote(phase="start")
     @abstractmethod
@@ -139,7 +139,7 @@ class WorkerApi(ABC):
     @remote(phase="start")
     @abstractmethod
     def mark(self, folder: str) -> str:
-        """Make an empty file in a folder and return its name."""
+        """Create an empty file in a folder and return its name."""
 
     @remote(phase="score")
     @abstractmethod
@@ -160,12 +160,12 @@ class TrainerApi(WorkerApi):
     @remote(phase="weight_sync")
     @abstractmethod
     def probe(self, version: int) -> Probe:
-        """What the model computes for random tokens, which depend on the version."""
+        """The model's outputs on random tokens, which depend on the version."""
 
     @remote(phase="train")
     @abstractmethod
     def skipped_batch(self) -> Arrays | None:
-        """What this rank brought to the last optimizer step that was not applied; None where there is nothing new."""
+        """This rank's data of the last skipped optimizer step; None if no step was skipped since the previous call."""
 
     @remote(phase="save")
     @abstractmethod
@@ -185,7 +185,7 @@ class TrainerApi(WorkerApi):
     @remote(phase="save")
     @abstractmethod
     def restore_snapshot(self, mine: Files, first: Files, names: list[str]) -> None:
-        """Continue from this rank's and the first rank's files; `names` are those of all ranks."""
+        """Continue from the files of this rank and of the first rank; `names`: file names of all ranks."""
 
     @remote(phase="save")
     @abstractmethod
@@ -209,22 +209,22 @@ class PolicyApi(TrainerApi):
     @remote(phase="score")
     @abstractmethod
     def log_probs(self, rollouts: SampleRefs, micro_batches: list[Rows]) -> tuple[RaggedArray, np.ndarray]:
-        """Log-probabilities of the answers' tokens; per answer, the sum of log(actor / this model)."""
+        """Log-probabilities of the answers' tokens, and each answer's sum of log(actor / this model)."""
 
     @remote(phase="train")
     @abstractmethod
-    def train_answers(self, work: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_answers(self, step_input: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """The policy's updates of one PPO step. Returns metrics of the whole step."""
 
     @remote(phase="start")
     @abstractmethod
     def connect(self, engines: list[ActorHandle], transport: str, address: tuple[str, int]) -> None:
-        """Meet the engines that weights will be sent to."""
+        """Connect to the engines that will receive weights."""
 
     @remote(phase="weight_sync")
     @abstractmethod
     def sync_weights(self, version: int) -> tuple[int, Probe]:
-        """Send the weights to every engine. Returns the bytes of one copy, and what the engines must compute now."""
+        """Send the weights to every engine. Returns the bytes of one copy, and the outputs that the engines must reproduce."""
 
 
 class ValueApi(TrainerApi):
@@ -243,16 +243,16 @@ class ValueApi(TrainerApi):
     @remote(phase="train")
     @abstractmethod
     def normalize(self, data: str, micro_batches: list[Rows]) -> tuple[float, float]:
-        """Give the scores mean 0 and deviation 1 on a dataset. Returns the mean and deviation that they had."""
+        """Normalize the scores to mean 0 and deviation 1 on a dataset. Returns the mean and deviation before."""
 
     @remote(phase="score")
     @abstractmethod
     def values(self, rollouts: SampleRefs, micro_batches: list[Rows]) -> tuple[RaggedArray, np.ndarray]:
-        """The value before each answer token; per answer, the first of them."""
+        """The value before each answer token, and the first value of each answer."""
 
     @remote(phase="train")
     @abstractmethod
-    def train_values(self, work: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+    def train_values(self, step_input: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """The critic's updates of one PPO step. Returns metrics of the whole step."""
 
 
@@ -269,7 +269,7 @@ class RewardsApi(WorkerApi):
     def scores(
         self, request: ScoringRequest, rollouts: SampleRefs, batches: list[Rows], names: list[str]
     ) -> dict[str, RewardResult]:
-        """What each of the named sources says of the answers."""
+        """Scores of the answers from each of the named sources."""
 
     @remote(phase="score")
     @abstractmethod
@@ -278,7 +278,7 @@ class RewardsApi(WorkerApi):
 
 
 class RolloutApi(WorkerApi):
-    """An engine that writes answers. A trainer calls the last four methods, in this order, when it sends weights."""
+    """An engine that generates answers. A trainer that sends weights calls the last four methods, in this order."""
 
     @remote(phase="start")
     @abstractmethod
@@ -290,29 +290,29 @@ class RolloutApi(WorkerApi):
     def generate(
         self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int, version: int | None = None
     ) -> tuple[RolloutBatch, RolloutInfo]:
-        """Answer number samples[i] to row prompts[i] of a dataset, for each i. Raises StaleWeights."""
+        """For each i, generate answer number samples[i] to row prompts[i] of a dataset. Raises StaleWeights."""
 
     @remote(phase="weight_sync")
     @abstractmethod
     def prove(self, version: int, probe: Probe) -> float:
-        """The mean difference between what the engine and the trainer compute. Raises DifferentModel."""
+        """The mean difference between the engine's and the trainer's outputs. Raises DifferentModel."""
 
     @remote(phase="weight_sync")
     @abstractmethod
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Meet the trainer."""
+        """Connect to the trainer."""
 
     @remote(phase="weight_sync")
     @abstractmethod
     def start_weight_update(self) -> None:
-        """Stop serving the version that is there."""
+        """Stop serving the current version."""
 
     @remote(phase="weight_sync")
     @abstractmethod
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Take some of the tensors."""
+        """Receive some of the tensors."""
 
     @remote(phase="weight_sync")
     @abstractmethod
     def finish_weight_update(self, version: int, checksums: Checksums) -> None:
-        """Serve the version if what arrived is what was sent. Raises StaleWeights."""
+        """Serve the version if the checksums match. Raises StaleWeights otherwise."""

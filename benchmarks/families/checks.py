@@ -232,7 +232,7 @@ def policy(
     differences = {"load": engine.differs(plain)} if not engine.version else {}
     if trains:
         differences["gradient"] = policy_gradient(actor, plain, lora)
-    source = GatheredWeights(actor.model.hf, checked=True, alone=LEARNS if settings else None)
+    source = GatheredWeights(actor.model.hf, checked=True, adapter=LEARNS if settings else None)
     engine.publish(source)
     differences["unchanged"] = engine.differs(plain)
     before = log_prob_rows(plain, PROMPTS[0])

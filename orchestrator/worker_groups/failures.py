@@ -105,7 +105,7 @@ def probe_processes(locations: dict[Rank, ProcessLocation], stacks: Collection[R
     nodes = _by_node(locations)
     tasks = {
         node: on_node(
-            node, inspection.examine, [locations[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
+            node, inspection.inspect, [locations[rank] for rank in ranks], LOG_LINES, [rank in stacks for rank in ranks]
         )
         for node, ranks in nodes.items()
     }
@@ -132,7 +132,7 @@ def end(locations: dict[Rank, ProcessLocation]) -> None:
     """Kill workers' processes. ray.kill does not end a stopped process."""
     for node, ranks in _by_node(locations).items():
         try:
-            ray.get(on_node(node, inspection.end, [locations[rank] for rank in ranks]), timeout=PROBE_TIMEOUT)
+            ray.get(on_node(node, inspection.kill, [locations[rank] for rank in ranks]), timeout=PROBE_TIMEOUT)
         except RayError:
             continue  # the node is lost, and its processes with it
 

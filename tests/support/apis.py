@@ -79,7 +79,7 @@ class FaultyRolloutApi(RolloutApi):
 
     @remote(phase="train")
     @abstractmethod
-    def leave_out(self, care: str) -> None: ...
+    def leave_out(self, precaution: str) -> None: ...
 
     @remote(phase="train")
     @abstractmethod

@@ -1,4 +1,4 @@
-"""A plugin whose workers die, or stop, at a given point.
+"""A plugin whose workers die or stop at a given point.
 
 Each file in the folder `faults` beside the run's folder, `<role>-<rank>.<point>.<count>.<signal>`, is a fault: the process
 sends itself the signal when it reaches the point for the count-th time. It removes the file first, so that a fault happens

@@ -33,7 +33,7 @@ KINDS |= {
 
 
 class FaultyEngine(ObjectStoreEngine):
-    """The engine's side of a weight update without one of its precautions."""
+    """The engine's side of a weight update, with one of its precautions left out."""
 
     without: ClassVar[str] = ""
     memory: ClassVar[np.ndarray] = np.empty(2**24, np.uint8)
@@ -72,11 +72,11 @@ class FaultyEngine(ObjectStoreEngine):
 class FaultyRollout(RolloutWorker, FaultyRolloutApi):
     """A rollout worker that can leave out a precaution when loaded with the transport "faulty"."""
 
-    def leave_out(self, care: str) -> None:
+    def leave_out(self, precaution: str) -> None:
         """One of: layerwise reload, repacking, memory of their own, fresh start, prefix cache, experts one by one; "": none."""
-        FaultyEngine.without = care
+        FaultyEngine.without = precaution
         vars(self.engine).pop("reset_prefix_cache", None)
-        if care == "prefix cache":
+        if precaution == "prefix cache":
             self.engine.reset_prefix_cache = lambda: True
 
     def begin_answer(self) -> None:

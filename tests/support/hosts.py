@@ -60,7 +60,7 @@ class Hosts:
         another: bool = False,
         served: LoraSettings | None = None,
     ) -> WorkerGroup:
-        """another: a second group of the same kind. served: an adapter that is published without the base."""
+        """another: a second group of the same kind. served: an adapter that is sent to engines without the base."""
         key = (kind, ranks, another, served.model_dump_json() if served else "")
         if key not in self.groups:
             plugin = "tests.support.learners" if kind.startswith("open") else "tests.support.faults"
@@ -87,13 +87,13 @@ class Hosts:
 def generate(engine: WorkerGroup, prompts: int, step: int) -> tuple[SampleRefs, RolloutBatch, int]:
     """Answer each row of "prompts" once. Returns references to the samples, the batch, and its policy version."""
     rows = np.arange(prompts)
-    asked = request(RolloutApi.generate, "prompts", rows, np.zeros_like(rows), step)
-    ref, written = engine.scatter([asked], stored_returns=1).get()[0]
-    return SampleRefs.of([ref], [rows], prompts), ray.get(ref), int(written.max_versions.max(initial=0))
+    call = request(RolloutApi.generate, "prompts", rows, np.zeros_like(rows), step)
+    ref, info = engine.scatter([call], stored_returns=1).get()[0]
+    return SampleRefs.of([ref], [rows], prompts), ray.get(ref), int(info.max_versions.max(initial=0))
 
 
 def log_probs(actor: WorkerGroup, refs: SampleRefs) -> np.ndarray:
-    """[answer tokens] the trainer's log-probabilities, row after row; every rank computes all of them."""
+    """[answer tokens] the trainer's log-probabilities, row after row. Every rank computes all rows."""
     micro_batches = list(np.array_split(np.arange(len(refs)), 2))
     first, *others = (ragged.values for ragged, _ in actor.call(PolicyApi.log_probs, refs, micro_batches).get())
     for other in others:

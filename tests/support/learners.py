@@ -1,5 +1,5 @@
-"""Trainers whose state tests can read and whose steps they can spoil. The plugin `tests.support.learners` makes them a team's
-actor and critic, and adds them as kinds of worker. It does not import vLLM, which takes long.
+"""Trainers with state that tests can read and steps that tests can spoil. The plugin `tests.support.learners` makes them a team's
+actor and critic, and adds them as kinds of worker. It does not import vLLM, which is slow.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class Open(Trainer, OpenApi):
 
     @property
     def engine(self) -> deepspeed.DeepSpeedEngine:
-        """DeepSpeed's, of a model that is trained."""
+        """DeepSpeed's engine; the model must be trained, not frozen."""
         assert isinstance(self.backend, DeepSpeedBackend) and self.backend.engine is not None
         return self.backend.engine
 
     def stage(self) -> int:
-        """Stage of ZeRO that DeepSpeed is at."""
+        """DeepSpeed's ZeRO stage."""
         return int(self.engine.zero_optimization_stage())
 
     def held(self) -> dict[str, np.ndarray]:
@@ -91,15 +91,15 @@ class Open(Trainer, OpenApi):
         return [p.grad.data_ptr() for p in self.model.parameters() if p.grad is not None]
 
     def offload_and_onload(self) -> tuple[int, int]:
-        """As between phases on a time-shared device. Returns the bytes held before and while offloaded."""
-        turns = DeviceTimeSharing([self], "cpu")
+        """Offload and onload, as between phases on a time-shared device. Returns the bytes held before and while offloaded."""
+        sharing = DeviceTimeSharing([self], "cpu")
         # On CPU some tensors cannot release their memory, such as a mapped file.
         tensors = [t for t in self.tensors() if t.untyped_storage().resizable()]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
         before = sum(storage.nbytes() for storage in held.values())
-        turns.offload(tensors)
+        sharing.offload(tensors)
         meanwhile = sum(storage.nbytes() for storage in held.values())
-        turns.onload()
+        sharing.onload()
         return before, meanwhile
 
     def _masters(self) -> list[Tensor]:
@@ -123,7 +123,7 @@ class Open(Trainer, OpenApi):
                 parameter.add_(scale * torch.randn_like(parameter))
 
     def logits(self, ids: list[list[int]]) -> np.ndarray:
-        """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: what the Hugging Face model itself gives."""
+        """[rows, tokens, vocabulary] or, of a scalar model, [rows, 1]: from the Hugging Face model itself."""
         with self.evaluating():
             return self.model.hf(input_ids=torch.tensor(ids)).logits.float().numpy()
 

@@ -1,6 +1,6 @@
-"""A second training backend: PyTorch alone, for one rank. It shows what a backend must do, and that Trainer asks for no more.
+"""A second training backend: PyTorch alone, for one rank. It shows what a backend must do, and that Trainer needs nothing else.
 
-Its workers take it for the strategy ddp.
+Its workers use it for the strategy ddp.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PlainBackend(Unsharded, TrainBackend):
         if optimizer is None:
             return self.model.requires_grad_(False).eval()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.largest = optimizer.max_grad_norm
+        self.max_grad_norm = optimizer.max_grad_norm
         self.adam = torch.optim.AdamW(
             self.trained.values(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
         )
@@ -42,7 +42,7 @@ class PlainBackend(Unsharded, TrainBackend):
         loss.backward()
 
     def step(self, lr: float, accept: Callable[[float], bool]) -> StepOutcome:
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.largest))
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm))
         if accepted := accept(norm):
             self.adam.param_groups[0]["lr"] = lr
             self.adam.step()

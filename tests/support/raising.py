@@ -21,7 +21,7 @@ if os.environ.get("TESTS_RAISING") == "broken":
 
 
 class OfThePlugin(Exception):
-    """An exception from a module that the driver may not have."""
+    """An exception of a module that the driver may lack."""
 
 
 class RaisesWhenPickled(Exception):

@@ -1,4 +1,4 @@
-"""A recorder with the loggers that a run has unless it is told otherwise."""
+"""A recorder with the default loggers of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.storage.atomic_files import DiskError
 
 
 def recording(folder: Path, run: str, stage: str, resume_step: int | None = None) -> Recorder:
-    """A logger that fails fails the test, unless the disk is full."""
+    """A logger error fails the test, except for a full disk."""
 
     def failed(logger: str, error: Exception) -> None:
         if not isinstance(error, DiskError):

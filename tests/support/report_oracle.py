@@ -25,7 +25,7 @@ def json_lines(path: Path) -> list[Row]:
 
 
 class Report:
-    """What stands on a page, and what lies in the folder beside it."""
+    """The values on a report's page, and the files in its folder."""
 
     def __init__(self, folder: Path) -> None:
         page = (folder / "report.html").read_text()
@@ -50,8 +50,8 @@ class Report:
         self.seconds = json.loads((folder / "summary.json").read_text())["seconds"]
 
     def values(self, stage: str, metric: str) -> list[tuple[int, float]]:
-        found = [(line["step"], line.get(metric)) for line in self.metrics if line["stage"] == stage]
-        return [(step, value) for step, value in found if value is not None]
+        values = [(line["step"], line.get(metric)) for line in self.metrics if line["stage"] == stage]
+        return [(step, value) for step, value in values if value is not None]
 
     def steps(self, stage: str) -> int:
         return max([line["step"] for line in self.metrics if line["stage"] == stage], default=0)
@@ -59,9 +59,9 @@ class Report:
 
 def number(text: str) -> float:
     """The first number of a text."""
-    found = re.search(r"[+−-]?[\d,]*\.?\d+(e[+-]\d+)?", text)
-    assert found, text
-    return float(found[0].replace(",", "").replace("−", "-"))
+    match = re.search(r"[+−-]?[\d,]*\.?\d+(e[+-]\d+)?", text)
+    assert match, text
+    return float(match[0].replace(",", "").replace("−", "-"))
 
 
 def numbers(text: str) -> list[float]:
@@ -69,7 +69,7 @@ def numbers(text: str) -> list[float]:
 
 
 def check_report(folder: Path) -> None:
-    """Fails where a number of the report is not that of the files."""
+    """Fails if a number of the report differs from the files."""
     report = Report(folder)
     _check_header(report)
     _check_before_after(report)
@@ -173,14 +173,14 @@ def _check_training(report: Report) -> None:
 
 
 def _check_charts(report: Report) -> None:
-    """Axes, legends and captions of what is drawn over PPO's steps."""
+    """Axes, legends and captions of the charts over PPO's steps."""
     seconds = dict(report.values("ppo", "seconds/step"))
     median = np.median([value for step, value in seconds.items() if step > 1])
     caption = report.captions["Seconds of a step"]
     assert number(caption) == pytest.approx(median, abs=0.06)
     assert f"median of steps 2 to {max(seconds)}" in caption
     words = [text for text in report.texts["Seconds of a step"] if text.isalpha()]
-    assert words.count("step") == 1, "the axis alone: a step is no part of itself"
+    assert words.count("step") == 1, "only the axis: the whole step is not one of its own parts"
     rewards = report.config["ppo"].get("rewards", [])
     names = [reward.get("name", "model") for reward in rewards] if len(rewards) > 1 else []
     assert [text for text in report.texts.get("Reward by source", []) if text.isalpha() and text != "step"] == names

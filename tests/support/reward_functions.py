@@ -1,4 +1,4 @@
-"""Reward functions, correct and faulty. Light to import: every process imports them again."""
+"""Reward functions, correct and faulty. Fast to import: every process imports them again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def letters(prompts: list[str], answers: list[str], wanted: list[str]) -> list[f
 
 
 def by_label(prompts: list[str], answers: list[str], label: list[float], note: list[str | None]) -> list[float]:
-    """Takes its columns by name, and needs a row of every column for each answer."""
+    """Takes columns by name, and requires one value of every column per answer."""
     assert len(label) == len(note) == len(answers)
     return [x + (0.5 if text else 0.0) for x, text in zip(label, note, strict=True)]
 
@@ -148,7 +148,7 @@ def thinks(prompts: list[str], answers: list[str], **columns: list[Any]) -> list
     return [float(answer.startswith("<think>") and "</think>" in answer) for answer in answers]
 
 
-# ---------------------------------------------------------------- what a process may do to its owner
+# ---------------------------------------------------------------- harmful behaviour of a process
 
 
 def sleep_at_wait(prompts: list[str], answers: list[str], **columns: list[Any]) -> list[float]:

@@ -44,7 +44,7 @@ def flip_bit(path: Path, at: int = 0) -> None:
 def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not so within {seconds} s"
+        assert time.monotonic() < end, f"condition not met within {seconds} s"
         time.sleep(0.02)
 
 

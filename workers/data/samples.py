@@ -1,8 +1,8 @@
-"""What travels between workers: ragged arrays in Ray's object store, and the driver's references to their rows.
+"""The data sent between workers: ragged arrays in Ray's object store, and the driver's references to their rows.
 
-An engine puts the samples of one call into the store as one `RolloutBatch`; a scoring rank puts one `RaggedArray`. The driver
-keeps `SampleRefs`: for each sample, which object holds it and in which row. A worker that is handed them fetches the
-objects (shared memory, no copy on the same node) and reads its rows.
+An engine stores the samples of one call as one `RolloutBatch`; a scoring rank stores one `RaggedArray`. The driver keeps
+`SampleRefs`: the object and the row of each sample. A worker that receives them fetches the objects (shared memory, no copy on
+the same node) and reads its rows.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _NO_VERSIONS = np.empty(0, np.int32)
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Sample:
-    """Token ids of which some are trained on: a prompt and its response, or a conversation with several responses."""
+    """Token ids, some of them trained: a prompt and its response, or a conversation with several responses."""
 
     ids: np.ndarray
-    """[length] int32; end tokens included, unless they were cut off."""
+    """[length] int32; includes end tokens, unless the text was cut off."""
     loss_mask: np.ndarray
-    """[length] bool: which tokens are trained on. There may be gaps; nothing predicts the first token, whatever stands there."""
+    """[length] bool: trained tokens. There may be gaps. The first token is never trained: no token predicts it."""
     log_probs: np.ndarray = field(default_factory=lambda: _NO_NUMBERS)
-    """[trained] float32: the engine's, under the sampling temperature; empty where no engine wrote the tokens."""
+    """[trained] float32: the engine's, at the sampling temperature; empty if no engine generated the tokens."""
     versions: np.ndarray = field(default_factory=lambda: _NO_VERSIONS)
-    """[trained] int32: policy version that wrote each trained token; empty where no engine did."""
+    """[trained] int32: policy version that generated each trained token; empty if no engine did."""
 
     @classmethod
     def of(
@@ -64,7 +64,7 @@ class Sample:
         log_probs: npt.ArrayLike = _NO_NUMBERS,
         version: int | None = None,
     ) -> Sample:
-        """A prompt's ids and those of a response of which every token is trained on."""
+        """A sample from the ids of a prompt and of a response; every response token is trained."""
         start, end = np.asarray(prompt, np.int32), np.asarray(response, np.int32)
         mask = np.arange(len(start) + len(end)) >= len(start)
         versions = _NO_VERSIONS if version is None else np.full(len(end), version, np.int32)
@@ -72,14 +72,14 @@ class Sample:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first that is trained on."""
+        """Number of tokens before the first trained token."""
         trained = np.flatnonzero(self.loss_mask)
         return int(trained[0]) if len(trained) else len(self.ids)
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Samples as an engine wrote them: token ids and their log-probabilities, never text."""
+    """Samples as an engine generated them: token ids and log-probabilities, never text."""
 
     ids: RaggedArray
     """int32"""
@@ -110,7 +110,7 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class SampleRefs:
-    """Where each sample's row lies: sample i is row where[i, 1] of the object refs[where[i, 0]]."""
+    """Location of each sample: sample i is row where[i, 1] of the object refs[where[i, 0]]."""
 
     refs: tuple[ObjectRef, ...]
     where: np.ndarray
@@ -118,7 +118,7 @@ class SampleRefs:
 
     @classmethod
     def of(cls, refs: Sequence[ObjectRef], samples: Sequence[np.ndarray], count: int) -> SampleRefs:
-        """Rows of refs[k] are the samples `samples[k]`, in that order; `count` samples in all."""
+        """The rows of refs[k] are the samples `samples[k]`, in this order; `count` samples in total."""
         where = np.empty((count, 2), np.int32)
         for part, indices in enumerate(samples):
             where[indices, 0] = part
@@ -126,13 +126,13 @@ class SampleRefs:
         return cls(tuple(refs), where)
 
     def take(self, samples: np.ndarray) -> SampleRefs:
-        """The same for some samples, with only the references that they need."""
+        """References to some of the samples, without the objects that these do not need."""
         parts, new = np.unique(self.where[samples, 0], return_inverse=True)
         where = np.stack([new, self.where[samples, 1]], axis=1).astype(np.int32)
         return SampleRefs(tuple(self.refs[p] for p in parts), where)
 
     def fetch(self) -> list[Any]:
-        """The rows themselves; called in a worker."""
+        """The rows; called in a worker."""
         objects = ray.get(list(self.refs)) if self.refs else []
         return [objects[part].row(row) for part, row in self.where]
 

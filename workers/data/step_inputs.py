@@ -1,7 +1,7 @@
-"""What the driver asks of a rank: which samples or rows, cut into which micro-batches. Indices and counts, no tokens.
+"""The driver's inputs for a rank: samples or rows, split into micro-batches. Indices and counts, no tokens.
 
-All ranks get the same number of micro-batches. An empty one is padding (workers.data.batching). Counts are those of the whole
-batch, over all ranks, so that neither padding nor the number of ranks changes a mean.
+All ranks get the same number of micro-batches. An empty one is padding (workers.data.batching). Counts are of the whole batch,
+over all ranks, so padding and the number of ranks do not change a mean.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ class SupervisedBatch:
     micro_batches: list[Rows]
     """Rows of the dataset."""
     count: int
-    """Completion tokens (or pairs) of the whole batch, over all ranks: what its loss is divided by."""
+    """Completion tokens (or pairs) of the whole batch, over all ranks: the divisor of its loss."""
 
 
 @dataclass(frozen=True)
 class KLTerm:
-    """The step's penalty on KL(actor | reference): where it applies, and how much. A coefficient of 0: not there."""
+    """The step's penalty on KL(actor | reference). A coefficient of 0: not applied there."""
 
     estimator: Literal["k1", "k2", "k3"] = "k1"
     reward_coefficient: float = 0.0
-    """Of what is taken from each token's reward."""
+    """Coefficient of the penalty that is subtracted from each token's reward."""
     loss_coefficient: float = 0.0
-    """Of what is added to each token's loss."""
+    """Coefficient of the penalty that is added to each token's loss."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class MiniBatch:
     """Trained tokens."""
     sequences: int
     prompts: int
-    """Draws of prompts that they answer."""
+    """Prompt draws that they answer."""
     ptx: SupervisedBatch | None = None
-    """Demonstrations learned beside it."""
+    """Demonstrations in the same optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -60,50 +60,50 @@ class TrainStepInput:
 
     rollouts: SampleRefs
     reference: SampleRefs | None
-    """The reference's log-probabilities; None: no role of the step needs them."""
+    """The reference's log-probabilities; None if no role of the step needs them."""
     values: SampleRefs | None
     """The critic's values."""
     scores: np.ndarray
-    """[samples] as they are trained on."""
+    """[samples] shaped scores."""
     groups: np.ndarray
-    """[samples] ids of the draws of prompts that they answer."""
+    """[samples] ids of the prompt draws that they answer."""
     prompt_tokens: np.ndarray
     """[samples] trained tokens of the sample's group in its mini-batch, over all ranks."""
     kl: KLTerm
     mini_batches: list[MiniBatch]
     advantages: np.ndarray | None = None
-    """[samples] per answer; None: the worker estimates them per token."""
+    """[samples] per answer; None: the worker computes advantages per token."""
     update: bool = True
     """Whether the weights may change."""
 
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """What a rank of the reward role is told of the answers that it scores. Arrays are [samples]."""
+    """Information on the answers that a rank of the reward role scores. Arrays are [samples]."""
 
     data: str
     """Name of the prompts' dataset."""
     prompts: np.ndarray
     """Rows of the dataset."""
     numbers: np.ndarray
-    """Of the answers to its prompt, which one each is, from 0."""
+    """Number of the answer among the answers to its prompt, from 0."""
     ended: np.ndarray
-    """Which answers ended by themselves."""
+    """Answers that ended with an end token, not at the length limit."""
     step: int
-    """0: of an evaluation."""
+    """0: an evaluation."""
 
 
 @dataclass(frozen=True)
 class RolloutInfo:
-    """What the driver learns of the samples of a RolloutBatch. Arrays are [samples]."""
+    """The driver's information on the samples of a RolloutBatch. Arrays are [samples]."""
 
     prompt_lengths: np.ndarray
     answer_lengths: np.ndarray
     """Tokens after the prompt."""
     trained_tokens: np.ndarray
-    """Of these, tokens that are trained on."""
+    """Trained tokens among them."""
     ended: np.ndarray
-    """Which answers ended by themselves (eos)."""
+    """Answers that ended with an end token (eos), not at the length limit."""
     min_versions: np.ndarray
     """Oldest policy version among the trained tokens."""
     max_versions: np.ndarray
@@ -123,8 +123,8 @@ class RolloutInfo:
 
 
 class DifferentModel(RuntimeError):
-    """A model that should be the trainer's computes something else."""
+    """A copy of the trainer's model computes different outputs."""
 
 
 class StaleWeights(RuntimeError):
-    """An engine's weights are not those that the trainer published."""
+    """An engine's weights are not those of the trainer's last update."""

@@ -1,7 +1,7 @@
 """The two kinds of model: a language model returns log-probabilities, a scalar model returns values or scores.
 
-Both run the transformer's body once and select the hidden states that they need. Logits are computed for answer tokens only, a
-chunk of tokens at a time.
+Both run the transformer's body once and select the hidden states that they need. Logits are computed for trained tokens only, in
+chunks of tokens.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from workers.data.batching import NO_ROWS
 from workers.models.fused_log_probs import HeadLogProbs, TableGradient, TiedEmbedding
 from workers.models.logit_transforms import AfterHead
 
-_STAND_IN = Sample.of([0], [0])
-"""One token of a prompt and one of an answer: token 0 is in every vocabulary."""
+_PADDING_ROW = Sample.of([0], [0])
+"""A prompt and an answer of one token each: token 0 is in every vocabulary."""
 
 
 class Batch:
-    """Samples of a micro-batch, padded on the right, and where their trained tokens are.
+    """Samples of a micro-batch, padded on the right, and the positions of their trained tokens.
 
-    ids: [B, T] int64; lengths: [B]. What there is per trained token has R columns when padded, as many as the sample with the
-    most: column k is a sample's k-th trained token, whatever stands between them.
+    ids: [B, T] int64; lengths: [B]. Per-token data is padded to R columns, the largest number of trained tokens of a sample:
+    column k is a sample's k-th trained token, also if other tokens are between them.
 
-    A micro-batch without rows (B = 0) is padding: other ranks have one more than this rank, and all compute equally many
-    passes. Then ids and attention_mask hold a row that stands in, and the models run over it; but the mask is [0, 1], so that
-    their outputs have no row. Losses of it sum to 0, and so do its gradients, exactly: nothing is multiplied by a weight.
+    A micro-batch without rows (B = 0) is padding: all ranks compute the same number of passes, and another rank has more rows.
+    Then ids and attention_mask hold a padding row, which the models compute; but the mask is [0, 1], so their outputs have no
+    row. Its loss and gradients are exactly 0, without multiplication by a weight.
     """
 
     def __init__(self, rows: Sequence[Sample], device: torch.device, seeds: list[int] | None = None) -> None:
-        """seeds: of each row's dropout."""
-        real, rows = len(rows), rows or [_STAND_IN]
+        """seeds: of the dropout, one per row."""
+        real, rows = len(rows), rows or [_PADDING_ROW]
         self.lengths = torch.tensor([len(r.ids) for r in rows])
         self.ids = torch.zeros(len(rows), int(self.lengths.max()), dtype=torch.long)
         for i, r in enumerate(rows):
             self.ids[i, : len(r.ids)] = torch.as_tensor(r.ids.astype("int64"))
         self.attention_mask = (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
         self.lengths = self.lengths[:real]
-        before = [np.flatnonzero(r.loss_mask[1:]) for r in rows[:real]]  # nothing predicts a row's first token
+        before = [np.flatnonzero(r.loss_mask[1:]) for r in rows[:real]]  # no token predicts a row's first token
         counts = torch.tensor([len(positions) for positions in before], dtype=torch.long)
         self.mask = torch.arange(max([1, *map(len, before)])) < counts[:, None]
         """[B, R] True on trained tokens, False on padding."""
         self.rows = torch.arange(real).repeat_interleave(counts)
         self.before = torch.from_numpy(np.concatenate([NO_ROWS, *before]))
-        """Position whose hidden state predicts each trained token (flat, like rows)."""
+        """Position of the hidden state that predicts each trained token (flat, like rows)."""
         for name, value in vars(self).items():
             setattr(self, name, value.to(device))
         self.seeds = seeds
@@ -61,7 +61,7 @@ class Batch:
 
 
 class LanguageModel(nn.Module):
-    """A causal language model that returns the log-probabilities of the answer tokens."""
+    """A causal language model that returns log-probabilities of the trained tokens."""
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         return TiedEmbedding.apply(embeddings.weight, *args, embeddings.padding_idx, self.tied)
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probability of each answer token and entropy of its distribution, [B, R] each, zeros outside the mask."""
+        """Log-probability of each trained token and entropy of its distribution, [B, R] each, zeros outside the mask."""
         self.tied = None
         hidden = self.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
         hidden = hidden[batch.rows, batch.before]
@@ -95,11 +95,11 @@ class LanguageModel(nn.Module):
 class ScalarModel(nn.Module):
     """A transformer with a scalar head: the critic's values, the reward model's scores.
 
-    Its output is (head output - mean) / standard deviation; the model's config holds both numbers, so every copy of the model
-    has them. The head computes in float32 whatever its weights' dtype: bfloat16 has eight bits for a score.
+    Its output is (head output - mean) / standard deviation; both numbers are in the model's config, so every copy of the model
+    has them. The head computes in float32 for all weight types: bfloat16 has only eight bits for a score.
 
-    Each row's dropout is drawn from a seed of its own (`Batch.seeds`): it does not depend on the other rows of the
-    micro-batch, nor on the rank.
+    Each row's dropout has its own seed (`Batch.seeds`): it does not depend on the other rows of the micro-batch, nor on the
+    rank.
     """
 
     def __init__(self, hf: PreTrainedModel, dropout: float = 0.0) -> None:
@@ -108,7 +108,7 @@ class ScalarModel(nn.Module):
         hf.score.forward = partial(_in_float32, hf.score)
         self.dropout = dropout
         self.generators: list[torch.Generator] = []
-        """Of each row of the current pass, the generator of its dropout; empty without dropout."""
+        """Dropout generator of each row of the current pass; empty without dropout."""
         self.lengths: list[int] = []
         """Lengths of the same rows."""
         if dropout:
@@ -130,31 +130,31 @@ class ScalarModel(nn.Module):
         return (self.hf.score(hidden).squeeze(-1) - mean) / std
 
     def _generators(self, batch: Batch) -> list[torch.Generator]:
-        """One generator per row; empty where nothing is dropped, also for a micro-batch without rows."""
+        """One generator per row; empty without dropout, and for a micro-batch without rows."""
         if not (self.dropout and self.training):
             return []
         if batch.seeds is None:
-            raise ValueError("a scalar model with dropout trains on batches with seeds")
+            raise ValueError("a scalar model with dropout needs batches with seeds")
         return [torch.Generator(batch.ids.device).manual_seed(seed) for seed in batch.seeds]
 
     def _keep_masks(self, counts: list[int], width: int) -> list[Tensor]:
-        """Per row [count, width], which elements are kept; advances the row's generator."""
+        """Per row, [count, width]: True for kept elements. Advances the row's generator."""
         return [
             torch.rand(count, width, generator=generator, device=generator.device) >= self.dropout
             for count, generator in zip(counts, self.generators, strict=True)
         ]
 
     def _drop_embeddings(self, embeddings: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook: dropout of each row's tokens, [B, T, H]; padding is dropped entirely."""
+        """Forward hook: dropout of each row's tokens, [B, T, H]; padding is set to 0."""
         if not self.generators:
             return output
         keep = torch.nn.utils.rnn.pad_sequence(self._keep_masks(self.lengths, output.shape[-1]), batch_first=True)
         return output * keep.to(output.dtype) / (1 - self.dropout)
 
     def forward(self, batch: Batch, per_token: bool) -> Tensor:
-        """per_token: values of the states before each answer token, [B, R]. Else scores at the sequences' last tokens, [B].
+        """per_token: the value before each trained token, [B, R]. Otherwise scores at the sequences' last tokens, [B].
 
-        The last token's position is the sequence's length less one: the pad token may equal eos.
+        The last token's position is the length minus one, not the first pad token: pad may equal eos.
         """
         if per_token:
             return batch.padded(self._at(batch, batch.rows, batch.before))

@@ -1,1 +1,1 @@
-"""The process of a worker: the Ray actor, its memory, its errors, and how it is inspected from outside."""
+"""The process of a worker: the Ray actor, its memory, its errors, and its inspection from outside."""

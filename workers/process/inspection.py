@@ -1,4 +1,4 @@
-"""Looking at a worker's process from outside: where it is, whether it lives, what it does, what it wrote last."""
+"""Inspecting a worker's process from outside: its location, state, stack and last output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = Literal["running", "stopped", "gone", "node lost"]
 
 @dataclass(frozen=True)
 class ProcessLocation:
-    """Where a worker's process is."""
+    """Node and identity of a worker's process."""
 
     node: str
     """Ray's id of the node."""
@@ -28,24 +28,24 @@ class ProcessLocation:
     """Its address."""
     pid: int
     born: float
-    """When the process was created: a later one may have the same pid."""
+    """Creation time of the process: a later process may have the same pid."""
     logs: tuple[str, ...]
-    """Files that its output goes to."""
+    """Files with its output."""
 
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What was found of a process."""
+    """Result of an inspection."""
 
     state: State
     log: str = ""
-    """The end of what it wrote."""
+    """The end of its output."""
     stack: str = ""
-    """Python stacks of its threads, where it lives."""
+    """Python stacks of its threads, if it runs."""
 
 
 def location() -> ProcessLocation:
-    """Of this process."""
+    """Location of this process."""
     context = ray.get_runtime_context()
     process = psutil.Process()
     logs = tuple(path for fd in (1, 2) if (path := os.path.realpath(f"/proc/self/fd/{fd}")).startswith("/"))
@@ -55,50 +55,52 @@ def location() -> ProcessLocation:
 
 
 def proportional_memory() -> int:
-    """Bytes of this process: proportional set size, so that shared pages count once over all processes."""
+    """Bytes of this process: proportional set size, which counts shared pages once over all processes."""
     info = psutil.Process().memory_full_info()
     return int(getattr(info, "pss", info.rss))
 
 
-def examine(places: Sequence[ProcessLocation], lines: int, stacks: Sequence[bool]) -> list[ProcessState]:
-    """Examine processes of this node: the last `lines` lines of each one's output and, of those marked in `stacks`, what it is
-    doing. All at once: one after the other, many that are slow to show their stacks would take minutes."""
-    with ThreadPoolExecutor(max(len(places), 1)) as pool:
-        return list(pool.map(_examine, places, [lines] * len(places), stacks))
+def inspect(locations: Sequence[ProcessLocation], lines: int, stacks: Sequence[bool]) -> list[ProcessState]:
+    """Inspect processes of this node: the last `lines` lines of output and, for those marked in `stacks`, the Python stacks.
+
+    In parallel: one after the other, many slow stack dumps would take minutes.
+    """
+    with ThreadPoolExecutor(max(len(locations), 1)) as pool:
+        return list(pool.map(_inspect, locations, [lines] * len(locations), stacks))
 
 
-def end(places: Sequence[ProcessLocation]) -> None:
-    """Kill processes of this node, stopped ones too."""
-    for place in dict.fromkeys(places):  # roles may share a process
-        if (process := _process(place)) is not None:
+def kill(locations: Sequence[ProcessLocation]) -> None:
+    """Kill processes of this node, including stopped ones."""
+    for location in dict.fromkeys(locations):  # roles may share a process
+        if (process := _process(location)) is not None:
             process.send_signal(signal.SIGKILL)
 
 
-def _process(place: ProcessLocation) -> psutil.Process | None:
+def _process(location: ProcessLocation) -> psutil.Process | None:
     try:
-        process = psutil.Process(place.pid)
-        same = abs(process.create_time() - place.born) < 1.0
+        process = psutil.Process(location.pid)
+        same = abs(process.create_time() - location.born) < 1.0
         return process if same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else None
     except psutil.NoSuchProcess:
         return None
 
 
-def _examine(place: ProcessLocation, lines: int, stack: bool) -> ProcessState:
-    process, log = _process(place), "\n".join(_tail(path, lines) for path in place.logs)
+def _inspect(location: ProcessLocation, lines: int, stack: bool) -> ProcessState:
+    process, log = _process(location), "\n".join(_tail(path, lines) for path in location.logs)
     if process is None:
         return ProcessState("gone", log)
     stopped = process.status() == psutil.STATUS_STOPPED
-    return ProcessState("stopped" if stopped else "running", log, _stack(place.pid) if stack else "")
+    return ProcessState("stopped" if stopped else "running", log, _stack(location.pid) if stack else "")
 
 
 def _stack(pid: int) -> str:
-    program = str(Path(sys.executable).with_name("py-spy"))  # it comes with Ray
-    # --nonblocking: a stopped process would never reach the point at which it may be paused.
+    program = str(Path(sys.executable).with_name("py-spy"))  # installed with Ray
+    # --nonblocking: py-spy would wait forever for a stopped process to pause.
     command = [program, "dump", "--nonblocking", "--pid", str(pid)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
-        return "(py-spy gave no answer in 20 s)"
+        return "(py-spy did not finish within 20 s)"
     return done.stdout if done.returncode == 0 else f"(py-spy: {done.stderr.strip()[-300:]})"
 
 

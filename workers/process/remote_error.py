@@ -1,4 +1,4 @@
-"""Exceptions on their way from a worker to the driver, and the line of an error that says what happened."""
+"""Exceptions that are sent from a worker to the driver, and the one line that summarizes an error."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from ray import cloudpickle
 from ray.exceptions import RayError
 
-_KNOWN = ("builtins", "configs", "placement", "workers")
+_IMPORTABLE = ("builtins", "configs", "placement", "workers")
 """Packages whose exceptions the driver can load without importing a plugin, torch or vLLM."""
 _SHOWN_CHARACTERS = 400
 _ANNOUNCES = re.compile(r"\d+ validation errors? for .*|.*:")
-"""A line that says nothing without those after it."""
+"""A line that only announces the following lines."""
 _FURTHER_LINES = 2
 
 
@@ -27,28 +27,27 @@ class RemoteError(Exception):
 
 
 def portable(error: BaseException) -> BaseException:
-    """The exception itself where every driver can load it, else a RemoteError with its type, message and traceback.
+    """The exception itself if every driver can load it, otherwise a RemoteError with its type, message and traceback.
 
-    Ray replaces an exception that cannot be pickled by one without a type, and a worker dies of one that raises while it is
-    pickled, and of SystemExit. One that can be pickled but not loaded, or whose module the driver does not have, would arrive
-    as text only.
+    Ray replaces an exception that cannot be pickled by one without a type. An exception that raises while it is pickled, and
+    SystemExit, would end the worker. If the driver cannot unpickle it, or lacks its module, only text would arrive.
     """
     if isinstance(error, RayError):
-        return error  # Ray's own, or one that another worker has already made portable
-    known = isinstance(error, Exception) and type(error).__module__.partition(".")[0] in _KNOWN
-    if known and _survives_pickling(error):
+        return error  # Ray's own, or already made portable by another worker
+    importable = isinstance(error, Exception) and type(error).__module__.partition(".")[0] in _IMPORTABLE
+    if importable and _survives_pickling(error):
         return error
-    carried = RemoteError(_type_name(error), _message(error))
-    carried.__traceback__ = error.__traceback__
-    carried.__cause__, carried.__context__ = error.__cause__, error.__context__
-    carried.__suppress_context__ = error.__suppress_context__
-    return carried
+    remote = RemoteError(_type_name(error), _message(error))
+    remote.__traceback__ = error.__traceback__
+    remote.__cause__, remote.__context__ = error.__cause__, error.__context__
+    remote.__suppress_context__ = error.__suppress_context__
+    return remote
 
 
 def _survives_pickling(error: BaseException) -> bool:
     try:
         return type(cloudpickle.loads(cloudpickle.dumps(error))) is type(error)
-    except Exception:  # whatever its own methods raise
+    except Exception:  # its methods may raise anything
         return False
 
 
@@ -73,9 +72,9 @@ def summary(error: BaseException) -> str:
 
 
 def headline(message: str) -> str:
-    """The first line of a message, with those after it where the first only announces them; one line, at most 400 characters.
+    """The first line of a message, plus the next lines if the first only announces them; one line, at most 400 characters.
 
-    Libraries say first what happened and then what one might try.
+    Libraries write first the error, then advice.
 
     >>> headline("no such model: gpt-9\\nCheck your internet connection")
     'no such model: gpt-9'
@@ -91,9 +90,9 @@ def headline(message: str) -> str:
 
 
 def headline_of_traceback(text: str) -> str:
-    """The headline of the exception that a traceback ends with, `TypeName: ...`; empty where the text is no traceback.
+    """The headline of the exception that a traceback ends with, `TypeName: ...`; empty if the text is no traceback.
 
-    Accepts Python's tracebacks and Ray's, which begin with `ray::` and the name of the call.
+    Accepts tracebacks of Python and of Ray, which begin with `ray::` and the name of the call.
     """
     lines = text.splitlines()
     starts = [k for k, line in enumerate(lines) if "ray::" in line or "Traceback (most recent call last)" in line]

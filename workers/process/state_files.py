@@ -1,4 +1,4 @@
-"""Small trees of files as bytes, so that they can lie in the object store."""
+"""Small trees of files as bytes, so that the object store can hold them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 Files = dict[str, np.ndarray]
-"""Name relative to a folder -> its bytes, uint8."""
+"""Path relative to a folder -> content, uint8."""
 
 
 def read_files(folder: Path) -> Files:
@@ -25,5 +25,5 @@ def write_files(folder: Path, files: Files) -> None:
 
 
 def copy_files(files: Files) -> Files:
-    """The same, in the object store of the node that this runs on."""
+    """The same files; as a Ray task, it puts them into the object store of its node."""
     return files

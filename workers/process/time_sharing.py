@@ -1,4 +1,4 @@
-"""Roles that hold a device by turns: between its calls a process keeps what it has there in host memory."""
+"""Time sharing of a device between roles: between its calls a process moves its device tensors to host memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from workers.process.worker import Worker
 
 
 class DeviceTimeSharing:
-    """A process's workers on a shared device. Tensors lose and regain their memory and nothing else: what views what stays."""
+    """A process's workers on a shared device. Only the tensors' memory is released and restored: views stay valid."""
 
     def __init__(self, workers: Sequence[Worker], device: str) -> None:
         self.workers, self.device = workers, device
-        self._away: list[tuple[UntypedStorage, Tensor]] = []
+        self._offloaded: list[tuple[UntypedStorage, Tensor]] = []
 
     @contextmanager
     def turn(self, method: str) -> Iterator[None]:
-        """Within it the device is this process's. Methods that all workers have need none."""
+        """Context: this process has the device. Methods of the base Worker do not need it."""
         if hasattr(Worker, method):
             yield
             return
@@ -31,21 +31,23 @@ class DeviceTimeSharing:
             self.offload(tensor for worker in self.workers for tensor in worker.tensors())
 
     def offload(self, tensors: Iterable[Tensor]) -> None:
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == self.device}
-        for storage in found.values():
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == self.device
+        }
+        for storage in storages.values():
             if size := storage.nbytes():
                 host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device == "cuda")
                 host.copy_(_bytes(storage))
                 storage.resize_(0)
-                self._away.append((storage, host))
+                self._offloaded.append((storage, host))
         if self.device == "cuda":
-            torch.cuda.empty_cache()  # what stayed in the allocator no other process could use
+            torch.cuda.empty_cache()  # memory cached by the allocator is unusable for other processes
 
     def onload(self) -> None:
-        for storage, host in self._away:
+        for storage, host in self._offloaded:
             storage.resize_(host.nbytes)
             _bytes(storage).copy_(host)
-        self._away = []
+        self._offloaded = []
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:

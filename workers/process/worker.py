@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Which worker this is."""
+    """Identity and configuration of a worker."""
 
     config: RunConfig
     role: Role
@@ -34,13 +34,13 @@ class WorkerSpec:
     """cpu or cuda"""
     threads: int
     time_shared: bool = False
-    """Whether it shares its device with other processes, which hold it by turns."""
+    """Whether it time-shares its device with other processes."""
     started: datetime | None = None
-    """When the run began, for chat templates that write the date; none: now."""
+    """Start of the run, for chat templates that write the date; None: now."""
 
 
 class Worker(WorkerApi):
-    """The base of all workers: where its process is and how much memory it has, its process group, its datasets."""
+    """The base of all workers: location and memory of the process, process group, datasets."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
@@ -48,7 +48,7 @@ class Worker(WorkerApi):
         self.rank = spec.rank
         self.datasets: dict[str, Any] = {}
         self.base: SharedBase | None = None
-        """The frozen base that the roles of this process share; none: the role is alone in it."""
+        """The frozen base that the roles of this process share; None if the process has one role."""
 
     def __repr__(self) -> str:
         return f"{self.spec.role}-{self.spec.rank}"
@@ -63,7 +63,7 @@ class Worker(WorkerApi):
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
     def join(self, address: tuple[str, int]) -> None:
-        """Set what torch.distributed and DeepSpeed read when the group meets."""
+        """Set the variables that torch.distributed and DeepSpeed read to form the group."""
         os.environ |= {
             "MASTER_ADDR": address[0],
             "MASTER_PORT": str(address[1]),
@@ -73,22 +73,22 @@ class Worker(WorkerApi):
             "LOCAL_SIZE": "1",
         }
         if address[0].startswith("127."):
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise gloo listens on the address of the host's name
 
     def add_rows(self, name: str, rows: Any) -> None:
-        """Keep a dataset under a name: tokenised (workers.data.Sequences, Preferences, or the ids of prompts) or, for reward
+        """Store a dataset under a name: tokenised (workers.data.Sequences, Preferences, or the ids of prompts) or, for reward
         functions, as rows."""
         self.datasets[name] = rows
 
     def mark(self, folder: str) -> str:
-        """Make an empty file in a folder, for others to see whether it is theirs too; returns its name."""
-        name = f"{self!r}.partial"  # as everything is named that must not stay
+        """Create an empty file in a folder, so that other nodes can check that they share the folder; returns its name."""
+        name = f"{self!r}.partial"  # the suffix of all temporary files
         os.makedirs(folder, exist_ok=True)
         Path(folder, name).touch()
         return name
 
     def tensors(self) -> Iterable[Tensor]:
-        """All that it holds on its device between calls."""
+        """All tensors on its device between calls."""
         return ()
 
     def memory(self) -> int:
@@ -97,16 +97,16 @@ class Worker(WorkerApi):
 
 
 def compiles(config: RunConfig, device: str) -> bool:
-    """Whether engines compile what they compute."""
+    """Whether engines use torch.compile."""
     return device == "cuda" if config.rollout.compile == "auto" else config.rollout.compile
 
 
 def environment(config: RunConfig, role: Role, device: str, threads: int) -> dict[str, str]:
-    """Environment of a worker's process; must be there before torch is imported."""
+    """Environment of a worker's process; must be set before torch is imported."""
     common = {
         "OMP_NUM_THREADS": str(threads),
-        # An idle thread looks for work for a moment, then sleeps. Spinning as long as by default, it slows the other workers
-        # tenfold; to sleep at once costs its own worker a fifth, between small operations.
+        # An idle thread spins briefly, then sleeps. The default spin time slows the other workers tenfold; sleeping at once
+        # slows its own worker by a fifth, between small operations.
         "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -1,4 +1,4 @@
-"""The Ray actor around workers: it imports their classes in its own process, so that the driver never imports torch."""
+"""The Ray actor around workers. It imports their classes in its own process, so the driver never imports torch."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ KINDS = {
 
 
 class WorkerProcess:
-    """The workers of one rank in one process, known in Ray's dashboard by their roles and rank.
+    """The workers of one rank in one process; its name in Ray's dashboard is roles and rank.
 
-    Mostly one; several are the roles that share a frozen base (see workers.models.shared_base).
+    Usually one worker; several if roles share a frozen base (workers.models.shared_base).
     """
 
     def __init__(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
-        """hosted: of each role its kind of worker (a key of KINDS, or a class, module:name) and which worker it is.
+        """hosted: for each role, its kind of worker (a key of KINDS, or a class as module:name) and its spec.
 
-        What fails here is raised by the first call: of an actor that cannot be created Ray tells no more than that it died.
+        The first call raises the error of a failed start: for an actor that cannot be created, Ray only reports its death.
         """
         self.roles = [spec.role for _, spec in hosted]
         self.rank = hosted[0][1].rank
         self.workers: dict[Role, Worker] = {}
-        self.turns: Any = None
-        self.failure: BaseException | None = None
+        self.time_sharing: Any = None
+        self.start_error: BaseException | None = None
         try:
-            self._begin(hosted)
+            self._start(hosted)
         except (Exception, SystemExit) as error:
-            self.failure = portable(error)
+            self.start_error = portable(error)
 
-    def _begin(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
+    def _start(self, hosted: Sequence[tuple[str, WorkerSpec]]) -> None:
         first = hosted[0][1]
-        malloc.suit(first.role)
+        malloc.configure(first.role)
         if first.device == "cpu":
-            # A compiler for GPUs, which torch would load where it is installed: 70 MB for nothing.
+            # The GPU compiler, which torch would load if installed: 70 MB without use.
             sys.modules["triton"] = None  # type: ignore[assignment]
         for plugin in first.config.plugins:
             import_module(plugin)
@@ -59,7 +59,7 @@ class WorkerProcess:
             for worker in self.workers.values():
                 worker.base = base
         if first.time_shared:
-            self.turns = import_module("workers.process.time_sharing").DeviceTimeSharing(
+            self.time_sharing = import_module("workers.process.time_sharing").DeviceTimeSharing(
                 list(self.workers.values()), first.device
             )
 
@@ -67,22 +67,22 @@ class WorkerProcess:
         return f"{'+'.join(self.roles)}-{self.rank}"
 
     def call(self, role: Role, method: str, *args: Any) -> Any:
-        """What a role's worker returns. Raises what it raises, in a form that reaches the driver
+        """Call a method of a role's worker. Raises the worker's exception in a form that reaches the driver
         (workers.process.remote_error)."""
-        failure = self.failure
+        error_to_raise = self.start_error
         try:
-            if failure is None:
-                with self.turns.turn(method) if self.turns else nullcontext():
+            if error_to_raise is None:
+                with self.time_sharing.turn(method) if self.time_sharing else nullcontext():
                     return self._method(role, method)(*args)
         except (Exception, SystemExit) as error:
-            failure = portable(error)
+            error_to_raise = portable(error)
         finally:
-            malloc.give_back()  # for the roles whose turn comes
-        assert failure is not None
+            malloc.give_back()  # for other processes of the node
+        assert error_to_raise is not None
         try:
-            raise failure  # here, where the original exception is not shown once more as its context
+            raise error_to_raise  # outside of `except`, so that the original exception is not shown again as its context
         finally:
-            del failure  # its traceback holds this frame, and the tensors of all frames below
+            del error_to_raise  # its traceback holds this frame, and the tensors of all frames below
 
     def _method(self, role: Role, name: str) -> Callable[..., Any]:
         worker = self.workers[role]

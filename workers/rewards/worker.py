@@ -1,4 +1,4 @@
-"""The reward role: what an answer is worth, by trained models, Python functions and services."""
+"""The reward role: scores answers by trained models, Python functions and services."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from workers.rewards.result import Fault, RewardResult
 from workers.training.value import score
 
 _SHOWN_ANSWERS, _SHOWN_CHARACTERS = 3, 500
-"""Of the answers without a score, for the record of the failure."""
+"""Limits on the answers without a score that are shown in the record of a failure."""
 
 
 class RewardWorker(Worker, RewardsApi):
-    """One rank of the reward role: its share of the answers, by every source."""
+    """One rank of the reward role: scores its share of the answers with every source."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         self.device = torch.device(spec.device)
         self.models: dict[str, ScalarModel] = {}
         self.codecs: dict[str, Codec] = {}
-        """Of the reward models that read answers with a tokenizer of their own."""
+        """Codecs of the reward models that use their own tokenizer."""
         self.sources: dict[str, FunctionProcess | Endpoint] = {}
 
     def tensors(self) -> Iterator[Tensor]:
@@ -82,7 +82,7 @@ class RewardWorker(Worker, RewardsApi):
                 self.codecs[name] = Codec.load(path, self.config, settings, started)
             elif load_tokenizer(path, trust).get_vocab() != self.codec.tokenizer.get_vocab():
                 raise RewardError(
-                    f"reward {name}: {path} has another tokenizer than the policy ({policy}), whose tokens it is to score; "
+                    f"reward {name}: {path} has another tokenizer than the policy ({policy}), whose tokens it must score; "
                     "tokenizer: own would fit"
                 )
             hf, _ = build(self.base, path, settings, scalar=True, seed=self.config.seed, learns=False)
@@ -91,20 +91,20 @@ class RewardWorker(Worker, RewardsApi):
     def scores(
         self, request: ScoringRequest, rollouts: SampleRefs, batches: list[Rows], names: list[str]
     ) -> dict[str, RewardResult]:
-        """What each of the named sources says of the samples that the request is about."""
+        """Scores of the request's samples from each of the named sources."""
         samples: list[Sample] = rollouts.fetch()
-        found = {}
+        results = {}
         for name in names:
             if name in self.codecs:
-                found[name] = self._score_texts(name, request, samples)
+                results[name] = self._score_texts(name, request, samples)
             elif name in self.models:
-                found[name] = RewardResult.of(score(self.models[name], samples, batches, self.device).tolist())
+                results[name] = RewardResult.of(score(self.models[name], samples, batches, self.device).tolist())
             else:
-                found[name] = self._ask(self.sources[name], request, samples)
-        return found
+                results[name] = self._ask(self.sources[name], request, samples)
+        return results
 
     def _score_texts(self, name: str, request: ScoringRequest, samples: list[Sample]) -> RewardResult:
-        """Scores of a model that reads answers with its own tokenizer and chat template: decoded, and tokenised again."""
+        """Scores of a model with its own tokenizer and chat template: the answers are decoded and tokenised again."""
         assert self.config.ppo is not None
         model, longest = self.models[name], context_length(self.models[name].hf.config)
         rows = self.datasets[request.data]
@@ -117,7 +117,7 @@ class RewardWorker(Worker, RewardsApi):
                 values.append(str(error))
                 continue
             if longest is not None and len(sequence.ids) > longest:
-                values.append(f"{len(sequence.ids)} tokens with the prompt, where the model takes {longest}")
+                values.append(f"{len(sequence.ids)} tokens with the prompt, but the model takes at most {longest}")
                 continue
             sequences.append(sequence)
             values.append(math.nan)
@@ -128,7 +128,7 @@ class RewardWorker(Worker, RewardsApi):
         return RewardResult.of(values)
 
     def _read(self, codec: Codec, row: Row, sample: Sample) -> Sample:
-        """A sample in another codec's tokens; without an end where the answer was cut off."""
+        """A sample in another codec's tokens; without an end token if the answer was cut off."""
         answer = sample.ids[sample.prompt_length :]
         sequence = codec.sequence(row.prompt, self.codec.answer_text(answer), row.tools)
         if answer[-1] in self.codec.ends:
@@ -140,20 +140,20 @@ class RewardWorker(Worker, RewardsApi):
         answers = [self.codec.answer_text(s.ids[s.prompt_length :]) for s in samples]
         names = dict.fromkeys(
             key for row in self.datasets[request.data] for key in row.columns
-        )  # some rows may lack some
+        )  # some rows may not have all columns
         columns = {key: [row.columns.get(key) for row in rows] for key in names}
         records = _records(request, samples) if source.wants_samples else None
         try:
             scored = source.score([row.prompt for row in rows], answers, columns, records)
-        except Exception as error:  # one source must not take the others, nor the run, along
-            # What a library says may quote what a service was sent, its token too.
-            quotes = isinstance(source, Endpoint)
-            why, detail = (type(error).__name__, "") if quotes else (summary(error), traceback.format_exc())
+        except Exception as error:  # a failing source must not end the others or the run
+            # The message may quote the request to the service, including its token.
+            secret = isinstance(source, Endpoint)
+            why, detail = (type(error).__name__, "") if secret else (summary(error), traceback.format_exc())
             scored = RewardResult.nothing(len(answers), why, detail=detail)
         return replace(scored, faults=tuple(self._with_answers(fault, request, answers) for fault in scored.faults))
 
     def _with_answers(self, fault: Fault, request: ScoringRequest, answers: list[str]) -> Fault:
-        """The same with the first of its answers, for people to read."""
+        """The fault with its first answers, for people to read."""
         lines = [
             f"row {request.prompts[i] + 1} of {request.data}, answer {request.numbers[i] + 1}: {answers[i][:_SHOWN_CHARACTERS]!r}"
             for i in fault.samples[:_SHOWN_ANSWERS]

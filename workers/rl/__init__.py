@@ -1,1 +1,1 @@
-"""Reinforcement learning as pure tensor functions: losses, advantages, KL estimates. Imports torch and nothing of Ray."""
+"""Reinforcement learning as pure tensor functions: losses, advantages, KL estimates. Imports torch, not Ray."""

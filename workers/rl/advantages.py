@@ -1,9 +1,9 @@
 """From scores to advantages.
 
-Per-token tensors are padded [B, T] over trained tokens only, float32: column t is a sample's t-th trained token, whatever
-stands between two of them, such as an environment's reply. So a value or a discount goes from one trained token to the next.
-The bool mask [B, T] is True on real tokens and False on padding, which is on the right. What stands outside the mask is
-never read (it may be nan) and comes out as 0.
+Per-token tensors are float32, padded [B, T] over trained tokens only: column t is a sample's t-th trained token. Tokens between
+two trained tokens, such as an environment's reply, are left out, so discounting goes from one trained token to the next. The bool
+mask [B, T] is True on real tokens and False on padding, which is on the right. Values outside the mask are never read (they may
+be nan); outputs are 0 there.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from configs.extensions import Component
 from configs.schema import GAEAdvantage, PPOSettings, ReinforceAdvantage
 
 EPSILON = 1e-8
-"""Added to variances: what does not vary whitens to 0."""
+"""Added to variances, so that constants whiten to 0."""
 
 AllReduceSum = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that share a batch (an all-reduce), returning the sum."""
 
 
 def no_reduce(x: Tensor) -> Tensor:
-    """The sum of a single rank."""
+    """The sum over a single rank."""
     return x
 
 
@@ -75,9 +75,9 @@ class GAE(TokenAdvantage):
 
 
 class Reinforce(TokenAdvantage):
-    """Discounted rewards to go, less the mean over the batch of what whole answers got (Williams 1992).
+    """Discounted rewards to go, minus the batch mean of the answers' returns (Williams 1992).
 
-    Looks neither at values nor at lam.
+    Ignores values and lam.
     """
 
     Config = ReinforceAdvantage
@@ -94,8 +94,8 @@ class Reinforce(TokenAdvantage):
     ) -> tuple[Tensor, Tensor]:
         returns = discounted_suffix_sum(masked(rewards, mask), gamma)
         answered = mask.any(dim=1)
-        gained, answers = total(torch.stack([returns[:, :1].double().sum(), answered.double().sum()]))
-        baseline = gained / answers
+        return_sum, answers = total(torch.stack([returns[:, :1].double().sum(), answered.double().sum()]))
+        baseline = return_sum / answers
         return masked(returns - baseline, mask), returns
 
 
@@ -126,14 +126,14 @@ def moments(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (of the whole, not of a sample) from what `moments` returns."""
+    """Population mean and variance from the sums that `moments` returns."""
     count, total, squares = sums
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0.0)
 
 
 def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """x [B, T] less `mean`, over the root of `var`. Given the moments over all ranks, all ranks scale alike."""
+    """(x [B, T] - mean) / sqrt(var). With the moments over all ranks, every rank applies the same scale."""
     return masked((x - mean) * (var + EPSILON).rsqrt(), mask)
 
 
@@ -141,6 +141,6 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """Reward of each token [B, T]: -kl_coefficient * kl [B, T], and on a sample's last trained token also its score [B]."""
+    """Reward of each token [B, T]: -kl_coefficient * kl [B, T], plus, on a sample's last trained token, its score [B]."""
     last = mask & ~pad(mask[:, 1:], (0, 1))
     return masked(-kl_coefficient * kl, mask) + masked(scores[:, None], last)

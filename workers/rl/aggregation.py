@@ -1,8 +1,8 @@
-"""Which mean over a mini-batch a loss is.
+"""The mean that a loss takes over a mini-batch.
 
-A micro-batch gives the sum of its tokens' losses, each by a weight, over a divisor of the whole mini-batch. Summed over
-micro-batches and ranks that is the mean. Counts are those of the whole mini-batch: a mean taken per micro-batch or per rank
-would weigh the tokens of a small one more.
+A micro-batch contributes the weighted sum of its tokens' losses, divided by a count of the whole mini-batch. The sum over
+micro-batches and ranks is the mean. All counts are of the whole mini-batch: a mean per micro-batch or per rank would give the
+tokens of small ones a larger weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from configs.schema import Aggregation
 def aggregation_weights(aggregation: Aggregation, mask: Tensor, prompt_tokens: Tensor) -> Tensor:
     """Weights [B, 1] of the tokens' losses, to be summed over the mask [B, T] and divided by `aggregation_divisor`.
 
-    Rows are whole sequences. prompt_tokens: [B] trained tokens of the mini-batch, over all ranks, that answer the row's prompt.
+    Rows are whole sequences. prompt_tokens: [B] trained tokens of the mini-batch, over all ranks, in answers to the row's prompt.
     """
     if aggregation == "sequence_mean":
         return mask.sum(1, keepdim=True).clamp(min=1).float().reciprocal()
@@ -26,7 +26,7 @@ def aggregation_weights(aggregation: Aggregation, mask: Tensor, prompt_tokens: T
 
 
 def aggregation_divisor(aggregation: Aggregation, tokens: int, sequences: int, prompts: int, max_tokens: int) -> int:
-    """What the weighted sum over a mini-batch is divided by.
+    """Divisor of the weighted sum over a mini-batch.
 
     tokens, sequences, prompts: trained tokens, sequences and draws of prompts of the mini-batch, over all ranks.
     max_tokens: of `constant` (Liu et al. 2025, Dr. GRPO): the longest answer allowed.

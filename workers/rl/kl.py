@@ -23,5 +23,5 @@ def kl_estimate(log_ratio: Tensor, kind: KLEstimator) -> Tensor:
         return log_ratio
     if kind == "k2":
         return 0.5 * log_ratio.square()
-    # expm1: near 0, exp(x) - 1 - x in float32 would leave nothing but rounding.
+    # expm1: near 0, exp(x) - 1 - x in float32 would be rounding error only.
     return torch.expm1(-log_ratio) + log_ratio

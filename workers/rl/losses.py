@@ -1,11 +1,11 @@
 """Losses of the three stages.
 
-Every loss comes per token [B, T] (per pair [B] for the reward model), to be summed, never averaged. The trainer divides
-by a count of the whole batch, over all micro-batches and ranks: so neither micro-batching nor sharding changes a
-gradient. A mean taken per micro-batch would weigh the tokens of a small one more (workers.rl.aggregation).
+Every loss is per token [B, T] (per pair [B] for the reward model), and is summed, never averaged. The trainer divides by a count
+of the whole batch, over all micro-batches and ranks, so micro-batches and sharding do not change a gradient. A mean per
+micro-batch would give the tokens of small ones a larger weight (workers.rl.aggregation).
 
-Tensors are padded [B, T] over response tokens with a bool mask; what stands outside the mask is never read and costs 0.
-B is 0 where a rank has fewer rows than others and computes a micro-batch of padding.
+Tensors are padded [B, T] over response tokens with a bool mask; values outside the mask are never read, and their loss is 0.
+B is 0 if a rank has fewer rows than others and computes a micro-batch of padding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LossOutput:
     loss: Tensor
     """[B, T], 0 outside the mask."""
     metrics: dict[str, Tensor]
-    """Name -> [B, T], without gradient and 0 outside the mask: to be averaged over the tokens of the batch."""
+    """Name -> [B, T], without gradient and 0 outside the mask; averaged over the tokens of the batch."""
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a policy loss is made of: tensors [B, T]."""
+    """Inputs of a policy loss: tensors [B, T]."""
 
     log_probs: Tensor
-    """Of the policy that is trained."""
+    """From the trained policy."""
     behavior_log_probs: Tensor
-    """Of the engine, when it sampled."""
+    """From the engine, at sampling time."""
     proximal_log_probs: Tensor
-    """Of the policy that the ratio is taken to; the behavior's while all samples are on policy."""
+    """From the policy in the denominator of the ratio; equal to the behavior's while all samples are on policy."""
     reference_log_probs: Tensor | None
     advantages: Tensor
     loss_mask: Tensor
@@ -59,7 +59,7 @@ class LossInputs:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log(trained / proximal), 0 outside the mask: masked before exp, else discarded inf or nan have gradients of nan."""
+        """log(trained / proximal), 0 outside the mask. Masked before exp: otherwise unused inf or nan make gradients nan."""
         return masked(self.log_probs - self.proximal_log_probs, self.loss_mask)
 
 
@@ -91,7 +91,7 @@ class PPOClip(PolicyLoss):
 
 
 class Reinforce(PolicyLoss):
-    """Score-function estimator (Williams 1992). Right only on the present policy's samples: one update per step."""
+    """Score-function estimator (Williams 1992). Correct only on the current policy's samples: one update per step."""
 
     Config = ReinforceLoss
 
@@ -101,7 +101,7 @@ class Reinforce(PolicyLoss):
 
 
 def kl_from_behavior(inputs: LossInputs) -> Tensor:
-    """KL(behavior | trained) [B, T] in nats per token, without gradient: what `ppo.target_kl` looks at."""
+    """KL(behavior | trained) [B, T] in nats per token, without gradient; compared with `ppo.target_kl`."""
     log_ratio = masked(inputs.log_probs - inputs.behavior_log_probs, inputs.loss_mask)
     return kl_estimate(-log_ratio.detach(), "k3")
 
@@ -122,14 +122,14 @@ value_losses: Registry[ValueLoss] = Registry("ppo.value_loss")
 
 @value_losses.register("clipped")
 def clipped(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> LossOutput:
-    """Half the larger squared error of the value and of the value kept within clip_range of the old one.
+    """Half the larger squared error of two: the value's, and that of the value clipped to within clip_range of the old one.
 
-    From the code beside Schulman et al. 2017 (OpenAI Baselines, ppo2).
+    From the code for Schulman et al. 2017 (OpenAI Baselines, ppo2).
     """
-    change, wanted = masked(values - old_values, mask), masked(returns - old_values, mask)
-    plain = 0.5 * (change - wanted).square()
-    kept = 0.5 * (change.clamp(-clip_range, clip_range) - wanted).square()
-    return LossOutput(torch.maximum(plain, kept), {"clip_fraction": (kept > plain).float()})
+    change, target = masked(values - old_values, mask), masked(returns - old_values, mask)
+    plain = 0.5 * (change - target).square()
+    limited = 0.5 * (change.clamp(-clip_range, clip_range) - target).square()
+    return LossOutput(torch.maximum(plain, limited), {"clip_fraction": (limited > plain).float()})
 
 
 @value_losses.register("mse")
@@ -139,10 +139,10 @@ def mse(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_
 
 
 def explained_variance(returns: Tensor, residuals: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant, nan if the returns are one.
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one, nan if the returns are constant.
 
-    Both arguments are [count, sum, sum of squares] over all ranks, as `advantages.moments` gives them: the first of the
-    returns, the second of returns - values.
+    Both arguments are [count, sum, sum of squares] over all ranks, from `advantages.moments`: of the returns, and of
+    returns - values.
     """
     return 1 - mean_and_variance(residuals)[1] / mean_and_variance(returns)[1]
 

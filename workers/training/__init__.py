@@ -1,4 +1,4 @@
-"""Training: what the roles that learn do in a step (trainer, policy, value), over a training backend (backend, deepspeed).
+"""Training: the steps of the trained roles (trainer, policy, value), on top of a training backend (backend, deepspeed).
 
-DeepSpeed is imported in workers.training.deepspeed alone.
+Only workers.training.deepspeed imports DeepSpeed.
 """

@@ -1,4 +1,4 @@
-"""The learning rate of a step. It is a function of the step, so that there is no state to save."""
+"""The learning rate of a step: a function of the step, so there is no state to save."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from configs.schema import OptimizerSettings
 
 
 class StageStep(NamedTuple):
-    """Where a stage stands."""
+    """Position in a stage."""
 
     step: int
     """Number of the step, from 1."""
     steps: int
-    """How many steps the stage has."""
+    """Total steps of the stage."""
 
 
 def learning_rate(settings: OptimizerSettings, at: StageStep) -> float:
-    """Rate of a step: a linear warm-up, then the schedule.
+    """Learning rate of a step: a linear warm-up, then the schedule.
 
-    Step k of a warm-up of W steps has k / W of `lr`: the first step learns, the last has all of `lr`. W is `warmup` of the
-    steps, rounded up. The schedule begins with `lr` after it; linear and cosine would reach 0 one step after the last.
+    Step k of a warm-up of W steps uses lr * k / W: the first step has a rate above 0, the last one `lr`. W is the share `warmup`
+    of all steps, rounded up. The schedule then starts at `lr`; linear and cosine would reach 0 one step after the last.
 
-    Raises ValueError where the step is not one of the stage's.
+    Raises ValueError if the stage has no such step.
     """
     step, steps = at
     if not 1 <= step <= steps:

@@ -1,4 +1,4 @@
-"""What a rank was learning from when a step was refused: plain arrays, to be saved and looked at."""
+"""The data of a skipped optimizer step on one rank, as plain arrays to save and inspect."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Arrays = dict[str, np.ndarray]
 
 
 def token_rows(rows: Sequence[Sample], prefix: str = "") -> Arrays:
-    """Row i is ids[offsets[i]:offsets[i + 1]], the first prompt_lengths[i] its
-    prompt. `loss_masks` [all ids] is True where a token is learnt."""
+    """Row i is ids[offsets[i]:offsets[i + 1]]; its first prompt_lengths[i] ids are the prompt. `loss_masks` [all ids] is True for
+    trained tokens."""
     ids = RaggedArray.of([row.ids for row in rows], np.int32)
     return {
         f"{prefix}ids": ids.values,
@@ -24,6 +24,6 @@ def token_rows(rows: Sequence[Sample], prefix: str = "") -> Arrays:
     }
 
 
-def numbered(micro_batches: list[Rows]) -> np.ndarray:
-    """[rows] the micro-batch of each row, where rows stand micro-batch after micro-batch."""
+def micro_batch_numbers(micro_batches: list[Rows]) -> np.ndarray:
+    """[rows] the micro-batch number of each row; rows are in micro-batch order."""
     return np.repeat(np.arange(len(micro_batches)), [len(rows) for rows in micro_batches])

@@ -1,4 +1,4 @@
-"""A rank that holds a model and trains it where the role learns: the algorithm of an optimizer step, with any backend."""
+"""One rank of a model, trained or frozen: the algorithm of an optimizer step, with any training backend."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Trainer(Worker, TrainerApi):
     def load(
         self, path: str, settings: ModelSettings, optimizer: OptimizerSettings | None, dropout: float = 0.0
     ) -> int:
-        """Build the model from a folder; with an optimizer it learns, without it is frozen. Returns its parameter count."""
+        """Build the model from a folder; trained with an optimizer, otherwise frozen. Returns its parameter count."""
         self.tokenizer = load_tokenizer(path, settings.trust_remote_code)
         self.ends = end_tokens(path, self.tokenizer, settings)
         self.path, self.settings, self.optimizer_settings = path, settings, optimizer
@@ -81,7 +81,7 @@ class Trainer(Worker, TrainerApi):
         )
 
     def _join_ranks(self, communication: str) -> None:
-        """Connect to the group's other ranks, listening on one address: by itself torch would listen on every interface."""
+        """Connect to the other ranks of the group. Listens on one address only; torch alone would listen on all interfaces."""
         if dist.is_initialized():
             return
         host, port, size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.spec.world_size
@@ -102,16 +102,16 @@ class Trainer(Worker, TrainerApi):
         seed: tuple[int, ...],
         debug_batch: Callable[[], Arrays],
     ) -> dict[str, float]:
-        """One optimizer step over the micro-batches of this rank; every rank must bring equally many, padding among them.
+        """One optimizer step over the micro-batches of this rank; every rank must have the same number, padding included.
 
-        losses: each runs a forward pass and returns its share of the loss, already divided by the global count, so that the
-        sum over micro-batches and ranks is the loss of the whole batch, whatever way it was cut.
+        losses: each runs a forward pass and returns its share of the loss, already divided by the global count. The sum over
+        micro-batches and ranks is therefore the loss of the whole batch, however the batch was split.
         at: the step, for the learning rate.
-        seed: draws the dropout of adapters; with the rank added, so that a step repeated is the same step.
-        debug_batch: gives what the losses are computed from; called where the step is skipped.
+        seed: together with the rank, seeds the dropout of adapters, so that a repeated step gives the same result.
+        debug_batch: returns the data of the losses; called if the step is skipped.
 
-        A step whose loss or gradients are not finite, or whose gradients' norm is above `skip_grad_norm`, is skipped on
-        all ranks: weights and optimizer stay as they are, bit for bit, `skipped` is 1, and `skipped_batch` tells more.
+        A step is skipped on all ranks if its loss or gradients are not finite, or its gradient norm is above `skip_grad_norm`:
+        weights and optimizer stay unchanged, bit for bit, `skipped` is 1, and `skipped_batch` returns the data.
         """
         assert self.optimizer_settings is not None
         rate = learning_rate(self.optimizer_settings, at)
@@ -135,21 +135,21 @@ class Trainer(Worker, TrainerApi):
         return {"loss": total, "lr": rate, "grad_norm": norm, "skipped": float(not applied)}
 
     def _accepts(self, loss: float, norm: float) -> bool:
-        """Whether a step is applied. The arguments are the same on every rank. A norm of gradients that are not finite may be
-        negative (StepOutcome)."""
+        """Whether a step is applied. The arguments are the same on every rank. The norm may be negative if gradients are not
+        finite (StepOutcome)."""
         assert self.optimizer_settings is not None
         return math.isfinite(loss) and 0.0 <= norm <= self.optimizer_settings.skip_grad_norm
 
     def _activations(self) -> AbstractContextManager[Any]:
-        """Within it what autograd keeps goes to host memory, where the settings say so and there is another."""
+        """Context: autograd stores activations in host memory, if `activation_offload` is set and the device is a GPU."""
         if self.settings.activation_offload and self.device.type == "cuda":
             return torch.autograd.graph.save_on_cpu(pin_memory=True)
         return nullcontext()
 
     def skipped_batch(self) -> Arrays | None:
-        """What this rank brought to the last step that was skipped; None where none was since this was last asked.
+        """This rank's data of the last skipped step; None if no step was skipped since the previous call.
 
-        losses [micro-batches] are this rank's shares of `loss`. Rows stand micro-batch after micro-batch (`micro_batch`).
+        losses [micro-batches] are this rank's shares of `loss`. Rows are in micro-batch order (`micro_batch`).
         """
         batch, self.skipped = self.skipped, None
         return batch
@@ -175,7 +175,7 @@ class Trainer(Worker, TrainerApi):
     # ------------------------------------------------------------ proof
 
     def probe(self, version: int) -> Probe:
-        """What the model makes of random tokens, other ones for each version. Collective."""
+        """The model's outputs on random tokens; the tokens differ between versions. Collective."""
         vocabulary = min(len(self.tokenizer), self.model.hf.get_input_embeddings().num_embeddings)
         longest = context_length(self.model.hf.config)
         ids = draw(vocabulary, LENGTH if longest is None else min(LENGTH, longest), self.config.seed, version)
@@ -183,47 +183,47 @@ class Trainer(Worker, TrainerApi):
         return Probe(ids, self.probe_outputs(ids), time.monotonic() - started)
 
     def probe_outputs(self, ids: np.ndarray) -> np.ndarray:
-        """What the model says of rows of tokens [rows, length], as a Probe has it. Collective."""
+        """The model's outputs on rows of tokens [rows, length], in the form of Probe. Collective."""
         raise NotImplementedError
 
     def read_back(self, folder: str, ids: np.ndarray) -> np.ndarray:
-        """The same, of an exported folder read from disk."""
+        """`probe_outputs` of an exported folder, read from disk."""
         raise NotImplementedError
 
     # ------------------------------------------------------------ saving
 
     def save(self, folder: str) -> None:
-        """Model, optimizer and their shards, for `restore`. Collective."""
+        """Write model and optimizer shards, for `restore`. Collective."""
         self.backend.save(Path(folder))
 
     def restore(self, folder: str) -> None:
-        """Go on from what `save` wrote, also with another number of ranks or another strategy, where the backend can. Collective.
+        """Continue from the files of `save`, also with other ranks or another strategy if the backend can. Collective.
 
-        Needs a model that was just loaded. With as many ranks, what follows is bit for bit what followed then.
+        The model must have just been loaded. With the same number of ranks, training continues bit for bit as before.
         """
         self.backend.load(Path(folder))
 
     def snapshot(self) -> tuple[Files, list[str]]:
-        """What `save` writes of this rank, and the names of its files."""
+        """This rank's files of `save`, and their names."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             files = read_files(Path(folder))
         return files, list(files)
 
     def restore_snapshot(self, mine: Files, first: Files, names: list[str]) -> None:
-        """`restore` from this rank's and the first rank's files; `names` are those of all ranks."""
+        """`restore` from the files of this rank and of the first rank; `names`: file names of all ranks."""
         with tempfile.TemporaryDirectory() as folder:
-            for name in names:  # a backend may ask that all are there, and reads no other rank's
+            for name in names:  # a backend may require that all files exist, but reads no other rank's
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / name).touch()
             write_files(Path(folder), first | mine)
             self.restore(folder)
 
     def export(self, folder: str) -> None:
-        """A plain Hugging Face folder, adapters merged, and the adapter beside it. Collective.
+        """Write a plain Hugging Face folder with merged adapters, and the adapter in a subfolder. Collective.
 
-        Raises DifferentModel where what was written, read back, does not compute what this model does. What fails on the first
-        rank, which writes, is raised once all ranks are through: they would wait for it.
+        Raises DifferentModel if the written model, read back, computes something else. The first rank writes; its error is raised
+        after all ranks have finished, because they would wait for it otherwise.
         """
         errors: list[Exception] = []
 
@@ -257,7 +257,7 @@ class Trainer(Worker, TrainerApi):
         probe.save(folder)
 
     def _write_description(self, folder: Path) -> None:
-        """All of an exported folder but the weights."""
+        """Write an exported folder without the weights."""
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(self.model.hf, self.tokenizer, self.ends, folder)
 
@@ -267,11 +267,11 @@ class Trainer(Worker, TrainerApi):
             add_head(folder, self.model.hf)
 
     def _try_export(self) -> None:
-        """Write what an export writes, but for the weights, to find out before training what it will refuse."""
+        """Write an export without the weights, so that an export error shows before training."""
         with tempfile.TemporaryDirectory() as folder:
             self._write_description(Path(folder))
 
 
 def _make_readable(folder: Path) -> None:
     for file in folder.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors lets its owner alone read it
+        file.chmod(0o644)  # safetensors makes it readable by its owner only

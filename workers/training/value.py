@@ -1,4 +1,4 @@
-"""The critic and the reward model: a transformer with a scalar head that learns from returns and from preferences."""
+"""The critic and the reward model: a transformer with a scalar head, trained on returns and on preferences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workers.rl.advantages import moments
 from workers.rl.losses import explained_variance, masked_sum, pairwise, value_losses
 from workers.training import experience
 from workers.training.schedule import StageStep
-from workers.training.skipped_steps import Arrays, numbered, token_rows
+from workers.training.skipped_steps import Arrays, micro_batch_numbers, token_rows
 from workers.training.trainer import Trainer
 from workers.weight_sync.probe import sequences
 
@@ -52,7 +52,7 @@ class ValueWorker(Trainer, ValueApi):
     # ------------------------------------------------------------ critic
 
     def values(self, rollouts: SampleRefs, micro_batches: list[Rows]) -> tuple[RaggedArray, np.ndarray]:
-        """The values of the states before each answer token; per answer, its first."""
+        """The value before each answer token, and the first value of each answer."""
         samples = rollouts.fetch()
         rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
         with self.evaluating():
@@ -63,30 +63,30 @@ class ValueWorker(Trainer, ValueApi):
                     rows[i] = row[mask].numpy()
         return RaggedArray.of(rows, np.float32), np.array([row[0] for row in rows])
 
-    def train_values(self, work: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
-        """The critic's updates of one step: epochs x mini-batches. Those that were refused only count in `skipped/critic`."""
+    def train_values(self, step_input: TrainStepInput, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
+        """The critic's updates of one step: epochs x mini-batches. Skipped updates only count in `skipped/critic`."""
         ppo = self.config.ppo
         assert ppo is not None
-        answers = experience.prepare(work, ppo, self.total, self.device)
+        answers = experience.prepare(step_input, ppo, self.total, self.device)
         assert answers.values is not None and answers.returns is not None
         variance = explained_variance(
             self.total(moments(answers.returns, answers.mask)),
             self.total(moments(answers.returns - answers.values, answers.mask)),
         )
         metrics = {"explained_variance": float(variance)}
-        total, updates, refusals = 0.0, 0, 0
+        total, updates, skipped_updates = 0.0, 0, 0
         for epoch in range(ppo.epochs):
-            for k, mini in enumerate(work.mini_batches):
+            for k, mini in enumerate(step_input.mini_batches):
                 losses = [partial(self._value_loss, answers, i, mini.tokens) for i in mini.micro_batches]
-                seen = partial(answers.arrays, mini.micro_batches)
-                steps = self.optimize(losses, at, (*seed, epoch, k), seen)
+                debug_batch = partial(answers.arrays, mini.micro_batches)
+                steps = self.optimize(losses, at, (*seed, epoch, k), debug_batch)
                 metrics |= {"lr/critic": steps["lr"], "grad_norm/critic": steps["grad_norm"]}
                 if steps["skipped"]:
-                    refusals += 1
+                    skipped_updates += 1
                 else:
                     total, updates = total + steps["loss"], updates + 1
         mean = {"loss/value": total / updates} if updates else {}
-        return metrics | mean | {"skipped/critic": float(refusals)}
+        return metrics | mean | {"skipped/critic": float(skipped_updates)}
 
     def _value_loss(self, answers: experience.TrainingBatch, indices: Rows, tokens: int) -> Tensor:
         ppo = self.config.ppo
@@ -101,24 +101,24 @@ class ValueWorker(Trainer, ValueApi):
 
     def train_pairs(self, part: SupervisedBatch, at: StageStep, seed: tuple[int, ...]) -> dict[str, float]:
         """One optimizer step on the mean pairwise loss."""
-        right: list[Tensor] = []
-        losses = [partial(self._pair_loss, part, i, right, seed) for i in part.micro_batches]
-        metrics = self.optimize(losses, at, seed, partial(self._seen, part))
-        return metrics | self.sum_over_ranks({"accuracy": float(sum(right))})
+        correct: list[Tensor] = []
+        losses = [partial(self._pair_loss, part, i, correct, seed) for i in part.micro_batches]
+        metrics = self.optimize(losses, at, seed, partial(self._debug_batch, part))
+        return metrics | self.sum_over_ranks({"accuracy": float(sum(correct))})
 
     def pair_accuracy(self, part: SupervisedBatch) -> dict[str, float]:
-        """Mean loss and share of pairs whose chosen answer scores higher, without training."""
-        right: list[Tensor] = []
+        """Mean loss, and share of pairs whose chosen answer has the higher score, without training."""
+        correct: list[Tensor] = []
         with self.evaluating():
-            loss = sum(float(self._pair_loss(part, i, right)) for i in part.micro_batches)
-        return self.sum_over_ranks({"loss": loss, "accuracy": float(sum(right))})
+            loss = sum(float(self._pair_loss(part, i, correct)) for i in part.micro_batches)
+        return self.sum_over_ranks({"loss": loss, "accuracy": float(sum(correct))})
 
     def _pair_loss(
-        self, part: SupervisedBatch, indices: Rows, right: list[Tensor], seed: tuple[int, ...] = ()
+        self, part: SupervisedBatch, indices: Rows, correct: list[Tensor], seed: tuple[int, ...] = ()
     ) -> Tensor:
-        """A micro-batch's share of the mean loss over the batch's pairs; its share of the accuracy goes to `right`.
+        """A micro-batch's share of the mean loss over the batch's pairs; appends its share of the accuracy to `correct`.
 
-        seed: of the step; with it and a pair's row dropout is drawn, on whatever rank that is.
+        seed: of the step. Dropout is seeded by it and the pair's row, so it does not depend on the rank.
         """
         settings = self.config.rm
         assert settings is not None
@@ -127,16 +127,19 @@ class ValueWorker(Trainer, ValueApi):
         batch = Batch([p.chosen for p in pairs] + [p.rejected for p in pairs], self.device, seeds)
         chosen, rejected = self.module(batch, per_token=False).chunk(2)
         margin = settings.margin * torch.tensor([p.margin for p in pairs], device=self.device)
-        right.append((chosen > rejected).sum() / part.count)
+        correct.append((chosen > rejected).sum() / part.count)
         return pairwise(chosen, rejected, margin, settings.center).sum() / part.count
 
-    def _seen(self, part: SupervisedBatch) -> Arrays:
+    def _debug_batch(self, part: SupervisedBatch) -> Arrays:
         pairs = [self.datasets[part.data][i] for indices in part.micro_batches for i in indices]
         sides = token_rows([p.chosen for p in pairs], "chosen_") | token_rows([p.rejected for p in pairs], "rejected_")
-        return sides | {"margins": np.array([p.margin for p in pairs]), "micro_batch": numbered(part.micro_batches)}
+        return sides | {
+            "margins": np.array([p.margin for p in pairs]),
+            "micro_batch": micro_batch_numbers(part.micro_batches),
+        }
 
     def normalize(self, data: str, micro_batches: list[Rows]) -> tuple[float, float]:
-        """Give the scores mean 0 and deviation 1 on these sequences. Returns the raw mean and deviation."""
+        """Normalize the scores to mean 0 and deviation 1 on these sequences. Returns the raw mean and deviation."""
         rows = self.datasets[data]
         mine = np.concatenate(micro_batches)
         scores = score(self.module, rows, micro_batches, self.device)[mine].astype(float)

@@ -1,4 +1,4 @@
-"""The trainer's side of weight transfer: whole tensors out of a sharded model, layer by layer, and their checksums."""
+"""The trainer's side of a weight update: gathers whole tensors of a sharded model, layer by layer, with checksums."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _ShapeOf = Callable[[Tensor], tuple[int, ...]]
 
 
 class ParameterGatherer(Protocol):
-    """Gives the whole parameters of a model that may be sharded over ranks. Every training backend is one."""
+    """Gathers parameters of a model that may be sharded over ranks. Every training backend is one."""
 
     def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[bool]:
-        """Within it these parameters (or buffers) are whole on every rank, to be read. Collective where they are sharded.
+        """Context: these parameters (or buffers) are whole on every rank, for reading. Collective if they are sharded.
 
-        It yields whether their memory is freed at its end, so that what is still needed then must be copied.
+        Yields whether their memory is freed at the end of the context: tensors needed later must then be copied.
         """
 
     def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """The shape that a parameter has when it is gathered."""
+        """The shape of the gathered parameter."""
 
 
 class Unsharded:
@@ -54,7 +54,7 @@ UNSHARDED = Unsharded()
 
 @dataclass(frozen=True)
 class _Weight:
-    """One tensor of the model as others know it, and the parameters (or the buffer) that it is made of."""
+    """One tensor under its name in a checkpoint, and the parameters (or the buffer) that it is computed from."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -63,9 +63,9 @@ class _Weight:
 
 
 def _merged_weights(module: nn.Module, shape_of: _ShapeOf) -> dict[str, _Weight]:
-    """Name -> tensor, under the names that the module would have without adapters: all that its state_dict holds, so
-    persistent buffers too; active adapters merged, tied weights once."""
-    found: dict[str, _Weight] = {}
+    """Name -> tensor, with the names that the module would have without adapters: all of its state_dict, including persistent
+    buffers; active adapters are merged, tied weights occur once."""
+    weights: dict[str, _Weight] = {}
     seen: set[int] = set()
     for prefix, owner, wrappers in _owners(module):
         for name, tensor in _saved(owner):
@@ -78,15 +78,15 @@ def _merged_weights(module: nn.Module, shape_of: _ShapeOf) -> dict[str, _Weight]
                 active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
                 parts = [part for adapter in active for part in _parts(layer, adapter).values()]
                 whole = replace(whole, parts=(*whole.parts, *parts), make=partial(_merged, whole.make, layer, active))
-            found[full] = whole
-    return found
+            weights[full] = whole
+    return weights
 
 
 def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """All modules but those of adapters: name without adapters, module, and PEFT's layer around each of its parameters.
+    """All modules except adapters: name without adapters, module, and PEFT's layer around each of its parameters.
 
-    PEFT puts a layer around a linear layer, whose `weight` it adapts, and one around the other where it adapts several
-    parameters of a module, as it does with experts.
+    PEFT wraps a linear layer in a layer that adapts its `weight`. If it adapts several parameters of a module, such as experts,
+    it nests several layers.
     """
     wrappers: dict[str, Any] = {}
     while hasattr(module, "get_delta_weight"):
@@ -98,7 +98,7 @@ def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def _saved(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own tensors that a state_dict holds."""
+    """A module's own tensors in its state_dict."""
     yield from owner.named_parameters(recurse=False)
     for name, buffer in owner.named_buffers(recurse=False):
         if name not in owner._non_persistent_buffers_set:
@@ -106,7 +106,7 @@ def _saved(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _adapter_weights(module: nn.Module, adapter: str, shape_of: _ShapeOf) -> dict[str, _Weight]:
-    """The adapter's own tensors, under the names of PEFT's files."""
+    """The adapter's tensors, with the names in PEFT's files."""
     return {
         f"base_model.model.{prefix}.{name.replace(f'.{adapter}.', '.')}": _whole(module, layer, parameter, shape_of)
         for prefix, layer in _adapted(module).items()
@@ -115,19 +115,19 @@ def _adapter_weights(module: nn.Module, adapter: str, shape_of: _ShapeOf) -> dic
 
 
 def _adapted(module: nn.Module) -> dict[str, Any]:
-    """The layers that have adapters."""
+    """The layers with adapters."""
     return {name: child for name, child in module.named_modules() if hasattr(child, "get_delta_weight")}
 
 
 def _parts(layer: Any, adapter: str) -> dict[str, nn.Parameter]:
-    """A layer's parameters of one adapter, none where it has no such one: `lora_A.NAME.weight` and its like."""
+    """A layer's parameters of one adapter, such as `lora_A.NAME.weight`; empty if the layer does not have this adapter."""
     return {
         name: p for name, p in layer.named_parameters() if name.startswith("lora_") and name.split(".")[1] == adapter
     }
 
 
 def _whole(module: nn.Module, owner: nn.Module, tensor: Tensor, shape_of: _ShapeOf) -> _Weight:
-    """A parameter or buffer as it is or, where bitsandbytes holds it in fewer bits, in the model's type again."""
+    """A parameter or buffer, converted back to the model's type if bitsandbytes quantized it."""
     if type(tensor).__name__ not in ("Params4bit", "Int8Params"):
         return _Weight(shape_of(tensor), tensor.dtype, (tensor,), tensor.detach)
     from peft.utils.integrations import dequantize_module_weight
@@ -138,17 +138,17 @@ def _whole(module: nn.Module, owner: nn.Module, tensor: Tensor, shape_of: _Shape
 
 
 def _layer(name: str) -> str:
-    """What is gathered together: the part of a name up to its first number, so one layer of the stack at a time."""
+    """Key of the tensors that are gathered together, one layer at a time: the name up to its first number."""
     parts = name.split(".")
     end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 1)
     return ".".join(parts[:end])
 
 
 def _merged(base: _Make, layer: Any, adapters: Sequence[str]) -> Tensor:
-    """The weight that computes what base and adapters compute together, one adapter after the other, rounded once.
+    """The merged weight of base and adapters, applied one after the other and rounded once.
 
-    DoRA (Liu et al. 2024, equation 5) scales what LoRA gives so that each output's weights have the length that was learned.
-    PEFT takes the length for it from the base and this adapter alone, whatever other adapters made of the base before.
+    DoRA (Liu et al. 2024, equation 5) scales the result of LoRA so that each output's weights have the learned norm. Like PEFT,
+    this takes the norm before scaling from the base and this adapter only, without the other adapters.
     """
     rounded = base()
     weight = merged = rounded.float()
@@ -156,33 +156,34 @@ def _merged(base: _Make, layer: Any, adapters: Sequence[str]) -> Tensor:
         delta = _delta(layer, adapter)
         merged = merged + delta
         if adapter in layer.lora_magnitude_vector:
-            inputs = 0 if layer.fan_in_fan_out else 1  # GPT-2's matrices lie the other way
-            lengths = torch.linalg.vector_norm(weight + delta, dim=inputs, keepdim=True)
+            inputs = 0 if layer.fan_in_fan_out else 1  # GPT-2's matrices are transposed
+            norms = torch.linalg.vector_norm(weight + delta, dim=inputs, keepdim=True)
             magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
-            merged = merged * (magnitude.view_as(lengths) / lengths)
+            merged = merged * (magnitude.view_as(norms) / norms)
     return merged.to(rounded.dtype)
 
 
 def _delta(layer: Any, adapter: str) -> Tensor:
-    """What an adapter adds to a weight, in float32; PEFT's `get_delta_weight` rounds to the type of adapter or weight."""
+    """An adapter's change of a weight, in float32; PEFT's `get_delta_weight` rounds to the type of adapter or weight."""
     a, b = layer.lora_A[adapter].weight.detach().float(), layer.lora_B[adapter].weight.detach().float()
     if (experts := getattr(layer, "num_experts", 1)) == 1:
         delta = (b @ a).t() if layer.fan_in_fan_out else b @ a
-    else:  # of each expert r rows of a and r columns of b; whether inputs come last depends on the family
+    else:  # per expert, r rows of a and r columns of b; the order of inputs and outputs depends on the family
         order = "eoi" if layer._did_swap_in_out_features else "eio"
-        of_each = a.view(experts, -1, a.shape[-1]), b.view(b.shape[0], -1, experts)
-        delta = torch.einsum(f"eri,ore->{order}", *of_each)
+        a, b = a.view(experts, -1, a.shape[-1]), b.view(b.shape[0], -1, experts)
+        delta = torch.einsum(f"eri,ore->{order}", a, b)
     return delta * layer.scaling[adapter]
 
 
 class GatheredWeights:
-    """A model's whole tensors, gathered one layer at a time where they are sharded.
+    """A model's whole tensors, gathered one layer at a time if they are sharded.
 
-    Active adapters are merged, and names and shapes are those of a checkpoint: transformers holds the experts of a layer as
-    one tensor, and checkpoints mostly have one for each. Or else one adapter is given alone, under the names of PEFT's files.
+    Active adapters are merged, and names and shapes are those of a checkpoint: transformers stores the experts of a layer in one
+    tensor, most checkpoints in one per expert. With `adapter`, only this adapter's tensors, with the names in PEFT's files.
 
-    A vLLM WeightSource in all but name: importing that would cost every trainer a second and 80 MB. Iterating is collective
-    where parameters are sharded: every rank must do it. `checksums` holds those of the last pass, where `checked`.
+    It has the interface of vLLM's WeightSource but does not import it, which would cost every trainer a second and 80 MB.
+    Iteration is collective if parameters are sharded: every rank must iterate. With `checked`, `checksums` holds the checksums of
+    the last pass.
     """
 
     def __init__(
@@ -190,61 +191,61 @@ class GatheredWeights:
         module: PreTrainedModel,
         gatherer: ParameterGatherer = UNSHARDED,
         checked: bool = False,
-        alone: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         self._module = module
         self._gatherer = gatherer
-        self._alone = alone is not None
+        self._adapter_only = adapter is not None
         shape_of = self._gatherer.whole_shape
-        self._weights = _adapter_weights(module, alone, shape_of) if alone else _merged_weights(module, shape_of)
+        self._weights = _adapter_weights(module, adapter, shape_of) if adapter else _merged_weights(module, shape_of)
         self._checked = checked
         self.checksums: Checksums = {}
         layers: dict[str, list[str]] = {}
         for name in self._weights:
             layers.setdefault(_layer(name), []).append(name)
         self._layers = list(layers.values())
-        self._written: dict[str, Tensor] = {}
+        self._templates: dict[str, Tensor] = {}
         for names in self._layers:
             shapes = {name: (self._weights[name].shape, self._weights[name].dtype) for name in names}
-            self._written |= self._as_written(
+            self._templates |= self._in_checkpoint_form(
                 {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
             )
 
     def metadata(self) -> list[ParamMeta]:
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._written.items()]
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._templates.items()]
 
     @property
     def shapes(self) -> dict[str, Tensor]:
-        """What iterating gives, in its order, without values."""
-        return self._written
+        """The tensors in the order of iteration, without values (on the meta device)."""
+        return self._templates
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._written.values())
+        return sum(tensor.nbytes for tensor in self._templates.values())
 
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor."""
-        return max(tensor.nbytes for tensor in self._written.values())
+        return max(tensor.nbytes for tensor in self._templates.values())
 
     def lacking(self) -> list[str]:
-        """Keys of the module's state_dict that belong neither to adapters nor to a tensor that is given, under this name or
-        another, nor to the form in which bitsandbytes holds one."""
-        given = {id(tensor) for weight in self._weights.values() for tensor in weight.parts}
-        lacking = []
+        """Keys of the module's state_dict that iteration does not cover: not of adapters, not of bitsandbytes' quantization data,
+        and not another name of a tensor that it yields."""
+        yielded = {id(tensor) for weight in self._weights.values() for tensor in weight.parts}
+        missing = []
         for key, tensor in self._module.state_dict(keep_vars=True).items():
             name = key.replace(".base_layer", "")
-            held = any(name.startswith(f"{parent}.") for parent in self._weights) if id(tensor) not in given else True
-            if not held and ".lora_" not in name:
-                lacking.append(name)
-        return lacking
+            covered = id(tensor) in yielded or any(name.startswith(f"{parent}.") for parent in self._weights)
+            if not covered and ".lora_" not in name:
+                missing.append(name)
+        return missing
 
-    def _as_written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of one layer under the names and in the shapes of files."""
-        if self._alone:
+    def _in_checkpoint_form(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of one layer with names and shapes of a checkpoint."""
+        if self._adapter_only:
             return tensors
         return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self._module, tensors).items()}
 
@@ -253,8 +254,8 @@ class GatheredWeights:
         for names in self._layers:
             parts = [p for name in names for p in self._weights[name].parts]
             with self._gatherer.gathered(parts) as freed_after, torch.no_grad():
-                tensors = self._as_written({name: self._weights[name].make() for name in names})
-                if freed_after:  # receivers keep some until a bucket is full
+                tensors = self._in_checkpoint_form({name: self._weights[name].make() for name in names})
+                if freed_after:  # consumers hold tensors until a bucket is full
                     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
                 if self._checked:
@@ -263,7 +264,7 @@ class GatheredWeights:
 
 
 class EngineClient:
-    """The calls of one update to all engines (vLLM's VLLMWeightSyncClient); its end carries the version and the checksums."""
+    """The calls of one update to all engines (vLLM's VLLMWeightSyncClient); the last one sends version and checksums."""
 
     def __init__(self, engines: list[ActorHandle], source: GatheredWeights, tensor_parallel: int) -> None:
         self.handles = engines
@@ -272,7 +273,7 @@ class EngineClient:
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Each engine's ranks in a joint communicator follow those of the one before."""
+        """In a joint communicator, each engine's ranks follow those of the previous engine."""
         calls = []
         for i, handle in enumerate(self.handles):
             info = dict(init_info)
@@ -290,9 +291,9 @@ class EngineClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all(request(RolloutApi.finish_weight_update, self.version, self.source.checksums))
 
-    def _all(self, asked: Request[None]) -> None:
-        ray.get([_send(handle, asked) for handle in self.handles])
+    def _all(self, call: Request[None]) -> None:
+        ray.get([_send(handle, call) for handle in self.handles])
 
 
-def _send(engine: ActorHandle, asked: Request[None]) -> ray.ObjectRef:
-    return engine.call.remote("rollout", asked.method.name, *asked.args)
+def _send(engine: ActorHandle, call: Request[None]) -> ray.ObjectRef:
+    return engine.call.remote("rollout", call.method.name, *call.args)

@@ -35,7 +35,7 @@ ESTIMATORS: list[Estimator] = [gae, reinforce]
 
 
 class Batch:
-    """Random rewards and values with nan where nobody may look."""
+    """Random rewards and values, with nan outside the mask."""
 
     def __init__(self, seed: int, rows: int, columns: int) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -73,8 +73,8 @@ def reinforce_by_loop(batch: Batch, gamma: float) -> tuple[Tensor, Tensor]:
     return torch.where(batch.mask, returns - baseline, 0.0), returns
 
 
-def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    for ours, oracle in zip(found, expected, strict=True):
+def assert_same(results: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for ours, oracle in zip(results, expected, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, oracle.float(), rtol=1e-5, atol=1e-5)
 
@@ -82,15 +82,15 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 @quick
 @given(batches, discounts, discounts)
 def test_gae_is_the_loop(batch: Batch, gamma: float, lam: float) -> None:
-    found = gae(batch.rewards, batch.values, batch.mask, gamma, lam, batch.groups)
-    assert_same(found, gae_by_loop(batch, gamma, lam))
+    results = gae(batch.rewards, batch.values, batch.mask, gamma, lam, batch.groups)
+    assert_same(results, gae_by_loop(batch, gamma, lam))
 
 
 @quick
 @given(batches, discounts)
 def test_reinforce_is_the_loop(batch: Batch, gamma: float) -> None:
-    found = reinforce(batch.rewards, None, batch.mask, gamma, 0.3, batch.groups)
-    assert_same(found, reinforce_by_loop(batch, gamma))
+    results = reinforce(batch.rewards, None, batch.mask, gamma, 0.3, batch.groups)
+    assert_same(results, reinforce_by_loop(batch, gamma))
 
 
 def test_gae_by_hand() -> None:
@@ -98,7 +98,7 @@ def test_gae_by_hand() -> None:
     advantages, returns = gae(
         torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[0.5, 0.25, 9.0]]), mask, 0.5, 0.5, torch.tensor([0])
     )
-    # delta: 1 + 0.5 * 0.25 - 0.5 = 0.625, and 2 - 0.25 = 1.75 at the end, after which nothing is worth anything.
+    # delta: 1 + 0.5 * 0.25 - 0.5 = 0.625, and 2 - 0.25 = 1.75 at the end, after which the value is 0.
     assert advantages.tolist() == [[0.625 + 0.25 * 1.75, 1.75, 0.0]]
     assert returns.tolist() == [[0.625 + 0.25 * 1.75 + 0.5, 2.0, 0.0]]
 
@@ -108,8 +108,8 @@ def test_gae_over_a_long_answer_keeps_its_precision() -> None:
     batch.lengths[0] = 5000
     batch.mask[0] = True
     batch.rewards[0], batch.values[0] = 0.1, 0.7
-    found = gae(batch.rewards, batch.values, batch.mask, 1.0, 1.0, batch.groups)
-    torch.testing.assert_close(found[0], gae_by_loop(batch, 1.0, 1.0)[0].float(), rtol=1e-6, atol=1e-4)
+    results = gae(batch.rewards, batch.values, batch.mask, 1.0, 1.0, batch.groups)
+    torch.testing.assert_close(results[0], gae_by_loop(batch, 1.0, 1.0)[0].float(), rtol=1e-6, atol=1e-4)
 
 
 def test_gae_without_critic_is_refused() -> None:
@@ -144,8 +144,8 @@ def test_order_of_rows_does_not_matter(estimator: Estimator, batch: Batch, gamma
 
 
 def on_ranks(batch: Batch, cuts: list[int], compute: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
-    """What ranks with unequal parts of the rows compute, put together again. compute(part, total): as one rank does it, which
-    may call `total` once."""
+    """The joined results of ranks with unequal parts of the rows. compute(part, total): the computation of one rank, which may
+    call `total` once."""
     parts = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), len(batch.mask)])]
     shards = [
         SimpleNamespace(
@@ -161,12 +161,12 @@ def on_ranks(batch: Batch, cuts: list[int], compute: Callable[..., tuple[Tensor,
 
     for shard in shards:
         compute(shard, note)
-    found = [compute(shard, lambda x: sum(sums, torch.zeros_like(x))) for shard in shards]
-    return [torch.cat(columns) for columns in zip(*found, strict=True)]
+    results = [compute(shard, lambda x: sum(sums, torch.zeros_like(x))) for shard in shards]
+    return [torch.cat(columns) for columns in zip(*results, strict=True)]
 
 
 cuts = st.lists(st.integers(0, 6), max_size=4)
-"""Where the rows of up to five ranks begin; some have no rows."""
+"""First rows of up to five ranks; some ranks have no rows."""
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -176,20 +176,20 @@ def test_ranks_of_unequal_parts_are_one(estimator: Estimator, batch: Batch, wher
     def estimate(part: Any, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         return estimator(part.rewards, part.values, part.mask, 0.9, 0.8, part.groups, total)
 
-    found = on_ranks(batch, [min(cut, len(batch.mask)) for cut in where], estimate)
+    results = on_ranks(batch, [min(cut, len(batch.mask)) for cut in where], estimate)
     whole = estimator(batch.rewards, batch.values, batch.mask, 0.9, 0.8, batch.groups)
-    for ours, wanted in zip(found, whole, strict=True):
-        torch.testing.assert_close(ours, wanted)
+    for ours, expected in zip(results, whole, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @quick
 @given(batch=batches, where=cuts)
 def test_ranks_of_unequal_parts_whiten_alike(batch: Batch, where: list[int]) -> None:
-    def white(part: Any, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    def whitened(part: Any, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         return (whiten(part.values, part.mask, *mean_and_variance(total(moments(part.values, part.mask)))),)
 
-    [found] = on_ranks(batch, [min(cut, len(batch.mask)) for cut in where], white)
-    torch.testing.assert_close(found, white(batch, lambda x: x)[0])
+    [results] = on_ranks(batch, [min(cut, len(batch.mask)) for cut in where], whitened)
+    torch.testing.assert_close(results, whitened(batch, lambda x: x)[0])
 
 
 def test_a_row_without_tokens_does_not_count() -> None:
@@ -298,7 +298,7 @@ def test_answers_without_a_score_are_left_out_of_the_shaping() -> None:
 # ---------------------------------------------------------------- registry
 
 
-def test_unknown_name_says_what_there_is() -> None:
+def test_an_unknown_name_lists_the_entries() -> None:
     with pytest.raises(UnknownNameError) as error:
         value_losses.get("clippd")
     assert str(error.value) == (

@@ -45,16 +45,16 @@ class Judge(JudgeApi):
 def calls(group: WorkerGroup) -> None:
     sizes: list[int] = [size for size, _ in group.call(PolicyApi.sync_weights, 1).get()]
     group.call(PolicyApi.sync_weight, 1)  # attr-defined: misspelled
-    group.call(PolicyApi.sync_weights, "one")  # arg-type: an int is wanted
+    group.call(PolicyApi.sync_weights, "one")  # arg-type: an int is required
     group.call(PolicyApi.sync_weights)  # call-arg: it lacks the version
-    group.setup_call(TrainerApi.save, folder=1)  # arg-type: a str is wanted
-    group.to([0], WorkerApi.join, "host")  # arg-type: host and port are wanted
+    group.setup_call(TrainerApi.save, folder=1)  # arg-type: a str is required
+    group.to([0], WorkerApi.join, "host")  # arg-type: host and port are required
     group.first(JudgeApi.judge, [], strict=True)
     texts: list[str] = group.first(JudgeApi.judge, [])  # arg-type: it returns numbers
     requests = [request(JudgeApi.judge, [text]) for text in "ab"]
     scores: list[list[float]] = group.scatter(requests).get()
     total: float = group.scatter(requests).reduce(lambda results: sum(map(sum, results))).get()
-    group.scatter([request(JudgeApi.judge, [1.0])])  # list-item: texts are wanted
+    group.scatter([request(JudgeApi.judge, [1.0])])  # list-item: texts are required
     ref, sizes = group.scatter([request(TrainerApi.snapshot)], stored_returns=1).get()[0]  # assignment: they are names
     group.scatter(requests, stored_returns=1)  # call-overload: it returns one value
 """
@@ -66,11 +66,13 @@ def test_a_type_checker_sees_a_misspelled_method_and_a_wrong_argument(tmp_path: 
     file = tmp_path / "calls.py"
     file.write_text(CALLS)
     lines = ((number, re.search(r"# ([\w-]+): ", line)) for number, line in enumerate(CALLS.splitlines(), 1))
-    wanted = {(number, comment[1]) for number, comment in lines if comment}
+    expected = {(number, comment[1]) for number, comment in lines if comment}
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--no-error-summary", str(file)]
     done = run(command, cwd=ROOT, capture_output=True, text=True)
-    found = {(int(number), code) for number, code in re.findall(r"calls\.py:(\d+): error: .*\[([\w-]+)\]", done.stdout)}
-    assert found == wanted, done.stdout + done.stderr
+    reported = {
+        (int(number), code) for number, code in re.findall(r"calls\.py:(\d+): error: .*\[([\w-]+)\]", done.stdout)
+    }
+    assert reported == expected, done.stdout + done.stderr
 
 
 class Api(WorkerApi):
@@ -95,7 +97,7 @@ class Implementation(Api):
 def test_a_declaration_has_a_name_and_a_phase() -> None:
     assert RemoteMethod.of(PolicyApi.sync_weights) == RemoteMethod("sync_weights", "weight_sync")
     assert RemoteMethod.of(ValueApi.save) == RemoteMethod("save", "save") == RemoteMethod.of(TrainerApi.save)
-    with pytest.raises(ValueError, match=r"^no phase of a remote method: 'sing'; there are start, generate, "):
+    with pytest.raises(ValueError, match=r"^phase of a remote method: was 'sing'; must be start, generate, "):
         remote(phase="sing")  # type: ignore[arg-type]
 
 
@@ -113,7 +115,7 @@ def test_arguments_that_are_named_travel_in_order() -> None:
     method = RemoteMethod("values", "score")
     assert request(Api.values, 1) == Request(method, (1,))
     assert request(Api.values, 1, third=5) == Request(method, (1, 2, 5))
-    with pytest.raises(TypeError, match="takes name by keyword alone"):
+    with pytest.raises(TypeError, match="has keyword-only parameters: name"):
         request(Api.named, name="a")
 
 

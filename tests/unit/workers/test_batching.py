@@ -1,4 +1,4 @@
-"""What must hold of every split of rows, whatever their lengths."""
+"""Properties of every split of rows, for any lengths."""
 
 from collections.abc import Sequence
 from itertools import combinations, pairwise
@@ -42,7 +42,7 @@ def test_balance(lengths: list[int], parts: int) -> None:
     assert all(np.array_equal(x, y) for x, y in zip(shards, balance(np.array(lengths), parts), strict=True))
 
 
-def test_balance_of_many_rows_is_fine() -> None:
+def test_balance_of_many_rows_is_nearly_exact() -> None:
     lengths = np.random.default_rng(0).integers(1, 1000, 512)
     tokens = [lengths[rows].sum() for rows in balance(lengths, 8)]
     assert max(tokens) - min(tokens) < 20
@@ -50,8 +50,8 @@ def test_balance_of_many_rows_is_fine() -> None:
 
 @pytest.mark.parametrize("rows", range(6))
 def test_balance_by_hand(rows: int) -> None:
-    """The longest first, each to the rank with the fewest tokens; what is left over goes to those with the fewest."""
-    wanted = [
+    """Longest rows first, each to the rank with the fewest tokens; the last round goes to the ranks with the fewest."""
+    expected = [
         [[], [], []],
         [[0], [], []],
         [[0], [1], []],
@@ -59,7 +59,7 @@ def test_balance_by_hand(rows: int) -> None:
         [[0], [1], [2, 3]],
         [[0], [1, 4], [2, 3]],
     ]
-    assert [part.tolist() for part in balance([50, 40, 30, 20, 10][:rows], 3)] == wanted[rows]
+    assert [part.tolist() for part in balance([50, 40, 30, 20, 10][:rows], 3)] == expected[rows]
 
 
 # ---------------------------------------------------------------- mini-batches
@@ -86,7 +86,7 @@ def test_mini_batches_by_hand() -> None:
 
 
 def fewest_and_smallest(lengths: list[int], max_tokens: int) -> tuple[int, int]:
-    """Every way to cut the sorted rows: the least number of micro-batches, and the least size of the largest then."""
+    """By trying all splits of the sorted rows: the fewest micro-batches, and the smallest possible size of the largest one."""
     ordered = sorted(lengths)
     for count in range(1, len(ordered) + 1):
         sizes = []
@@ -97,7 +97,7 @@ def fewest_and_smallest(lengths: list[int], max_tokens: int) -> tuple[int, int]:
                 sizes.append(max(size(ordered, part) for part in parts))
         if sizes:
             return count, min(sizes)
-    raise AssertionError("one row each is always a way")
+    raise AssertionError("one row per micro-batch is always possible")
 
 
 @quick
@@ -134,7 +134,7 @@ def test_ranks_have_the_same_number_of_micro_batches(shards: list[list[int]], ma
         assert_partition(batches, len(lengths))
         filled = [rows for rows in batches if len(rows)]
         assert all(len(rows) == 1 or size(lengths, rows) <= max_tokens for rows in filled)
-        assert len(filled) == min(len(batches), len(lengths)), "padding only where there are too few rows"
+        assert len(filled) == min(len(batches), len(lengths)), "padding only if there are too few rows"
         assert all(len(rows) for rows in batches[: len(filled)]), "and at the end"
     needed = max(len(micro_batches(lengths, max_tokens)) for lengths in shards)
     assert {len(batches) for batches in ranks} == {needed}
@@ -153,7 +153,7 @@ def test_a_rank_with_too_few_rows_computes_padding() -> None:
 @quick
 @given(rows_of_tokens, st.integers(1, 7), st.integers(1, 200))
 def test_every_row_is_computed_once_by_one_rank(lengths: list[int], ranks: int, max_tokens: int) -> None:
-    """As any batch is shared out, for whatever is done with it."""
+    """The split that every batch uses."""
     shards = balance(lengths, ranks)
     cut = aligned_micro_batches([np.array(lengths)[rows] for rows in shards], max_tokens)
     computed = [row for rows, batches in zip(shards, cut, strict=True) for batch in batches for row in rows[batch]]

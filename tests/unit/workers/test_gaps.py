@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def masks(draw: st.DrawFn) -> list[bool]:
-    """Of a sample with a prompt of a token at least, and a trained token at least, anywhere after it."""
+    """Loss mask of a sample with at least one prompt token, then at least one trained token at any position."""
     mask = [False, *draw(st.lists(st.booleans(), min_size=1, max_size=14))]
     return mask if any(mask) else [*mask, True]
 
@@ -74,13 +74,13 @@ def trained_on(
     reference, values = (refs(RaggedArray.of(columns[name], np.float32)) for name in ("reference", "values"))
     ids = np.arange(len(samples))
     rollouts, penalty = refs(RolloutBatch.of(samples)), KLTerm("k1", reward_coefficient=KL)
-    work = TrainStepInput(rollouts, reference, values, scores, ids, ids, penalty, [], advantages)
-    return prepare(work, PPOSettings.model_validate(PPO), lambda x: x, CPU)
+    step_input = TrainStepInput(rollouts, reference, values, scores, ids, ids, penalty, [], advantages)
+    return prepare(step_input, PPOSettings.model_validate(PPO), lambda x: x, CPU)
 
 
 @settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(every=st.lists(masks(), min_size=1, max_size=4), seed=st.integers(0, 9999))
-def test_a_gap_counts_for_nothing(ray_here: Cluster, folder: Path, every: list[list[bool]], seed: int) -> None:
+def test_a_gap_has_no_effect(ray_here: Cluster, folder: Path, every: list[list[bool]], seed: int) -> None:
     draw = np.random.default_rng(seed)
     samples = samples_of(every, draw)
     columns = {
@@ -88,15 +88,15 @@ def test_a_gap_counts_for_nothing(ray_here: Cluster, folder: Path, every: list[l
         for name in ("reference", "values")
     }
     scores = draw.normal(0, 1, len(samples)).astype(np.float32)
-    found = trained_on(samples, columns, scores)
+    result = trained_on(samples, columns, scores)
     ours = LanguageModel(
         load_hf(ModelSettings(path=str(folder), dtype="float32"), str(folder), scalar=False, seed=0)
     ).eval()
     batch = Batch(samples, CPU)
     log_probs, _ = ours(batch)
     width = log_probs.shape[1]
-    old = found.log_probs[:, :width]
-    inputs = LossInputs(log_probs, old, old, None, found.advantages[:, :width], batch.mask)
+    old = result.log_probs[:, :width]
+    inputs = LossInputs(log_probs, old, old, None, result.advantages[:, :width], batch.mask)
     PPOClip(PPOClipLoss())(inputs).loss.sum().backward()
 
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -104,20 +104,20 @@ def test_a_gap_counts_for_nothing(ray_here: Cluster, folder: Path, every: list[l
     for i, sample in enumerate(samples):
         ids, positions = torch.from_numpy(sample.ids.astype(np.int64)), np.flatnonzero(sample.loss_mask).tolist()
         all_log_probs = torch.log_softmax(plain(input_ids=ids[None]).logits[0].float(), -1)
-        advantage, following, wanted = 0.0, 0.0, dict[int, float]()
+        advantage, following, expected = 0.0, 0.0, dict[int, float]()
         for k in reversed(range(len(positions))):  # from one trained token to the one before it
             value = float(columns["values"][i][k])
             reward = -KL * float(sample.log_probs[k] - columns["reference"][i][k])
             reward += float(scores[i]) if k == len(positions) - 1 else 0.0
             advantage = reward + GAMMA * following - value + GAMMA * LAM * advantage
-            following, wanted[k] = value, advantage
-        assert found.returns is not None
+            following, expected[k] = value, advantage
+        assert result.returns is not None
         for k, position in enumerate(positions):
             log_prob = all_log_probs[position - 1, ids[position]]
             assert float(log_probs[i, k]) == pytest.approx(float(log_prob), abs=1e-5)
-            assert float(found.advantages[i, k]) == pytest.approx(wanted[k], abs=1e-4)
-            assert float(found.returns[i, k]) == pytest.approx(wanted[k] + float(columns["values"][i][k]), abs=1e-4)
-            loss = loss + clipped(log_prob - float(sample.log_probs[k]), wanted[k])
+            assert float(result.advantages[i, k]) == pytest.approx(expected[k], abs=1e-4)
+            assert float(result.returns[i, k]) == pytest.approx(expected[k] + float(columns["values"][i][k]), abs=1e-4)
+            loss = loss + clipped(log_prob - float(sample.log_probs[k]), expected[k])
         assert not batch.mask[i, len(positions) :].any()
     loss.backward()
     theirs = dict(plain.named_parameters())
@@ -130,20 +130,20 @@ def clipped(log_ratio: Tensor, advantage: float) -> Tensor:
 
 
 def test_the_score_stands_at_the_last_trained_token_alone(ray_here: Cluster) -> None:
-    """Of a conversation with two responses, not at the end of each."""
+    """In a conversation with two responses, not at the end of each."""
     turns = samples_of([[False, True, True, False, False, True, False]], np.random.default_rng(0))
     zeros = [np.zeros(3, np.float32)]
-    found = trained_on(turns, {"reference": [turns[0].log_probs], "values": zeros}, np.array([2.0], np.float32))
-    assert found.advantages.tolist() == [pytest.approx([2 * (GAMMA * LAM) ** 2, 2 * GAMMA * LAM, 2.0])]
+    result = trained_on(turns, {"reference": [turns[0].log_probs], "values": zeros}, np.array([2.0], np.float32))
+    assert result.advantages.tolist() == [pytest.approx([2 * (GAMMA * LAM) ** 2, 2 * GAMMA * LAM, 2.0])]
 
 
 def test_an_advantage_per_answer_stands_at_each_trained_token(ray_here: Cluster) -> None:
-    """And neither scores nor the penalty are looked at."""
+    """Scores and the KL penalty are not used."""
     samples = samples_of([[False, True, False, True], [False, True]], np.random.default_rng(0))
     columns = {name: [np.full(n, np.nan, np.float32) for n in (2, 1)] for name in ("reference", "values")}
     unread = np.full(2, np.nan, np.float32)
-    found = trained_on(samples, columns, unread, np.array([0.5, -2.0], np.float32))
-    assert found.advantages.tolist() == [[0.5, 0.5], [-2.0, 0.0]]
-    assert found.returns is None
-    assert found.metrics["advantage/mean"] == pytest.approx(-1 / 3)
-    assert "returns" not in found.arrays([np.array([0, 1])])
+    result = trained_on(samples, columns, unread, np.array([0.5, -2.0], np.float32))
+    assert result.advantages.tolist() == [[0.5, 0.5], [-2.0, 0.0]]
+    assert result.returns is None
+    assert result.metrics["advantage/mean"] == pytest.approx(-1 / 3)
+    assert "returns" not in result.arrays([np.array([0, 1])])

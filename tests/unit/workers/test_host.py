@@ -1,4 +1,4 @@
-"""What a worker's process sends of its exceptions: their type, their whole text and where they were raised, whatever they are."""
+"""Every exception of a worker's process reaches the driver with its type, whole text and traceback."""
 
 from __future__ import annotations
 
@@ -68,18 +68,18 @@ def test_any_exception_reaches_the_driver_with_type_text_and_traceback(
     assert failure.kind == "error" and not failure.survivable
     assert isinstance(failure.cause, RemoteError)
     assert more in failure.detail and "raising.py" in failure.detail
-    assert failure.detail.count("Error: first line") <= 1, "told once"
-    assert group.first(RaisingApi.ping) == before, "the process lives"
+    assert failure.detail.count("Error: first line") <= 1, "shown once"
+    assert group.first(RaisingApi.ping) == before, "the same process still runs"
 
 
-def test_the_exceptions_of_ours_arrive_as_they_are(group: WorkerGroup) -> None:
+def test_troupes_exceptions_arrive_unchanged(group: WorkerGroup) -> None:
     with pytest.raises(WorkerError, match=r"^reference rank 0 failed in fail: StaleWeights: version 3\n") as e:
         group.first(RaisingApi.fail, "ours")
     assert isinstance(e.value.failure.cause, StaleWeights)
 
 
 def test_a_method_that_is_not_declared_is_refused(group: WorkerGroup) -> None:
-    """Whoever asks for it by its name: a method that overrides a declared one is remote, and a helper beside it is not."""
+    """Even if called by its name. An override of a declared method is remote, other methods of the class are not."""
     for name in ("tensors", "spec", "__init__", "no_such_method"):
         with pytest.raises(WorkerError) as e:
             Call(group, {0: Request(RemoteMethod(name, "train"), ())}).get()
@@ -89,8 +89,8 @@ def test_a_method_that_is_not_declared_is_refused(group: WorkerGroup) -> None:
     assert group.first(RaisingApi.memory) > 0
 
 
-def test_a_process_that_cannot_begin_says_why(start: Start) -> None:
-    """And is no process that died, of which one would start another."""
+def test_a_process_that_cannot_start_gives_the_reason(start: Start) -> None:
+    """It does not count as a dead process, which would be replaced."""
     with pytest.raises(WorkerError) as e:
         start(TESTS_RAISING="broken").first(RaisingApi.ping)
     assert e.value.failure.text == "reference rank 0 failed in ping: ImportError: the plugin lacks a library"

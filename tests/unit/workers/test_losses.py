@@ -58,8 +58,8 @@ def policy_loss(kind: str) -> Loss:
     def loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> LossOutput:
         clips = {"clip_low": clip, "clip_high": clip} if kind == "ppo_clip" else {}
         settings = PPOSettings.model_validate(NEEDED | {"loss": {"kind": kind, **clips}}).loss
-        nothing = torch.full_like(new, torch.nan)  # neither looks at the engine's or the reference's
-        return PolicyLoss.of(settings)(LossInputs(new, nothing, old, nothing, advantages, mask))
+        unused = torch.full_like(new, torch.nan)  # no loss reads the engine's or the reference's
+        return PolicyLoss.of(settings)(LossInputs(new, unused, old, unused, advantages, mask))
 
     return loss
 
@@ -81,8 +81,8 @@ def reinforce_by_hand(new: float, old: float, advantage: float) -> float:
 
 
 def clipped_by_hand(new: float, old: float, target: float) -> float:
-    kept = min(max(new, old - CLIP), old + CLIP)
-    return 0.5 * max((new - target) ** 2, (kept - target) ** 2)
+    limited = min(max(new, old - CLIP), old + CLIP)
+    return 0.5 * max((new - target) ** 2, (limited - target) ** 2)
 
 
 def mse_by_hand(new: float, old: float, target: float) -> float:
@@ -160,9 +160,7 @@ def test_more_padding_changes_nothing(loss: Loss, batch: Batch, extra: int) -> N
     ("ratio", "advantage", "clips"),
     [(1.5, 1.0, True), (1.5, -1.0, False), (0.5, 1.0, False), (0.5, -1.0, True), (1.1, 1.0, False), (1.0, 1.0, False)],
 )
-def test_clip_takes_the_gradient_only_where_the_policy_went_too_far_already(
-    ratio: float, advantage: float, clips: bool
-) -> None:
+def test_clip_removes_the_gradient_only_beyond_the_clip_range(ratio: float, advantage: float, clips: bool) -> None:
     log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     mask = torch.tensor([[True]])
     parts = policy_loss("ppo_clip")(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), mask, CLIP)
@@ -200,7 +198,7 @@ def test_each_side_of_the_clip_has_its_own_width(ratio: float, advantage: float,
     assert PPOClip(PPOClipLoss(clip_low=0.2, clip_high=0.28))(inputs).loss.item() == pytest.approx(loss)
 
 
-def test_a_loss_takes_its_settings_word_for_the_mean() -> None:
+def test_the_setting_chooses_the_mean_of_a_loss() -> None:
     assert PolicyLoss.of(PPOClipLoss()).aggregation == "token_mean"
     assert PolicyLoss.of(ReinforceLoss(aggregation="constant")).aggregation == "constant"
 
@@ -213,7 +211,7 @@ def test_registries_hold_the_defaults_of_the_schema() -> None:
 # ---------------------------------------------------------------- value
 
 
-def test_value_clip_holds_a_value_that_ran_away() -> None:
+def test_value_clip_removes_the_gradient_of_a_value_beyond_the_range() -> None:
     values = torch.tensor([[1.0, 0.1]], requires_grad=True)
     mask = torch.ones(1, 2, dtype=torch.bool)
     parts = value_losses.get("clipped")(values, torch.zeros(1, 2), torch.full((1, 2), 2.0), mask, CLIP)

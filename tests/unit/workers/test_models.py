@@ -65,7 +65,7 @@ def language_model(path: Path, **settings: Any) -> LanguageModel:
 
 
 def plain_log_probs(hf: PreTrainedModel, row: Sample, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each predicted answer token, from all logits of this row alone."""
+    """Log-probability and entropy of each predicted answer token, from all logits of this single row."""
     ids = torch.from_numpy(row.ids.astype(np.int64))
     log_softmax = torch.log_softmax(hf(input_ids=ids[None]).logits[0].double() / temperature, -1)
     before = torch.arange(max(row.prompt_length, 1), len(ids)) - 1
@@ -89,9 +89,9 @@ def test_log_probs_are_those_of_the_plain_model(folder: Path, temperature: float
     with torch.no_grad():
         log_probs, entropy = language_model(folder)(batch, temperature)
         for i, row in enumerate(ROWS):
-            wanted_log_probs, wanted_entropy = plain_log_probs(plain, row, temperature)
-            torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), wanted_log_probs, atol=2e-5, rtol=1e-5)
-            torch.testing.assert_close(entropy[i][batch.mask[i]].double(), wanted_entropy, atol=2e-5, rtol=1e-5)
+            expected_log_probs, expected_entropy = plain_log_probs(plain, row, temperature)
+            torch.testing.assert_close(log_probs[i][batch.mask[i]].double(), expected_log_probs, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(entropy[i][batch.mask[i]].double(), expected_entropy, atol=2e-5, rtol=1e-5)
     assert not log_probs[~batch.mask].any()
     assert not entropy[~batch.mask].any()
     assert log_probs.shape == (len(ROWS), 12)
@@ -119,8 +119,8 @@ def same_gradients(a: nn.Module, b: nn.Module) -> None:
             assert parameter.grad is None
 
 
-class TablesMade(TorchDispatchMode):
-    """Operations that allocated a tensor of the word embeddings' shape."""
+class TablesAllocated(TorchDispatchMode):
+    """Records operations that allocate a tensor of the word embeddings' shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,9 +144,9 @@ def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: i
     batches = [Batch(ROWS, CPU), Batch(sequences([(4, 9), (60, 60)], seed=4), CPU)]
     assert any((batch.ids == 7).any() for batch in batches)
     losses = [ours(batch)[0].sum() for batch in batches]
-    with TablesMade() as made:
+    with TablesAllocated() as tables:
         losses[0].backward()
-    assert made.by == ["aten.zeros_like.default"]
+    assert tables.by == ["aten.zeros_like.default"]
     losses[1].backward()
     for batch in batches:
         for ids, length, first in zip(
@@ -158,7 +158,7 @@ def test_a_tied_table_has_one_gradient_of_its_size(architecture: str, padding: i
     same_gradients(ours.hf, plain)
 
 
-class LogitsSeen(TorchDispatchMode):
+class LargestLogits(TorchDispatchMode):
     """Records the largest number of rows of logits in the output of any operation."""
 
     most = 0
@@ -174,7 +174,7 @@ class LogitsSeen(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk", [1, 3, 26])
 def test_chunks_of_tokens_change_nothing(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results do not depend on the chunk, and no operation computes more logits than a chunk: none for prompts and padding."""
+    """Results do not depend on the chunk. No operation computes more logits than a chunk, so none for prompts and padding."""
     folder = make_model(tmp_path, "gpt2", seed=1)  # only the vocabulary has the width 120
     rows = [*ROWS, *sequences([(60, 1)])]
     answers = sum(len(row.ids) - row.prompt_length for row in rows)
@@ -183,15 +183,15 @@ def test_chunks_of_tokens_change_nothing(tmp_path: Path, chunk: int, monkeypatch
     expected = whole(Batch(rows, CPU))
     (expected[0].sum() + expected[1].sum()).backward()
     monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", chunk)
-    with LogitsSeen() as seen:
+    with LargestLogits() as logits:
         outputs = cut(Batch(rows, CPU))
         (outputs[0].sum() + outputs[1].sum()).backward()
     torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
     same_gradients(cut.hf, whole.hf)
-    assert seen.most == chunk
+    assert logits.most == chunk
 
 
-def test_a_graph_may_be_gone_through_twice(folder: Path) -> None:
+def test_two_backward_passes_through_a_graph(folder: Path) -> None:
     """The first backward pass overwrites the logits that the forward pass kept."""
     once, twice = language_model(folder), language_model(folder)
     log_probs, entropy = once(Batch(ROWS, CPU))
@@ -203,21 +203,19 @@ def test_a_graph_may_be_gone_through_twice(folder: Path) -> None:
     same_gradients(once.hf, twice.hf)
 
 
-def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The peak of critic and reward model does not depend on the vocabulary; the reference adds one chunk. The actor keeps only
-    the head and the buffer of one chunk for its backward pass."""
+def test_values_need_no_tensor_of_the_vocabularys_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory of critic and reward model does not depend on the vocabulary; the reference adds one chunk. For its backward
+    pass, the actor keeps only the head and the buffer of one chunk."""
     folder, batch = make_model(tmp_path, "gpt2", seed=1), Batch(ROWS, CPU)  # only the vocabulary has the width 120
     monkeypatch.setattr(fused_log_probs, "LOGITS_CHUNK", 2)
     values, policy = scalar_model(folder), language_model(folder)
-    with LogitsSeen() as seen:
+    with LargestLogits() as logits:
         for per_token in (True, False):
             values(batch, per_token).sum().backward()
-    assert seen.most == 0
-    with LogitsSeen() as seen, torch.no_grad():
+    assert logits.most == 0
+    with LargestLogits() as logits, torch.no_grad():
         policy(batch)
-    assert seen.most == 2
+    assert logits.most == 2
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):  # type: ignore[func-returns-value]
         policy(batch)
@@ -225,7 +223,7 @@ def test_nothing_of_the_vocabularys_width_is_kept_or_made_for_a_value(
     assert not [shape for shape in kept if VOCABULARY in shape and shape != (VOCABULARY, WIDTH)]
 
 
-def test_an_answer_after_no_prompt_begins_with_a_token_that_nothing_predicts(folder: Path) -> None:
+def test_the_first_token_of_an_answer_without_a_prompt_has_no_log_prob(folder: Path) -> None:
     rows = [*sequences([(0, 5)], seed=4), ROWS[3], *sequences([(0, 1)], seed=5)]
     batch = Batch(rows, CPU)
     assert batch.mask[0].tolist() == [True] * 4 + [False] * 8
@@ -274,7 +272,7 @@ def test_a_model_in_training_is_the_model_that_sampled(
     ("architecture", "tied"), [*((architecture, True) for architecture in ARCHITECTURES), ("llama", False)]
 )
 @pytest.mark.parametrize("scalar", [False, True], ids=["language", "scalar"])
-def test_a_micro_batch_without_rows_runs_the_model_and_teaches_nothing(
+def test_a_micro_batch_without_rows_runs_the_model_and_has_zero_gradients(
     tmp_path: Path, architecture: str, tied: bool, scalar: bool
 ) -> None:
     """Padding, for a rank with fewer rows than others: the same modules run, without any output."""
@@ -287,7 +285,7 @@ def test_a_micro_batch_without_rows_runs_the_model_and_teaches_nothing(
         module.register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
 
     def learn(rows: list[Sample]) -> tuple[float, dict[str, Tensor], list[str]]:
-        """The loss, the gradients, and the modules in the order in which they run."""
+        """Loss, gradients, and the modules in the order of execution."""
         model.zero_grad()
         ran.clear()
         loss = _any_loss(model, Batch(rows, CPU), scalar)
@@ -415,7 +413,7 @@ def test_scores_and_values_are_those_of_the_plain_model(folder: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_score_stands_at_the_last_token_whatever_it_is(llama: Path) -> None:
+def test_the_score_is_at_the_last_token_also_if_it_is_eos(llama: Path) -> None:
     """Rows with the pad token, which equals eos (0, also our padding), in the middle and at the end."""
     model = scalar_model(llama)
     model.hf.config.pad_token_id = model.hf.config.eos_token_id = 0
@@ -438,7 +436,7 @@ def test_padding_changes_no_score(llama: Path) -> None:
 
 
 @torch.no_grad()
-def test_answers_after_no_prompt_have_scores(folder: Path) -> None:
+def test_answers_without_a_prompt_have_scores(folder: Path) -> None:
     model, rows = scalar_model(folder), [*sequences([(0, 4), (0, 1)], seed=6), ROWS[0]]
     scores = model(Batch(rows, CPU), per_token=False)
     expected = torch.stack([plain_values(model.hf, row)[-1] for row in rows])
@@ -461,7 +459,7 @@ def test_normalisation_shifts_and_scales_and_travels_with_the_model(llama: Path,
 
 
 @torch.no_grad()
-def test_dropout_is_for_training_alone(llama: Path) -> None:
+def test_dropout_is_applied_in_training_only(llama: Path) -> None:
     plain, model, batch = scalar_model(llama), scalar_model(llama, dropout=0.3), Batch(ROWS, CPU)
     expected = plain(batch, per_token=False)
     torch.testing.assert_close(model(batch, per_token=False), expected, atol=0, rtol=0)

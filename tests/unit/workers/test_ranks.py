@@ -1,8 +1,8 @@
-"""Several ranks learn what one learns, whatever is sharded over them and however batches are cut.
+"""Training gives the same result for every number of ranks, sharding and split into micro-batches.
 
-Each set-up trains the same things from the same start: demonstrations, pairs with dropout, and the policy and the critic on
-the same answers. One rank with everything whole is what the others must agree with. No number of rows divides among the ranks,
-some answers have no score, and some batches have fewer rows than there are ranks.
+Each set-up trains the same jobs from the same start: demonstrations, pairs with dropout, and the policy and the critic on the
+same answers. The expected result is that of one rank without sharding. Row counts are not divisible by the ranks, some answers
+have no score, and some batches have fewer rows than ranks.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ T = TypeVar("T")
 pytestmark = pytest.mark.slow
 
 Ranks = tuple[int, int]
-"""Of the actor and of the critic."""
+"""Number of ranks of the actor and of the critic."""
 Setup = tuple[Strategy, Ranks, int]
-"""What is sharded, the ranks, and the tokens of a micro-batch."""
+"""Strategy, ranks, and tokens of a micro-batch."""
 SETUPS: dict[str, Setup] = {
     "ddp, one rank, small micro-batches": ("ddp", (1, 1), 48),
     "ddp": ("ddp", (2, 2), 160),
@@ -58,20 +58,20 @@ JOBS = ("demonstrations", "pairs", "policy", "critic")
 ADAM = OptimizerSettings(lr=1e-3, warmup=0.0, weight_decay=0.01, max_grad_norm=2.0)
 SAMPLES = 12
 SCORED = (SAMPLES - 1, 3, 1)
-"""Answers that have a score in each step of PPO."""
+"""Number of answers with a score in each PPO step."""
 BATCHES = (7, 5, 2)
 """Rows of each step of the supervised jobs."""
 
 
 @dataclass
 class Trained:
-    """What a job reported, step after step, and the model that it ended with."""
+    """A job's metrics per step, and its final model."""
 
     steps: list[dict[str, float]]
     weights: dict[str, Tensor]
 
 
-# ---------------------------------------------------------------- what is trained on
+# ---------------------------------------------------------------- data
 
 
 def text(draw: np.random.Generator, low: int, high: int) -> str:
@@ -79,7 +79,7 @@ def text(draw: np.random.Generator, low: int, high: int) -> str:
 
 
 def demonstrations(count: int) -> list[Row]:
-    """Lengths differ, and one row has no prompt."""
+    """Rows of different lengths; one has no prompt."""
     draw = np.random.default_rng(1)
     rows = [Row(text(draw, 1, 20), completion=text(draw, 1, 20)) for _ in range(count - 1)]
     return [*rows, Row("", completion=text(draw, 5, 10))]
@@ -94,20 +94,20 @@ def pairs(count: int) -> list[Row]:
 
 
 def fake_experience(folder: Path, config: RunConfig) -> Experience:
-    """Answers as two engines would have left them in the object store, and scores of every kind."""
+    """Answers in the object store, as from two engines, and random scores."""
     draw = np.random.default_rng(3)
     prompt_lengths, answer_lengths = draw.integers(1, 12, SAMPLES), draw.integers(1, 20, SAMPLES)
     ids = [draw.integers(1, VOCABULARY, n).astype(np.int32) for n in prompt_lengths + answer_lengths]
     samples = [Sample.of(row[:n], row[n:]) for row, n in zip(ids, prompt_lengths, strict=True)]
     batch = Batch(samples, torch.device("cpu"))
     with torch.no_grad():
-        found, _ = LanguageModel(load_hf(config.model, str(folder), scalar=False, seed=1)).eval()(batch)
+        model_log_probs, _ = LanguageModel(load_hf(config.model, str(folder), scalar=False, seed=1)).eval()(batch)
     log_probs = [
         (row[mask].numpy() + draw.normal(0, 0.2, int(mask.sum()))).astype(np.float32)
-        for row, mask in zip(found, batch.mask, strict=True)
+        for row, mask in zip(model_log_probs, batch.mask, strict=True)
     ]
     engines = [np.arange(0, SAMPLES, 2), np.arange(1, SAMPLES, 2)]
-    chunks = [
+    batches = [
         RolloutBatch.of([replace(samples[i], log_probs=log_probs[i], versions=0 * log_probs[i]) for i in share])
         for share in engines
     ]
@@ -127,7 +127,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
         groups=np.arange(SAMPLES) // 2,
         numbers=np.arange(SAMPLES) % 2,
         step=1,
-        refs=refs(chunks),
+        refs=refs(batches),
         prompt_lengths=prompt_lengths,
         answer_lengths=answer_lengths,
         trained_tokens=answer_lengths,
@@ -140,7 +140,7 @@ def fake_experience(folder: Path, config: RunConfig) -> Experience:
 
 
 def of_step(experience: Experience, step: int) -> Experience:
-    """The same with as many scores as the step has."""
+    """The experience with the number of scores of this step."""
     unscored = np.random.default_rng(step).permutation(SAMPLES)[SCORED[step - 1] :]
     scores = experience.scores.copy()
     scores[unscored] = np.nan
@@ -179,7 +179,7 @@ def run_config(folder: Path, strategy: Strategy, ranks: Ranks, micro_batch_token
 
 @contextmanager
 def learners(config: RunConfig, cluster: Cluster) -> Iterator[Team]:
-    """A team of the actor and the critic alone, with the data that they learn from."""
+    """A team of only the actor and the critic."""
     plan = make_plan(config, "ppo", cluster)
     learning: tuple[Role, ...] = ("actor", "critic")
     roles = {role: plan.roles[role] for role in learning}
@@ -192,11 +192,11 @@ def learners(config: RunConfig, cluster: Cluster) -> Iterator[Team]:
 
 
 def evaluate(team: Team, experience: Experience) -> dict[str, float]:
-    """What the untrained models say of the data, without training."""
+    """Metrics of the untrained models on the data, without training."""
     settings = team.config
     assert settings.ppo is not None
     tokens = settings.ppo.micro_batch_tokens
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
 
     def measure(
         role: Role, name: str, rows: list[Row], kind: RowKind, ask: Callable[[SupervisedBatch], Request[T]]
@@ -213,7 +213,7 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
         "actor", "sft", demonstrations(13), "demonstration", lambda part: request(PolicyApi.demonstration_loss, part)
     )
     [pair, *_] = measure("critic", "pairs", pairs(3), "preference", lambda part: request(ValueApi.pair_accuracy, part))
-    found |= {"demonstrations": loss["loss"], "pairs": pair["loss"], "accuracy": pair["accuracy"]}
+    metrics |= {"demonstrations": loss["loss"], "pairs": pair["loss"], "accuracy": pair["accuracy"]}
     [(mean, deviation), *_] = measure(
         "critic",
         "demonstrations",
@@ -221,7 +221,7 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
         "demonstration",
         lambda part: request(ValueApi.normalize, part.data, part.micro_batches),
     )
-    found |= {"mean": mean, "deviation": deviation}
+    metrics |= {"mean": mean, "deviation": deviation}
     rollouts = experience.rollouts  # all but one: they do not divide among the ranks
     some = {
         name: getattr(rollouts, name)[:-1]
@@ -233,12 +233,12 @@ def evaluate(team: Team, experience: Experience) -> dict[str, float]:
     for i, row in enumerate(values.refs.fetch()):
         assert len(row) == rollouts.answer_lengths[i]
         assert row[0] == values.per_answer[i]
-        found |= {f"value {t} of {i}": float(value) for t, value in enumerate(row)}
-    return found
+        metrics |= {f"value {t} of {i}": float(value) for t, value in enumerate(row)}
+    return metrics
 
 
 def train(team: Team, job: str, experience: Experience, exported: Path, dropout: float) -> Trained:
-    """Do three steps of a job from the start."""
+    """Train three steps of a job from the start."""
     role: Role = "actor" if job in ("demonstrations", "policy") else "critic"
     group, settings = team.groups[role], team.config
     assert settings.ppo is not None
@@ -253,9 +253,9 @@ def train(team: Team, job: str, experience: Experience, exported: Path, dropout:
     if job in ("policy", "critic"):
         for step in range(1, len(SCORED) + 1):
             call = team.train_actor if job == "policy" else team.train_critic
-            found = call(of_step(experience, step), step, len(SCORED))
-            assert found is not None
-            steps.append(found.get())
+            step_call = call(of_step(experience, step), step, len(SCORED))
+            assert step_call is not None
+            steps.append(step_call.get())
     else:
         draw = np.random.default_rng(4)
         method: Callable[[Any, SupervisedBatch, StageStep, tuple[int, ...]], dict[str, float]]
@@ -271,16 +271,16 @@ def train(team: Team, job: str, experience: Experience, exported: Path, dropout:
 
 
 @dataclass
-class Found:
-    """What a set-up gave."""
+class SetupResult:
+    """Results of a set-up."""
 
     jobs: dict[str, Trained]
     evaluation: dict[str, float]
     repeated: list[Trained]
-    """Pairs once more from the same start, and without dropout."""
+    """Pairs again from the same start: with and without dropout."""
 
 
-Learn = Callable[[Setup], Found]
+Learn = Callable[[Setup], SetupResult]
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +290,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learn]:
-    """What a set-up gives; each is run once. A team takes up one set-up of its numbers of ranks after another, and then makes
-    room for the next team."""
+    """Returns the result of a set-up; each is run once. A team runs all set-ups of its ranks, one after the other, and is stopped
+    before the next team starts."""
     experience = fake_experience(folder, run_config(folder, *WHOLE))
     with ExitStack() as stack:
         teams: dict[Ranks, Team] = {}
@@ -304,7 +304,7 @@ def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFa
             return teams[ranks]
 
         @cache
-        def get(setup: Setup) -> Found:
+        def get(setup: Setup) -> SetupResult:
             strategy, ranks, _ = setup
             team = team_of(ranks)
             team.config = run_config(folder, *setup)
@@ -319,7 +319,7 @@ def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFa
             jobs = {job: run(job) for job in JOBS}
             for group in team.groups.values():
                 assert group.call(OpenApi.stage).get() == [ZERO[strategy].stage] * len(group)
-            return Found(
+            return SetupResult(
                 jobs=jobs,
                 evaluation=evaluate(team, experience),
                 repeated=[run("pairs"), run("pairs", dropout=0.0)] if setup == SETUPS["ddp"] else [],
@@ -328,16 +328,16 @@ def learned(ray_here: Cluster, folder: Path, tmp_path_factory: pytest.TempPathFa
         yield get
 
 
-def same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    assert len(found) == len(wanted)
-    for step, (a, b) in enumerate(zip(found, wanted, strict=True), start=1):
+def same_numbers(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(actual) == len(expected)
+    for step, (a, b) in enumerate(zip(actual, expected, strict=True), start=1):
         assert a.keys() == b.keys()
         for name in b:
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), f"{name} of step {step}"
 
 
 def test_the_jobs_learn(learned: Learn, folder: Path) -> None:
-    """What the set-ups are compared by says something."""
+    """The jobs change weights and metrics, so comparing set-ups by them is a real test."""
     for job, result in learned(WHOLE).jobs.items():
         assert result.weights.keys() >= {"model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"}
         before = load_file(folder / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
@@ -354,31 +354,31 @@ def test_the_jobs_learn(learned: Learn, folder: Path) -> None:
 @pytest.mark.parametrize("setup", SETUPS)
 @pytest.mark.parametrize("job", JOBS)
 def test_every_set_up_learns_the_same(learned: Learn, setup: str, job: str) -> None:
-    found, wanted = learned(SETUPS[setup]).jobs[job], learned(WHOLE).jobs[job]
-    same_numbers(found.steps, wanted.steps)
-    assert found.weights.keys() == wanted.weights.keys()
-    for name, weight in wanted.weights.items():
-        # Adam moves a weight by about lr a step whatever its gradient: where that is all rounding, weights may part.
-        apart = (found.weights[name] - weight).abs()
-        assert float(apart.mean()) < 2e-6, name
-        assert float(apart.max()) < 1e-3, name
+    actual, expected = learned(SETUPS[setup]).jobs[job], learned(WHOLE).jobs[job]
+    same_numbers(actual.steps, expected.steps)
+    assert actual.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        # Adam moves a weight by about lr per step for any gradient size: if the gradient is only rounding error, weights differ.
+        difference = (actual.weights[name] - weight).abs()
+        assert float(difference.mean()) < 2e-6, name
+        assert float(difference.max()) < 1e-3, name
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_every_set_up_says_the_same_without_training(learned: Learn, setup: str) -> None:
+def test_every_set_up_evaluates_the_same(learned: Learn, setup: str) -> None:
     same_numbers([learned(SETUPS[setup]).evaluation], [learned(WHOLE).evaluation])
 
 
 def test_a_step_repeated_is_the_same_step_with_the_same_dropout(learned: Learn) -> None:
-    found = learned(SETUPS["ddp"])
-    first, (second, without) = found.jobs["pairs"], found.repeated
+    result = learned(SETUPS["ddp"])
+    first, (second, without) = result.jobs["pairs"], result.repeated
     assert first.steps == second.steps
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
     assert first.steps[0]["loss"] != pytest.approx(without.steps[0]["loss"], rel=1e-3), "there was dropout"
 
 
 def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, folder: Path) -> None:
-    """With nothing to be gained, the actor comes nearer to log-probabilities that it did not have."""
+    """Without any reward, the actor moves towards the reference's log-probabilities."""
     config = run_config(folder, *WHOLE)
     assert config.ppo is not None
     changes = {"entropy_coefficient": 0.0, "ptx": None}
@@ -401,8 +401,8 @@ def test_a_penalty_in_the_loss_pulls_towards_the_reference(ray_here: Cluster, fo
 
         def distance() -> float:
             refs = experience.rollouts.refs
-            found, _ = actor.first(PolicyApi.log_probs, refs, [np.arange(SAMPLES)])
-            return float(np.square(found.values - np.concatenate(reference)).mean())
+            log_probs, _ = actor.first(PolicyApi.log_probs, refs, [np.arange(SAMPLES)])
+            return float(np.square(log_probs.values - np.concatenate(reference)).mean())
 
         actor.call(TrainerApi.load, str(folder), config.model, ADAM).get()
         before = distance()

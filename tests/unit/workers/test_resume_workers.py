@@ -1,4 +1,4 @@
-"""What a group saved, another goes on from: bit for bit with as many ranks, and within rounding with another number."""
+"""A group continues from another group's checkpoint: bit for bit with the same number of ranks, otherwise within rounding."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def test_a_new_group_goes_on_bit_for_bit(
     group.call(TrainerApi.save, str(tmp_path / "saved")).get()
     files: list[Any] = group.call(TrainerApi.snapshot).get()
     saved: Held = group.call(OpenApi.held).get()
-    wanted = steps(group, 3, 4)
+    expected = steps(group, 3, 4)
     after: Held = group.call(OpenApi.held).get()
 
     group = hosts.group("open_policy", "actor", strategy, 2, another=True)
     load(group, model, **settings)
     group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
     same_held(group.call(OpenApi.held).get(), saved)
-    assert steps(group, 3, 4) == wanted
+    assert steps(group, 3, 4) == expected
     same_held(group.call(OpenApi.held).get(), after)
 
     load(group, model, **settings)
     names = sorted({name for _, listed in files for name in listed})
     group.scatter([request(TrainerApi.restore_snapshot, mine, files[0][0], names) for mine, _ in files]).get()
     same_held(group.call(OpenApi.held).get(), saved)
-    assert steps(group, 3, 4) == wanted
+    assert steps(group, 3, 4) == expected
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
@@ -75,18 +75,18 @@ def test_another_number_of_ranks_goes_on_within_rounding(
     groups = {ranks: hosts.group("open_policy", "actor", strategy, ranks) for ranks in (1, 2)}
     both: list[dict[str, Any]] = [{}, {"lora": LORA}]
     for settings in both:
-        wanted = {}
+        expected = {}
         for ranks, group in groups.items():
             load(group, model, **settings)
             steps(group, 1, 2)
             group.call(TrainerApi.save, str(tmp_path / f"by-{ranks}")).get()
-            wanted[ranks] = steps(group, 3, 4, 5)
+            expected[ranks] = steps(group, 3, 4, 5)
         for ranks, other in ((1, 2), (2, 1)):
             load(groups[ranks], model, **settings)
             groups[ranks].call(TrainerApi.restore, str(tmp_path / f"by-{other}")).get()
-            close(steps(groups[ranks], 3, 4, 5), wanted[other], ROUNDING)
+            close(steps(groups[ranks], 3, 4, 5), expected[other], ROUNDING)
         with pytest.raises(AssertionError):
-            close(wanted[1][1:], wanted[1][:-1], ROUNDING)
+            close(expected[1][1:], expected[1][:-1], ROUNDING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["by-1", "by-2"], "nothing else is left"
 
 
@@ -124,21 +124,21 @@ def test_another_strategy_is_refused_by_name(hosts: Hosts, model: Path, tmp_path
     whole.call(TrainerApi.save, str(tmp_path / "saved")).get()
     sharded = hosts.group("open_policy", "actor", "zero3")
     load(sharded, model)
-    with pytest.raises(WorkerError, match="saved was saved with ddp, and cannot go on with zero3"):
+    with pytest.raises(WorkerError, match="saved was saved with ddp, and cannot continue with zero3"):
         sharded.call(TrainerApi.restore, str(tmp_path / "saved")).get()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_a_group_that_has_not_learned_yet(hosts: Hosts, model: Path, tmp_path: Path, strategy: Strategy) -> None:
-    """As the actor's while only the critic warms up."""
+    """Like the actor while only the critic is trained."""
     groups = {ranks: hosts.group("open_policy", "actor", strategy, ranks) for ranks in (1, 2)}
     load(groups[2], model)
     groups[2].call(TrainerApi.save, str(tmp_path / "saved")).get()
-    wanted = steps(groups[2], 1, 2)
+    expected = steps(groups[2], 1, 2)
     for ranks, group in groups.items():
         load(group, model)
         group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
-        found = steps(group, 1, 2)
+        metrics = steps(group, 1, 2)
         if ranks == 2:
-            assert found == wanted
-        close(found, wanted, ROUNDING)
+            assert metrics == expected
+        close(metrics, expected, ROUNDING)

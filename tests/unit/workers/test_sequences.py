@@ -1,4 +1,4 @@
-"""What travels between workers: ragged arrays and the references to their rows, against plain lists."""
+"""The data sent between workers: ragged arrays and references to their rows, compared with plain lists."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_a_batch_of_rollouts_gives_its_samples_back() -> None:
     )
     batch = RolloutBatch.of([turns, Sample.of([8], [9], [-1.5], 4)])
     assert len(batch) == 2
-    for sample, wanted in zip((batch.row(0), batch.row(1)), (turns, Sample.of([8], [9], [-1.5], 4)), strict=True):
+    for sample, expected in zip((batch.row(0), batch.row(1)), (turns, Sample.of([8], [9], [-1.5], 4)), strict=True):
         for name in ("ids", "loss_mask", "log_probs", "versions"):
-            found = getattr(sample, name)
-            assert found.tolist() == getattr(wanted, name).tolist()
-            assert found.dtype == getattr(wanted, name).dtype
+            actual = getattr(sample, name)
+            assert actual.tolist() == getattr(expected, name).tolist()
+            assert actual.dtype == getattr(expected, name).dtype
     assert (batch.row(0).prompt_length, batch.row(1).prompt_length) == (1, 1)
     assert Sample.of([1, 2], []).prompt_length == 2
 
@@ -61,14 +61,14 @@ def test_a_batch_of_rollouts_gives_its_samples_back() -> None:
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=5), max_size=5))
-def test_learnt_tokens_are_those_that_something_predicts(masks: list[list[bool]]) -> None:
+def test_learnt_tokens_exclude_the_first_token(masks: list[list[bool]]) -> None:
     rows = [Sample(np.zeros(len(mask), np.int32), np.array(mask, bool)) for mask in masks]
     assert Sequences.of(rows).learnt.tolist() == [sum(mask[1:]) for mask in masks]
 
 
 @st.composite
 def scattered(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows, and how their indices are dealt out to objects (an object may be left without)."""
+    """Rows, and the indices of the rows of each object (an object may have none)."""
     rows = draw(st.lists(st.lists(st.integers(0, 99), max_size=4), min_size=1, max_size=10))
     parts = draw(st.integers(1, 4))
     shares: list[list[int]] = [[] for _ in range(parts)]
@@ -77,7 +77,7 @@ def scattered(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
     return rows, shares
 
 
-def place(rows: list[list[int]], shares: list[list[int]]) -> SampleRefs:
+def store(rows: list[list[int]], shares: list[list[int]]) -> SampleRefs:
     refs = [ray.put(RaggedArray.of([np.array(rows[i]) for i in share], np.int32)) for share in shares]
     return SampleRefs.of(refs, [np.array(share, np.intp) for share in shares], len(rows))
 
@@ -88,11 +88,11 @@ def fetched(refs: SampleRefs) -> list[list[int]]:
 
 @on_ray
 @given(scattered(), st.data())
-def test_placed_rows_are_found_in_order_and_taken(
+def test_stored_rows_are_fetched_in_order_and_taken(
     ray_here: Cluster, case: tuple[list[list[int]], list[list[int]]], data: st.DataObject
 ) -> None:
     rows, shares = case
-    refs = place(rows, shares)
+    refs = store(rows, shares)
     assert len(refs) == len(rows)
     assert fetched(refs) == rows
 
@@ -103,13 +103,13 @@ def test_placed_rows_are_found_in_order_and_taken(
     taken = refs.take(np.array(chosen, np.intp))
     assert fetched(taken) == [rows[i] for i in chosen]
     owners = {next(k for k, share in enumerate(shares) if i in share) for i in chosen}
-    assert set(taken.refs) == {refs.refs[k] for k in owners}, "only the objects that are needed travel"
+    assert set(taken.refs) == {refs.refs[k] for k in owners}, "only the needed objects are referenced"
     again = indices(len(chosen)) if chosen else []
     assert fetched(taken.take(np.array(again, np.intp))) == [rows[chosen[i]] for i in again]
 
 
 def test_workers_read_rows_without_a_copy(ray_here: Cluster) -> None:
-    """References inside a Placed are not fetched on the way; the worker reads the store's memory."""
+    """Ray does not fetch the references inside SampleRefs; the worker reads the store's memory."""
 
     @ray.remote(num_cpus=1)
     def read(refs: SampleRefs) -> tuple[list[int], bool]:
@@ -117,6 +117,6 @@ def test_workers_read_rows_without_a_copy(ray_here: Cluster) -> None:
         return [int(row.sum()) for row in rows], any(row.flags.owndata or row.flags.writeable for row in rows)
 
     rows = [[k] * 100_000 for k in range(4)]
-    sums, copied = ray.get(read.remote(place(rows, [[3, 1], [0, 2]]).take(np.array([2, 3]))))
+    sums, copied = ray.get(read.remote(store(rows, [[3, 1], [0, 2]]).take(np.array([2, 3]))))
     assert sums == [200_000, 300_000]
     assert not copied

@@ -1,4 +1,4 @@
-"""Roles that share a frozen base do what the same roles do apart, and one base is all the memory that they take."""
+"""Roles that share a frozen base give the same results as separate roles, with the memory of one base."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def team(ray_here: Cluster, folder: Path) -> Iterator[Team]:
 
 @pytest.fixture(scope="module")
 def reward_model(team: Team, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model with an adapter on the policy, whose head and scores are like no other's."""
+    """A reward model with an adapter on the policy, and a head and scores that differ from the other roles'."""
     out, critic = tmp_path_factory.mktemp("rm") / "rm", team.groups["critic"]
     critic.call(SharingApi.leave, True).get()
     critic.call(TrainerApi.load, str(folder), team.config.model, ADAM).get()
@@ -94,18 +94,22 @@ def test_plain_peft_reads_the_reward_models_adapter_with_its_head(reward_model: 
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     assert base_of(reward_model / "adapter") == str(folder.resolve())
     with torch.no_grad():
-        wanted = whole.eval()(ids).logits
-        found = PeftModel.from_pretrained(base, reward_model / "adapter").eval()(ids).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert float(wanted.std()) > 0.01
-    said = AutoConfig.from_pretrained(reward_model / "adapter")
-    assert (said.num_labels, said.score_mean, said.score_std) == (1, whole.config.score_mean, whole.config.score_std)
-    assert said.score_std != 1.0
+        expected = whole.eval()(ids).logits
+        actual = PeftModel.from_pretrained(base, reward_model / "adapter").eval()(ids).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert float(expected.std()) > 0.01
+    config = AutoConfig.from_pretrained(reward_model / "adapter")
+    assert (config.num_labels, config.score_mean, config.score_std) == (
+        1,
+        whole.config.score_mean,
+        whole.config.score_std,
+    )
+    assert config.score_std != 1.0
 
 
 @dataclass
-class Found:
-    """What the roles say before and after PPO steps, what these report, and the actor as it is exported."""
+class Results:
+    """Outputs of the roles before and after PPO steps, metrics of the steps, and the exported actor."""
 
     before: dict[str, np.ndarray]
     steps: list[dict[str, float]]
@@ -133,8 +137,8 @@ def outputs(team: Team, experience: Any) -> dict[str, np.ndarray]:
         own, team.log_probs(rollouts), team.values(rollouts), team.scores(rollouts, ["model"])
     )
     columns = {"actor": policy, "reference": reference, "critic": values}
-    said = {name: np.concatenate(column.refs.fetch()) for name, column in columns.items()}
-    return said | {"reward": scores["model"].values}
+    arrays = {name: np.concatenate(column.refs.fetch()) for name, column in columns.items()}
+    return arrays | {"reward": scores["model"].values}
 
 
 def learn(team: Team, experience: Any, step: int) -> dict[str, float]:
@@ -150,53 +154,53 @@ def experience(folder: Path, ray_here: Cluster) -> Any:
 
 
 @pytest.fixture(scope="module")
-def find(team: Team, reward_model: Path, experience: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run(team: Team, reward_model: Path, experience: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
-    def get(alone: bool) -> Found:
+    def get(alone: bool) -> Results:
         load(team, reward_model, alone)
         before = outputs(team, experience)
         steps = [learn(team, experience, step) for step in range(1, STEPS + 1)]
         out = tmp_path_factory.mktemp("exported")
         team.groups["actor"].call(TrainerApi.export, str(out)).get()
-        return Found(before, steps, outputs(team, experience), load_file(out / "model.safetensors"))
+        return Results(before, steps, outputs(team, experience), load_file(out / "model.safetensors"))
 
     return get
 
 
-def test_they_are_one_process(team: Team) -> None:
+def test_shared_roles_are_one_process(team: Team) -> None:
     handles = {handle for role in ROLES for handle in team.groups[role].handles}
     assert len(handles) == 2
     assert len({place.pid for role in ROLES for place in team.groups[role].locations.values()}) == 2
     [group] = team.plan.groups
     assert group.roles == ROLES
     memory = team.memory()
-    assert memory["actor"] == pytest.approx(memory["reward"], rel=0.1), "each has its part of the process"
+    assert memory["actor"] == pytest.approx(memory["reward"], rel=0.1), "each role has its share of the process"
 
 
-def test_shared_roles_do_what_they_do_apart(find: Any) -> None:
-    shared, apart = find(False), find(True)
+def test_shared_roles_give_the_results_of_separate_roles(run: Any) -> None:
+    shared, separate = run(False), run(True)
     for role in ROLES:
-        np.testing.assert_allclose(shared.before[role], apart.before[role], rtol=1e-4, atol=2e-5, err_msg=role)
-        np.testing.assert_allclose(shared.after[role], apart.after[role], rtol=1e-3, atol=2e-4, err_msg=role)
-    for a, b in zip(shared.steps, apart.steps, strict=True):
+        np.testing.assert_allclose(shared.before[role], separate.before[role], rtol=1e-4, atol=2e-5, err_msg=role)
+        np.testing.assert_allclose(shared.after[role], separate.after[role], rtol=1e-3, atol=2e-4, err_msg=role)
+    for a, b in zip(shared.steps, separate.steps, strict=True):
         assert a == pytest.approx(b, rel=2e-4, abs=2e-5)
-    assert shared.weights.keys() == apart.weights.keys()
-    for name, weight in apart.weights.items():
+    assert shared.weights.keys() == separate.weights.keys()
+    for name, weight in separate.weights.items():
         torch.testing.assert_close(shared.weights[name], weight, rtol=0, atol=1e-4)
 
 
-def test_what_one_learns_the_others_do_not(find: Any) -> None:
-    found: Found = find(False)
+def test_training_one_role_does_not_change_the_others(run: Any) -> None:
+    results: Results = run(False)
     for role in ("reference", "reward"):
-        np.testing.assert_array_equal(found.before[role], found.after[role], role)
+        np.testing.assert_array_equal(results.before[role], results.after[role], role)
     for role in ("actor", "critic"):
-        assert np.abs(found.before[role] - found.after[role]).max() > 1e-3, role
+        assert np.abs(results.before[role] - results.after[role]).max() > 1e-3, role
     np.testing.assert_array_equal(
-        found.before["actor"], found.before["reference"], "the adapter has learned nothing yet"
+        results.before["actor"], results.before["reference"], "the adapter has learned nothing yet"
     )
 
 
-def test_only_who_trains_changes(team: Team, reward_model: Path, experience: Any) -> None:
+def test_only_the_trained_role_changes(team: Team, reward_model: Path, experience: Any) -> None:
     load(team, reward_model, alone=False)
     first = outputs(team, experience)
     critic = team.train_critic(experience, 1, STEPS)
@@ -212,19 +216,19 @@ def test_only_who_trains_changes(team: Team, reward_model: Path, experience: Any
 def test_one_base_is_all_the_memory(team: Team, reward_model: Path) -> None:
     def bytes_of(alone: bool) -> tuple[int, dict[str, int]]:
         load(team, reward_model, alone)
-        found = dict(zip(ROLES, (team.groups[role].first(SharingApi.storage) for role in ROLES), strict=True))
-        every = {address: size for held in found.values() for address, size in held.items()}
-        return sum(every.values()), {role: sum(held.values()) for role, held in found.items()}
+        held_by = dict(zip(ROLES, (team.groups[role].first(SharingApi.storage) for role in ROLES), strict=True))
+        every = {address: size for held in held_by.values() for address, size in held.items()}
+        return sum(every.values()), {role: sum(held.values()) for role, held in held_by.items()}
 
-    together_, each = bytes_of(alone=False)
-    apart, _ = bytes_of(alone=True)
+    shared, each = bytes_of(alone=False)
+    separate, _ = bytes_of(alone=True)
     base, head = each["reference"], 4 * WIDTH
     adapter = each["actor"] - base
-    assert together_ == base + 4 * adapter + 2 * head, "one base, and the adapters and heads of three roles"
-    assert apart > 2.5 * together_, "four bases"
+    assert shared == base + 4 * adapter + 2 * head, "one base, and the adapters and heads of three roles"
+    assert separate > 2.5 * shared, "four bases"
 
 
-def test_a_checkpoint_holds_the_roles_own_and_is_gone_on_from(
+def test_a_checkpoint_holds_the_roles_own_parameters_and_training_continues(
     team: Team, reward_model: Path, experience: Any, tmp_path: Path
 ) -> None:
     load(team, reward_model, alone=False)
@@ -233,19 +237,19 @@ def test_a_checkpoint_holds_the_roles_own_and_is_gone_on_from(
         team.groups[role].call(TrainerApi.save, str(tmp_path / role)).get()
         saved: set[str] = team.groups[role].first(SharingTrainerApi.saved)
         assert saved and all(".default." in name or ".score." in name for name in saved)
-    wanted = learn(team, experience, 2)
-    said = outputs(team, experience)
+    expected = learn(team, experience, 2)
+    expected_outputs = outputs(team, experience)
     load(team, reward_model, alone=False)
     for role in LEARNING:
         team.groups[role].call(TrainerApi.restore, str(tmp_path / role)).get()
-    assert learn(team, experience, 2) == wanted
+    assert learn(team, experience, 2) == expected
     for who, values in outputs(team, experience).items():
-        np.testing.assert_array_equal(values, said[who], who)
+        np.testing.assert_array_equal(values, expected_outputs[who], who)
 
-    load(team, reward_model, alone=True)  # `shared_base` may change when a run is taken up again
+    load(team, reward_model, alone=True)  # `shared_base` may change when a run is resumed
     for role in LEARNING:
         team.groups[role].call(TrainerApi.restore, str(tmp_path / role)).get()
-    assert learn(team, experience, 2) == pytest.approx(wanted, rel=2e-4, abs=2e-5)
+    assert learn(team, experience, 2) == pytest.approx(expected, rel=2e-4, abs=2e-5)
 
 
 def test_a_reward_model_that_is_no_adapter_is_refused(team: Team, folder: Path, tmp_path: Path) -> None:

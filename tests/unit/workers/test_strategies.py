@@ -1,4 +1,4 @@
-"""Every strategy, on two ranks: what is learned, refused, saved, published and exported is the same wherever states lie."""
+"""Every strategy, on two ranks: training, skipped steps, checkpoints and exports are the same for every location of states."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def group(hosts: Hosts) -> WorkerGroup:
-    """Two ranks, which take up one strategy after another."""
+    """Two ranks that use one strategy after another."""
     return hosts.group("open_policy", "actor", "ddp", 2)
 
 
@@ -58,13 +58,13 @@ def begin(
 
 
 def exported(group: WorkerGroup, folder: Path) -> dict[str, torch.Tensor]:
-    """The whole weights, gathered as they are for the engines."""
+    """The whole weights, gathered in the same way as for the engines."""
     group.call(TrainerApi.export, str(folder)).get()
     return load_file(folder / "model.safetensors")
 
 
 Whole = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
-"""What ddp does: its metrics of three steps, and its weights after them."""
+"""Result of ddp: metrics of three steps, and the weights after them."""
 
 
 def by_ddp(group: WorkerGroup, model: Path, folder: Path, **settings: Any) -> Whole:
@@ -79,11 +79,11 @@ def whole(group: WorkerGroup, model: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: Strategy, tmp_path: Path) -> None:
-    """Weights that are drawn, not read: on CPU those of a file have no memory of their own that they could give back."""
+    """Uses random weights: on CPU, weights of a file are memory-mapped, so their memory cannot be released."""
     metrics, weights = whole
     begin(group, strategy, model, init="random")
     assert train(group, 1, spoil="nan loss")["skipped"] == 1.0, "before AdamW has any state"
-    found = steps(group, 1, 2)
+    metrics_so_far = steps(group, 1, 2)
     before: Held = group.call(OpenApi.held).get()
     for how in ("infinite loss, finite gradients", "explosion", "finite loss, nan gradients"):
         assert train(group, 3, spoil=how)["skipped"] == 1.0, how
@@ -93,9 +93,9 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
     for held, meanwhile in group.call(OpenApi.offload_and_onload).get():
         assert held > 0 == meanwhile
     same_held(group.call(OpenApi.held).get(), before)
-    found += steps(group, 3)
-    close(found, metrics, AGREES)
-    assert found[0]["grad_norm"] > 1.0, "gradients are clipped"
+    metrics_so_far += steps(group, 3)
+    close(metrics_so_far, metrics, AGREES)
+    assert metrics_so_far[0]["grad_norm"] > 1.0, "gradients are clipped"
     for name, weight in exported(group, tmp_path / "exported").items():
         assert float((weight - weights[name]).abs().mean()) < 1e-5, name
     after: Held = group.call(OpenApi.held).get()
@@ -103,13 +103,13 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
     begin(group, strategy, model, init="random")
     group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
     same_held(group.call(OpenApi.held).get(), before)
-    assert steps(group, 3) == found[2:]
+    assert steps(group, 3) == metrics_so_far[2:]
     same_held(group.call(OpenApi.held).get(), after)
     begin(group, strategy, model, init="random")
     names = sorted({name for _, listed in files for name in listed})
     group.scatter([request(TrainerApi.restore_snapshot, mine, files[0][0], names) for mine, _ in files]).get()
     same_held(group.call(OpenApi.held).get(), before)
-    assert steps(group, 3) == found[2:]
+    assert steps(group, 3) == metrics_so_far[2:]
 
 
 @pytest.mark.parametrize(
@@ -122,21 +122,21 @@ def test_each_strategy(group: WorkerGroup, whole: Whole, model: Path, strategy: 
         ("zero3_offload", "zero3", {"lora": LORA}),
     ],
 )
-def test_offload_is_taken_up_and_left(
+def test_a_checkpoint_loads_with_and_without_offload(
     group: WorkerGroup, model: Path, first: Strategy, then: Strategy, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     begin(group, first, model, **settings)
     steps(group, 1, 2)
     group.call(TrainerApi.save, str(tmp_path / "saved")).get()
-    wanted, weights = steps(group, 3), exported(group, tmp_path / "one")
+    expected, weights = steps(group, 3), exported(group, tmp_path / "one")
     begin(group, then, model, **settings)
     group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
-    close(steps(group, 3), wanted, 1e-6)
+    close(steps(group, 3), expected, 1e-6)
     for name, weight in exported(group, tmp_path / "two").items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-6)
 
 
-def test_other_ranks_go_on_from_what_was_offloaded(
+def test_another_number_of_ranks_continues_from_offloaded_states(
     group: WorkerGroup, hosts: Hosts, model: Path, tmp_path: Path
 ) -> None:
     one = hosts.group("open_policy", "actor", "ddp", 1)
@@ -163,24 +163,24 @@ def test_gradients_of_ddp_stay_where_they_are(group: WorkerGroup, model: Path, d
 
 def test_bfloat16_has_float32_weights_beside_it(group: WorkerGroup, model: Path) -> None:
     begin(group, "ddp", model, dtype="bfloat16")
-    wanted = steps(group, 1, 2, 3)
+    expected = steps(group, 1, 2, 3)
     for strategy in STRATEGIES:
         begin(group, strategy, model, dtype="bfloat16")
-        close(steps(group, 1, 2, 3), wanted, 0.03)
+        close(steps(group, 1, 2, 3), expected, 0.03)
         for types in group.call(OpenApi.dtypes).get():
             assert types == ({"torch.bfloat16"}, {"torch.float32"}), strategy
 
 
 def test_bfloat16_gradients_of_many_micro_batches_add_up(group: WorkerGroup, model: Path) -> None:
-    """The mean over rows is the same where each stands 64 times. Summed in bfloat16 its gradients would be some percent off."""
+    """Repeating each row 64 times keeps the mean. With sums in bfloat16 the gradients would be off by some percent."""
 
     def norm(strategy: Strategy, times: int) -> float:
         begin(group, strategy, model, dtype="bfloat16")
         parts = [SupervisedBatch("rows", [np.array([row])] * times, 16 * times) for row in (0, 4)]
-        found = group.scatter(
+        metrics = group.scatter(
             [request(PolicyApi.train_demonstrations, part, StageStep(1, 1), (1, 1)) for part in parts]
         ).get()
-        return found[0]["grad_norm"]
+        return metrics[0]["grad_norm"]
 
     for strategy in STRATEGIES[:4]:
         assert norm(strategy, 64) == pytest.approx(norm(strategy, 1), rel=0.003), strategy
@@ -188,25 +188,25 @@ def test_bfloat16_gradients_of_many_micro_batches_add_up(group: WorkerGroup, mod
 
 def test_the_optimizer_in_bfloat16(group: WorkerGroup, model: Path, tmp_path: Path) -> None:
     begin(group, "ddp", model, dtype="bfloat16")
-    wanted = steps(group, 1, 2, 3)
+    expected = steps(group, 1, 2, 3)
     narrow: dict[str, Any] = {"dtype": "bfloat16", "optimizer_dtype": "bfloat16"}
     strategies: tuple[Strategy, ...] = ("zero1", "zero2", "zero3")
     for strategy in strategies:
         begin(group, strategy, model, **narrow)
         assert train(group, 1, spoil="nan loss")["skipped"] == 1.0
-        found = steps(group, 1, 2)
+        metrics_so_far = steps(group, 1, 2)
         before: Held = group.call(OpenApi.held).get()
         assert train(group, 3, spoil="explosion")["skipped"] == 1.0
         same_held(group.call(OpenApi.held).get(), before)
         group.call(TrainerApi.save, str(tmp_path / strategy)).get()
-        found += steps(group, 3)
-        close(found, wanted, 0.1)
+        metrics_so_far += steps(group, 3)
+        close(metrics_so_far, expected, 0.1)
         for types in group.call(OpenApi.dtypes).get():
             assert types == ({"torch.bfloat16"}, {"torch.bfloat16"}), strategy
         begin(group, strategy, model, **narrow)
         group.call(TrainerApi.restore, str(tmp_path / strategy)).get()
         same_held(group.call(OpenApi.held).get(), before)
-        assert steps(group, 3) == found[2:]
+        assert steps(group, 3) == metrics_so_far[2:]
 
 
 def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> None:
@@ -230,14 +230,14 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
 
     reset_roles()
     assert train(group, 1, spoil="nan loss")["skipped"] == 1.0
-    found = steps(group, 1, 2)
+    metrics_so_far = steps(group, 1, 2)
     group.call(TrainerApi.save, str(tmp_path / "saved")).get()
     before = saved_states(tmp_path / "saved")
     assert train(group, 3, spoil="explosion")["skipped"] == 1.0
     group.call(TrainerApi.save, str(tmp_path / "again")).get()
     assert all(torch.equal(saved_states(tmp_path / "again")[name], before[name]) for name in before)
-    found += steps(group, 3)
-    close(found, metrics, AGREES)
+    metrics_so_far += steps(group, 3)
+    close(metrics_so_far, metrics, AGREES)
     for name, weight in exported(group, tmp_path / "exported").items():
         assert float((weight - weights[name]).abs().mean()) < 1e-5, name
     on_disk = " ".join(path.name for path in disk.rglob("*.swp"))
@@ -245,13 +245,13 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
 
     reset_roles()
     group.call(TrainerApi.restore, str(tmp_path / "saved")).get()
-    assert steps(group, 3) == found[2:]
+    assert steps(group, 3) == metrics_so_far[2:]
     assert len(list(disk.iterdir())) == 4, "two ranks, two times"
     hosts.stop()
     deadline = time.monotonic() + 20
     while list(disk.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not list(disk.iterdir()), "it goes with the processes"
+    assert not list(disk.iterdir()), "the folder is removed with the processes"
 
 
 def saved_states(folder: Path) -> dict[str, torch.Tensor]:

@@ -236,17 +236,17 @@ def test_one_adapter_of_two_is_merged_or_sent(tmp_path: Path, dora: bool) -> Non
     from workers.weight_sync.gather import GatheredWeights
 
     model, wrapper = adapted(make_model(tmp_path, "llama"), LoraSettings(rank=4, dora=dora))
-    alone, merged = dict(GatheredWeights(model, alone="default")), dict(GatheredWeights(model))
+    alone, merged = dict(GatheredWeights(model, adapter="default")), dict(GatheredWeights(model))
     wrapper.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=dora))
     move_adapter(model, seed=3, adapter="other")
-    for name, tensor in (dict(GatheredWeights(model)) | dict(GatheredWeights(model, alone="default"))).items():
+    for name, tensor in (dict(GatheredWeights(model)) | dict(GatheredWeights(model, adapter="default"))).items():
         assert torch.equal(tensor, (merged | alone)[name])
     wrapper.set_adapter("other")
     other = dict(GatheredWeights(model))
     written = {
         n.removesuffix(".weight"): t for n, t in get_peft_model_state_dict(wrapper, adapter_name="other").items()
     }
-    sent = {n.removesuffix(".weight"): t for n, t in GatheredWeights(model, alone="other")}
+    sent = {n.removesuffix(".weight"): t for n, t in GatheredWeights(model, adapter="other")}
     assert sent.keys() == written.keys()
     assert all(torch.equal(sent[name], written[name]) for name in sent)
     wrapper.base_model.set_adapter(["default", "other"])
@@ -269,7 +269,7 @@ def test_an_adapter_of_rank_8_is_a_small_part_of_the_model() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, tie_word_embeddings=True))
         add_lora(model, LoraSettings(rank=8), seed=1)
-    whole, alone = GatheredWeights(model), GatheredWeights(model, alone="default")
+    whole, alone = GatheredWeights(model), GatheredWeights(model, adapter="default")
     assert whole.nbytes == 4 * 134_515_008
     assert 0 < alone.nbytes <= 0.03 * whole.nbytes
     assert alone.nbytes == 4 * 8 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))

@@ -27,11 +27,11 @@ from workers.training.deepspeed.universal_checkpoint import universal
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _TAG, _NOTE = "state", "cut.json"
-"""Below a saved folder: what DeepSpeed wrote, and how it was cut into shards."""
+"""In a saved folder: DeepSpeed's files, and how they are sharded."""
 
 
 class DeepSpeedBackend(TrainBackend):
-    """The TrainBackend of all strategies of configs.zero."""
+    """The TrainBackend of all strategies in configs.zero."""
 
     def __init__(self, setup: BackendSetup) -> None:
         self.setup = setup
@@ -40,7 +40,7 @@ class DeepSpeedBackend(TrainBackend):
         self.engine: deepspeed.DeepSpeedEngine | None = None
         self.learns = False
         self._accept: Callable[[float], bool] = lambda norm: False
-        """Of the present step."""
+        """The `accept` of the current step."""
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=dist.get_backend())
 
@@ -53,7 +53,7 @@ class DeepSpeedBackend(TrainBackend):
         settings = deepspeed_settings(self.setup.strategy, self.setup.model, self.setup.device, self._new_nvme_folder())
         if self.zero.stage == 3:
             _register_adapters(model)
-            # Tensor by tensor: DeepSpeed alone would first move all of the model to the device.
+            # Shards tensor by tensor; deepspeed.initialize would first move the whole model to the device.
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
         if optimizer is None:
             self.engine, *_ = deepspeed.initialize(model=model.requires_grad_(False).eval(), config=settings)
@@ -65,25 +65,25 @@ class DeepSpeedBackend(TrainBackend):
         plain = not self.zero.stage and self.setup.model.dtype == "float32"
         if not plain:
             settings["gradient_clipping"] = optimizer.max_grad_norm
-        else:  # there DeepSpeed would clip without telling the norm, at 1 unless told not to
+        else:  # DeepSpeed would clip here without returning the norm, and at 1 by default
             settings["gradient_clipping"] = 0.0
             clip = torch.nn.utils.clip_grad_norm_
             adam.register_step_pre_hook(
                 lambda adam, *_: setattr(adam, "_global_grad_norm", float(clip(trained, optimizer.max_grad_norm)))
             )
-        # Until then no step counts: one of DeepSpeed's optimizers takes one to build its states.
+        # No update before the first real step: one of DeepSpeed's optimizers takes a step to build its states.
         adam.found_inf = torch.ones((), device=self.setup.device)  # type: ignore[attr-defined]
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
-        if not self.zero.stage:  # DeepSpeed sums gradients in float32 with ZeRO alone: here PyTorch does
+        if not self.zero.stage:  # DeepSpeed sums gradients in float32 only with ZeRO; here PyTorch does
             for parameter in trained:
                 parameter.grad_dtype = torch.float32
-        # Unsharded gradients are reduced through a flat copy: by default one of all of them.
+        # Unsharded gradients are reduced through a flat copy, which by default holds all of them.
         self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET_ELEMENTS)
         adam.register_step_pre_hook(self._before_adam)
         if plain and self.setup.device.type == "cpu":
-            # DeepSpeed would free them after each step, for the next to fetch as many pages from the system anew.
+            # DeepSpeed would free the gradients after each step, and the next step would request the pages again.
             self.engine.zero_grad = partial(model.zero_grad, set_to_none=False)
-            if self.setup.model.lora is None:  # adapters have small matrices, for which it costs more than it saves
+            if self.setup.model.lora is None:  # for the small matrices of adapters it costs more than it saves
                 add_in_place(model)
         return self.engine
 
@@ -102,7 +102,7 @@ class DeepSpeedBackend(TrainBackend):
     def backward(self, loss: Tensor, last: bool) -> None:
         assert self.engine is not None
         self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages gradients over ranks; the losses are shares of one global mean, to be summed.
+        # DeepSpeed averages gradients over ranks, but the losses are shares of one global mean, so they must be summed.
         self.engine.backward(loss * self.setup.world_size)
 
     def step(self, lr: float, accept: Callable[[float], bool]) -> StepOutcome:
@@ -115,15 +115,15 @@ class DeepSpeedBackend(TrainBackend):
         return StepOutcome(norm, accept(norm))
 
     def _before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
-        """Runs when the global norm is known and AdamW is about to move the weights (under ZeRO-3 several times a step).
+        """Runs after the global norm is computed, before AdamW updates the weights (several times per step under ZeRO-3).
 
-        To skip the step, the fused AdamW is told that gradients are infinite: it then leaves weights, moments and its count of
-        steps as they are. DeepSpeed's code around it runs as in any step, so that the gradients are dropped as always.
+        `found_inf` = 1 makes the fused AdamW skip the step: weights, moments and step count stay unchanged. DeepSpeed's code
+        around it runs as in any step, so the gradients are dropped as usual.
         """
         assert self.engine is not None
         accepted = self._accept(float(self.engine.optimizer._global_grad_norm))
-        home = adam.param_groups[0]["params"][0].device  # of its tensors: the host where they are offloaded
-        adam.found_inf = None if accepted else torch.ones((), device=home)  # type: ignore[attr-defined]
+        device = adam.param_groups[0]["params"][0].device  # the host if the states are offloaded
+        adam.found_inf = None if accepted else torch.ones((), device=device)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------ tensors
 
@@ -156,7 +156,7 @@ class DeepSpeedBackend(TrainBackend):
             yield from filter(torch.is_tensor, (zero3.get("lp_param_buffer"), zero3.get("grad_partitions_flat_buffer")))
 
     def adam_states(self) -> list[dict[str, Any]]:
-        """AdamW's states of each of its tensors; none before its first step."""
+        """AdamW's states, one entry per tensor; empty before its first step."""
         assert self.engine is not None
         return [state for state in self.engine.basic_optimizer.state.values() if state]
 
@@ -170,49 +170,48 @@ class DeepSpeedBackend(TrainBackend):
         else:
             self.engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=bool(self.setup.model.lora))
         if self.setup.rank == 0:
-            (folder / _NOTE).write_text(json.dumps(self._cut() | {"stepped": bool(self.adam_states())}))
+            (folder / _NOTE).write_text(json.dumps(self._sharding() | {"stepped": bool(self.adam_states())}))
 
     def load(self, folder: Path) -> None:
-        """Also takes up ZeRO 2 in place of 1 and the other way round, and offloaded states without offload and the other way
-        round."""
+        """Accepts states of ZeRO 1 for ZeRO 2 and vice versa, and offloaded states without offload and vice versa."""
         assert self.engine is not None
         saved = json.loads((folder / _NOTE).read_text())
-        stepped, cut = saved.pop("stepped"), self._cut()
-        if not takes_over(cut["strategy"], saved["strategy"]):
+        stepped, own = saved.pop("stepped"), self._sharding()
+        if not takes_over(own["strategy"], saved["strategy"]):
             raise ValueError(
-                f"strategy: {folder} was saved with {saved['strategy']}, and cannot go on with {cut['strategy']}"
+                f"strategy: {folder} was saved with {saved['strategy']}, and cannot continue with {own['strategy']}"
             )
-        same_ranks = saved["ranks"] == cut["ranks"]
+        same_ranks = saved["ranks"] == own["ranks"]
         if self._on_nvme:
             if not same_ranks:
-                text = f"{folder} was saved by {saved['ranks']} ranks, and {cut['ranks']} cannot go on: "
-                raise ValueError(f"strategy: {text}zero3_nvme knows no other number")
+                text = f"{folder} was saved by {saved['ranks']} ranks, and cannot continue with {own['ranks']}: "
+                raise ValueError(f"strategy: {text}zero3_nvme needs the same number")
             read_states(self.engine.optimizer, self._nvme_states(folder))
-        elif same_ranks or cut["strategy"] == "ddp":
+        elif same_ranks or own["strategy"] == "ddp":
             self._load_checkpoint(str(folder))
         elif stepped:
             with universal(str(folder), _TAG, self.engine) as whole:
                 self._load_checkpoint(whole)
             for state in self.adam_states():
-                state["step"] = state["step"].clone()  # DeepSpeed gives the parts of ZeRO-3 one count to share
+                state["step"] = state["step"].clone()  # DeepSpeed lets the parts of ZeRO-3 share one count
 
     def _load_checkpoint(self, folder: str) -> None:
         assert self.engine is not None
         path, _ = self.engine.load_checkpoint(folder, tag=_TAG, load_module_strict=not self.setup.model.lora)
         if path is None:
-            raise FileNotFoundError(f"{folder}: holds no state of {self.setup.name}")
+            raise FileNotFoundError(f"{folder}: contains no state of {self.setup.name}")
 
     def _nvme_states(self, folder: Path) -> Path:
         return folder / _TAG / f"rank-{self.setup.rank}"
 
-    def _cut(self) -> dict[str, Any]:
+    def _sharding(self) -> dict[str, Any]:
         return {"ranks": self.setup.world_size, "strategy": self.setup.strategy}
 
 
 def _register_adapters(model: nn.Module) -> None:
-    """Tell ZeRO-3 which modules read parameters that other modules own: it releases parameters once their owner's pass ends.
+    """Register the parameters that a module reads from other modules: ZeRO-3 releases parameters when their owner's pass ends.
 
-    DoRA reads those of other modules; adapters of experts read those of the module that they are put around.
+    DoRA reads parameters of other modules; adapters of experts read those of the module that they wrap.
     """
     layer: Any
     for layer in model.modules():

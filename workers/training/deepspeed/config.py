@@ -14,13 +14,13 @@ from placement.memory import BUCKET_ELEMENTS, SUBGROUP_ELEMENTS, SWAPPED_ELEMENT
 def deepspeed_settings(
     strategy: Strategy, model: ModelSettings, device: torch.device, nvme_folder: str | None
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, all but `gradient_clipping`."""
-    zero, narrow = ZERO[strategy], model.optimizer_dtype == "bfloat16"
+    """DeepSpeed's configuration without `gradient_clipping`."""
+    zero, all_bfloat16 = ZERO[strategy], model.optimizer_dtype == "bfloat16"
     on_gpu = device.type == "cuda"
 
-    def home(where: StateLocation) -> dict[str, Any]:
+    def offload(location: StateLocation) -> dict[str, Any]:
         names = {"device": "none", "host": "cpu", "nvme": "nvme"}
-        return {"device": names[where], "pin_memory": on_gpu, "nvme_path": nvme_folder}
+        return {"device": names[location], "pin_memory": on_gpu, "nvme_path": nvme_folder}
 
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -28,23 +28,23 @@ def deepspeed_settings(
         "zero_optimization": {
             "stage": zero.stage,
             "overlap_comm": on_gpu,
-            # DeepSpeed's own default is half a billion, and it takes several such buffers.
+            # DeepSpeed's default is half a billion elements, and it allocates several such buffers.
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            "offload_optimizer": home(zero.optimizer),
-            # Of states on NVMe so many parameters' are in memory at a time.
+            "offload_optimizer": offload(zero.optimizer),
+            # Parameters whose NVMe states are in memory at the same time.
             "sub_group_size": SWAPPED_ELEMENTS if zero.optimizer == "nvme" else SUBGROUP_ELEMENTS,
-            "offload_param": home(zero.parameters),
+            "offload_param": offload(zero.parameters),
         },
         "bf16": {
             "enabled": model.dtype == "bfloat16",
-            "bf16_master_weights_and_grads": narrow,
-            "bf16_optimizer_states": narrow,
+            "bf16_master_weights_and_grads": all_bfloat16,
+            "bf16_optimizer_states": all_bfloat16,
         },
-        # Sums of gradients: over micro-batches (without ZeRO DeepSpeed takes no other type than the model's), and over ranks.
-        "data_types": {"grad_accum_dtype": "fp32" if zero.stage and not narrow else None},
-        "communication_data_type": None if narrow else "fp32",
+        # Types of gradient sums over micro-batches (without ZeRO, DeepSpeed accepts only the model's type) and over ranks.
+        "data_types": {"grad_accum_dtype": "fp32" if zero.stage and not all_bfloat16 else None},
+        "communication_data_type": None if all_bfloat16 else "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

@@ -1,4 +1,4 @@
-"""States on NVMe: the folder for them, and saving and loading them, which DeepSpeed's own checkpoints do not do."""
+"""States on NVMe: their folder, and checkpoints of them, which DeepSpeed does not support."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import IO, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_until_the_end: list[IO[bytes]] = []
+_open_pipes: list[IO[bytes]] = []
 
 
 def can_swap() -> bool:
-    """Whether DeepSpeed's reading and writing, which is compiled when first used, can be built here."""
+    """Whether DeepSpeed's NVMe I/O, which is compiled at first use, can be built here."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     compatible: bool = AsyncIOBuilder().is_compatible()
@@ -23,20 +23,20 @@ def can_swap() -> bool:
 
 
 def own_folder(parent: str, name: str) -> str:
-    """A new folder below `parent` for this process alone; it is removed when the process ends, also where it is killed."""
+    """A new folder in `parent` for this process only; it is removed when the process ends, even if killed."""
     Path(parent).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
-    # The pipe is closed when this process ends. Its reader is an orphan, so that nobody ends it together with our children.
+    # The pipe closes when this process ends. Its reader is an orphan, so it is not killed together with our child processes.
     script = 'exec 3<&0; (read -r _ <&3; rm -rf -- "$0") &'
     reader = subprocess.Popen(["sh", "-c", script, folder], stdin=subprocess.PIPE, start_new_session=True)
     reader.wait()
     assert reader.stdin is not None
-    _until_the_end.append(reader.stdin)
+    _open_pipes.append(reader.stdin)
     return folder
 
 
 def write_states(optimizer: Any, folder: Path) -> None:
-    """This rank's shards of the weights and AdamW's states into files, one of DeepSpeed's sub-groups at a time."""
+    """Write this rank's shards of weights and AdamW's states, one of DeepSpeed's sub-groups at a time."""
     folder.mkdir(parents=True)
     for i, weights in _sub_groups(optimizer):
         swapped = optimizer._swappable_optimizer_subgroup(i)
@@ -49,7 +49,7 @@ def write_states(optimizer: Any, folder: Path) -> None:
 
 
 def read_states(optimizer: Any, folder: Path) -> None:
-    """Load what `write_states` wrote. Collective. The optimizer must not have taken a step."""
+    """Load the files of `write_states`. Collective. The optimizer must not have taken a step."""
     for i, weights in _sub_groups(optimizer):
         saved = load_file(folder / f"{i}.safetensors")
         optimizer._prepare_sub_group(i, set())

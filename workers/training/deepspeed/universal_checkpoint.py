@@ -1,4 +1,4 @@
-"""Checkpoints for another number of ranks: DeepSpeed's universal checkpoints, which hold whole tensors by name."""
+"""Loading with another number of ranks, through DeepSpeed's universal checkpoints, which store whole tensors by name."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from deepspeed.checkpoint import ds_to_universal
 
 @contextmanager
 def universal(folder: str, tag: str, engine: DeepSpeedEngine) -> Iterator[str]:
-    """Within it the engine loads universal checkpoints; yields the folder of one, made beside `folder` and removed at the end.
+    """Context: the engine loads universal checkpoints. Yields the folder of one, created next to `folder` and removed at the end.
 
-    Collective. All ranks must see the same files. The states must be of ZeRO 1 to 3 and have taken a step.
+    Collective. All ranks must see the same files. The states must be of ZeRO 1 to 3, after at least one step.
     """
     converted = Path(f"{folder}.universal")
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
-        shutil.rmtree(converted, ignore_errors=True)  # of a process that was killed here
+        shutil.rmtree(converted, ignore_errors=True)  # left by a process that was killed here
         _convert(Path(folder) / tag, converted / tag)
     _wait_for_all()
     engine._config.load_universal_checkpoint = True
@@ -37,7 +37,7 @@ def universal(folder: str, tag: str, engine: DeepSpeedEngine) -> Iterator[str]:
 
 
 def _convert(saved: Path, converted: Path) -> None:
-    with redirect_stdout(io.StringIO()):  # it prints its steps
+    with redirect_stdout(io.StringIO()):  # it prints its progress
         ds_to_universal.main(
             Namespace(
                 input_folder=str(saved),
@@ -46,7 +46,7 @@ def _convert(saved: Path, converted: Path) -> None:
                 num_merge_workers=1,
                 keep_temp_folder=False,
                 strict=True,
-                inject_missing_state=True,  # what only tensor and pipeline parallelism need to describe
+                inject_missing_state=True,  # it describes tensor and pipeline parallelism only
             )
         )
 

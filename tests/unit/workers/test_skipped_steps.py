@@ -1,4 +1,4 @@
-"""A step gone wrong on one rank is applied on none, and leaves nothing behind."""
+"""An optimizer step with bad values on one rank is skipped on all ranks and changes no state."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ def group(hosts: Hosts, request: pytest.FixtureRequest) -> WorkerGroup:
 
 
 def skipped(group: WorkerGroup) -> list[Arrays]:
-    """What each rank brought to the step that was not applied."""
-    found = [arrays for arrays in group.call(TrainerApi.skipped_batch).get() if arrays is not None]
-    assert len(found) == len(group)
-    return found
+    """Each rank's data of the skipped step."""
+    batches = [batch for batch in group.call(TrainerApi.skipped_batch).get() if batch is not None]
+    assert len(batches) == len(group)
+    return batches
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_spoiled_step_is_as_if_it_had_never_been(group: WorkerGroup, model: Path, dtype: str) -> None:
+def test_a_skipped_step_changes_no_state(group: WorkerGroup, model: Path, dtype: str) -> None:
     load(group, model, dtype=dtype)
-    wanted = [train(group, step) for step in (1, 2, 3)]
+    expected = [train(group, step) for step in (1, 2, 3)]
     after: Held = group.call(OpenApi.held).get()
-    assert all(step["skipped"] == 0.0 for step in wanted)
+    assert all(step["skipped"] == 0.0 for step in expected)
 
     load(group, model, dtype=dtype)
     assert train(group, 1, spoil="nan loss")["skipped"] == 1.0, "before AdamW has any state"
-    found = [train(group, step) for step in (1, 2)]
+    metrics = [train(group, step) for step in (1, 2)]
     before: Held = group.call(OpenApi.held).get()
     for how in SPOILED:
         assert train(group, 3, spoil=how)["skipped"] == 1.0, how
         same_held(group.call(OpenApi.held).get(), before)
-    found.append(train(group, 3))
-    assert found == wanted
+    metrics.append(train(group, 3))
+    assert metrics == expected
     same_held(group.call(OpenApi.held).get(), after)
     with pytest.raises(AssertionError):
         same_held(after, before)
     assert all(skipped(group))
-    assert group.call(TrainerApi.skipped_batch).get() == [None, None], "told once"
+    assert group.call(TrainerApi.skipped_batch).get() == [None, None], "returned once"
 
 
-def test_weights_wait_for_the_first_step(group: WorkerGroup, model: Path) -> None:
-    """One of DeepSpeed's optimizers takes a step to build its states, in which weights would decay."""
+def test_a_skipped_first_step_leaves_the_weights_unchanged(group: WorkerGroup, model: Path) -> None:
+    """One of DeepSpeed's optimizers takes a step to build its states; weight decay would change the weights."""
     load(group, model, dtype="bfloat16")
     before: Held = group.call(OpenApi.held).get()
     train(group, 1, spoil="nan loss")
@@ -82,31 +82,31 @@ def test_weights_wait_for_the_first_step(group: WorkerGroup, model: Path) -> Non
                 np.testing.assert_array_equal(value, b[name], name)
 
 
-def test_each_rank_keeps_what_it_saw(hosts: Hosts, model: Path) -> None:
+def test_each_rank_keeps_its_batch(hosts: Hosts, model: Path) -> None:
     group = hosts.group("open_policy", "actor", "ddp", 2)
     load(group, model)
     metrics = train(group, 5, spoil="finite loss, nan gradients")
     first, second = skipped(group)
     rows = np.random.default_rng(5).permutation(16)[:8].reshape(2, 4)
-    for found, mine in zip((first, second), rows, strict=True):
-        assert found["micro_batch"].tolist() == [0, 0, 1, 1]
-        assert found["loss"] == metrics["loss"] == pytest.approx(first["losses"].sum() + second["losses"].sum())
-        assert not np.isfinite(found["grad_norm"])
+    for batch, mine in zip((first, second), rows, strict=True):
+        assert batch["micro_batch"].tolist() == [0, 0, 1, 1]
+        assert batch["loss"] == metrics["loss"] == pytest.approx(first["losses"].sum() + second["losses"].sum())
+        assert not np.isfinite(batch["grad_norm"])
         lengths = [len(f"{i} and {i} is ") for i in mine]
-        assert found["prompt_lengths"].tolist() == lengths
-        assert np.diff(found["offsets"]).tolist() == [
+        assert batch["prompt_lengths"].tolist() == lengths
+        assert np.diff(batch["offsets"]).tolist() == [
             n + len(f"{2 * i}") + 1 for n, i in zip(lengths, mine, strict=True)
         ]
-        assert found["offsets"][-1] == len(found["ids"])
+        assert batch["offsets"][-1] == len(batch["ids"])
 
     train(group, 5, spoil="nan loss")
     first, second = skipped(group)
-    assert np.isfinite(first["losses"]).all(), "the other rank's were good"
+    assert np.isfinite(first["losses"]).all(), "the other rank's losses are finite"
     assert np.isnan(second["losses"]).tolist() == [False, True]
 
 
-def test_a_rank_without_rows_refuses_with_the_others(hosts: Hosts, model: Path) -> None:
-    """It computes padding, and saw nothing."""
+def test_a_rank_without_rows_skips_with_the_others(hosts: Hosts, model: Path) -> None:
+    """It computes padding, so its batch is empty."""
     group = hosts.group("open_policy", "actor", "ddp", 2)
     load(group, model)
     parts = [
@@ -125,16 +125,16 @@ def test_a_rank_without_rows_refuses_with_the_others(hosts: Hosts, model: Path) 
     assert [len(second[name]) for name in ("micro_batch", "ids", "prompt_lengths", "offsets")] == [0, 0, 0, 1]
 
 
-def test_each_rank_keeps_the_pairs_it_saw(hosts: Hosts, model: Path) -> None:
+def test_each_rank_keeps_its_pairs(hosts: Hosts, model: Path) -> None:
     group = hosts.group("open_value", "reward", "ddp", 2)
     load(group, model, "preference")
     assert train(group, 5, ValueApi.train_pairs, spoil="explosion")["skipped"] == 1.0
-    for found in skipped(group):
-        assert len(found["margins"]) == len(found["chosen_prompt_lengths"]) == len(found["rejected_offsets"]) - 1 == 4
+    for batch in skipped(group):
+        assert len(batch["margins"]) == len(batch["chosen_prompt_lengths"]) == len(batch["rejected_offsets"]) - 1 == 4
     assert train(group, 5, ValueApi.train_pairs)["skipped"] == 0.0
 
 
-def work(rank: int) -> TrainStepInput:
+def make_step_input(rank: int) -> TrainStepInput:
     """A rank's part of a PPO step: four answers in two mini-batches of two micro-batches."""
     draw = np.random.default_rng(rank)
     count = SAMPLES // 2
@@ -159,28 +159,28 @@ def work(rank: int) -> TrainStepInput:
     ("kind", "method", "role"),
     [("open_policy", PolicyApi.train_answers, "actor"), ("open_value", ValueApi.train_values, "critic")],
 )
-def test_a_spoiled_mini_batch_is_counted_and_the_others_are_learned(
+def test_a_skipped_mini_batch_is_counted_and_the_others_are_trained(
     hosts: Hosts, model: Path, kind: str, method: Callable[..., dict[str, float]], role: str
 ) -> None:
     group = hosts.group(kind, "actor" if role == "actor" else "reward", "ddp", 2)
     load(group, model, "demonstration" if role == "actor" else "preference")
-    works = [work(rank) for rank in range(2)]
-    requests = [request(method, one, StageStep(1, 1), (1, 1)) for one in works]
+    step_inputs = [make_step_input(rank) for rank in range(2)]
+    requests = [request(method, step_input, StageStep(1, 1), (1, 1)) for step_input in step_inputs]
     loss = {"actor": "loss/policy", "critic": "loss/value"}[role]
 
     group.scatter([request(OpenApi.spoil, how) for how in ("", "nan loss")]).get()
     metrics = group.scatter(requests).get()[0]
     assert metrics[f"skipped/{role}"] == 1.0
     assert metrics.get("updates", 1.0) == 1.0
-    assert np.isfinite(metrics[loss]), "of the mini-batch that was applied"
-    for one, found in zip(works, skipped(group), strict=True):
-        samples = one.rollouts.fetch()[:2]
-        assert found["ids"].tolist() == np.concatenate([s.ids for s in samples]).tolist()
-        assert found["micro_batch"].tolist() == [0, 1]
-        assert found["log_probs"].tolist() == np.concatenate([s.log_probs for s in samples]).tolist()
+    assert np.isfinite(metrics[loss]), "the loss of the applied mini-batch"
+    for step_input, batch in zip(step_inputs, skipped(group), strict=True):
+        samples = step_input.rollouts.fetch()[:2]
+        assert batch["ids"].tolist() == np.concatenate([s.ids for s in samples]).tolist()
+        assert batch["micro_batch"].tolist() == [0, 1]
+        assert batch["log_probs"].tolist() == np.concatenate([s.log_probs for s in samples]).tolist()
         answer_tokens = sum(len(s.log_probs) for s in samples)
-        assert all(found[name].shape == (answer_tokens,) for name in ("advantages", "returns", "values"))
-        assert np.isnan(found["loss"])
+        assert all(batch[name].shape == (answer_tokens,) for name in ("advantages", "returns", "values"))
+        assert np.isnan(batch["loss"])
 
     metrics = group.scatter(requests).get()[0]
     assert metrics[f"skipped/{role}"] == 0.0
