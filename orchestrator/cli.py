@@ -37,7 +37,9 @@ StageOption = Annotated[
     str | None, typer.Option("--stage", help="Stage whose model is used; default: the last finished stage.")
 ]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; default: rollout.temperature.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum tokens of an answer; default: rollout.max_new_tokens.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Maximum tokens of a response; default: rollout.max_new_tokens.")
+]
 RunFolder = Annotated[Path, typer.Argument(parser=path, help="The run's folder, runs/<name>.")]
 
 
@@ -231,12 +233,12 @@ def generate(
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
 ) -> None:
-    """Answer the prompts of a file with the trained model."""
+    """Write responses of the trained model to the prompts of a file."""
     with _errors():
         from orchestrator.chat import Sampling, answer_file
 
         count = answer_file(run, stage, prompts, output, Sampling(temperature, max_new_tokens))
-        print(f"{count} answers in {output}")
+        print(f"{count} responses in {output}")
 
 
 @app.command()

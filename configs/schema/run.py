@@ -60,7 +60,7 @@ class RunConfig(Settings):
     model: ModelSettings
     """The starting model."""
     plugins: list[str] = []
-    """Modules to import in every process. The components that they register (estimators, losses) can be named in the settings."""
+    """Modules to import in every process. The settings can select the components that they register (losses, advantages)."""
     chat_template: bool = False
     """Apply the tokenizer's chat template to text prompts. It is always applied to prompts of messages."""
     chat_template_args: dict[str, bool | int | str] = {}

@@ -130,7 +130,7 @@ class PPO(Algorithm):
             metrics = actor | (critic or {})
         else:
             self.context.warn(
-                f"step {step}: none of its {len(experience.rollouts)} answers has a score: nothing is learnt from it"
+                f"step {step}: none of its {len(experience.rollouts)} responses has a score; the step trains nothing"
             )
         return metrics if within_kl_limit else metrics | self._skipped_by_kl(metrics)
 
@@ -269,7 +269,7 @@ class PPO(Algorithm):
 
     def begin(self) -> None:
         if DATA in self.data:
-            self.context.show("answering the held-out prompts")
+            self.context.show("evaluating held-out prompts")
             self._evaluate("before")
 
     def set_state(self, state: Mapping[str, Any]) -> None:
