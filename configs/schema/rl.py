@@ -278,7 +278,7 @@ class PPOSettings(Settings):
         if self.kl.apply_to == "reward" and self.kl.controller.coefficient:
             raise ValueError(
                 "kl.apply_to: was reward, but an advantage per response does not include the KL penalty of each token; "
-                "kl={place: loss, estimator: k3} would fit, or kl.controller.coefficient 0"
+                "kl={apply_to: loss, estimator: k3} would fit, or kl.controller.coefficient 0"
             )
         if "whiten_advantages" not in self.model_fields_set:
             self.whiten_advantages = False

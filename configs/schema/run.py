@@ -96,7 +96,7 @@ class RunConfig(Settings):
         RayMetricsSettings(),
     ]
     """Where metrics go beside metrics.jsonl, from which runs are resumed and reported, and the line of progress in the terminal:
-    these two are always there. A logger that fails is warned of once, and the run goes on."""
+    these two are always there. The first error of a logger is a warning, and the run continues."""
 
     @model_validator(mode="after")
     def _has_demonstrations(self) -> Self:
@@ -107,7 +107,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _logs_once(self) -> Self:
         if twice := [logger for logger in self.loggers if self.loggers.count(logger) > 1]:
-            raise ValueError(f"loggers: {twice[0].kind} stands more than once with the same settings")
+            raise ValueError(f"loggers: {twice[0].kind} is listed more than once with the same settings")
         return self
 
     @model_validator(mode="after")

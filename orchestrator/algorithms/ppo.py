@@ -167,7 +167,7 @@ class PPO(Algorithm):
         if not gap <= bound:
             raise LogProbGapError(
                 f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same "
-                f"tokens (ppo.max_logprob_mismatch: {bound:g}). The engine does not serve the actor's weights, or "
+                f"tokens (ppo.max_logprob_mismatch: {bound:g}). The engine does not use the actor's weights, or "
                 f"computes in another precision (model.dtype {self.config.model.dtype})."
             )
 
@@ -291,7 +291,7 @@ class PPO(Algorithm):
         metrics: dict[str, float] = {}
         if DATA not in self.data:
             return metrics
-        with self.context.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
+        with self.context.sparing(f"the evaluation {when} is omitted") if when != "before" else nullcontext():
             with self.context.phase("evaluate"):
                 evaluation = evaluate(self.team, self.counts[DATA].kept)
             self._record_faults(evaluation.scores)

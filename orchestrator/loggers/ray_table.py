@@ -47,7 +47,7 @@ TABLE = (
         "Responses generated (PPO), or rows trained on (SFT, reward model). Repeated steps count again.",
     ),
     counter("tokens", "troupe_tokens_total", "Tokens of these responses or rows. Repeated steps count again."),
-    gauge("tokens_per_second", "troupe_tokens_per_second", "Tokens of the latest step over its seconds."),
+    gauge("tokens_per_second", "troupe_tokens_per_second", "Tokens of the latest step divided by its seconds."),
     histogram(
         "seconds/step",
         "troupe_step_seconds",
@@ -61,7 +61,7 @@ TABLE = (
     counter(
         "role_seconds/{role}/{method}",
         "troupe_role_seconds_total",
-        "Seconds in which calls of a method to the workers of a role were under way.",
+        "Seconds in which calls of a method to the workers of a role were running.",
     ),
     gauge(
         "memory_gib/{role}",

@@ -217,7 +217,7 @@ def _comparison(run: RunFiles) -> _Comparison:
     charts = []
     if "Reward" in measures:
         caption = (
-            "One response of each model to every held-out prompt; dashed: means. The end bars hold the outermost 1%."
+            "One response of each model to every held-out prompt; dashed: means. The end bars contain the outermost 1%."
         )
         charts.append(distributions("Rewards of the responses", caption, *measures["Reward"], names=names))
     all_changes = {name: _standardized(*values) for name, values in measures.items()}
