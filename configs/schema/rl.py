@@ -171,15 +171,15 @@ class PPOSettings(Settings):
     kl: KLSettings = KLSettings()
     """KL penalty to the reference."""
     loss: Annotated[PPOClipLoss | ReinforceLoss, Field(discriminator="kind")] = PPOClipLoss()
-    """Loss of the policy; a plugin's PolicyLoss too. Its kind alone stands for its defaults."""
+    """Policy loss: one of these kinds, or a plugin's. The kind alone means its defaults."""
     value_loss: str = "clipped"
     """Name of a registered value loss: clipped, mse."""
     critic: bool = True
-    """Train a critic beside the actor. Without one the settings of its training are ignored: critic_optimizer,
+    """Train a critic too. Without one the settings of its training are ignored: critic_optimizer,
     critic_warmup, value_loss, value_clip_range."""
     advantage: Annotated[GAEAdvantage | ReinforceAdvantage, Field(discriminator="kind")] = GAEAdvantage()
-    """Advantages: gae, which needs the critic, reinforce, or a plugin's, per token or per response. A kind alone stands for its
-    defaults. Where critic is false and none is named, it is reinforce."""
+    """Advantages: gae, which needs the critic, reinforce, or a plugin's, per token or per response. A kind alone means its
+    defaults. If critic is false, the default is reinforce."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95

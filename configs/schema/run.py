@@ -95,8 +95,8 @@ class RunConfig(Settings):
         TensorBoardSettings(),
         RayMetricsSettings(),
     ]
-    """Where metrics go beside metrics.jsonl, from which runs are resumed and reported, and the line of progress in the terminal:
-    these two are always there. The first error of a logger is a warning, and the run continues."""
+    """Loggers besides metrics.jsonl and the progress line in the terminal, which are always written. The first error of a logger
+    is a warning, and the run continues."""
 
     @model_validator(mode="after")
     def _has_demonstrations(self) -> Self:

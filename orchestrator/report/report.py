@@ -175,7 +175,7 @@ def _training_tiles(run: RunFiles) -> list[_Tile]:
         )
     if gap := run.curve("ppo", "logprob_mismatch")[1]:
         detail = f"engine vs trainer, mean |Δ|, largest of {len(gap):,} steps"
-        tiles.append(_Tile("Largest log-prob gap", f"{max(gap):.1e}", detail))
+        tiles.append(_Tile("Largest logprob mismatch", f"{max(gap):.1e}", detail))
     if lines := [line for line in run.lines("ppo") if line.get("tokens_per_second") is not None]:
         timed, steps_text = without_first(lines)
         speed = median(line["tokens_per_second"] for line in timed)
