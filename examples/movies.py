@@ -69,9 +69,9 @@ class Sentence:
 
 
 def vader(prompts: list[str], answers: list[str], **columns: object) -> list[float]:
-    """VADER's compound score of each answer, -1 (bad) to 1 (good).
+    """VADER's compound score of each response, -1 (bad) to 1 (good).
 
-    Only the answer counts: the model did not write the first words.
+    Only the response counts: the model did not write the first words.
     """
     analyzer = SentimentIntensityAnalyzer()
     return [analyzer.polarity_scores(answer)["compound"] for answer in answers]
@@ -140,7 +140,7 @@ def question(sentence: Sentence) -> list[Row]:
 
 
 def conversation(sentence: Sentence) -> list[Row]:
-    """The question and its answer."""
+    """The prompt and its response."""
     return [*question(sentence), {"role": "assistant", "content": sentence.halves[1].strip()}]
 
 

@@ -3,7 +3,7 @@
     python -m examples.movies prepare
     python -m examples.reinforce [CONFIG] [a.b=c ...]
 
-The driver holds object references and a few numbers per answer; tokens stay in the object store.
+The driver holds object references and a few numbers per response; tokens stay in the object store.
 """
 
 from __future__ import annotations

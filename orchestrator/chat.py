@@ -135,7 +135,11 @@ def converse(folder: Path, stage: str | None, console: Console, sampling: Sampli
     console.print(f"loading the {chat_stage} model of {folder}: about 20 seconds", style="dim", soft_wrap=True)
     answerer = Answerer(run, chat_stage, sampling)
     is_chat = answerer.codec.chat_template  # it was trained on conversations
-    hint = "trained on conversations: ask, and it answers" if is_chat else "begin a text, and it continues the text"
+    hint = (
+        "trained on conversations: write a message, and it responds"
+        if is_chat
+        else "begin a text, and it continues the text"
+    )
     console.print(f"{hint}; an empty line ends")
     messages: list[Message] = []
     while line := _line(console):

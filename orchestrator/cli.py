@@ -25,19 +25,21 @@ def path(text: str) -> Path:
 
 
 Config = Annotated[Path, typer.Argument(parser=path, help="YAML file with the run's settings.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: a.b=c ...", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to override: a.b=c ...", show_default=False)]
 Accept = Annotated[
     bool,
     typer.Option(
         "--accept-changes",
-        help="Resume an unfinished stage although settings changed that affect its results; finished stages stay as they are.",
+        help="Resume an unfinished stage even if settings that affect its results have changed; finished stages do not change.",
     ),
 ]
 StageOption = Annotated[
     str | None, typer.Option("--stage", help="Stage whose model is used; default: the last finished stage.")
 ]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; default: rollout.temperature.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum tokens of an answer; default: rollout.max_new_tokens.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Maximum tokens of a response; default: rollout.max_new_tokens.")
+]
 RunFolder = Annotated[Path, typer.Argument(parser=path, help="The run's folder, runs/<name>.")]
 
 
@@ -117,7 +119,7 @@ def status(run: RunFolder) -> None:
 
 @app.command("list")
 def list_(
-    folder: Annotated[Path, typer.Argument(help="Folder of the runs' folders, the setting `runs`.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Folder that contains the runs (the setting `runs`).")] = Path("runs"),
 ) -> None:
     """List the runs in a folder: stage, step, state, result, age."""
     with _errors():
@@ -165,7 +167,7 @@ def plan(
         typer.Option(parser=path, help="Write a chart of the memory by phase to this .svg, .png or .html."),
     ] = None,
 ) -> None:
-    """Print the placement of each stage's roles, the batch arithmetic and predicted memory; refuse a plan that does not fit."""
+    """Print each stage's placement, batch sizes and predicted memory; fail if its roles do not fit on the cluster."""
     with _errors():
         import json
 
@@ -231,12 +233,12 @@ def generate(
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
 ) -> None:
-    """Answer the prompts of a file with the trained model."""
+    """Write responses of the trained model to the prompts of a file."""
     with _errors():
         from orchestrator.chat import Sampling, answer_file
 
         count = answer_file(run, stage, prompts, output, Sampling(temperature, max_new_tokens))
-        print(f"{count} answers in {output}")
+        print(f"{count} responses in {output}")
 
 
 @app.command()
@@ -256,7 +258,9 @@ def chat(
 @app.command()
 def bench(
     overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="s, m, l, xl, 2b, ... 175b (GPT-2 shapes), or a config.json.")] = "s",
+    model: Annotated[
+        str, typer.Option(help="Size s, m, l, xl, 2b, ... 175b (GPT-2 shapes), or the path of a config.json.")
+    ] = "s",
     strategy: Annotated[str, typer.Option(help="The setting `strategy`; the original's names work too.")] = "ddp",
     experience_batch_size: Annotated[
         int, _dashed("experience-batch-size", "Prompts per generated batch, per rank.")
@@ -268,9 +272,9 @@ def bench(
     max_epochs: Annotated[int, _dashed("max-epochs", "Epochs over the experience of an update.")] = 3,
     lora_rank: Annotated[int, _dashed("lora-rank", "Train adapters of this rank; 0: all weights.", 0)] = 0,
     share: Annotated[str, typer.Option(help="Roles that share one base: actor,critic,reference,reward.")] = "",
-    layout: Annotated[str, typer.Option(help="separate, paired or colocated.")] = "separate",
+    layout: Annotated[str, typer.Option(help="Placement of the roles: separate, paired or colocated.")] = "separate",
     devices: Annotated[int, typer.Option(min=1, help="Ranks of each role.")] = 1,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="Data type: float32 or bfloat16.")] = "float32",
     lengths: Annotated[str, typer.Option(metavar="PROMPT,TOTAL", help="Tokens of a prompt, and in total.")] = "400,512",
     capacity: Annotated[
         bool,
@@ -287,7 +291,10 @@ def bench(
         str | None, typer.Option("--json", metavar="FILE", help="Write JSON; -: to standard output.")
     ] = None,
 ) -> None:
-    """Benchmark PPO on random prompts and models: throughput, TFLOPS, memory. Flags and defaults of the original benchmark."""
+    """Benchmark PPO on random prompts and models: throughput, TFLOPS, memory.
+
+    Flags and defaults are those of Colossal-AI's benchmark_gpt_dummy.py.
+    """
     with _errors():
         from orchestrator.bench import Benchmark, memory_of, print_bench, run_benchmark, search_capacity, variants
 

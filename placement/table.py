@@ -29,7 +29,7 @@ def render(plan: Plan, memory: MemoryEstimate | str | None = None) -> Renderable
 
 def _roles(plan: Plan) -> Table:
     table = Table(
-        "role", "group", "workers", "requests (each)", "threads", "weights", title="roles", title_justify="left"
+        "role", "group", "workers", "resources (each)", "threads", "weights", title="roles", title_justify="left"
     )
     for role, planned in plan.roles.items():
         workers = f"{planned.ranks} {'rank' if role != 'rollout' else 'engine'}{'s' if planned.ranks > 1 else ''}"

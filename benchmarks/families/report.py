@@ -100,6 +100,9 @@ def table(families: Mapping[str, Family]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, family in sorted(families.items()):
         for reason in family.reasons():
+            reason = reason.replace(f"no {name} with", "no model of this family with").replace(
+                f"{name} models", "this family"
+            )
             reasons.setdefault(reason.replace(name, "this family"), []).append(name)
     lines = [
         _HEAD.format(

@@ -28,7 +28,7 @@ class ModelReward(Settings):
 
 
 class FunctionSettings(Settings):
-    """A Python function (prompts, answers, **columns) -> one score per answer, in its own process."""
+    """A Python function (prompts, answers, **columns) -> one score per response, in its own process."""
 
     name: str
     """Name in metrics."""
@@ -48,7 +48,7 @@ class FunctionSettings(Settings):
 
 
 class FunctionReward(FunctionSettings):
-    """A Python function (prompts, answers, **columns) -> one score per answer (docs/rewards.md)."""
+    """A Python function (prompts, answers, **columns) -> one score per response (docs/rewards.md)."""
 
     kind: Literal["function"] = "function"
     weight: float = 1.0

@@ -60,10 +60,10 @@ class PolicyLossSettings(Settings):
     """What Troupe's own policy losses have in common."""
 
     aggregation: Aggregation = "token_mean"
-    """Which mean over a mini-batch is taken. token_mean: over all tokens (DAPO). sequence_mean: over answers, of each answer's
-    mean over its tokens (GRPO). sequence_sum: over answers, of the sum over its tokens. constant: the sum over all tokens,
-    divided by answers x rollout.max_new_tokens (Dr. GRPO). prompt_mean: over the draws of prompts, of the mean over the tokens
-    of all answers to it."""
+    """Mean over a mini-batch. token_mean: over all tokens (DAPO). sequence_mean: over responses, of each response's mean over its
+    tokens (GRPO). sequence_sum: over responses, of the sum over its tokens. constant: the sum over all tokens, divided by
+    responses x rollout.max_new_tokens (Dr. GRPO). prompt_mean: over the draws of prompts, of the mean over the tokens of all
+    responses to it."""
 
 
 class PPOClipLoss(PolicyLossSettings):
@@ -92,13 +92,13 @@ class GAEAdvantage(Settings):
 
 
 class ReinforceAdvantage(Settings):
-    """Discounted rewards to go, less their mean over the step's answers (Williams 1992), per token."""
+    """Discounted rewards to go, less their mean over the step's responses (Williams 1992), per token."""
 
     kind: Literal["reinforce"] = "reinforce"
 
 
 class AnswerAdvantageSettings(Settings):
-    """Base of the settings of advantages per answer, which need no critic: those of plugins."""
+    """Base of the settings of advantages per response, which need no critic: those of plugins."""
 
 
 class PretrainingMix(Settings):
@@ -171,15 +171,15 @@ class PPOSettings(Settings):
     kl: KLSettings = KLSettings()
     """KL penalty to the reference."""
     loss: Annotated[PPOClipLoss | ReinforceLoss, Field(discriminator="kind")] = PPOClipLoss()
-    """Loss of the policy; a plugin's PolicyLoss too. Its kind alone stands for its defaults."""
+    """Policy loss: one of these kinds, or a plugin's. The kind alone means its defaults."""
     value_loss: str = "clipped"
     """Name of a registered value loss: clipped, mse."""
     critic: bool = True
-    """Train a critic beside the actor. Without one the settings of its training are ignored: critic_optimizer,
+    """Train a critic too. Without one the settings of its training are ignored: critic_optimizer,
     critic_warmup, value_loss, value_clip_range."""
     advantage: Annotated[GAEAdvantage | ReinforceAdvantage, Field(discriminator="kind")] = GAEAdvantage()
-    """Advantages: gae, which needs the critic, reinforce, or a plugin's, per token or per answer. A kind alone stands for its
-    defaults. Where critic is false and none is named, it is reinforce."""
+    """Advantages: gae, which needs the critic, reinforce, or a plugin's, per token or per response. A kind alone means its
+    defaults. If critic is false, the default is reinforce."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
@@ -189,7 +189,7 @@ class PPOSettings(Settings):
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
-    """Normalize the advantages of a step to mean 0 and standard deviation 1 over its tokens. Advantages per answer are not
+    """Normalize the advantages of a step to mean 0 and standard deviation 1 over its tokens. Advantages per response are not
     normalized unless this is set to true."""
     whiten_rewards: bool = False
     """Normalize the scores of a step to mean 0 and standard deviation 1."""
@@ -273,12 +273,12 @@ class PPOSettings(Settings):
             return self
         if self.critic:
             raise ValueError(
-                "critic: was true, but an advantage per answer uses no values; false would fit, or advantage gae"
+                "critic: was true, but an advantage per response uses no values; false would fit, or advantage gae"
             )
         if self.kl.apply_to == "reward" and self.kl.controller.coefficient:
             raise ValueError(
-                "kl.apply_to: was reward, but an advantage per answer is made of the answers' scores, without what stands at "
-                "their tokens; kl={place: loss, estimator: k3} would fit, or kl.controller.coefficient 0"
+                "kl.apply_to: was reward, but an advantage per response does not include the KL penalty of each token; "
+                "kl={apply_to: loss, estimator: k3} would fit, or kl.controller.coefficient 0"
             )
         if "whiten_advantages" not in self.model_fields_set:
             self.whiten_advantages = False

@@ -60,7 +60,7 @@ class RunConfig(Settings):
     model: ModelSettings
     """The starting model."""
     plugins: list[str] = []
-    """Modules to import in every process. The components that they register (estimators, losses) can be named in the settings."""
+    """Modules to import in every process. The settings can select the components that they register (losses, advantages)."""
     chat_template: bool = False
     """Apply the tokenizer's chat template to text prompts. It is always applied to prompts of messages."""
     chat_template_args: dict[str, bool | int | str] = {}
@@ -95,8 +95,8 @@ class RunConfig(Settings):
         TensorBoardSettings(),
         RayMetricsSettings(),
     ]
-    """Where metrics go beside metrics.jsonl, from which runs are resumed and reported, and the line of progress in the terminal:
-    these two are always there. A logger that fails is warned of once, and the run goes on."""
+    """Loggers besides metrics.jsonl and the progress line in the terminal, which are always written. The first error of a logger
+    is a warning, and the run continues."""
 
     @model_validator(mode="after")
     def _has_demonstrations(self) -> Self:
@@ -107,7 +107,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _logs_once(self) -> Self:
         if twice := [logger for logger in self.loggers if self.loggers.count(logger) > 1]:
-            raise ValueError(f"loggers: {twice[0].kind} stands more than once with the same settings")
+            raise ValueError(f"loggers: {twice[0].kind} is listed more than once with the same settings")
         return self
 
     @model_validator(mode="after")

@@ -49,7 +49,9 @@ def answer_advantages(ppo: PPOSettings, scores: AnswerScores) -> np.ndarray | No
         return None
     unscored, advantages = np.isnan(scores.rewards), AnswerAdvantage.of(ppo.advantage)(scores)
     if wrong := np.count_nonzero(~(np.isfinite(advantages) | unscored)):
-        raise ValueError(f"ppo.advantage: {ppo.advantage.kind} gave {wrong} answers with a score no finite advantage")
+        raise ValueError(
+            f"ppo.advantage: {ppo.advantage.kind} gave no finite advantage for {wrong} responses with a score"
+        )
     return np.where(unscored, 0.0, advantages)
 
 

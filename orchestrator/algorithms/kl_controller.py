@@ -51,7 +51,7 @@ class AdaptiveController:
 
     def update(self, kl: float, samples: int) -> None:
         if not math.isfinite(kl):
-            raise ValueError(f"the KL to the reference is {kl}: the adaptive coefficient cannot follow it")
+            raise ValueError(f"the KL to the reference is {kl}: the adaptive coefficient cannot be updated")
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         # A step of more samples than the horizon counts as one horizon: beyond 5 the factor could turn negative.
         self.coefficient *= 1 + error * min(samples / self.horizon, 1.0)

@@ -130,7 +130,7 @@ class PPO(Algorithm):
             metrics = actor | (critic or {})
         else:
             self.context.warn(
-                f"step {step}: none of its {len(experience.rollouts)} answers has a score: nothing is learnt from it"
+                f"step {step}: none of its {len(experience.rollouts)} responses has a score; the step trains nothing"
             )
         return metrics if within_kl_limit else metrics | self._skipped_by_kl(metrics)
 
@@ -167,7 +167,7 @@ class PPO(Algorithm):
         if not gap <= bound:
             raise LogProbGapError(
                 f"step {step}: engine and trainer differ by {gap:.4f} nats per token in their log-probabilities on the same "
-                f"tokens (ppo.max_logprob_mismatch: {bound:g}). The engine does not serve the actor's weights, or "
+                f"tokens (ppo.max_logprob_mismatch: {bound:g}). The engine does not use the actor's weights, or "
                 f"computes in another precision (model.dtype {self.config.model.dtype})."
             )
 
@@ -269,7 +269,7 @@ class PPO(Algorithm):
 
     def begin(self) -> None:
         if DATA in self.data:
-            self.context.show("answering the held-out prompts")
+            self.context.show("evaluating held-out prompts")
             self._evaluate("before")
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -291,7 +291,7 @@ class PPO(Algorithm):
         metrics: dict[str, float] = {}
         if DATA not in self.data:
             return metrics
-        with self.context.sparing(f"the evaluation {when} is left out") if when != "before" else nullcontext():
+        with self.context.sparing(f"the evaluation {when} is omitted") if when != "before" else nullcontext():
             with self.context.phase("evaluate"):
                 evaluation = evaluate(self.team, self.counts[DATA].kept)
             self._record_faults(evaluation.scores)

@@ -135,7 +135,7 @@ class Runner:
     def _recorder(self) -> Recorder:
         def failed(logger: str, error: Exception) -> None:
             self.run.failures.write_exception(error)
-            self.warn(f"{logger}: {summary(error)}; the run goes on, and further errors of this logger are not shown")
+            self.warn(f"{logger}: {summary(error)}; the run continues, and further errors of this logger are not shown")
 
         resume_step = self.done or None
         return Recorder(self.run.folder, self.config.name, self.name, resume_step, self.config.loggers, on_error=failed)
@@ -175,7 +175,7 @@ class Runner:
 
     def _finish(self) -> None:
         """Work after the export. Its errors must not end the run: the stage is finished."""
-        with self.sparing("its numbers in summary.json are left out"):
+        with self.sparing("its numbers in summary.json are omitted"):
             self.run.summarize(self.name, self.algorithm.result())
         with self.sparing("its checkpoints, which are no longer needed, were not removed"):
             self.run.prune(self.name, 0)

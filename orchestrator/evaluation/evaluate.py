@@ -104,7 +104,7 @@ def weighted_sum(scores: Mapping[str, RewardResult], ppo: PPOSettings) -> np.nda
             if name in weighted and (s.timeouts or s.errors)
         ] or ["the weighted sum exceeds float32 (ppo.rewards, weight)"]
         raise RewardError(
-            f"{unscored} of {len(reward)} answers have no score (ppo.max_unscored: {ppo.max_unscored:g}). {'; '.join(causes)}"
+            f"{unscored} of {len(reward)} responses have no score (ppo.max_unscored: {ppo.max_unscored:g}). {'; '.join(causes)}"
         )
     return reward
 
@@ -114,7 +114,7 @@ def record_faults(log: FailureLog, scores: Mapping[str, RewardResult]) -> list[s
     new = []
     for name, scored in scores.items():
         for fault in scored.faults:
-            text = f"{name} gave no score for {len(fault.samples)} of {len(scored.values)} answers: {fault.why}"
+            text = f"{name} gave no score for {len(fault.samples)} of {len(scored.values)} responses: {fault.why}"
             if log.write_of_source(name, f"score: {text}\n{fault.detail}", fault.why):
                 new.append(text)
     return new

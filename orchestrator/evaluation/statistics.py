@@ -43,7 +43,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval
 def distinct_share(answers: Sequence[str]) -> float:
     """Distinct answers / answers, ignoring surrounding space: 1 if no two are equal, near 0 for a collapsed policy."""
     if not answers:
-        raise ValueError("distinct_share: no answers")
+        raise ValueError("distinct_share: no responses")
     return len({answer.strip() for answer in answers}) / len(answers)
 
 

@@ -44,10 +44,10 @@ TABLE = (
     counter(
         "samples",
         "troupe_samples_total",
-        "Answers generated (PPO), or rows trained on (SFT, reward model). Repeated steps count again.",
+        "Responses generated (PPO), or rows trained on (SFT, reward model). Repeated steps count again.",
     ),
-    counter("tokens", "troupe_tokens_total", "Tokens of these answers or rows. Repeated steps count again."),
-    gauge("tokens_per_second", "troupe_tokens_per_second", "Tokens of the latest step over its seconds."),
+    counter("tokens", "troupe_tokens_total", "Tokens of these responses or rows. Repeated steps count again."),
+    gauge("tokens_per_second", "troupe_tokens_per_second", "Tokens of the latest step divided by its seconds."),
     histogram(
         "seconds/step",
         "troupe_step_seconds",
@@ -61,7 +61,7 @@ TABLE = (
     counter(
         "role_seconds/{role}/{method}",
         "troupe_role_seconds_total",
-        "Seconds in which calls of a method to the workers of a role were under way.",
+        "Seconds in which calls of a method to the workers of a role were running.",
     ),
     gauge(
         "memory_gib/{role}",
@@ -86,25 +86,25 @@ TABLE = (
         "troupe_early_stops_total",
         "Steps whose remaining mini-batches were dropped (ppo.target_kl).",
     ),
-    counter("unscored", "troupe_unscored_samples_total", "Answers that were not trained on."),
+    counter("unscored", "troupe_unscored_samples_total", "Responses that were not trained on."),
     counter(
-        "timeouts/{source}", "troupe_reward_timeouts_total", "Answers that a source of rewards did not score in time."
+        "timeouts/{source}", "troupe_reward_timeouts_total", "Responses that a source of rewards did not score in time."
     ),
     counter(
         "errors/{source}",
         "troupe_reward_errors_total",
-        "Answers that a source of rewards did not score for another reason.",
+        "Responses that a source of rewards did not score for another reason.",
     ),
     counter("weight_sync_mib", "troupe_weight_sync_bytes_total", "Bytes of weights given to each engine.", 2**20),
     gauge(
         "policy_version",
         "troupe_policy_version",
-        "Version of the policy that generated the answers of the latest step.",
+        "Version of the policy that generated the responses of the latest step.",
     ),
     gauge(
         "reward/mean",
         "troupe_reward_mean",
-        "Mean reward (weighted sum of the sources) of the answers of the latest step.",
+        "Mean reward (weighted sum of the sources) of the responses of the latest step.",
     ),
     gauge("reward/std", "troupe_reward_std", "Standard deviation of the rewards of the latest step."),
     gauge(
@@ -141,8 +141,8 @@ TABLE = (
         "Mean difference of engine and trainer in the log-probability of a probe's token, after the latest update.",
     ),
     gauge("length/prompt", "troupe_prompt_tokens_mean", "Mean length of the prompts of the latest step."),
-    gauge("length/response", "troupe_response_tokens_mean", "Mean length of the answers of the latest step."),
-    gauge("truncated", "troupe_cut_off_answers_ratio", "Share of answers that were cut off at the token limit."),
+    gauge("length/response", "troupe_response_tokens_mean", "Mean length of the responses of the latest step."),
+    gauge("truncated", "troupe_cut_off_answers_ratio", "Share of responses that were cut off at the token limit."),
     gauge("advantage/mean", "troupe_advantage_mean", "Mean advantage before whitening."),
     gauge("advantage/std", "troupe_advantage_std", "Standard deviation of the advantages before whitening."),
     gauge(
@@ -163,7 +163,7 @@ TABLE = (
     gauge("validation/loss", "troupe_validation_loss", "Loss on held-out rows at the latest validation."),
     gauge("validation/perplexity", "troupe_validation_perplexity", "exp of the loss on held-out demonstrations."),
     gauge("validation/accuracy", "troupe_validation_accuracy_ratio", "Preference accuracy on held-out pairs."),
-    gauge("evaluation/reward", "troupe_evaluation_reward_mean", "Mean reward of the answers to held-out prompts."),
+    gauge("evaluation/reward", "troupe_evaluation_reward_mean", "Mean reward of the responses to held-out prompts."),
     gauge("evaluation/reward_ci_low", "troupe_evaluation_reward_low", "Lower end of its 95% interval."),
     gauge("evaluation/reward_ci_high", "troupe_evaluation_reward_high", "Upper end of its 95% interval."),
     gauge(
@@ -175,12 +175,12 @@ TABLE = (
         "evaluation/kl", "troupe_evaluation_kl_nats", "KL divergence from the reference on held-out prompts, per token."
     ),
     gauge(
-        "evaluation/length", "troupe_evaluation_answer_tokens_mean", "Mean length of the answers to held-out prompts."
+        "evaluation/length", "troupe_evaluation_answer_tokens_mean", "Mean length of the responses to held-out prompts."
     ),
     gauge(
         "evaluation/distinct",
         "troupe_evaluation_distinct_ratio",
-        "Distinct answers to held-out prompts over all of them.",
+        "Distinct responses to held-out prompts over all of them.",
     ),
     gauge("evaluation/{source}", "troupe_evaluation_judge_mean", "Mean score by a judge on held-out prompts."),
     gauge("{metric}", "troupe_metric", "A metric that has no name of its own here, as metrics.jsonl has it."),

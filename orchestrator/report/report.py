@@ -175,7 +175,7 @@ def _training_tiles(run: RunFiles) -> list[_Tile]:
         )
     if gap := run.curve("ppo", "logprob_mismatch")[1]:
         detail = f"engine vs trainer, mean |Δ|, largest of {len(gap):,} steps"
-        tiles.append(_Tile("Largest log-prob gap", f"{max(gap):.1e}", detail))
+        tiles.append(_Tile("Largest logprob mismatch", f"{max(gap):.1e}", detail))
     if lines := [line for line in run.lines("ppo") if line.get("tokens_per_second") is not None]:
         timed, steps_text = without_first(lines)
         speed = median(line["tokens_per_second"] for line in timed)
@@ -217,7 +217,7 @@ def _comparison(run: RunFiles) -> _Comparison:
     charts = []
     if "Reward" in measures:
         caption = (
-            "One response of each model to every held-out prompt; dashed: means. The end bars hold the outermost 1%."
+            "One response of each model to every held-out prompt; dashed: means. The end bars contain the outermost 1%."
         )
         charts.append(distributions("Rewards of the responses", caption, *measures["Reward"], names=names))
     all_changes = {name: _standardized(*values) for name, values in measures.items()}

@@ -70,8 +70,8 @@ class FailurePolicy:
             self._say(f"{self.where}: {failure.text}".removeprefix(": "))
             return Restart(left)
         note = (
-            f"not replaced again: {self._settings.max_restarts} restarts in {self._settings.restart_window:g} s, or in one "
-            "step, are allowed (recovery.max_restarts, recovery.restart_window)"
+            f"not replaced again: at most {self._settings.max_restarts} restarts in {self._settings.restart_window:g} s, or in "
+            "one step, are allowed (recovery.max_restarts, recovery.restart_window)"
         )
         final = WorkerError(replace(failure, text=f"{failure.text}\n  {note}"))
         final.final, final.__cause__ = True, error

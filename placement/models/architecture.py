@@ -133,7 +133,7 @@ class Architecture:
         if config := known_config(name):
             return cls.read(config)
         raise ValueError(
-            f"{name} is no local folder with a config.json, no {PRESET}NAME, and no hub name with a known shape"
+            f"{name} is neither a local folder with a config.json nor {PRESET}NAME nor a hub name with a known shape"
         )
 
     @classmethod

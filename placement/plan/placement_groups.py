@@ -58,7 +58,7 @@ def create_groups(
             grant_timeout *= 2
         if time.monotonic() >= deadline:
             raise PlacementError(_refusal(plan, run_name, timeout, shortages, "placement.timeout"))
-        reason = _holders(plan, nodes) or "; ".join(shortages.values()) or "others request them too"
+        reason = _holders(plan, nodes) or "; ".join(shortages.values()) or "other runs request them too"
         if reason == previous != reported:  # a state that lasts for one check only is not reported
             report(f"waiting for free resources: {reason}")
             reported = reason
@@ -166,7 +166,7 @@ def _holders(plan: Plan, nodes: Mapping[str, NodeResources], exclude: str = "") 
 def _refusal(plan: Plan, run_name: str, timeout: float, shortages: Mapping[str, str], setting: str) -> str:
     """The groups that could not be reserved, what is missing, who holds it, what would help, and each node's free resources."""
     nodes, lines = node_resources(), []
-    contended = "there are free resources, but others requested them too"
+    contended = "there are free resources, but other runs requested them too"
     shortages = shortages or {group.name: contended for group in plan.groups}
     for name, missing in shortages.items():
         request = _request(plan.group(name))
@@ -177,7 +177,7 @@ def _refusal(plan: Plan, run_name: str, timeout: float, shortages: Mapping[str, 
     own = run_name if setting == "recovery.node_timeout" else ""
     lines += filter(None, [_holders(plan, nodes, exclude=own)])
     lines.append(
-        f"a longer {setting} waits for free resources; fewer placement.devices or a smaller placement.cpus_per_device need less"
+        f"set a longer {setting} to wait for free resources, or fewer placement.devices or a smaller placement.cpus_per_device"
     )
     fitting = [f"{run_name}-{group.name}" for group in plan.groups if group.name not in shortages]
     lines.append(f"free on the nodes{', of which ' + ', '.join(fitting) + ' would take a part' if fitting else ''}:")

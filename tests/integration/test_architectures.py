@@ -154,7 +154,7 @@ def test_an_engine_that_computes_something_else_after_an_update_is_an_error(team
     engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 2).get()
     refused(1, lambda: team.sync_weights(1))
     assert failures == [("rollout", "error")], "the first time"
-    with pytest.raises(WorkerError, match=r"StaleWeights: rollout-0 holds no published weights"):
+    with pytest.raises(WorkerError, match=r"StaleWeights: rollout-0 has no verified weights"):
         team.generate("prompts", np.arange(2), 1).get()
 
     engine.call(DyingRolloutApi.go_wrong, "finish_weight_update", 1).get()

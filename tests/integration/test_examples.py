@@ -38,4 +38,4 @@ def test_run_ppo_prints_its_result(micro: Path, ray_here: Cluster, capsys: pytes
     assert (second["unscored"], second["updates"], second["errors/fails"]) == (8, 0, 8)
     assert second["policy_version"] == 1
     assert "reward/mean" in first and "reward/mean" not in second and "reward/model" in second
-    assert "warning: step 2: none of its 8 answers has a score: nothing is learnt from it" in out
+    assert "warning: step 2: none of its 8 responses has a score; the step trains nothing" in out

@@ -335,7 +335,7 @@ def test_failures_outside_of_the_training_leave_a_record_and_the_model(
         "actor-skipped.txt",
         "critic-skipped.txt",
     }
-    assert "never gave no score for 6 of 6 answers: no answer in 0.5 s" in failures["reward-never.txt"]
+    assert "never gave no score for 6 of 6 responses: no answer in 0.5 s" in failures["reward-never.txt"]
     assert "2 times so far" in failures["reward-never.txt"], "before and after"
     assert (
         "ValueError: an odd answer" in failures["reward-half.txt"]
@@ -343,7 +343,7 @@ def test_failures_outside_of_the_training_leave_a_record_and_the_model(
     )
     assert "row " in failures["reward-half.txt"]
     said = capsys.readouterr().out
-    assert said.index("warning: never gave no score for 6 of 6 answers") < said.index("ppo 1/3"), (
+    assert said.index("warning: never gave no score for 6 of 6 responses") < said.index("ppo 1/3"), (
         "before the first step"
     )
 
@@ -362,7 +362,7 @@ def test_generate_and_chat(whole: Result, tmp_path: Path) -> None:
     done = subprocess.run(
         command("generate", str(whole.folder), *options), cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout == f"2 answers in {answers}\n"
+    assert done.stdout == f"2 responses in {answers}\n"
     assert done.stderr == ""
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [(row["prompt"], row["id"]) for row in rows] == [("the film", 7), ("the plot", 8)]

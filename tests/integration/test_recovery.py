@@ -116,7 +116,7 @@ def test_a_fault_that_comes_again_ends_the_run(micro: Path, whole: Result, tmp_p
     fault(tmp_path, "reward-0", "score", 1)
     with pytest.raises(
         WorkerError,
-        match=r"not replaced again: 0 restarts in 3600 s, or in one step, are allowed \(recovery\.max_restarts",
+        match=r"not replaced again: at most 0 restarts in 3600 s, or in one step, are allowed \(recovery\.max_restarts",
     ):
         run(micro, whole, tmp_path, "ppo", "recovery.max_restarts=0")
 

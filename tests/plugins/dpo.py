@@ -12,20 +12,16 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from configs.schema import BatchSettings
-from orchestrator.algorithms import Supervised
-from placement.stages import StageSpec
-from workers.api import remote, request
+from troupe import BatchSettings, StageSpec, Supervised, masked, remote, request
 from workers.data import encode_preferences
 from workers.data.batching import Rows
 from workers.data.step_inputs import SupervisedBatch
 from workers.models.heads import Batch
-from workers.rl.advantages import masked
 from workers.training.policy import PolicyWorker
 from workers.training.schedule import StageStep
 
 Reference = dict[int, np.ndarray]
-"""Row of the dataset -> the reference's log-probabilities [2] of the chosen and of the rejected answer."""
+"""Row of the dataset -> the reference's log-probabilities [2] of the chosen and of the rejected response."""
 
 
 class DPOSettings(BatchSettings):
@@ -60,7 +56,7 @@ class DPOWorker(PolicyWorker):
         return self.sum_over_ranks({"loss": loss, "accuracy": float(sum(right))})
 
     def _pairs(self, part: SupervisedBatch, rows: Rows) -> Tensor:
-        """Log-probabilities [rows, 2] of the chosen and of the rejected answers."""
+        """Log-probabilities [rows, 2] of the chosen and of the rejected responses."""
         pairs = [self.datasets[part.data][i] for i in rows]
         batch = Batch([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], self.device)
         log_probs, _ = self.module(batch)

@@ -1,8 +1,8 @@
-"""A reward that reads token ids and whether the answer ended by itself, and measures more than the score."""
+"""A reward that reads token ids and whether the response ended by itself, and returns more numbers than the score."""
 
 
 def brevity(prompts, answers, *, samples, **columns):
-    """1 for an answer that ended, less a tenth for each token."""
+    """1 for a response that ended, minus 0.1 for each token."""
     return [
         {
             "score": float(sample.ended) - len(sample.answer_ids) / 10,

@@ -46,9 +46,11 @@ def test_the_numbers_of_the_field(tmp_path: Path, rewards: list[float], epsilon:
 
 def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
     config = write_micro(tmp_path)
-    with pytest.raises(ConfigError, match=r"^ppo\.critic: was true, but an advantage per answer uses no values"):
+    with pytest.raises(ConfigError, match=r"^ppo\.critic: was true, but an advantage per response uses no values"):
         load_config(config, [SETTINGS[0], "ppo.advantage=grpo", IN_LOSS])
-    with pytest.raises(ConfigError, match=r"^ppo\.kl\.apply_to: was reward, but an advantage per answer is made of"):
+    with pytest.raises(
+        ConfigError, match=r"^ppo\.kl\.apply_to: was reward, but an advantage per response does not include"
+    ):
         load_config(config, SETTINGS)
     assert load_config(config, [*SETTINGS, "ppo.kl.controller={kind: fixed, coefficient: 0}"])
     chosen, unchosen = (

@@ -60,7 +60,7 @@ def test_a_logger_goes_on_after_a_kill_and_one_that_raises_stops_nothing(
     assert "tensorboard" not in resumed.stdout
     warnings = [line for line in resumed.stdout.splitlines() if "warning: loggers" in line]
     assert len(warnings) == 2, "one for each logger that fails"
-    assert warnings[0].startswith("warning: loggers.2 (failing): OSError: no service there; the run goes on")
+    assert warnings[0].startswith("warning: loggers.2 (failing): OSError: no service there; the run continues")
     assert "loggers.1 (failing): OSError: the service is gone in step" in warnings[1]
     failures = [path.read_text() for path in (folder / "failures").iterdir()]
     assert len([text for text in failures if "in log\n" in text and "Traceback" in text]) == 2, "one for each session"

@@ -1,4 +1,4 @@
-"""An advantage per token: every token of an answer gets the answer's whole reward."""
+"""An advantage per token: every token of a response gets the response's whole reward."""
 
 from typing import Literal
 

@@ -152,7 +152,7 @@ def _check_training(report: Report) -> None:
     if len(perplexity) > 1:
         assert f"{perplexity[0][1]:,.1f} after step {perplexity[0][0]:,}" in detail
     gaps = report.values("ppo", "logprob_mismatch")
-    value, detail = report.tiles["Largest log-prob gap"]
+    value, detail = report.tiles["Largest logprob mismatch"]
     assert number(value) == pytest.approx(max(gap for _, gap in gaps), rel=0.06)
     assert f"largest of {len(gaps)} steps" in detail
     speeds = [(step, speed) for step, speed in report.values("ppo", "tokens_per_second") if step > 1]

@@ -127,9 +127,9 @@ class RolloutWorker(Worker, RolloutApi):
         Raises StaleWeights where the engine's weights are not those of `version` (None: any version).
         """
         if self.version is None:
-            raise StaleWeights(f"{self!r} holds no published weights: it serves nothing until an update succeeds")
+            raise StaleWeights(f"{self!r} has no verified weights and generates nothing until a weight sync succeeds")
         if version not in (None, self.version):
-            raise StaleWeights(f"{self!r} holds version {self.version}, and was asked to serve {version}")
+            raise StaleWeights(f"{self!r} has version {self.version}, but version {version} was requested")
         self._wake()
         for i, (prompt, sample) in enumerate(zip(prompts.tolist(), samples.tolist(), strict=True)):
             ids = self.datasets[data].row(prompt).tolist()
@@ -232,6 +232,6 @@ class RolloutWorker(Worker, RolloutApi):
             self.adapter = LoRARequest("actor", ADAPTER_ID, "in memory")
         if not self.engine.reset_prefix_cache():  # the old weights computed it
             raise StaleWeights(
-                f"{self!r}: version {version} came while requests were running: they hold its prefix cache"
+                f"{self!r}: version {version} arrived while requests were running, which use the prefix cache"
             )
         self.version = version

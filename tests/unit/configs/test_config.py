@@ -453,7 +453,7 @@ BAD: list[tuple[str, str]] = [
         "sft.validate_every: was 5, but there are no held-out rows (validation)",
     ),
     ("loggers=[{kind: wandb}]", 'loggers.0.kind: was "wandb"; must be tensorboard | ray'),
-    ("loggers=[{kind: ray}, {kind: ray}]", "loggers: ray stands more than once with the same settings"),
+    ("loggers=[{kind: ray}, {kind: ray}]", "loggers: ray is listed more than once with the same settings"),
     ("cluster.dashboard_port=70000", "cluster.dashboard_port: was 70000; must be integer >= 1 and <= 65535 or none"),
     (
         "runs=~nobody-of-this-name/runs",

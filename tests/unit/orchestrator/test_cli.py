@@ -387,7 +387,7 @@ def test_plan_draws_a_picture(file: str, start: bytes, tmp_path: Path) -> None:
 
 def test_plan_says_what_it_needs(tmp_path: Path) -> None:
     assert "needs a file with settings, or --model" in refused("plan")
-    assert "--model: 9b is no local folder" in refused("plan", "--model", "9b")
+    assert "--model: 9b is neither a local folder" in refused("plan", "--model", "9b")
     message = refused("plan", "--model", "s", "--cluster", "1x8cpu", "--picture", "a.pdf", "--json")
     assert "must end in .svg, .png, .html" in message
 

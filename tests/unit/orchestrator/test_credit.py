@@ -52,5 +52,7 @@ def test_a_scored_answer_without_an_advantage_is_an_error(monkeypatch: pytest.Mo
     ppo = PPOSettings.model_validate(PPO).model_copy(update={"advantage": Settings()})
     found = answer_advantages(ppo, scores(0.5, np.nan))
     assert found is not None and found.tolist() == [0.5, 0.0]
-    with pytest.raises(ValueError, match=r"^ppo\.advantage: bad gave 1 answers with a score no finite advantage$"):
+    with pytest.raises(
+        ValueError, match=r"^ppo\.advantage: bad gave no finite advantage for 1 responses with a score$"
+    ):
         answer_advantages(ppo, scores(0.5, 2.0))

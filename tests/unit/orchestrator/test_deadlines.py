@@ -226,7 +226,9 @@ def test_each_role_has_its_budget(tmp_path: Path) -> None:
     error = failure("died", "actor")
     final = final_error(recovery, error)
     assert final.__cause__ is error and not error.final
-    assert str(final).startswith("actor failed\n  not replaced again: 2 restarts in 3600 s, or in one step, are")
+    assert str(final).startswith(
+        "actor failed\n  not replaced again: at most 2 restarts in 3600 s, or in one step, are"
+    )
     assert len(list(tmp_path.iterdir())) == 5
     assert said == ["critic failed"] * 2 + ["actor failed"] * 2, "the last one is raised instead"
 

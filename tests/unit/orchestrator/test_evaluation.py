@@ -124,13 +124,13 @@ def test_a_source_that_fails_leaves_a_file_that_counts(tmp_path: Path) -> None:
         log.where = f"ppo, step {step} of 9"
         new = record_faults(log, {"fine": RewardResult.of([1.0] * 3), "my reward": failed})
         assert new == (
-            ["my reward gave no score for 2 of 3 answers: ZeroDivisionError: division by zero"] * (step == 1)
+            ["my reward gave no score for 2 of 3 responses: ZeroDivisionError: division by zero"] * (step == 1)
         )
     [(name, text)] = texts(log.folder).items()
     assert name == "0001-reward-my_reward.txt"
     first, *lines = text.splitlines()
     assert first.endswith("ppo, step 1 of 9")
-    assert lines[0] == "score: my reward gave no score for 2 of 3 answers: ZeroDivisionError: division by zero"
+    assert lines[0] == "score: my reward gave no score for 2 of 3 responses: ZeroDivisionError: division by zero"
     assert lines[1:3] == ["row 7 of prompts", "Traceback ..."]
     assert lines[-1].startswith("3 times so far, the last: ") and lines[-1].endswith("ppo, step 3 of 9")
 

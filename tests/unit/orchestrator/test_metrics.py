@@ -386,7 +386,7 @@ SHOW = """
 from orchestrator.loggers.console import Progress
 from orchestrator.loggers.recorder import Recorder
 with Progress("ppo", 12000) as shown:
-    shown.phase("answering the held-out prompts")
+    shown.phase("evaluating held-out prompts")
     shown._live.refresh()
     for step in range(1, 4):
         shown.update(step, {"reward/mean": 0.123, "kl": 0.05, "accuracy": 0.5, "tokens_per_second": 1234.5})
@@ -419,7 +419,7 @@ def test_the_step_and_the_time_left_stay_in_a_narrow_terminal(columns: int) -> N
     shown = frames(columns)
     assert all(len(line) <= columns for line in shown), "one line each"
     assert all(re.match(r"\S+ (\S+ )?ppo \d+/12000( ·|$)", line) for line in shown), shown
-    assert "answering" in shown[0] if columns > 20 else "…" in shown[0]
+    assert "evaluating" in shown[0] if columns > 20 else "…" in shown[0]
     third = next(line for line in shown if "3/12000" in line)
     if columns > 20:
         assert re.search(r"3/12000 (· \d+:\d\d )?· [\d:]+ left · reward \+0\.123", third)

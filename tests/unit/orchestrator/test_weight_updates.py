@@ -287,14 +287,14 @@ def test_an_engine_that_got_something_else_serves_nothing(pair: Pair, fault: str
 
 def test_an_update_amid_answers_is_refused(pair: Pair) -> None:
     pair.engine.call(FaultyRolloutApi.begin_answer).get()
-    with pytest.raises(WorkerError, match=r"StaleWeights: .*came while requests were running"):
+    with pytest.raises(WorkerError, match=r"StaleWeights: .*arrived while requests were running"):
         pair.publish()
     pair.engine.call(FaultyRolloutApi.drop_answer).get()
     assert_serves_nothing(pair)
 
 
 def assert_serves_nothing(pair: Pair) -> None:
-    with pytest.raises(WorkerError, match=r"StaleWeights: .*rollout-0 holds no published weights"):
+    with pytest.raises(WorkerError, match=r"StaleWeights: .*rollout-0 has no verified weights"):
         generate(pair.engine, len(PROMPTS), 0)
 
 

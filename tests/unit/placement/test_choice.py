@@ -63,7 +63,7 @@ def test_on_cpu_nothing_is_offloaded() -> None:
 
 
 def test_what_cannot_be_predicted_is_refused() -> None:
-    with pytest.raises(PlanError, match="strategy: auto needs predicted memory, but some/model is no"):
+    with pytest.raises(PlanError, match="strategy: auto needs predicted memory, but some/model is neither"):
         chosen("1x8cpu,host=64GB", run("some/model", placement={}))
     with pytest.raises(PlanError, match="strategy: auto needs the memory size of every device"):
         chosen("5x8xA100", run())

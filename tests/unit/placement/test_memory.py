@@ -409,7 +409,7 @@ def test_both_sides_of_a_pair_count(tmp_path: Path, micro_batch_tokens: int, tim
 
 def test_a_model_that_is_not_here_leaves_it_out(tmp_path: Path) -> None:
     plan = planned(tmp_path, "1x4cpu", model={"path": "some/model"})
-    assert str(plan.memory).startswith("not predicted: some/model is no local folder with a config.json")
+    assert str(plan.memory).startswith("not predicted: some/model is neither a local folder with a config.json")
     assert "not predicted" in text(plan)
     assert plan.as_dict()["memory"] == plan.memory
 

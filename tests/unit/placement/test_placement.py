@@ -224,8 +224,8 @@ def test_a_group_that_cannot_be_had_says_what_is_missing(cluster: Cluster) -> No
     assert "; GPU is short: 2 requested, 0 available, 2 missing\n" in text
     assert "\n24 GPU are held by job1\n" in text
     assert (
-        "a longer placement.timeout waits for free resources; fewer placement.devices or a smaller placement.cpus_per_device"
-        in text
+        "set a longer placement.timeout to wait for free resources, or fewer placement.devices or a smaller "
+        "placement.cpus_per_device" in text
     )
     assert "of which late-actor would take a part:" in text
     assert text.count("free 0 of 8 GPU") == NODES - 1

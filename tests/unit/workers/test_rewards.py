@@ -386,7 +386,7 @@ def test_a_sum_beyond_float32_is_no_score_and_counts() -> None:
     ppo = settings.model_copy(update={"max_unscored": 0.5})
     given = {"length": RewardResult.of([1e38, 1e38, 1.0]), "vowels": RewardResult.of([0.0, 9e37, 1.0])}
     np.testing.assert_allclose(weighted_sum(given, ppo), [np.nan, 1e38, 0.0], rtol=1e-6)
-    with pytest.raises(RewardError, match=r"^1 of 3 answers have no score .*the weighted sum exceeds float32"):
+    with pytest.raises(RewardError, match=r"^1 of 3 responses have no score .*the weighted sum exceeds float32"):
         weighted_sum(given, settings)
 
 
@@ -397,7 +397,7 @@ def test_too_many_answers_without_a_score_end_the_run() -> None:
     some = weighted_sum(given, settings.model_copy(update={"max_unscored": 0.25}))
     np.testing.assert_array_equal(some, [2.0, np.nan, 2.0, 2.0])
     with pytest.raises(
-        RewardError, match=r"^1 of 4 answers have no score \(ppo\.max_unscored: 0\.1\)\. length: 0 timeouts, 1 er"
+        RewardError, match=r"^1 of 4 responses have no score \(ppo\.max_unscored: 0\.1\)\. length: 0 timeouts, 1 er"
     ):
         weighted_sum(given, settings)
     np.testing.assert_array_equal(combined(given, settings), some)
