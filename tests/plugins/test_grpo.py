@@ -73,7 +73,7 @@ def test_roles_that_it_does_not_ask_for_are_not_placed(tmp_path: Path) -> None:
 def test_a_run(tmp_path: Path, ray_here: Cluster) -> None:
     """Two steps with two ranks of the actor and no reference; some answers have no score."""
     half = "{kind: function, name: half, function: 'tests.support.reward_functions:half_of_them', batch_size: 1}"
-    rewards = f"[{half}, {{kind: function, name: short, function: 'tests.support.micro:short'}}]"
+    rewards = f"[{half}, {{kind: function, name: brief, function: 'tests.support.micro:short'}}]"
     overrides = [*SETTINGS, f"ppo.rewards={rewards}", "ppo.max_unscored=0.9", "ppo.samples_per_prompt=4"]
     overrides += ["ppo.kl.controller={kind: fixed, coefficient: 0}"]
     config = load_config(write_micro(tmp_path), [*overrides, "ppo.steps=2", "placement.devices.actor=2"])

@@ -21,7 +21,7 @@ np.ones(2**21)  # 16 MiB, freed at once: by default glibc then allocates smaller
 tensors, small = [], []
 for _ in range(10):
     tensors.append(np.ones(2**20))  # 8 MiB
-    small.append(np.ones(2**10))
+    small.append(np.ones(2**14))  # 128 KiB: in no hole that imports left
 peak = resident()
 tensors.clear()
 if "back" in sys.argv:
