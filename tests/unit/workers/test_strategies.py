@@ -215,7 +215,7 @@ def test_states_on_disk(group: WorkerGroup, hosts: Hosts, tmp_path: Path) -> Non
 
     disk = tmp_path / "nvme"
     config = run_config(strategy="zero3_nvme", offload={"nvme_path": str(disk)})
-    with pytest.raises(RunError, match=f"^offload.nvme_path: was '{disk}', which is no folder"):
+    with pytest.raises(RunError, match=f"^offload.nvme_path: was '{disk}', which is not a writable folder"):
         check_offload(config)
     disk.mkdir()
     if not can_swap():
