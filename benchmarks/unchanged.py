@@ -18,8 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from orchestrator.storage.metrics_file import read_lines, repeatable
 
@@ -83,12 +84,16 @@ def _compare(then: Path, now: Path) -> list[tuple[str, bool]]:
             found += [(f"{stage} step {step} {name}", _same(a, b, name)) for name in sorted(a.keys() | b.keys())]
         a, b = (load_file(folder / "models" / stage / "model.safetensors") for folder in (then, now))
         found += [
-            (f"{stage} weights {name}", name in a and name in b and a[name].tobytes() == b[name].tobytes())
+            (f"{stage} weights {name}", name in a and name in b and torch.equal(_bits(a[name]), _bits(b[name])))
             for name in sorted(a.keys() | b.keys())
         ]
     answers = [read_lines(folder / "samples" / "ppo.jsonl") for folder in (then, now)]
     found.append(("kept answers", json.dumps(answers[0]) == json.dumps(answers[1])))
     return found
+
+
+def _bits(weight: torch.Tensor) -> torch.Tensor:
+    return weight.reshape(-1).view(torch.uint8)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any], name: str) -> bool:
