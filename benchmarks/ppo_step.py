@@ -82,6 +82,16 @@ def prompt_of(model: str, tokens: int) -> str:
     return text
 
 
+def write_reward_model(model: str, folder: Path) -> None:
+    """The model with a new scalar head: a reward model is refused without one."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+
+
 class PeakMemory(threading.Thread):
     """Peak of the summed proportional set size of this process and its descendants.
 
@@ -113,6 +123,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # this process stays small
         prompt = pool.submit(prompt_of, model, PROMPT_TOKENS).result()
+        pool.submit(write_reward_model, model, folder / "reward").result()
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for _ in range(PROMPTS)))
     return RunConfig.model_validate(
@@ -128,7 +139,7 @@ def settings(model: str, folder: Path, steps: int, layout: str) -> RunConfig:
                 "steps": steps,
                 "prompts_per_step": PROMPTS,
                 "micro_batch_tokens": 200,
-                "rewards": [{"kind": "model", "path": model}],
+                "rewards": [{"kind": "model", "path": str(folder / "reward")}],
                 "max_prompt_tokens": PROMPT_TOKENS,
                 "actor_optimizer": {"lr": 1e-6},
                 "critic_optimizer": {"lr": 1e-6},
