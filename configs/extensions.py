@@ -1,7 +1,7 @@
 """Settings of plugins: new kinds of a component, and sections for their own stages.
 
-A plugin's settings behave like all others: they are checked at loading, with the same error texts, and shown by
-`troupe config`. Importing the module registers them; the setting `plugins` lists the modules.
+A plugin's settings behave like all others: they are checked at loading, with the same error texts, and saved with the run.
+Importing the module registers them; the setting `plugins` lists the modules.
 """
 
 from __future__ import annotations

@@ -146,15 +146,15 @@ class _LiveLine:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         has_bar = options.max_width >= BAR_FROM
-        room = options.max_width - 2 - (BAR + 1 if has_bar else 0)  # beside the mark and the bar
+        width = options.max_width - 2 - (BAR + 1 if has_bar else 0)  # beside the mark and the bar
         text = Text.assemble((self.stage, "bold"), " ", (f"{self.step}/{self.steps}", "green"))
         if has_bar:
             text.append(f" · {self._took or clock(time.monotonic() - self._began)}")
         for number, detail in enumerate(self.details):
-            if number and text.cell_len + 3 + len(detail) > room:
+            if number and text.cell_len + 3 + len(detail) > width:
                 break
             text.append(f" · {detail}")
-        text.truncate(max(room, 1), overflow="ellipsis")
+        text.truncate(max(width, 1), overflow="ellipsis")
         bar = [ProgressBar(total=max(self.steps, 1), completed=self.step, width=BAR)] if has_bar else []
         row = Table.grid(padding=(0, 1, 0, 0))
         row.add_row(self._mark, *bar, text)
