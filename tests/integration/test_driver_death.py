@@ -55,7 +55,7 @@ def test_the_driver_killed_at_random(micro: Path, whole: Result) -> None:
     flip_bit(next(newest.glob("actor/**/*.pt")))
     done = subprocess.run(command("resume", str(folder)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"warning:{newest}:damaged,sotheonebeforeserves" in "".join(done.stdout.split())  # lines are wrapped
+    assert f"warning:{newest}:damaged,sothepreviousoneisused" in "".join(done.stdout.split())  # lines are wrapped
     assert f"resuming after step {kept[0]}" in done.stdout
     assert "finished before: sft, rm" in done.stdout
     assert "killed is finished" in done.stdout and done.stderr == ""
