@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from ray.actor import ActorHandle
 
-    from configs.schema import ModelSettings, OptimizerSettings
+    from configs.schema import ModelSettings, OptimizerSettings, SamplingSettings
     from workers.data.batching import Rows
     from workers.data.samples import RaggedArray, RolloutBatch, SampleRefs
     from workers.data.step_inputs import RolloutInfo, ScoringRequest, SupervisedBatch, TrainStepInput
@@ -288,9 +288,16 @@ class RolloutApi(WorkerApi):
     @remote(phase="generate")
     @abstractmethod
     def generate(
-        self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int, version: int | None = None
+        self,
+        data: str,
+        prompts: np.ndarray,
+        samples: np.ndarray,
+        step: int,
+        version: int | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> tuple[RolloutBatch, RolloutInfo]:
-        """For each i, generate answer number samples[i] to row prompts[i] of a dataset. Raises StaleWeights."""
+        """For each i, generate answer number samples[i] to row prompts[i] of a dataset. sampling: None: as in training.
+        Raises StaleWeights."""
 
     @remote(phase="weight_sync")
     @abstractmethod

@@ -4,6 +4,9 @@ The docstring below a field is its documentation: `troupe config` and docs/setti
 Each default is defined here and nowhere else.
 """
 
+from configs.schema.advantages import AnswerAdvantageSettings as AnswerAdvantageSettings
+from configs.schema.advantages import GAEAdvantage as GAEAdvantage
+from configs.schema.advantages import ReinforceAdvantage as ReinforceAdvantage
 from configs.schema.base import MAX_SERVED_RANK as MAX_SERVED_RANK
 from configs.schema.base import ROLES as ROLES
 from configs.schema.base import BelowOne as BelowOne
@@ -18,6 +21,8 @@ from configs.schema.base import Settings as Settings
 from configs.schema.base import Shared as Shared
 from configs.schema.base import with_home as with_home
 from configs.schema.data import DatasetSettings as DatasetSettings
+from configs.schema.evaluation import EVALUATION_METRICS as EVALUATION_METRICS
+from configs.schema.evaluation import EvaluationSettings as EvaluationSettings
 from configs.schema.infra import CheckpointSettings as CheckpointSettings
 from configs.schema.infra import ClusterSettings as ClusterSettings
 from configs.schema.infra import DeadlineSettings as DeadlineSettings
@@ -31,6 +36,13 @@ from configs.schema.infra import RolloutSettings as RolloutSettings
 from configs.schema.infra import TensorBoardSettings as TensorBoardSettings
 from configs.schema.infra import VerifySettings as VerifySettings
 from configs.schema.infra import WeightSyncSettings as WeightSyncSettings
+from configs.schema.kl import AdaptiveKL as AdaptiveKL
+from configs.schema.kl import FixedKL as FixedKL
+from configs.schema.kl import KLSettings as KLSettings
+from configs.schema.losses import Aggregation as Aggregation
+from configs.schema.losses import PolicyLossSettings as PolicyLossSettings
+from configs.schema.losses import PPOClipLoss as PPOClipLoss
+from configs.schema.losses import ReinforceLoss as ReinforceLoss
 from configs.schema.model import LoraSettings as LoraSettings
 from configs.schema.model import ModelSettings as ModelSettings
 from configs.schema.rewards import FunctionReward as FunctionReward
@@ -39,23 +51,12 @@ from configs.schema.rewards import HttpReward as HttpReward
 from configs.schema.rewards import Judge as Judge
 from configs.schema.rewards import ModelReward as ModelReward
 from configs.schema.rewards import Reward as Reward
-from configs.schema.rl import EVALUATION_METRICS as EVALUATION_METRICS
 from configs.schema.rl import REWARD_METRICS as REWARD_METRICS
-from configs.schema.rl import AdaptiveKL as AdaptiveKL
-from configs.schema.rl import Aggregation as Aggregation
-from configs.schema.rl import AnswerAdvantageSettings as AnswerAdvantageSettings
 from configs.schema.rl import AnswerLogSettings as AnswerLogSettings
-from configs.schema.rl import EvaluationSettings as EvaluationSettings
-from configs.schema.rl import FixedKL as FixedKL
-from configs.schema.rl import GAEAdvantage as GAEAdvantage
-from configs.schema.rl import KLSettings as KLSettings
-from configs.schema.rl import PolicyLossSettings as PolicyLossSettings
-from configs.schema.rl import PPOClipLoss as PPOClipLoss
 from configs.schema.rl import PPOSettings as PPOSettings
 from configs.schema.rl import PretrainingMix as PretrainingMix
-from configs.schema.rl import ReinforceAdvantage as ReinforceAdvantage
-from configs.schema.rl import ReinforceLoss as ReinforceLoss
 from configs.schema.run import RunConfig as RunConfig
+from configs.schema.sampling import SamplingSettings as SamplingSettings
 from configs.schema.training import BatchSettings as BatchSettings
 from configs.schema.training import OptimizerSettings as OptimizerSettings
 from configs.schema.training import RewardModelSettings as RewardModelSettings

@@ -7,17 +7,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from configs.schema.base import FilePath, Role, Settings
+from configs.schema.sampling import SamplingSettings
 
 
-class RolloutSettings(Settings):
-    """vLLM engines."""
+class RolloutSettings(SamplingSettings):
+    """vLLM engines, and how they sample the training responses."""
 
-    max_new_tokens: PositiveInt = 128
-    """Longest response in tokens."""
-    temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    """Sampling temperature; log-probabilities are computed with it. vLLM would raise lower values to 0.01."""
-    ignore_eos: bool = False
-    """Continue to max_new_tokens after an end token (for benchmarks)."""
     tensor_parallel: PositiveInt = 1
     """Number of devices of one engine."""
     max_sequences: PositiveInt = 256

@@ -1,104 +1,19 @@
-"""PPO: KL penalty, losses, advantages, evaluation."""
+"""The reinforcement-learning stage."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from configs.schema.advantages import AnswerAdvantageSettings, GAEAdvantage, ReinforceAdvantage
 from configs.schema.base import Fraction, Overlong, Settings
 from configs.schema.data import DatasetSettings
-from configs.schema.rewards import Judge, ModelReward, Reward
+from configs.schema.evaluation import EVALUATION_METRICS, EvaluationSettings
+from configs.schema.kl import AdaptiveKL, KLSettings
+from configs.schema.losses import PPOClipLoss, ReinforceLoss
+from configs.schema.rewards import ModelReward, Reward
 from configs.schema.training import OptimizerSettings
-
-
-class FixedKL(Settings):
-    """A constant coefficient."""
-
-    kind: Literal["fixed"] = "fixed"
-    coefficient: NonNegativeFloat = 0.1
-    """Weight of the per-token KL penalty."""
-
-
-class AdaptiveKL(Settings):
-    """Proportional controller of the coefficient (Ziegler et al. 2019)."""
-
-    kind: Literal["adaptive"] = "adaptive"
-    coefficient: PositiveFloat = 0.1
-    """Initial value."""
-    target: PositiveFloat = 0.1
-    """Target KL in nats per token."""
-    horizon: PositiveInt = 2000
-    """Samples over which the coefficient adapts."""
-
-
-class KLSettings(Settings):
-    apply_to: Literal["reward", "loss"] = "reward"
-    """reward: subtracted from each token's reward, so earlier tokens are penalized too. loss: added to the policy loss of each
-    token, so short responses gain nothing; its weight is then relative to the advantages as trained on: whitened by
-    default."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator of KL(actor | reference) (Schulman 2020). In the loss, k2 has the gradient of
-    KL(actor | reference), k3 that of KL(reference | actor); k1's gradient has mean 0, so it is refused."""
-    controller: Annotated[FixedKL | AdaptiveKL, Field(discriminator="kind")] = FixedKL()
-    """Controller of the coefficient."""
-
-    @model_validator(mode="after")
-    def _pulls(self) -> Self:
-        if self.apply_to == "loss" and self.estimator == "k1":
-            raise ValueError("k1 in the loss has a gradient with mean 0, so it is no penalty. Use estimator=k2 or k3.")
-        return self
-
-
-# ---------------------------------------------------------------- policy loss
-
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant", "prompt_mean"]
-"""Which mean over a mini-batch a loss is. See workers.rl.aggregation."""
-
-
-class PolicyLossSettings(Settings):
-    """What Troupe's own policy losses have in common."""
-
-    aggregation: Aggregation = "token_mean"
-    """Mean over a mini-batch. token_mean: over all tokens (DAPO). sequence_mean: over responses, of each response's mean over its
-    tokens (GRPO). sequence_sum: over responses, of the sum over its tokens. constant: the sum over all tokens, divided by
-    responses x rollout.max_new_tokens (Dr. GRPO). prompt_mean: over the draws of prompts, of the mean over the tokens of all
-    responses to it."""
-
-
-class PPOClipLoss(PolicyLossSettings):
-    """Clipped surrogate (Schulman et al. 2017)."""
-
-    kind: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: PositiveFloat = 0.2
-    """The probability ratio is clipped below 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The probability ratio is clipped above 1 + clip_high."""
-
-
-class ReinforceLoss(PolicyLossSettings):
-    """Score-function estimator (Williams 1992), for one update in a step."""
-
-    kind: Literal["reinforce"] = "reinforce"
-
-
-# ---------------------------------------------------------------- advantages
-
-
-class GAEAdvantage(Settings):
-    """Generalised advantage estimation (Schulman et al. 2016), per token. Needs the critic."""
-
-    kind: Literal["gae"] = "gae"
-
-
-class ReinforceAdvantage(Settings):
-    """Discounted rewards to go, less their mean over the step's responses (Williams 1992), per token."""
-
-    kind: Literal["reinforce"] = "reinforce"
-
-
-class AnswerAdvantageSettings(Settings):
-    """Base of the settings of advantages per response, which need no critic: those of plugins."""
 
 
 class PretrainingMix(Settings):
@@ -112,23 +27,8 @@ class PretrainingMix(Settings):
     """Demonstrations; none: the rows of `sft.train`."""
 
 
-class EvaluationSettings(Settings):
-    """Responses to held-out prompts, before and after training."""
-
-    prompts: DatasetSettings
-    """Held-out prompts."""
-    every: PositiveInt | None = None
-    """Steps between evaluations; none: only before the first step and after the last."""
-    samples: PositiveInt = 16
-    """Prompts that the report shows with their responses."""
-    judges: list[Judge] = []
-    """Independent judges."""
-
-
 REWARD_METRICS = ("mean", "std")
 """Last parts of PPO's metrics `reward/...`; no reward source may have such a name."""
-EVALUATION_METRICS = ("reward", "reward_ci_low", "reward_ci_high", "reward_std", "kl", "length", "distinct", "unscored")
-"""Last parts of the metrics `evaluation/...`; no judge may have such a name."""
 
 
 class AnswerLogSettings(Settings):

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs import ZERO
 from configs.renamed import log_rename
-from configs.schema import ModelReward, ModelSettings, Role, RunConfig
+from configs.schema import ModelReward, ModelSettings, Role, RunConfig, SamplingSettings
 from orchestrator.run.run_dir import local
 from orchestrator.worker_groups.calls import Call, WorkerGroup, run_concurrently
 from orchestrator.worker_groups.deadlines import BACKWARD, Cost, Deadlines
@@ -393,15 +393,21 @@ class Team:
 
     # ------------------------------------------------------------ rollouts
 
-    def generate(self, data: str, rows: np.ndarray, step: int, samples: int = 1) -> Call[Rollouts]:
-        """Generate `samples` responses to each of the dataset's rows; responses to one prompt are adjacent."""
+    def generate(
+        self, data: str, rows: np.ndarray, step: int, samples: int = 1, sampling: SamplingSettings | None = None
+    ) -> Call[Rollouts]:
+        """Generate `samples` responses to each of the dataset's rows; responses to one prompt are adjacent.
+
+        sampling: None: as in training.
+        """
         group = self.groups["rollout"]
+        longest = (sampling or self.config.rollout).max_new_tokens
         earlier_draws = [
             int((rows[:i] == row).sum()) for i, row in enumerate(rows)
         ]  # a prompt may come twice in a step
         prompts, groups = np.repeat(rows, samples), np.repeat(np.arange(len(rows)), samples)
         numbers = np.concatenate([np.arange(samples) + samples * before for before in earlier_draws])
-        shares = share_prompts(self.lengths[data][0][prompts], len(group), self.config.rollout.max_new_tokens)
+        shares = share_prompts(self.lengths[data][0][prompts], len(group), longest)
 
         def gather(results: list[tuple[Any, RolloutInfo]]) -> Rollouts:
             def ordered(name: str) -> np.ndarray:
@@ -424,9 +430,10 @@ class Team:
             )
 
         requests = [
-            request(RolloutApi.generate, data, prompts[share], numbers[share], step, self.version) for share in shares
+            request(RolloutApi.generate, data, prompts[share], numbers[share], step, self.version, sampling)
+            for share in shares
         ]
-        longest, prompt_tokens = self.config.rollout.max_new_tokens, float(self.lengths[data][0][prompts].sum())
+        prompt_tokens = float(self.lengths[data][0][prompts].sum())
         turns = -(
             -max(map(len, shares)) // self.config.rollout.max_sequences
         )  # an engine generates max_sequences at a time

@@ -81,7 +81,7 @@ class FaultyRollout(RolloutWorker, FaultyRolloutApi):
 
     def begin_answer(self) -> None:
         """Leave a request unfinished, as an interrupted call does."""
-        self.engine.add_request("unfinished", TokensPrompt(prompt_token_ids=[5, 6, 7]), self._sampling(1))
+        self.engine.add_request("unfinished", TokensPrompt(prompt_token_ids=[5, 6, 7]), self._sampling(None, 1))
         self.engine.step()
 
     def drop_answer(self) -> None:

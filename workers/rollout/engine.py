@@ -15,7 +15,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from configs.schema import LoraSettings
+from configs.schema import LoraSettings, SamplingSettings
 from workers.api import RolloutApi
 from workers.data import end_tokens, load_tokenizer
 from workers.data.samples import RolloutBatch, Sample
@@ -120,9 +120,15 @@ class RolloutWorker(Worker, RolloutApi):
             self.engine.wake_up(list(parts) or None)
 
     def generate(
-        self, data: str, prompts: np.ndarray, samples: np.ndarray, step: int, version: int | None = None
+        self,
+        data: str,
+        prompts: np.ndarray,
+        samples: np.ndarray,
+        step: int,
+        version: int | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> tuple[RolloutBatch, RolloutInfo]:
-        """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset.
+        """Answer prompts: entry i is answer number samples[i] to row prompts[i] of the dataset. sampling: None: as in training.
 
         Raises StaleWeights where the engine's weights are not those of `version` (None: any version).
         """
@@ -135,7 +141,7 @@ class RolloutWorker(Worker, RolloutApi):
             ids = self.datasets[data].row(prompt).tolist()
             seed = sample_seed(self.config.seed, step, prompt, sample)
             self.engine.add_request(
-                str(i), TokensPrompt(prompt_token_ids=ids), self._sampling(seed), lora_request=self.adapter
+                str(i), TokensPrompt(prompt_token_ids=ids), self._sampling(sampling, seed), lora_request=self.adapter
             )
         answers: list[Any] = [None] * len(prompts)
         while self.engine.has_unfinished_requests():
@@ -169,8 +175,8 @@ class RolloutWorker(Worker, RolloutApi):
         self.version = served
         return gap
 
-    def _sampling(self, seed: int) -> SamplingParams:
-        settings = self.config.rollout
+    def _sampling(self, sampling: SamplingSettings | None, seed: int) -> SamplingParams:
+        settings = sampling or self.config.rollout
         return SamplingParams(
             temperature=settings.temperature,
             max_tokens=settings.max_new_tokens,
